@@ -1,0 +1,31 @@
+# One environment, made on first use. `make test VENV=.venv50 TRANSFORMERS='transformers==5.0.0'` tests another version.
+PYTHON ?= python3
+VENV ?= .venv
+TRANSFORMERS ?= transformers
+# the version the project is tested with; used only where the environment has no torch yet
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+READY = $(VENV)/.installed
+
+.PHONY: install test lint demo clean
+
+install: $(READY)
+
+$(READY): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install "$(TRANSFORMERS)" -e ".[test]"
+	touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(READY)
+	$(BIN)/hf-blr demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

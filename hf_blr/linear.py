@@ -1,0 +1,162 @@
+"""The modules that take the place of `nn.Linear` and `Conv1D`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from hf_blr import ops
+from hf_blr.dense import build_dense
+from hf_blr.ops import reference
+from hf_blr.structures import Blast, BLRSpec, LowRank, Monarch
+
+
+class BLRLinear(nn.Module):
+    """A linear layer whose matrix is stored as block low-rank factors.
+
+    Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
+    to a dense weight that does not exist. `weight` is there to be read, as the dense matrix.
+
+    Args:
+        spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
+        bias: whether there is a bias `[N]`.
+        transposed: the layer replaces a `Conv1D`, which stores its weight `[K, N]`.
+        device, dtype: of the factors.
+    """
+
+    spec_class: type[BLRSpec]
+
+    def __init__(self, spec: BLRSpec, bias=True, transposed=False, device=None, dtype=None):
+        super().__init__()
+        if type(spec) is not self.spec_class:
+            raise TypeError(f"{type(self).__name__} needs a {self.spec_class.__name__} spec, got {spec}")
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.transposed = transposed
+        for name, shape in spec.factor_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", bias_value)
+        self.reset_parameters()
+
+    @staticmethod
+    def from_spec(spec: BLRSpec, **kwargs) -> BLRLinear:
+        """The module class that belongs to the spec's structure, freshly initialised."""
+        return LINEARS[type(spec)](spec, **kwargs)
+
+    @classmethod
+    def from_factors(cls, spec, factors: dict[str, torch.Tensor], bias=None, transposed=False) -> BLRLinear:
+        """A module holding these tensors. Raises ValueError where a factor is missing or misshapen."""
+        shapes = {name: tuple(t.shape) for name, t in factors.items()}
+        if shapes != spec.factor_shapes():
+            raise ValueError(f"{spec.structure} factors must have the shapes {spec.factor_shapes()}, got {shapes}")
+        module = cls.from_spec(spec, bias=bias is not None, transposed=transposed, device="meta")
+        for name, value in (factors if bias is None else {**factors, "bias": bias}).items():
+            setattr(module, name, nn.Parameter(value.detach()))
+        return module
+
+    def reset_parameters(self):
+        """Random factors whose product has the variance 1 / (3 K) of a fresh `nn.Linear`."""
+        if self.v.is_meta:
+            return
+        std = self.initial_std()
+        for name, value in self.factors().items():
+            nn.init.normal_(value, std=std[name])
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def initial_std(self) -> dict[str, float]:
+        """{factor: standard deviation}; each output sums `v.shape[-1] * u.shape[-1]` products."""
+        return {"u": (1 / (3 * self.u.shape[-1])) ** 0.5, "v": self.v.shape[-1] ** -0.5}
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """{"u", ("s",) "v"}: the parameters in the order in which the ops take them."""
+        return {name: getattr(self, name) for name in self.spec.factor_names}
+
+    def dense_weight(self) -> torch.Tensor:
+        """The dense matrix `[N, K]`, differentiable in the factors."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense matrix as the replaced layer would hold it, detached: for code that only looks at it.
+
+        While a dense checkpoint streams in, a placeholder parameter of this name stands in the module; it is what the
+        loader must see then.
+        """
+        placeholder = self._parameters.get("weight")
+        if placeholder is not None:
+            return placeholder
+        dense = self.dense_weight().detach()
+        dense = dense.T if self.transposed else dense
+        # transformers' _init_weights re-initialises what does not carry this mark
+        dense._is_hf_initialized = True
+        return dense
+
+    def to_dense(self) -> nn.Module:
+        """The `nn.Linear` (or `Conv1D`) with the same matrix, dtype and device; multiplied out in float32 or better."""
+        wide = {n: f.detach().to(torch.promote_types(f.dtype, torch.float32)) for n, f in self.factors().items()}
+        weight = DENSE[type(self.spec)](**wide).to(self.u.dtype)
+        dense = build_dense(weight, self.bias, self.transposed)
+        dense.train(self.training)
+        return dense.requires_grad_(self.u.requires_grad)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored, the bias included."""
+        return sum(p.numel() for p in self.parameters(recurse=False))
+
+    def extra_repr(self):
+        spec, b = self.spec, self.spec.num_blocks
+        blocks = "" if b == (1, 1) else f", num_blocks={b}"
+        return (
+            f"in_features={spec.in_features}, out_features={spec.out_features}, rank={spec.rank}{blocks}, "
+            f"bias={self.bias is not None}, ratio={spec.ratio:.3f}"
+        )
+
+
+class LowRankLinear(BLRLinear):
+    """x v^T u^T + bias; see `structures.LowRank`."""
+
+    spec_class = LowRank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.low_rank_linear(x, self.u, self.v, self.bias)
+
+    def dense_weight(self):
+        return reference.low_rank_dense(self.u, self.v)
+
+
+class MonarchLinear(BLRLinear):
+    """Block (i, j) of the matrix is u_ij v_ij; see `structures.Monarch`."""
+
+    spec_class = Monarch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.monarch_linear(x, self.u, self.v, self.bias)
+
+    def dense_weight(self):
+        return reference.monarch_dense(self.u, self.v)
+
+
+class BlastLinear(BLRLinear):
+    """Block (i, j) of the matrix is u_i diag(s_ij) v_j; see `structures.Blast`."""
+
+    spec_class = Blast
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.blast_linear(x, self.u, self.s, self.v, self.bias)
+
+    def initial_std(self):
+        # u sums R products of z, and z sums B1 of them
+        return {**super().initial_std(), "s": 1 / math.sqrt(self.spec.num_blocks[0])}
+
+    def dense_weight(self):
+        return reference.blast_dense(self.u, self.s, self.v)
+
+
+LINEARS: dict[type[BLRSpec], type[BLRLinear]] = {
+    cls.spec_class: cls for cls in (LowRankLinear, MonarchLinear, BlastLinear)
+}

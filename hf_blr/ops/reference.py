@@ -1,0 +1,63 @@
+"""The structures in plain PyTorch: the oracle of the kernels, and what runs where no kernel does.
+
+Any leading shape, any float dtype, any device; differentiable by autograd. Sizes are those of `hf_blr.structures`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]`, u `[N, R]`, v `[R, K]` -> `[..., N]`."""
+    return F.linear(F.linear(x, v), u, bias)
+
+
+def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]`, u `[B2, Q, B1*R]`, v `[B1, B2*R, P]` -> `[..., N]`. arXiv 2204.00595."""
+    y = _project(x, v)
+    b1, tokens, _ = y.shape
+    b2 = u.shape[0]
+    # [B1, T, B2, R] -> [B2, T, B1*R]: the two block indices swap places
+    z = y.view(b1, tokens, b2, -1).permute(2, 1, 0, 3).reshape(b2, tokens, -1)
+    return _expand(z, u, bias, x.shape[:-1])
+
+
+def blast_linear(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]`, u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]` -> `[..., N]`. arXiv 2410.21262."""
+    z = torch.einsum("cbr,btr->ctr", s, _project(x, v))
+    return _expand(z, u, bias, x.shape[:-1])
+
+
+def low_rank_dense(u: Tensor, v: Tensor) -> Tensor:
+    """The matrix `[N, K]` that `low_rank_linear` multiplies by."""
+    return u @ v
+
+
+def monarch_dense(u: Tensor, v: Tensor) -> Tensor:
+    """The matrix `[N, K]` that `monarch_linear` multiplies by."""
+    (b2, q, _), (b1, _, p) = u.shape, v.shape
+    blocks = torch.einsum("iqjr,jirp->iqjp", u.view(b2, q, b1, -1), v.view(b1, b2, -1, p))
+    return blocks.reshape(b2 * q, b1 * p)
+
+
+def blast_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """The matrix `[N, K]` that `blast_linear` multiplies by."""
+    (b2, q, _), (b1, r, p) = u.shape, v.shape
+    # s goes into v first: [B2, R, B1*P]
+    rows = torch.einsum("ijr,jrp->irjp", s, v).reshape(b2, r, b1 * p)
+    return torch.bmm(u, rows).view(b2 * q, b1 * p)
+
+
+def _project(x: Tensor, v: Tensor) -> Tensor:
+    """x `[..., K]`, v `[B1, R, P]` -> y `[B1, T, R]`."""
+    b1, _, p = v.shape
+    return torch.bmm(x.reshape(-1, b1, p).transpose(0, 1), v.transpose(1, 2))
+
+
+def _expand(z: Tensor, u: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
+    """z `[B2, T, R]`, u `[B2, Q, R]` -> `[*lead, N]`."""
+    out = torch.bmm(z, u.transpose(1, 2)).transpose(0, 1).reshape(*lead, -1)
+    return out if bias is None else out + bias
