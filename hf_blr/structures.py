@@ -186,12 +186,20 @@ def make_spec(structure, in_features, out_features, *, ratio=None, rank=None, nu
                 "fewer blocks, or leave this module dense"
             )
     spec = cls(in_features, out_features, rank, blocks)
-    if spec.num_parameters >= dense:
+    highest = max_rank(structure, in_features, out_features, blocks)
+    if rank > highest:
         raise ValueError(
             f"{structure} of rank {rank} stores {spec.num_parameters} parameters where the dense "
-            f"{out_features}x{in_features} matrix has {dense}: nothing is saved; use a rank of at most {(dense - 1) // cost}"
+            f"{out_features}x{in_features} matrix has {dense}: nothing is saved; use a rank of at most {highest}"
         )
     return spec
+
+
+def max_rank(structure, in_features, out_features, num_blocks=None) -> int:
+    """The largest rank that stores fewer numbers than the dense matrix; 0 if there is none."""
+    cls = structure_class(structure)
+    blocks = as_block_pair(cls.default_blocks if num_blocks is None else num_blocks)
+    return (in_features * out_features - 1) // cls.parameters_per_rank(in_features, out_features, blocks)
 
 
 def spec_from_dict(data: dict) -> BLRSpec:

@@ -1,0 +1,109 @@
+"""From a config and a model to a plan: what each replaced module becomes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_blr.config import BLRConfig
+from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.linear import BLRLinear
+from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
+from hf_blr.targets import find_targets, override_for
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one dense layer becomes: the factors' sizes, and what else must be known to build it back."""
+
+    spec: BLRSpec
+    bias: bool
+    transposed: bool
+
+    def to_dict(self) -> dict:
+        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> LayerPlan:
+        data = dict(data)
+        try:
+            bias, transposed = data.pop("bias"), data.pop("transposed")
+        except KeyError as error:
+            raise ValueError(f"a layer's plan needs the key {error}, got {sorted(data)}") from None
+        return cls(spec_from_dict(data), bias, transposed)
+
+    def build(self, device=None, dtype=None) -> BLRLinear:
+        """The module, with fresh parameters (none on the meta device)."""
+        return BLRLinear.from_spec(
+            self.spec, bias=self.bias, transposed=self.transposed, device=device, dtype=dtype
+        )
+
+
+Plan = dict[str, LayerPlan]
+
+
+def plan_from_layers(layers: dict[str, dict]) -> Plan:
+    """The plan stored in a config's `layers`. Raises ValueError that names the module."""
+    plan = {}
+    for name, data in layers.items():
+        try:
+            plan[name] = LayerPlan.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return plan
+
+
+def layers_from_plan(plan: Plan) -> dict[str, dict]:
+    """The JSON-ready form that `plan_from_layers` reads."""
+    return {name: layer.to_dict() for name, layer in plan.items()}
+
+
+def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
+    """Every module that the config replaces in this model, with its sizes.
+
+    Raises:
+        ValueError: if the model is compressed already, a pattern matches nothing, or a module's sizes do not fit the
+            structure; the message starts with the module's name.
+    """
+    compressed = [name for name, module in model.named_modules() if isinstance(module, BLRLinear)]
+    if compressed:
+        raise ValueError(
+            f"the model is compressed already ({compressed[0]} is a {type(model.get_submodule(compressed[0])).__name__}); "
+            "to compress it again, make it dense first with hf_blr.to_dense(model)"
+        )
+    targets = find_targets(model, config.target_modules, config.modules_to_not_convert)
+    by_default = config.target_modules is None or config.target_modules == "all-linear"
+    plan, too_small = {}, []
+    for name in targets:
+        module = model.get_submodule(name)
+        in_features, out_features = feature_sizes(module)
+        settings = config.settings_with(override_for(name, config.overrides))
+        rank, sizes = settings["rank"], (in_features, out_features, settings["num_blocks"])
+        if by_default and rank is not None and rank > max_rank(settings["structure"], *sizes):
+            too_small.append(name)
+            continue
+        try:
+            spec = make_spec(in_features=in_features, out_features=out_features, **settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        plan[name] = LayerPlan(spec, module.bias is not None, is_transposed(module))
+    if too_small:
+        logger.warning(
+            "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
+        )
+    if not plan:
+        raise ValueError(f"rank={config.rank} makes no module of this model smaller; use a lower rank or a ratio")
+    warn_of_experts(model)
+    return plan
+
+
+def warn_of_experts(model: nn.Module):
+    """Experts fused into 3-D parameters stay dense; say how much of the model that is."""
+    experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name)
+    if experts:
+        share = experts / sum(p.numel() for p in model.parameters())
+        logger.warning("the experts' fused weights stay dense: %.0f %% of the model's parameters", 100 * share)

@@ -1,0 +1,109 @@
+"""Which modules of a model a config names."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from hf_blr.dense import is_dense_linear
+
+#: small layers that steer others: a wrong sign in one of them sends a token to another expert
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def find_targets(model: nn.Module, target_modules=None, modules_to_not_convert=None) -> list[str]:
+    """The names of the dense layers to replace, in the model's order.
+
+    Args:
+        model: any module tree; those of transformers also say what their head and tied weights are.
+        target_modules, modules_to_not_convert: as in `BLRConfig`.
+
+    Raises:
+        ValueError: if a pattern matches no dense linear layer, nothing is left to replace, or a named module shares
+            its weight with another one.
+    """
+    dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+    tied = tied_modules(model, dense)
+    if target_modules is None or target_modules == "all-linear":
+        left_out = tied | head_modules(model) | set(map(str, keep_in_fp32_names(model)))
+        chosen = [
+            name
+            for name in dense
+            if in_repeated_block(name) and left_out.isdisjoint((name, leaf(name))) and leaf(name) not in ROUTER_NAMES
+        ]
+    else:
+        matched = match(target_modules, dense, "target_modules")
+        shared = sorted(matched & tied)
+        if shared:
+            raise ValueError(
+                f"{shared[0]} shares its weight with another module and cannot be replaced alone; leave it out of "
+                "target_modules, or untie the model first"
+            )
+        chosen = [name for name in dense if name in matched]
+    if modules_to_not_convert:
+        excluded = match(modules_to_not_convert, dense, "modules_to_not_convert", must_match=False)
+        chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise ValueError(
+            f"no module of {type(model).__name__} is left to compress with target_modules={target_modules!r} and "
+            f"modules_to_not_convert={modules_to_not_convert!r}; its linear layers end in "
+            f"{sorted({leaf(name) for name in dense})}"
+        )
+    return chosen
+
+
+def match(patterns: str | list[str], names, what: str, must_match=True) -> set[str]:
+    """The names that a regular expression matches whole, or that equal or end in one of a list's entries."""
+    if isinstance(patterns, str):
+        hits = {patterns: {name for name in names if re.fullmatch(patterns, name)}}
+    else:
+        hits = {entry: {n for n in names if n == entry or n.endswith("." + entry)} for entry in patterns}
+    empty = [pattern for pattern, found in hits.items() if not found]
+    if must_match and empty:
+        raise ValueError(
+            f"{what} {empty} match no linear layer; this model's linear layers end in "
+            f"{sorted({leaf(name) for name in names})}"
+        )
+    return set().union(*hits.values())
+
+
+def override_for(name: str, overrides: dict[str, dict]) -> dict:
+    """The values of the first pattern that an ending of `name` matches, else nothing."""
+    for pattern, values in overrides.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return values
+    return {}
+
+
+def leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def in_repeated_block(name: str) -> bool:
+    """Whether a component of the path is a number, as the members of an `nn.ModuleList` have it."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+def head_modules(model: nn.Module) -> set[str]:
+    """The output embedding, by name, where the model says it has one."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return {name for name, module in model.named_modules() if module is head and head is not None}
+
+
+def keep_in_fp32_names(model: nn.Module):
+    """Leaf names that the model holds in float32 because their precision matters (T5's `wo`)."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return set(names) | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def tied_modules(model: nn.Module, dense: dict[str, nn.Module]) -> set[str]:
+    """Dense layers whose weight another module uses too: the same tensor, or declared so by the model."""
+    # on the meta device ties are only declared, later they are visible as one tensor with several owners
+    declared = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or ()}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    shared = {name for group in owners.values() if len(group) > 1 for name in group}
+    return (declared | shared) & set(dense)
