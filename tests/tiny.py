@@ -1,0 +1,93 @@
+"""Randomly initialised models of a few thousand parameters, and a tokenizer that needs no hub.
+
+Every size divides by BLAST's default 4 x 16 blocks. The same call gives the same weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+#: the 256 bytes and the end-of-text token
+VOCAB_SIZE = 257
+EOS_ID = 256
+
+
+def build(model_class, config, seed=0):
+    """The model in evaluation mode, with weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config).eval()
+
+
+def tiny_llama(seed=0, **kw) -> LlamaForCausalLM:
+    """Two blocks, 14 projections; k and v are narrower than q (grouped queries). `kw` goes to the config."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    tokens = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+    # weights large enough that a wrong matrix shows in the logits
+    return build(
+        LlamaForCausalLM, LlamaConfig(**{**sizes, **heads, **tokens, "initializer_range": 0.1, **kw}), seed
+    )
+
+
+def tiny_gpt2(seed=0, **kw) -> GPT2LMHeadModel:
+    """Two blocks, 8 projections, all `Conv1D`; the head is tied to the embedding."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB_SIZE}
+    tokens = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID}
+    return build(GPT2LMHeadModel, GPT2Config(**{**sizes, **tokens, "initializer_range": 0.1, **kw}), seed)
+
+
+def tiny_bert(seed=0, **kw) -> BertForSequenceClassification:
+    """Two blocks, 12 projections; pooler and classifier are linear layers outside the blocks."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    more = {
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "num_labels": 3,
+        "initializer_range": 0.1,
+    }
+    return build(BertForSequenceClassification, BertConfig(**{**sizes, **more, **kw}), seed)
+
+
+def tiny_vit(seed=0, **kw) -> ViTForImageClassification:
+    """Two blocks, 12 projections; images are 3 x 16 x 16."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    image = {"image_size": 16, "patch_size": 8, "num_labels": 3, "initializer_range": 0.1}
+    return build(ViTForImageClassification, ViTConfig(**{**sizes, **image, **kw}), seed)
+
+
+def tiny_inputs(model, seed=1) -> dict[str, torch.Tensor]:
+    """A batch of two that the model's forward takes."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    return {"input_ids": torch.randint(0, 256, (2, 12), generator=generator)}
+
+
+@torch.no_grad()
+def tiny_logits(model) -> torch.Tensor:
+    """The model's logits (or last hidden states) on `tiny_inputs`, in float32."""
+    return model(**tiny_inputs(model))[0].float()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, plus `<|end|>`; saves and loads as any fast tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(letters)} | {"<|end|>": EOS_ID}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
