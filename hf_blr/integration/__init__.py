@@ -1,0 +1,47 @@
+"""Everything that knows how transformers and PEFT work inside.
+
+`register()` is what `import hf_blr` calls. It imports neither package's machinery: the quantizer, the `blr_config=`
+keyword and the LoRA layer are put in place when transformers' model loader and PEFT are imported.
+"""
+
+from hf_blr.integration.layout import match_plan, swap_in
+from hf_blr.integration.loading import from_config, to_dense
+from hf_blr.integration.on_import import when_imported
+from hf_blr.integration.patch import MODELING, disable, enable
+from hf_blr.integration.peft import enable_peft, lora_targets
+from hf_blr.integration.record import blr_modules, forget_plan, record_plan, refuse_offloaded
+
+__all__ = [
+    "blr_modules",
+    "disable",
+    "enable",
+    "enable_peft",
+    "forget_plan",
+    "from_config",
+    "lora_targets",
+    "match_plan",
+    "record_plan",
+    "refuse_offloaded",
+    "register",
+    "swap_in",
+    "to_dense",
+]
+
+
+def register():
+    """Make transformers and PEFT know BLR models. A second call changes nothing."""
+    when_imported(MODELING, register_quantizer)
+    enable()
+    enable_peft()
+
+
+def register_quantizer(modeling):
+    """Tell transformers which classes serve `quant_method: "hf_blr"`."""
+    from transformers.quantizers import auto
+
+    from hf_blr.config import QUANT_METHOD, BLRConfig
+    from hf_blr.integration.quantizer import BLRHfQuantizer
+
+    # not through transformers' decorators: they refuse a second import of this package in one process
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = BLRConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = BLRHfQuantizer

@@ -1,0 +1,97 @@
+"""From the layout that a checkpoint stores to the modules of the model at hand."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from hf_blr.dense import feature_sizes, is_dense_linear
+from hf_blr.linear import BLRLinear
+from hf_blr.plan import LayerPlan, Plan
+
+logger = logging.getLogger(__name__)
+
+
+class ModuleNames:
+    """Finds a model's module by a name that another class of the family, or another release, gave it.
+
+    A base model's `layers.0` is `model.layers.0` in the model with a head; and transformers renames modules between
+    releases and keeps the old names in the files.
+    """
+
+    def __init__(self, model: nn.Module):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        self.modules = dict(model.named_modules())
+        self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self.renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+
+    def find(self, name: str) -> str | None:
+        """The model's own name for the module, None if there is no such module."""
+        for candidate in (name, self.renamed(name)):
+            for variant in (candidate, candidate.removeprefix(self.prefix), self.prefix + candidate):
+                if variant in self.modules:
+                    return variant
+        return None
+
+    def renamed(self, name: str) -> str:
+        # some patterns only fit the name of a parameter
+        key = name + ".weight"
+        for renaming in self.renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix(".weight")
+
+
+def match_plan(model: nn.Module, plan: Plan) -> Plan:
+    """The stored plan under this model's module names.
+
+    Modules that this model does not have (a head, for a base model) are left out with a warning.
+
+    Raises:
+        ValueError: if no name fits, or a module that fits has other sizes than the plan says.
+    """
+    names = ModuleNames(model)
+    found = {name: names.find(name) for name in plan}
+    matched = {found[name]: layer for name, layer in plan.items() if found[name] is not None}
+    unmatched = [name for name in plan if found[name] is None]
+    if not matched:
+        raise ValueError(
+            f"{unmatched[0] if unmatched else 'layers'}: none of the {len(plan)} compressed modules that the checkpoint's "
+            f"config lists is in this {type(model).__name__}; load it with the class that saved it"
+        )
+    if unmatched:
+        logger.warning(
+            "%s has no %s; their factors are not loaded", type(model).__name__, ", ".join(unmatched)
+        )
+    for name, layer in matched.items():
+        check_sizes(name, model.get_submodule(name), layer)
+    return {name: matched[name] for name in names.modules if name in matched}
+
+
+def check_sizes(name: str, module: nn.Module, layer: LayerPlan):
+    """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
+    expected = f"a linear layer of {layer.spec.in_features} -> {layer.spec.out_features} features"
+    if not is_dense_linear(module):
+        raise ValueError(
+            f"{name}: the config's layers say {expected}, the model has a {type(module).__name__}; "
+            "load the checkpoint with the config that was saved with it"
+        )
+    sizes = feature_sizes(module)
+    if sizes != (layer.spec.in_features, layer.spec.out_features):
+        raise ValueError(
+            f"{name}: the config's layers say {expected}, the model has {sizes[0]} -> {sizes[1]}; "
+            "load the checkpoint with the config that was saved with it"
+        )
+
+
+def swap_in(model: nn.Module, plan: Plan) -> dict[str, BLRLinear]:
+    """Put a fresh BLR module in each planned place, on the device and in the dtype of the layer that was there."""
+    swapped = {}
+    for name, layer in plan.items():
+        dense = model.get_submodule(name)
+        module = layer.build(device=dense.weight.device, dtype=dense.weight.dtype).train(dense.training)
+        model.set_submodule(name, module)
+        swapped[name] = module
+    return swapped

@@ -1,0 +1,84 @@
+"""BLR models without a checkpoint: back to dense, and from a config with random factors."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from hf_blr.config import BLRConfig
+from hf_blr.integration.layout import match_plan, swap_in
+from hf_blr.integration.record import blr_modules, forget_plan, record_plan, refuse_offloaded
+from hf_blr.plan import plan_from_layers, resolve_plan
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Multiply all factors out: every BLR module becomes the `nn.Linear` or `Conv1D` it stands for.
+
+    Works in place, one module at a time, and returns the model, whose config no longer mentions hf_blr.
+
+    Raises:
+        ValueError: if the model has no BLR modules, is offloaded, or carries adapters on them.
+    """
+    modules = blr_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no BLR modules, there is nothing to make dense")
+    adapted = [name for name in modules if name.endswith(".base_layer")]
+    if adapted:
+        raise ValueError(f"{adapted[0]} carries an adapter; take it off first with peft_model.unload()")
+    refuse_offloaded(model)
+    for name, module in modules.items():
+        model.set_submodule(name, module.to_dense())
+    forget_plan(model)
+    return model
+
+
+def from_config(config, model_class=None, *, blr_config: BLRConfig | dict | None = None, **kwargs):
+    """A new BLR model with random weights, as `model_class.from_config(config)` gives a new dense one.
+
+    transformers' own `from_config` builds the dense model even where the config describes a compressed one.
+
+    Args:
+        config: a transformers config; a `quantization_config` of ours in it says what to compress.
+        model_class: a model class or Auto class; default: the class named in `config.architectures`.
+        blr_config: what to compress, where `config` does not say.
+        **kwargs: for the class's `from_config`, such as `dtype`.
+
+    Raises:
+        ValueError: if neither or both say what to compress, or no class is given and the config names none.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if (stored is None) == (blr_config is None):
+        raise ValueError(
+            "from_config needs one BLRConfig, in config.quantization_config or as blr_config=, got "
+            + ("both" if stored is not None else "neither")
+        )
+    blr_config = stored if blr_config is None else blr_config
+    if isinstance(blr_config, dict):
+        blr_config = BLRConfig(**blr_config)
+    dense_config = copy.deepcopy(config)
+    if stored is not None:
+        del dense_config.quantization_config
+    model_class = model_class or named_class(config)
+    # only Auto classes have the public method
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    model = build(dense_config, **kwargs)
+    layers = blr_config.layers
+    plan = match_plan(model, plan_from_layers(layers)) if layers else resolve_plan(model, blr_config)
+    swap_in(model, plan)
+    record_plan(model, blr_config, plan)
+    return model
+
+
+def named_class(config):
+    """The transformers class that the config names. Raises ValueError if there is none."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [None]
+    model_class = getattr(transformers, names[0], None) if names[0] else None
+    if model_class is None:
+        raise ValueError(
+            f"config.architectures is {getattr(config, 'architectures', None)}, which names no class of transformers; "
+            "pass model_class="
+        )
+    return model_class

@@ -1,0 +1,49 @@
+"""Run a function when another package's module is imported.
+
+`import hf_blr` must reach into transformers' loader and PEFT's config, but importing those itself would double the time
+that it takes, and bring in what a user may never need.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+Callback = Callable[[ModuleType], None]
+
+_waiting: dict[str, list[Callback]] = {}
+
+
+def when_imported(name: str, callback: Callback):
+    """Call `callback(module)` right after the module's first import, or now if that has been."""
+    if name in sys.modules:
+        callback(sys.modules[name])
+        return
+    callbacks = _waiting.setdefault(name, [])
+    if callback not in callbacks:
+        callbacks.append(callback)
+    if not any(isinstance(finder, CallbackFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, CallbackFinder())
+
+
+class CallbackFinder(importlib.abc.MetaPathFinder):
+    """Lets the other finders find an awaited module, and adds the callbacks to its execution."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname not in _waiting:
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            for callback in _waiting.pop(fullname, []):
+                callback(module)
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,173 @@
+"""The `blr_config=` keyword of `from_pretrained`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+
+from hf_blr.config import QUANT_METHOD, BLRConfig
+from hf_blr.integration.on_import import when_imported
+from hf_blr.integration.parallel import refuse_tensor_parallel
+from hf_blr.integration.record import refuse_offloaded
+
+MODELING = "transformers.modeling_utils"
+
+#: what tells where a repository's files are; its tokenizer and config are read from the same place
+PLACE_KEYWORDS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+_enabled = False
+
+
+def enable():
+    """Let every `from_pretrained` of transformers take `blr_config=` (and `tokenizer=` beside it).
+
+    `import hf_blr` does this. A second call changes nothing.
+    """
+    global _enabled
+    _enabled = True
+    when_imported(MODELING, wrap)
+
+
+def disable():
+    """Take the keyword back; `quantization_config=BLRConfig(...)` without a dataset works on.
+
+    If another package has wrapped `from_pretrained` since, ours stays inside of it and hands every call through.
+    """
+    global _enabled
+    _enabled = False
+    if MODELING in sys.modules:
+        pretrained = sys.modules[MODELING].PreTrainedModel
+        current = pretrained.__dict__["from_pretrained"].__func__
+        # a wrapper made with functools.wraps carries our marks too, but they do not point to itself
+        if getattr(current, "hf_blr_wrapper", None) is current:
+            pretrained.from_pretrained = current.hf_blr_original
+
+
+def wrap(modeling):
+    """Replace `PreTrainedModel.from_pretrained`, where the Auto classes and all subclasses end up."""
+    before = modeling.PreTrainedModel.__dict__["from_pretrained"]
+    original = before.__func__
+    if not _enabled or hasattr(original, "hf_blr_wrapper"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, **kwargs):
+        config = take_config(kwargs) if _enabled else None
+        call = functools.partial(original, cls)
+        return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
+
+    from_pretrained.hf_blr_wrapper = from_pretrained
+    from_pretrained.hf_blr_original = before
+    modeling.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def take_config(kwargs: dict) -> BLRConfig | None:
+    """Remove the BLR config from `from_pretrained`'s keywords and return a copy; None, and no change, without one.
+
+    Raises:
+        ValueError: if both `blr_config` and `quantization_config` are given, or the config is out of range.
+        TypeError: if `blr_config` is no config.
+    """
+    given, other = kwargs.pop("blr_config", None), kwargs.get("quantization_config")
+    if given is not None and other is not None:
+        raise ValueError(
+            "from_pretrained got blr_config and quantization_config, they are two names for one thing: give only "
+            "blr_config"
+        )
+    if given is None:
+        if not is_blr(other):
+            return None
+        given = kwargs.pop("quantization_config")
+    elif not isinstance(given, (BLRConfig, dict)):
+        raise TypeError(
+            f"blr_config must be a BLRConfig or a dict of its arguments, got {type(given).__name__}"
+        )
+    return BLRConfig(**given) if isinstance(given, dict) else copy.deepcopy(given)
+
+
+def is_blr(config) -> bool:
+    """Whether a `quantization_config`, object or dict, is one of ours."""
+    return isinstance(config, BLRConfig) or (
+        isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
+    )
+
+
+def load(original, config: BLRConfig, args: tuple, kwargs: dict):
+    """What `from_pretrained` does with a BLR config.
+
+    Fits to the weights alone stream while transformers loads. Fits to activations, and GGUF files (which transformers
+    does not combine with a quantizer), take a loaded dense model.
+
+    Raises:
+        ValueError: if activations are asked for and there is no tokenizer.
+        NotImplementedError: with tensor parallelism.
+    """
+    sharding = {name: kwargs.get(name) for name in ("distributed_config", "tp_plan", "tp_size")}
+    refuse_tensor_parallel(**sharding)
+    tokenizer = kwargs.pop("tokenizer", None)
+    path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    from_gguf = kwargs.get("gguf_file") is not None
+    if not from_gguf and (not config.calibrated or is_compressed(path, kwargs)):
+        return original(*args, **{**kwargs, "quantization_config": config})
+
+    from hf_blr.compress import compress
+
+    if config.calibrated and tokenizer is None:
+        tokenizer = load_tokenizer(path, kwargs)
+    if from_gguf:
+        kwargs["quantization_config"] = dequantizing_config()
+    loaded = original(*args, **kwargs)
+    model = loaded[0] if kwargs.get("output_loading_info") else loaded
+    refuse_offloaded(model)
+    compress(model, config, tokenizer=tokenizer)
+    return loaded
+
+
+def is_compressed(path, kwargs: dict) -> bool:
+    """Whether the checkpoint has a `quantization_config` already, ours or another; transformers deals with both."""
+    from transformers import PreTrainedConfig
+
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config, "quantization_config", None) is not None
+    source = config if config is not None else path
+    if source is None:
+        return False
+    place = {name: kwargs[name] for name in PLACE_KEYWORDS if name in kwargs}
+    return PreTrainedConfig.get_config_dict(source, **place)[0].get("quantization_config") is not None
+
+
+def load_tokenizer(path, kwargs: dict):
+    """The tokenizer beside the model's weights. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    advice = "pass from_pretrained(..., tokenizer=tokenizer), or a BLRConfig without a dataset"
+    if path is None:
+        raise ValueError(
+            f"a fit to BLRConfig.dataset needs a tokenizer, and no model path says where it is: {advice}"
+        )
+    names = (*PLACE_KEYWORDS, "trust_remote_code", "gguf_file")
+    try:
+        return AutoTokenizer.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: no tokenizer for the fit to BLRConfig.dataset: {advice}; {error}"
+        ) from error
+
+
+def dequantizing_config():
+    """Asks transformers for the GGUF file's weights as a plain dense model; None where it always gives that."""
+    import transformers
+
+    # the class came with the release in which a GGUF load began to leave a quantizer on the model
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    return None if gguf_config is None else gguf_config(dequantize=True)

@@ -1,0 +1,96 @@
+"""LoRA adapters on BLR modules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+from torch import nn
+
+from hf_blr.integration.on_import import when_imported
+from hf_blr.integration.record import blr_modules
+from hf_blr.linear import BLRLinear
+
+LORA_CONFIG = "peft.tuners.lora.config"
+
+#: initialisations that look at nothing but the adapter; the others move a part of the base weight into it
+PLAIN_INITS = (True, False, "gaussian", "eva")
+
+
+def enable_peft():
+    """Let every `LoraConfig` put adapters on BLR modules; done by `import hf_blr`.
+
+    PEFT keeps its map of supported modules in the config object and does not save it, so each new config needs the
+    entry, those that are read from an adapter's folder too.
+    """
+    when_imported(LORA_CONFIG, wrap_lora_config)
+
+
+def wrap_lora_config(lora_config):
+    """Add the entry for BLR modules at the end of `LoraConfig.__post_init__`; once."""
+    original = lora_config.LoraConfig.__post_init__
+    if hasattr(original, "hf_blr_wrapper"):
+        return
+
+    @functools.wraps(original)
+    def __post_init__(self):
+        original(self)
+        self._register_custom_module({BLRLinear: lora_class()})
+
+    __post_init__.hf_blr_wrapper = True
+    lora_config.LoraConfig.__post_init__ = __post_init__
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Names of the model's BLR modules, for `LoraConfig(target_modules=...)`; "all-linear" does not see them.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    names = list(blr_modules(model))
+    if not names:
+        raise ValueError(
+            f'{type(model).__name__} has no BLR modules; target_modules="all-linear" finds dense ones'
+        )
+    return names
+
+
+@functools.cache
+def lora_class() -> type[nn.Module]:
+    """`LoraBLR`, made on first use because it derives from a class of PEFT."""
+    from peft.tuners.lora import Linear
+
+    class LoraBLR(Linear):
+        """y = blr(x) + scaling * B(A(dropout(x))): PEFT's own LoRA layer around a BLR module.
+
+        The adapter cannot be merged: the sum of a BLR matrix and a low-rank one does not fit into the factors.
+        """
+
+        @property
+        def lora_variants(self):
+            # DoRA and its kind normalise the dense weight in each forward; PEFT refuses what is not listed here
+            return {(): None}
+
+        def update_layer(self, *args, **kwargs):
+            given = inspect.signature(super().update_layer).bind(*args, **kwargs).arguments
+            init = getattr(given.get("config"), "init_lora_weights", given.get("init_lora_weights", True))
+            if init not in PLAIN_INITS:
+                raise NotImplementedError(
+                    f"init_lora_weights={init!r} moves a part of the dense weight into the adapter, and a BLR module "
+                    f"has no dense weight; use one of {PLAIN_INITS}"
+                )
+            super().update_layer(*args, **kwargs)
+
+        def merge(self, safe_merge=False, adapter_names=None):
+            raise NotImplementedError(
+                "a LoRA adapter cannot be merged into block low-rank factors; keep it beside them, or take it off "
+                "with unload(), make the model dense with hf_blr.to_dense(model), and merge it there"
+            )
+
+        def unmerge(self):
+            raise NotImplementedError(
+                "no LoRA adapter is ever merged into block low-rank factors; to use the base model alone, call "
+                "disable_adapter() or unload()"
+            )
+
+    return LoraBLR

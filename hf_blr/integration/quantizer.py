@@ -1,0 +1,134 @@
+"""The quantizer that transformers calls while it loads a model with a `BLRConfig`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from hf_blr.config import BLRConfig
+from hf_blr.integration.layout import match_plan, swap_in
+from hf_blr.integration.loading import to_dense
+from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
+from hf_blr.integration.record import record_plan
+from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_placeholder, fit_weight
+from hf_blr.integration.verify import check_files, check_loaded, expected_tensors, mark_loaded
+from hf_blr.linear import BLRLinear
+from hf_blr.plan import Plan, plan_from_layers, resolve_plan
+
+
+class BLRHfQuantizer(HfQuantizer):
+    """Swaps BLR modules in before the weights come, and checks what came.
+
+    From a dense checkpoint each weight becomes factors as it streams in, so memory peaks near the compressed size.
+    From a BLR checkpoint the factors load as they are. Afterwards the quantizer detaches itself: the factors are
+    ordinary parameters, and transformers would refuse `.half()`, `save_pretrained(state_dict=...)` and compiled
+    training on a model that it takes for quantised.
+    """
+
+    def __init__(self, quantization_config: BLRConfig, **kwargs):
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.plan: Plan = {}
+        #: {name of a dense weight: module that waits for it}
+        self.awaiting: dict[str, BLRLinear] = {}
+        self.refused: list[str] = []
+        self.expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def validate_environment(self, *args, **kwargs):
+        if not self.pre_quantized and self.quantization_config.calibrated:
+            raise ValueError(
+                "BLRConfig.dataset asks for a fit to activations, and those cannot be seen while a checkpoint streams "
+                "in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense model and call "
+                "hf_blr.compress(model, config, tokenizer=tokenizer)"
+            )
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        refuse_tensor_parallel(getattr(model.config, "distributed_config", None))
+        layers = self.quantization_config.layers
+        self.plan = (
+            match_plan(model, plan_from_layers(layers))
+            if layers
+            else resolve_plan(model, self.quantization_config)
+        )
+        if self.pre_quantized:
+            check_files(model, self.plan, checkpoint_files)
+        weights = {name: model.get_submodule(name).weight for name in self.plan}
+        modules = swap_in(model, self.plan)
+        if not self.pre_quantized:
+            for name, module in modules.items():
+                add_placeholder(module, weights[name])
+                self.awaiting[f"{name}.weight"] = module
+        self.expected = expected_tensors(model)
+
+    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        return param_name in self.awaiting
+
+    def param_element_size(self, model, param_name, param) -> float:
+        # the dense weight is gone before the next one comes: it needs no room in a device map
+        return 0 if param_name in self.awaiting else param.element_size()
+
+    def get_quantize_ops(self):
+        return FactorizeOp(self.awaiting, self.quantization_config, self.refused)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        refuse_sharded(model)
+        if self.refused:
+            raise ValueError("; ".join(self.refused))
+        self.fit_leftovers()
+        check_loaded(model, self.expected, complete=self.pre_quantized)
+        record_plan(model, self.quantization_config, self.plan)
+        detach(model)
+        return model
+
+    def fit_leftovers(self):
+        """Fit the weights that were loaded past `FactorizeOp`.
+
+        The loader asks `param_needs_quantization` for the first weight of a fused projection only.
+
+        Raises:
+            ValueError: if a weight never came.
+        """
+        for name, module in list(self.awaiting.items()):
+            weight = module.weight
+            if weight.is_meta:
+                raise ValueError(
+                    f"{name}: offloaded to disk before it could be compressed; load it without disk offload"
+                )
+            if not getattr(weight, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{name}: the checkpoint has no such weight, so there is nothing to compress; leave this module "
+                    "dense with modules_to_not_convert"
+                )
+            factors = fit_weight(name, module, weight.detach(), self.quantization_config)
+            finish_placeholder(name, self.awaiting)
+            for factor, tensor in factors.items():
+                setattr(module, factor, nn.Parameter(tensor))
+                mark_loaded(getattr(module, factor))
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model, dtype=None):
+        return to_dense(model)
+
+
+def detach(model: nn.Module):
+    """Take back the marks by which transformers treats the model as quantised; its config keeps the plan."""
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    model.is_quantized = False

@@ -1,0 +1,129 @@
+"""Dense weights into factors, one by one, while a checkpoint is being loaded."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from hf_blr.config import BLRConfig
+from hf_blr.factorize import factorize
+from hf_blr.linear import BLRLinear
+
+logger = logging.getLogger(__name__)
+
+
+class FactorizeOp(ConversionOps):
+    """Replaces each awaited dense weight that passes through by its factors.
+
+    Args:
+        awaiting: {name of a dense weight: its module}; shared with the quantizer, fitted names are taken out.
+        config: how to fit.
+        refused: messages about weights that cannot be fitted; shared with the quantizer, which raises them. An
+            exception from here would reach the user as "some issues during automatic conversion".
+    """
+
+    def __init__(self, awaiting: dict[str, BLRLinear], config: BLRConfig, refused: list[str]):
+        self.awaiting, self.config, self.refused = awaiting, config, refused
+
+    def convert(self, input_dict, *args, missing_keys=None, **kwargs):
+        """{parameter: tensor or [tensor]} with the factors in the place of the weights."""
+        out = {}
+        # a fused projection was split just before, and comes as several weights of which some may not be ours
+        for name, value in input_dict.items():
+            module = self.awaiting.get(name)
+            if module is None:
+                out[name] = value
+                continue
+            if self.refused:
+                # the load will fail: no further fit, and no dense weight kept
+                continue
+            try:
+                factors = fit_weight(
+                    name, module, value[0] if isinstance(value, list) else value, self.config
+                )
+            except ValueError as error:
+                self.refused.append(str(error))
+                continue
+            except RuntimeError:
+                # the loader swallows the traceback; without this line nothing would say which module it was
+                logger.exception("%s could not be factorised", name)
+                raise
+            finish_placeholder(name, self.awaiting)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+            out.update(
+                {f"{name.removesuffix('weight')}{factor}": tensor for factor, tensor in factors.items()}
+            )
+        return out
+
+
+def fit_weight(
+    name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig
+) -> dict[str, torch.Tensor]:
+    """The module's factors for a dense weight, in the weight's dtype and on its device.
+
+    Args:
+        name: of the weight, for messages.
+        module: waits for this weight; says its spec and whether it is stored `[K, N]`.
+        weight: `[N, K]`, or `[K, N]` where the module replaces a `Conv1D`.
+        config: how to fit.
+
+    Raises:
+        ValueError: if the weight has another shape than the model expects, is no floating-point tensor, or holds
+            NaN or infinite values.
+    """
+    spec = module.spec
+    matrix = weight.T if module.transposed else weight
+    if tuple(matrix.shape) != (spec.out_features, spec.in_features):
+        expected = (
+            (spec.in_features, spec.out_features)
+            if module.transposed
+            else (spec.out_features, spec.in_features)
+        )
+        raise ValueError(
+            f"{name}: the model expects the shape {expected}, the checkpoint has {tuple(weight.shape)}"
+        )
+    check_finite(name, weight)
+    matrix = matrix.to(fit_device(weight, config))
+    options = {"rounds": config.fit_rounds, "tolerance": config.fit_tolerance, "damping": config.damping}
+    fitted = factorize(matrix, spec, **options, seed=config.seed)
+    logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
+    return {factor: tensor.to(weight.device, weight.dtype) for factor, tensor in fitted.tensors.items()}
+
+
+def check_finite(name: str, weight: torch.Tensor):
+    """Raises ValueError unless the weight is a floating-point tensor without NaN and infinities."""
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: a floating-point weight is needed, the checkpoint has {weight.dtype}; "
+            "compress the model before it was quantised"
+        )
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {weight.numel()} values are NaN or infinite; repair the checkpoint, or leave this "
+            "module dense with modules_to_not_convert"
+        )
+
+
+def fit_device(weight: torch.Tensor, config: BLRConfig) -> torch.device:
+    """Where the fit of this weight runs."""
+    if config.fit_device is not None:
+        return torch.device(config.fit_device)
+    if weight.device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return weight.device
+
+
+def add_placeholder(module: BLRLinear, weight: nn.Parameter):
+    """Show the loader the dense weight that this module waits for."""
+    # a plain assignment would meet the read-only property of this name
+    module._parameters["weight"] = weight
+
+
+def finish_placeholder(name: str, awaiting: dict[str, BLRLinear]):
+    """The weight has become factors: the module no longer waits for it."""
+    del awaiting.pop(name)._parameters["weight"]
