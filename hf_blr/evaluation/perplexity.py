@@ -1,0 +1,225 @@
+"""Token perplexity of causal language models, dense or compressed."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from hf_blr.evaluation.windows import batch_windows, cut_windows
+from hf_blr.text import NAMED, describe, load_text, tokenize
+
+#: tokens in one forward where the caller names no batch size: the logits, not the weights, are what fills
+#: memory
+TOKENS_PER_BATCH = 4096
+#: logits turned to float32 at a time (64 MiB)
+LOGITS_PER_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and the protocol behind it.
+
+    Attributes:
+        nll_sum: the sum of the scored tokens' negative log-likelihoods, in nats.
+        n_tokens: tokens scored.
+        n_windows: windows that went through the model.
+        seqlen: tokens in a window.
+        stride: tokens between the starts of two windows; equal to `seqlen` where windows do not overlap.
+        dropped_tokens: tokens of the text in no window: the tail, and what `max_windows` left out.
+        dataset: what was scored.
+        tokenizer: its name or path; None where token ids were given.
+        starts_with_bos: whether the text opens with a beginning-of-sequence token; only the first window has
+            one.
+        dtype: of the model's parameters. Losses are computed in float32 and summed in float64.
+        seconds: wall time of the scoring; loading and tokenising are not in it.
+    """
+
+    nll_sum: float
+    n_tokens: int
+    n_windows: int
+    seqlen: int
+    stride: int
+    dropped_tokens: int
+    dataset: str
+    tokenizer: str | None
+    starts_with_bos: bool
+    dtype: str
+    seconds: float
+
+    @property
+    def ppl(self) -> float:
+        """exp(mean negative log-likelihood per scored token); inf or nan where the model gave such logits."""
+        mean = self.nll_sum / self.n_tokens
+        # beyond the largest double, where exp raises instead of returning inf
+        return math.inf if mean > 709 else math.exp(mean)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens per second."""
+        return self.n_tokens / self.seconds
+
+    @property
+    def protocol(self) -> str:
+        """One line that says how the number was counted."""
+        overlap = "without overlap" if self.stride == self.seqlen else f"every {self.stride} tokens"
+        bos = "BOS at the start of the text" if self.starts_with_bos else "no BOS"
+        tokenizer = f", tokenizer {self.tokenizer}" if self.tokenizer else ""
+        return (
+            f"token perplexity of {self.dataset}{tokenizer}: {self.n_tokens} tokens scored in "
+            f"{self.n_windows} windows of {self.seqlen} {overlap}, {self.dropped_tokens} tokens dropped, "
+            f"{bos}, {self.dtype} model"
+        )
+
+    def to_dict(self) -> dict:
+        """A JSON-ready form, with `ppl`, `tokens_per_second` and `protocol` worked out."""
+        worked_out = {"tokens_per_second": self.tokens_per_second, "protocol": self.protocol}
+        return {"ppl": self.ppl, **asdict(self), **worked_out}
+
+
+def perplexity(
+    model,
+    tokenizer,
+    dataset="wikitext2",
+    *,
+    seqlen: int = 2048,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    max_windows: int | None = None,
+    progress: bool = False,
+) -> Perplexity:
+    """Token perplexity of a causal language model.
+
+    By default as the compression papers count it (GPTQ, SVD-LLM): the raw text joined by two newlines and
+    tokenised once, cut into windows that do not overlap, the tail dropped; each window scores all of its
+    tokens but the first.
+
+    With a `stride` below `seqlen`, as the Transformers document "Perplexity of fixed-length models" does:
+    windows start every `stride` tokens and each token but the text's first is scored exactly once, in the
+    first window that holds it, with up to `seqlen` - 1 tokens before it; the last window may be shorter and
+    nothing is dropped. The number is lower and takes `seqlen / stride` times the work.
+
+    Args:
+        model: any causal language model of Transformers. Scored in evaluation mode and left as it was.
+        tokenizer: its tokenizer; not used, and may be None, where token ids are given.
+        dataset: token ids `[T]` or `[1, T]`; a string with a line break in it (the text itself); or what
+            `hf_blr.text.load_text` takes, of which the test split is used.
+        seqlen: tokens in a window.
+        stride: tokens between the starts of two windows; None is `seqlen`.
+        batch_size: windows in one forward; None is as many as make 4096 tokens, at least one.
+        max_windows: score only the first windows of the text.
+        progress: show a progress bar.
+
+    Returns:
+        A `Perplexity`. Logits that are not finite make it inf or nan; they are never skipped.
+
+    Raises:
+        ValueError: if the text is too short, `seqlen` is beyond the model's positions, a token id is beyond
+            its vocabulary, or a count is out of range. Also what `load_text` raises.
+    """
+    stride = seqlen if stride is None else stride
+    check_counts(model, seqlen, stride, batch_size, max_windows)
+    tokens, described = as_tokens(tokenizer, dataset)
+    check_ids(model, tokens)
+    windows = cut_windows(len(tokens), seqlen, stride)[:max_windows]
+    batch_size = batch_size or max(1, TOKENS_PER_BATCH // seqlen)
+    tokens = tokens.to(model.device)
+
+    nll_sum = 0.0
+    start = time.perf_counter()
+    with evaluation_mode(model), torch.no_grad():
+        for batch in tqdm(batch_windows(windows, batch_size), desc="perplexity", disable=not progress):
+            input_ids = torch.stack([tokens[window.begin : window.end] for window in batch])
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            for window, window_logits in zip(batch, logits, strict=True):
+                # the logits at position t - 1 predict token t
+                predicting = window_logits[window.first - window.begin - 1 : -1]
+                nll_sum += negative_log_likelihood(predicting, tokens[window.first : window.end])
+    seconds = time.perf_counter() - start
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return Perplexity(
+        nll_sum=nll_sum,
+        n_tokens=sum(window.end - window.first for window in windows),
+        n_windows=len(windows),
+        seqlen=seqlen,
+        stride=stride,
+        dropped_tokens=len(tokens) - windows[-1].end,
+        dataset=described,
+        tokenizer=None if isinstance(dataset, torch.Tensor) else tokenizer.name_or_path,
+        starts_with_bos=bos is not None and tokens[0].item() == bos,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seconds=seconds,
+    )
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The sum over the tokens `[T]`, from logits `[T, vocabulary]` turned to float32 a few rows at a time."""
+    rows = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
+    total = 0.0
+    for part, target in zip(logits.split(rows), targets.to(logits.device).split(rows), strict=True):
+        # summed on the CPU because some accelerators have no float64
+        total += F.cross_entropy(part.float(), target, reduction="none").cpu().double().sum().item()
+    return total
+
+
+def as_tokens(tokenizer, dataset) -> tuple[torch.Tensor, str]:
+    """The ids `[T]` and a description of what `perplexity` was given."""
+    if isinstance(dataset, torch.Tensor):
+        if dataset.dim() == 2 and dataset.shape[0] == 1:
+            dataset = dataset[0]
+        if dataset.dim() != 1 or dataset.is_floating_point():
+            raise ValueError(
+                "token ids must be integers of shape [T] or [1, T], "
+                f"got {dataset.dtype} of {list(dataset.shape)}"
+            )
+        return dataset.long(), f"<{len(dataset)} token ids>"
+    if tokenizer is None:
+        raise ValueError("a tokenizer is needed unless the dataset is a tensor of token ids")
+    if isinstance(dataset, str) and "\n" in dataset:
+        return tokenize(tokenizer, [dataset]), f"<text of {len(dataset)} characters>"
+    named = isinstance(dataset, str) and dataset in NAMED
+    return tokenize(tokenizer, load_text(dataset, "test")), describe(dataset) + (" (test)" if named else "")
+
+
+def check_counts(model, seqlen, stride, batch_size, max_windows):
+    if seqlen < 2:
+        raise ValueError(f"seqlen must be at least 2, one token to read and one to predict; got {seqlen}")
+    if not 1 <= stride <= seqlen:
+        raise ValueError(f"stride must be between 1 and seqlen={seqlen}, got {stride}")
+    for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # some families store -1 or 1 for "no limit"
+    if isinstance(positions, int) and 1 < positions < seqlen:
+        raise ValueError(
+            f"seqlen={seqlen} is beyond the {positions} positions of {type(model).__name__}; "
+            f"use seqlen={positions} or less"
+        )
+
+
+def check_ids(model, tokens):
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    largest = int(tokens.max()) if len(tokens) else 0
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
+            "is this the tokenizer of this model?"
+        )
+
+
+@contextmanager
+def evaluation_mode(model):
+    """`model.eval()` for a while; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
