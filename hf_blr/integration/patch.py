@@ -61,13 +61,24 @@ def wrap(modeling):
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, **kwargs):
-        config = take_config(kwargs) if _enabled else None
         call = functools.partial(original, cls)
+        if not _enabled:
+            return call(*args, **kwargs)
+        write_out_stored(kwargs)
+        config = take_config(kwargs)
         return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
     from_pretrained.hf_blr_wrapper = from_pretrained
     from_pretrained.hf_blr_original = before
     modeling.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def write_out_stored(kwargs: dict):
+    """Let `config=model.config` pass: transformers reads a stored config as the dict that config.json gives."""
+    stored = getattr(kwargs.get("config"), "quantization_config", None)
+    if isinstance(stored, BLRConfig):
+        kwargs["config"] = copy.copy(kwargs["config"])
+        kwargs["config"].quantization_config = stored.to_dict()
 
 
 def take_config(kwargs: dict) -> BLRConfig | None:

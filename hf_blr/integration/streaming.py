@@ -91,7 +91,12 @@ def fit_weight(
     options = {"rounds": config.fit_rounds, "tolerance": config.fit_tolerance, "damping": config.damping}
     fitted = factorize(matrix, spec, **options, seed=config.seed)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
-    return {factor: tensor.to(weight.device, weight.dtype) for factor, tensor in fitted.tensors.items()}
+    # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which multiply
+    # with other rounding than the same factors read back from a file
+    return {
+        factor: tensor.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
+        for factor, tensor in fitted.tensors.items()
+    }
 
 
 def check_finite(name: str, weight: torch.Tensor):
