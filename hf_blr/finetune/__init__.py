@@ -1,0 +1,14 @@
+"""Fine-tuning the factors with the stock `Trainer`."""
+
+from hf_blr.finetune.callback import BLRCallback
+from hf_blr.finetune.dataset import WindowDataset
+from hf_blr.finetune.distill import distillation_loss
+from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
+
+__all__ = [
+    "BLRCallback",
+    "WindowDataset",
+    "distillation_loss",
+    "factor_parameter_groups",
+    "mark_only_factors_trainable",
+]

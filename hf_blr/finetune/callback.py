@@ -1,0 +1,198 @@
+"""`BLRCallback`: what turns a stock `Trainer` into a fine-tuning of the factors."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from hf_blr.finetune.distill import Distiller, load_teacher
+from hf_blr.finetune.trainable import (
+    factor_parameters,
+    has_adapters,
+    let_gradients_in,
+    mark_only_factors_trainable,
+)
+from hf_blr.linear import BLRLinear
+
+logger = logging.get_logger(__name__)
+
+
+class BLRCallback(TrainerCallback):
+    """Trains the factors of a compressed model, and nothing else, with the stock `Trainer`.
+
+    Pass it to the Trainer's constructor, so that the optimizer is made for the factors alone. It also works
+    when added before `train()`; the optimizer then lists the frozen parameters without ever touching them,
+    and its checkpoints resume only into a Trainer set up in the same way.
+
+    What it adds to the log history, for a causal language model: `perplexity` beside `loss`,
+    `eval_perplexity` beside `eval_loss` (both may serve as `metric_for_best_model`), the Trainer's own
+    `train_tokens_per_second`, and with a teacher `lm_loss` and `distill_loss`, of which `loss` is the
+    weighted sum.
+
+    The parameters that it froze stay frozen after training, as PEFT leaves them: training goes on where it
+    stopped, and nothing of it is saved with the model. `model.requires_grad_(True)` thaws them.
+
+    Args:
+        train_norms, train_biases, train_also: what to train besides the factors; `norms`, `biases` and `also`
+            of `mark_only_factors_trainable`, which also says what happens to a model with PEFT adapters.
+        teacher: a model to distil from, usually the dense one, or the name or path of a causal language
+            model, loaded when training starts. It is moved to the model's device, put in evaluation mode, and
+            gets no gradients.
+        distill_weight: share of the distillation loss in the loss, in (0, 1].
+        temperature: softens both distributions; the loss is scaled by its square.
+
+    Raises:
+        ValueError: for values out of range; at the start, for a model without BLR modules.
+        TypeError: if the teacher is neither a model nor a name.
+    """
+
+    def __init__(
+        self,
+        train_norms: bool = False,
+        train_biases: bool = False,
+        train_also: list[str] | tuple[str, ...] = (),
+        teacher: nn.Module | str | os.PathLike | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
+    ):
+        if not 0 < distill_weight <= 1:
+            raise ValueError(f"distill_weight must be in (0, 1], got {distill_weight}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
+            raise TypeError(
+                f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}"
+            )
+        self.selection = {"norms": train_norms, "biases": train_biases, "also": train_also}
+        self.teacher = teacher
+        self.distill_weight = distill_weight
+        self.temperature = temperature
+        self.distiller = None
+        self.is_causal_lm = False
+        self.reported = False
+        self.counted_tokens = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        mark_only_factors_trainable(model, **self.selection)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.freeze(args, model, optimizer)
+        self.report(state, model)
+        warn_of_decay(model, optimizer)
+        let_gradients_in(model)
+        self.is_causal_lm = is_causal_lm(model)
+        if self.is_causal_lm:
+            # the Trainer counts tokens only when asked to
+            self.counted_tokens = args.include_num_input_tokens_seen
+            args.include_num_input_tokens_seen = "all" if self.counted_tokens == "no" else self.counted_tokens
+        if self.teacher is not None:
+            if args.n_gpu > 1:
+                raise NotImplementedError(
+                    f"no distillation under nn.DataParallel ({args.n_gpu} GPUs in one process): start one "
+                    "process per GPU with torchrun or accelerate launch, or show this process one GPU"
+                )
+            self.close()
+            self.teacher = load_teacher(self.teacher, model)
+            autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            self.distiller = Distiller(
+                self.teacher, self.distill_weight, self.temperature, self.is_causal_lm, autocast
+            )
+
+    def freeze(self, args, model, optimizer):
+        """Freezes (again, or now), and refuses where that is too late for the optimizer or the wrappers."""
+        before = {id(p) for p in model.parameters() if p.requires_grad}
+        self.trainable, self.total = mark_only_factors_trainable(model, **self.selection)
+        after = {id(p) for p in model.parameters() if p.requires_grad}
+        if before == after:
+            return
+        remedy = "pass the callback to the Trainer's constructor"
+        if args.parallel_mode == ParallelMode.DISTRIBUTED:
+            raise RuntimeError(
+                f"the model was wrapped for distributed training before it was frozen: {remedy}"
+            )
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not after <= optimized:
+            raise RuntimeError(
+                f"the optimizer was made without {len(after - optimized)} of the factors: {remedy}"
+            )
+
+    def report(self, state, model):
+        if self.reported or not state.is_world_process_zero:
+            return
+        self.reported = True
+        modules = sum(isinstance(module, BLRLinear) for module in model.modules())
+        extra = [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
+        what = "the PEFT adapters on" if has_adapters(model) else ", ".join(["factors", *extra]) + " of"
+        share = self.trainable / self.total
+        print(
+            f"BLRCallback trains {self.trainable:,} of {self.total:,} parameters ({share:.1%}): "
+            f"{what} a model with {modules} BLR modules"
+        )
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.distiller is not None:
+            self.distiller.attach(model)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.close()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        metrics = self.distiller.pop_metrics() if self.distiller is not None and "loss" in logs else {}
+        if self.is_causal_lm:
+            losses = {"perplexity": metrics.get("lm_loss", logs.get("loss"))}
+            for name in logs:
+                if name.startswith("eval_") and name.endswith("_loss"):
+                    losses[name.removesuffix("loss") + "perplexity"] = logs[name]
+            metrics |= {name: exp(loss) for name, loss in losses.items() if loss is not None}
+        # `logs` is what later callbacks show and the best model is chosen by; the history holds a copy of it
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+        self.distiller = None
+        if self.counted_tokens is not None:
+            args.include_num_input_tokens_seen = self.counted_tokens
+
+    def close(self):
+        """Takes the distillation hook off the model.
+
+        It is on the model only between the start of a step and the optimizer's update, and goes when the
+        forward pass raises; only an exception in the backward pass leaves it there, until the next `train()`
+        or this call.
+        """
+        if self.distiller is not None:
+            self.distiller.detach()
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether it is a causal language model, inside `torch.compile`, data-parallel and PEFT wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    # FSDP2 puts a subclass of its own in the model's place
+    return any(cls.__name__ in names for cls in type(model).__mro__)
+
+
+def warn_of_decay(model, optimizer):
+    factors = {id(factor) for factor in factor_parameters(model) if factor.requires_grad}
+    decay = [g["weight_decay"] for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
+    if any(decay):
+        logger.warning(
+            f"weight_decay={max(decay)} applies to the factors, which lowers the rank of their products "
+            "instead of shrinking the weights: set it to 0, or use factor_parameter_groups"
+        )
+
+
+def exp(loss: float) -> float:
+    # beyond the largest double, where exp raises instead of returning inf
+    return math.inf if loss > 709 else math.exp(loss)

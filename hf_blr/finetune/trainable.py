@@ -1,0 +1,127 @@
+"""Which parameters are trained, and how an optimizer should treat them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_blr.linear import BLRLinear
+
+
+def mark_only_factors_trainable(
+    model: nn.Module, norms: bool = False, biases: bool = False, also: list[str] | tuple[str, ...] = ()
+) -> tuple[int, int]:
+    """Freeze everything but the factors of the BLR modules.
+
+    A model that carries PEFT adapters is left as PEFT set it up: its adapters train and the factors below
+    them stay frozen, because a PEFT checkpoint holds the adapters alone and trained factors would be lost
+    with it. To train factors through PEFT name the modules in its `modules_to_save`.
+
+    Args:
+        model: a compressed model.
+        norms: train the normalisation layers too (weight and bias of each module with "norm" in its class
+            name).
+        biases: train the other biases too, those of BLR modules among them.
+        also: names or name endings of further modules to train whole, such as a fresh "classifier".
+
+    Returns:
+        (trainable, total) numbers of parameters, shared ones counted once.
+
+    Raises:
+        ValueError: if the model has no BLR module, an entry of `also` names no module, or more than the
+            adapters is asked for on a model with adapters.
+    """
+    if not any(isinstance(module, BLRLinear) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
+            "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"
+        )
+    if has_adapters(model):
+        if norms or biases or also:
+            raise ValueError(
+                "norms, biases and other modules cannot be trained beside PEFT adapters, whose checkpoint "
+                "would not hold them; name them in the adapter config's modules_to_save"
+            )
+    else:
+        model.requires_grad_(False)
+        for parameter in wanted_parameters(model, norms, biases, also):
+            parameter.requires_grad_(True)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def wanted_parameters(model, norms, biases, also) -> list[nn.Parameter]:
+    wanted = list(factor_parameters(model))
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            wanted += module.parameters(recurse=False) if norms else ()
+        elif biases and isinstance(getattr(module, "bias", None), nn.Parameter):
+            wanted.append(module.bias)
+    for ending in also:
+        named = [m for name, m in model.named_modules() if name == ending or name.endswith("." + ending)]
+        if not named:
+            raise ValueError(
+                f"there is no module named or ending in {ending!r} to train in {type(model).__name__}"
+            )
+        wanted += [parameter for module in named for parameter in module.parameters()]
+    return wanted
+
+
+def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The factors of all BLR modules, in the model's order."""
+    modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
+    return [factor for module in modules for factor in module.factors().values()]
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put anything on the model, by `get_peft_model` or by `model.add_adapter`."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def factor_parameter_groups(
+    model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups for an optimizer, of the parameters that are trainable now.
+
+    Factors never decay. Shrinking u and v each is not shrinking their product W: since |u|^2 + |v|^2 is at
+    least twice the nuclear norm of u v, it drives the small singular values of W to zero and so eats the rank
+    that was paid for.
+
+    Example:
+        >>> mark_only_factors_trainable(model)
+        >>> optimizer = torch.optim.AdamW(factor_parameter_groups(model, lr=1e-4))
+        >>> trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[BLRCallback()], ...)
+
+    Args:
+        model: a compressed model, after `mark_only_factors_trainable`.
+        lr: learning rate of the factors.
+        other_lr: learning rate of everything else; None is `lr`.
+        weight_decay: of the other matrices (adapters, a head). Vectors do not decay.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first"
+        )
+    factor_ids = {id(factor) for factor in factor_parameters(model)}
+    others = [parameter for parameter in trainable if id(parameter) not in factor_ids]
+    other_lr = lr if other_lr is None else other_lr
+    groups = [
+        {"params": [p for p in trainable if id(p) in factor_ids], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() > 1], "lr": other_lr, "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "lr": other_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def let_gradients_in(model: nn.Module):
+    """Lets re-entrant gradient checkpointing work below frozen embeddings.
+
+    It computes gradients only where an input of the checkpointed block asks for one. Transformers sees to
+    that for models that read token ids, and not for those that read pixels.
+    """
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if checkpointing and getattr(model, "_require_grads_hook", None) is None:
+        model.enable_input_require_grads()
