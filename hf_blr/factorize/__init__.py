@@ -5,32 +5,87 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from hf_blr.structures import BLRSpec
+from hf_blr.factorize.als import fit_blast
+from hf_blr.factorize.gram import damped
+from hf_blr.factorize.monarch import fit_monarch, squared_error
+from hf_blr.factorize.svd import low_rank_factors
+from hf_blr.ops.reference import blast_dense, low_rank_dense, monarch_dense
+from hf_blr.structures import BLRSpec, LowRank, Monarch
+
+__all__ = ["Factors", "factorize"]
 
 
 @dataclass(frozen=True)
 class Factors:
     """The outcome of one fit.
 
-    tensors: {"u", ("s",) "v"} in the shapes of the spec, float32.
+    tensors: {"u", ("s",) "v"} in the shapes of the spec, float32, on the weight's device.
     rel_error: ||(W - W') X|| / ||W X|| over the calibration inputs X; Frobenius, ||W - W'|| / ||W||, without a Gram.
-    rounds: of alternating solves that were run; 0 for a closed form.
+    rounds: alternating rounds that were run; 0 for a closed form.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Tensor]
     rel_error: float
     rounds: int
 
 
 def factorize(
-    weight: torch.Tensor,
+    weight: Tensor,
     spec: BLRSpec,
-    gram: torch.Tensor | None = None,
+    gram: Tensor | None = None,
     *,
     rounds: int = 16,
     tolerance: float = 3e-3,
     damping: float = 1e-4,
     seed: int = 0,
 ) -> Factors:
-    raise NotImplementedError("being written")
+    """The factors of `spec` that come closest to W on the inputs that `gram` describes.
+
+    Args:
+        weight: W `[N, K]`, any float dtype; the fit runs in float32 on its device.
+        spec: structure and sizes.
+        gram: X X^T `[K, K]` of the layer's inputs, up to a factor. None weighs all inputs alike.
+        rounds, tolerance, damping, seed: as in `BLRConfig`.
+
+    Raises:
+        ValueError: if the shapes do not match, or the weight or the Gram holds NaN or infinity.
+    """
+    if tuple(weight.shape) != (spec.out_features, spec.in_features):
+        raise ValueError(f"the weight must be [{spec.out_features}, {spec.in_features}], got {tuple(weight.shape)}")
+    if gram is not None and gram.shape[-1] != spec.in_features:
+        raise ValueError(f"the Gram matrix must be [{spec.in_features}] * 2, got {tuple(gram.shape)}")
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity")
+    weight = weight.detach().float().contiguous()
+    scale = weight.square().mean().sqrt()
+    if scale == 0:
+        zeros = {name: weight.new_zeros(shape) for name, shape in spec.factor_shapes().items()}
+        return Factors(zeros, 0.0, 0)
+    weight = weight / scale
+    if gram is not None:
+        gram = damped(gram.to(weight), damping)
+        gram = gram / gram.diagonal().mean()
+    if isinstance(spec, LowRank):
+        tensors, losses = dict(zip(("u", "v"), low_rank_factors(weight, spec.rank, gram), strict=True)), []
+        dense = low_rank_dense(**tensors)
+    elif isinstance(spec, Monarch):
+        tensors, losses = fit_monarch(weight, spec, gram, rounds=rounds, tolerance=tolerance)
+        dense = monarch_dense(**tensors)
+    else:
+        tensors, losses = fit_blast(weight, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
+        dense = blast_dense(**tensors)
+    error = relative_error(weight, dense, gram)
+    root = scale.sqrt()
+    tensors = {name: (t if name == "s" else t * root).contiguous() for name, t in tensors.items()}
+    return Factors(tensors, error, max(len(losses) - 1, 0))
+
+
+def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
+    """||(W - W') X|| / ||W X|| for gram = X X^T; in the Frobenius norm without one."""
+    residual = weight - approximation
+    if gram is None:
+        return (residual.double().norm() / weight.double().norm()).item()
+    # rounding can leave a tiny negative square
+    return (max(squared_error(residual, gram), 0.0) / squared_error(weight, gram)) ** 0.5

@@ -1,0 +1,136 @@
+"""Calibration one decoder layer at a time, so that only that layer's statistics are in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.factorize.calibrate import GramCollector
+
+Batch = dict[str, Tensor]
+
+
+def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
+    """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
+
+    The caller may replace a block's layers as soon as it has its statistics: the next block's inputs are already
+    computed. Where a model does not run as a plain chain of blocks, or the batches differ in shape, one pass over the
+    whole model gathers everything and is yielded at once, which needs the memory for it.
+
+    Args:
+        names: dense linear layers, in the model's order.
+        batches: keyword arguments of the model's forward, on its device.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            chain = BlockChain.trace(model, names, batches)
+            yield from chain.run() if chain is not None else [whole_model_grams(model, names, batches)]
+    finally:
+        model.train(was_training)
+
+
+def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
+    """{layer name: Gram} from one pass over all batches."""
+    with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
+        for batch in batches:
+            run(model, batch)
+    return collector.grams
+
+
+def run(model: nn.Module, batch: Batch):
+    """A forward that fills no key-value cache."""
+    cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    return model(**batch, **cache)
+
+
+class BlockChain:
+    """The repeated blocks of a model, with what each is called with besides the hidden states."""
+
+    def __init__(self, groups: dict[str, list[str]], model, hidden: list[Tensor], calls: dict[str, tuple]):
+        self.groups, self.model, self.hidden, self.calls = groups, model, hidden, calls
+
+    @classmethod
+    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> BlockChain | None:
+        """Runs the first batch through and checks that each block's output is the next one's input, else None."""
+        groups = group_by_block(names)
+        same_shape = all({k: v.shape for k, v in b.items()} == {k: v.shape for k, v in batches[0].items()} for b in batches)
+        if groups is None or not same_shape or any("mask" in key for key in batches[0]):
+            return None
+        calls, outputs = {}, {}
+
+        def record(prefix):
+            def hook(module, args, kwargs, output):
+                calls[prefix], outputs[prefix] = (args, kwargs), first(output)
+
+            return hook
+
+        handles = [
+            model.get_submodule(prefix).register_forward_hook(record(prefix), with_kwargs=True) for prefix in groups
+        ]
+        try:
+            run(model, batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        order = list(groups)
+        chained = list(calls) == order and all(args and torch.is_tensor(args[0]) for args, _ in calls.values())
+        if not chained or any(outputs[a] is not calls[b][0][0] for a, b in zip(order, order[1:], strict=False)):
+            return None
+        hidden = [calls[order[0]][0][0], *(block_input(model, order[0], batch) for batch in batches[1:])]
+        calls = {prefix: (args[1:], kwargs) for prefix, (args, kwargs) in calls.items()}
+        return cls(groups, model, hidden, calls)
+
+    def run(self) -> Iterator[dict[str, Tensor]]:
+        for prefix, names in self.groups.items():
+            block, (args, kwargs) = self.model.get_submodule(prefix), self.calls.pop(prefix)
+            with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
+                for i, hidden in enumerate(self.hidden):
+                    self.hidden[i] = first(block(hidden, *args, **kwargs))
+            yield collector.grams
+
+
+def group_by_block(names: list[str]) -> dict[str, list[str]] | None:
+    """{block: its layers} for names under one list of blocks, `prefix.<number>`; None if there are several lists."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        found = re.match(r"((?:.*?\.)?\d+)\.", name)
+        if not found:
+            return None
+        groups.setdefault(found[1], []).append(name)
+    lists = {prefix.rpartition(".")[0] for prefix in groups}
+    numbers = [int(prefix.rpartition(".")[2]) for prefix in groups]
+    consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return groups if len(lists) == 1 and consecutive else None
+
+
+class ReachedBlock(Exception):
+    """Ends a forward pass at the first block; carries its input."""
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
+def block_input(model: nn.Module, prefix: str, batch: Batch) -> Tensor:
+    """The hidden states that enter a block, computed without running it or what follows."""
+
+    def stop(module, args):
+        raise ReachedBlock(args[0])
+
+    handle = model.get_submodule(prefix).register_forward_pre_hook(stop)
+    try:
+        run(model, batch)
+    except ReachedBlock as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{prefix} did not run on a calibration batch although it ran on the first one")
+
+
+def first(output):
+    """A block returns its hidden states, alone or ahead of other things."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,52 @@
+"""Gram matrices as the fits need them: damped, positive definite, and solved against without a crash."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """gram `[K, K]` -> the same, symmetric, with `damping` times its mean diagonal added to the diagonal.
+
+    Features that never fire leave a zero row; the damping gives them a small cost instead of none, so that a
+    rank-deficient Gram pulls its null space towards the plain weight.
+
+    Raises:
+        ValueError: if the matrix is not square, holds NaN or infinity, or is all zero.
+    """
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix is square, [K, K]; got shape {tuple(gram.shape)}")
+    mean = gram.diagonal().mean()
+    if not torch.isfinite(gram).all():
+        raise ValueError("the Gram matrix of the inputs holds NaN or infinity: the calibration run overflowed; use bfloat16 or float32")
+    if mean <= 0:
+        raise ValueError("the Gram matrix of the inputs is zero: no calibration input reached this layer")
+    gram = (gram + gram.mT) / 2
+    gram.diagonal().add_(damping * mean)
+    return gram
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of a (batch of) positive semi-definite matrices `[..., n, n]`.
+
+    Rounding can make such a matrix indefinite; the members that fail get a growing multiple of their mean diagonal
+    until they factor. A member that is all zero becomes the identity's factor.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    jitter = torch.finfo(matrix.dtype).eps
+    while failed.any():
+        jitter *= 10
+        if jitter > 1e3:
+            raise ValueError("a normal matrix of the fit holds NaN or infinity; are the weight and its Gram finite?")
+        shift = torch.where(failed > 0, jitter * scale, torch.zeros_like(scale))
+        shifted = matrix.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+    return factor
+
+
+def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """X with matrix X = rhs, for a (batch of) positive semi-definite `[..., n, n]` and rhs `[..., n, m]`."""
+    return torch.cholesky_solve(rhs, cholesky(matrix))

@@ -1,0 +1,52 @@
+"""Monarch by block coordinate descent in the metric of the inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_blr.factorize.gram import solve_psd
+from hf_blr.factorize.svd import low_rank_factors
+from hf_blr.structures import Monarch
+
+
+def fit_monarch(weight, spec: Monarch, gram=None, *, rounds, tolerance) -> tuple[dict[str, Tensor], list[float]]:
+    """Factors of W `[N, K]` for the input Gram matrix `[K, K]`, and the squared error after each round.
+
+    A column of blocks at a time: with the other columns fixed, the best unconstrained block column is a linear solve,
+    and the best one of the wanted rank is its truncated SVD in the metric of that column's inputs, so no step raises
+    the error. Features of different blocks are correlated; fitting each block alone (the projection of
+    arXiv 2204.00595, which is what the first round without a Gram gives) ignores it and is far worse.
+    """
+    (b1, b2), (p, q), r = spec.num_blocks, spec.block_shape, spec.rank
+    blocks = weight.view(b2, q, b1, p)
+    h = None if gram is None else gram.view(b1, p, b1, p).transpose(1, 2)  # [B1, B1, P, P]
+    alone = [low_rank_factors(blocks[:, :, j], r, None if h is None else h[j, j]) for j in range(b1)]
+    u, v = (torch.stack(column) for column in zip(*alone, strict=True))  # [B1, B2, Q, R], [B1, B2, R, P]
+    if gram is None:
+        return packed(u, v, spec), []
+    residual = blocks - (u @ v).permute(1, 2, 0, 3)  # [B2, Q, B1, P]
+    losses = [squared_error(residual.reshape(weight.shape), gram)]
+    for _ in range(rounds):
+        for j in range(b1):
+            # the residual with block column j taken out of the model, times H: only column j of it is needed
+            residual[:, :, j] += u[j] @ v[j]
+            image = sum(residual[:, :, k] @ h[k, j] for k in range(b1))  # [B2, Q, P]
+            best = solve_psd(h[j, j], image.reshape(-1, p).mT).mT.view(b2, q, p)
+            u[j], v[j] = low_rank_factors(best, r, h[j, j])
+            residual[:, :, j] -= u[j] @ v[j]
+        losses.append(squared_error(residual.reshape(weight.shape), gram))
+        if losses[-1] > (1 - tolerance) * losses[-2]:
+            break
+    return packed(u, v, spec), losses
+
+
+def squared_error(residual: Tensor, gram: Tensor) -> float:
+    """||residual X||^2 for residual `[N, K]` and gram = X X^T."""
+    return ((residual @ gram).double() * residual.double()).sum().item()
+
+
+def packed(u: Tensor, v: Tensor, spec: Monarch) -> dict[str, Tensor]:
+    """u `[B1, B2, Q, R]`, v `[B1, B2, R, P]` -> the stored shapes `[B2, Q, B1*R]`, `[B1, B2*R, P]`."""
+    shapes = spec.factor_shapes()
+    return {"u": u.permute(1, 2, 0, 3).reshape(shapes["u"]), "v": v.reshape(shapes["v"])}

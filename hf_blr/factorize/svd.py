@@ -1,0 +1,47 @@
+"""Low-rank in closed form: truncated SVD in the metric of the inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_blr.factorize.gram import cholesky
+
+
+def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The u `[..., N, R]`, v `[..., R, K]` that minimise ||(W - u v) X||, for a (batch of) W `[..., N, K]`.
+
+    gram `[..., K, K]` is X X^T; without one the norm is Frobenius'. The best u spans the leading left singular vectors U
+    of W X, and the best v for it is U^T W, whatever X is: no inverse of the Gram or of its root is needed, so a
+    singular one does no harm. (Same optimum as the whitened SVD of SVD-LLM, arXiv 2403.07378.)
+    The two factors come out balanced: column r of u and row r of v have the same norm.
+    """
+    n, k = weight.shape[-2:]
+    # squaring W X halves the digits; float64 keeps enough of them
+    wide = weight.double()
+    metric = None if gram is None else gram.double()
+    if n <= k:
+        right = wide if metric is None else wide @ metric
+        basis = leading_eigenvectors(right @ wide.mT, rank)[1]
+    else:
+        image = wide if metric is None else wide @ cholesky(metric)
+        values, vectors = leading_eigenvectors(image.mT @ image, rank)
+        sigma = values.clamp_min(0).sqrt()
+        # directions that the inputs never excite have no left vector
+        inverse = torch.where(sigma > 1e-7 * sigma[..., :1], 1 / sigma, torch.zeros_like(sigma))
+        basis = image @ vectors * inverse.unsqueeze(-2)
+    v = basis.mT @ wide
+    norms = v.norm(dim=-1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+    u, v = basis * norms.unsqueeze(-2), v / norms.unsqueeze(-1)
+    return u.to(weight.dtype), v.to(weight.dtype)
+
+
+def leading_eigenvectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenvalues `[..., R]`, falling, and their vectors `[..., n, R]`; zeros where n < count."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+    missing = count - values.shape[-1]
+    if missing > 0:
+        values = torch.nn.functional.pad(values, (0, missing))
+        vectors = torch.nn.functional.pad(vectors, (0, missing))
+    return values, vectors

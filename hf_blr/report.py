@@ -1,0 +1,62 @@
+"""What a compression did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from hf_blr.structures import BLRSpec
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One replaced layer; rel_error and rounds as in `factorize.Factors`."""
+
+    name: str
+    spec: BLRSpec
+    rel_error: float
+    rounds: int
+    seconds: float
+
+
+@dataclass
+class CompressionReport:
+    """The outcome of `compress`.
+
+    Counts are numbers stored in the whole model; bytes are those of its parameters. `calibration_tokens` is 0 for a fit
+    to the weights alone, in which case errors are Frobenius errors of the weights.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    calibration_tokens: int
+    seconds: float
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def mean_rel_error(self) -> float:
+        return sum(layer.rel_error for layer in self.layers) / len(self.layers)
+
+    @property
+    def fit_seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """Kept / dense parameters of the replaced layers together."""
+        return sum(x.spec.num_parameters for x in self.layers) / sum(x.spec.dense_parameters for x in self.layers)
+
+    def to_dict(self) -> dict:
+        layers = [{**asdict(layer), "spec": layer.spec.to_dict()} for layer in self.layers]
+        summary = {"ratio": self.ratio, "mean_rel_error": self.mean_rel_error, "fit_seconds": self.fit_seconds}
+        return {**asdict(self), **summary, "layers": layers}
+
+    def __str__(self):
+        fitted = f"{self.calibration_tokens} calibration tokens" if self.calibration_tokens else "the weights alone"
+        return (
+            f"{len(self.layers)} layers at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
+            f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "
+            f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; "
+            f"mean relative error {self.mean_rel_error:.4f}"
+        )
