@@ -91,3 +91,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = {"bos_token": "<|end|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **special)
+
+
+@torch.no_grad()
+def with_low_rank_weights(model, rank=6):
+    """The same model with every projection inside its blocks cut to exactly this rank, so that a fit can be exact."""
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D") and any(part.isdigit() for part in name.split(".")):
+            u, s, v = torch.linalg.svd(module.weight, full_matrices=False)
+            module.weight.copy_((u[:, :rank] * s[:rank]) @ v[:rank])
+    return model

@@ -9,7 +9,7 @@ from hf_blr.integration.loading import from_config, to_dense
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.patch import MODELING, disable, enable
 from hf_blr.integration.peft import enable_peft, lora_targets
-from hf_blr.integration.record import blr_modules, forget_plan, record_plan, refuse_offloaded
+from hf_blr.integration.record import blr_modules, forget_plan, record_plan
 
 __all__ = [
     "blr_modules",
@@ -21,7 +21,6 @@ __all__ = [
     "lora_targets",
     "match_plan",
     "record_plan",
-    "refuse_offloaded",
     "register",
     "swap_in",
     "to_dense",

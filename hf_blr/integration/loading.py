@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.integration.layout import match_plan, swap_in
-from hf_blr.integration.record import blr_modules, forget_plan, record_plan, refuse_offloaded
+from hf_blr.integration.record import blr_modules, forget_plan, record_plan
 from hf_blr.plan import plan_from_layers, resolve_plan
 
 
@@ -31,6 +31,16 @@ def to_dense(model: nn.Module) -> nn.Module:
         model.set_submodule(name, module.to_dense())
     forget_plan(model)
     return model
+
+
+def refuse_offloaded(model: nn.Module):
+    """Raises ValueError if some weights are on disk or wait behind an offload hook, where nothing can be multiplied."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"{away[0]} is offloaded ({len(away)} parameters are), and factors must be in memory to be multiplied "
+            "out; load the model without device_map, or with one that holds all of it"
+        )
 
 
 def from_config(config, model_class=None, *, blr_config: BLRConfig | dict | None = None, **kwargs):

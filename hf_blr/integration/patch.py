@@ -9,7 +9,6 @@ import sys
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
-from hf_blr.integration.record import refuse_offloaded
 
 MODELING = "transformers.modeling_utils"
 
@@ -138,7 +137,6 @@ def load(original, config: BLRConfig, args: tuple, kwargs: dict):
         kwargs["quantization_config"] = dequantizing_config()
     loaded = original(*args, **kwargs)
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
-    refuse_offloaded(model)
     compress(model, config, tokenizer=tokenizer)
     return loaded
 

@@ -66,6 +66,10 @@ def lora_class() -> type[nn.Module]:
         The adapter cannot be merged: the sum of a BLR matrix and a low-rank one does not fit into the factors.
         """
 
+        def _get_in_out_features(self, module):
+            # PEFT's own look-up warns of every class that it does not know
+            return module.in_features, module.out_features
+
         @property
         def lora_variants(self):
             # DoRA and its kind normalise the dense weight in each forward; PEFT refuses what is not listed here

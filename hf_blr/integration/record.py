@@ -41,18 +41,6 @@ def forget_plan(model: nn.Module):
         model.model_tags.remove(QUANT_METHOD)
 
 
-def refuse_offloaded(model: nn.Module):
-    """Raises ValueError if some of the weights are on disk or behind an offload hook, where no fit can read them."""
-    places = getattr(model, "hf_device_map", None) or {}
-    away = sorted(name for name, place in places.items() if place == "disk")
-    away += sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
-    if away:
-        raise ValueError(
-            f"{away[0]} is offloaded (one of {len(away)} such entries), the modules must be in memory to be replaced; "
-            "load the model without a device_map, or with one that holds all of it"
-        )
-
-
 def has_config(model: nn.Module) -> bool:
     """Whether this is a transformers model; a plain module has nothing to record."""
     return hasattr(model, "config") and hasattr(model, "save_pretrained")

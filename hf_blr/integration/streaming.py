@@ -72,8 +72,7 @@ def fit_weight(
         config: how to fit.
 
     Raises:
-        ValueError: if the weight has another shape than the model expects, is no floating-point tensor, or holds
-            NaN or infinite values.
+        ValueError: if the weight has another shape than the model expects, or holds NaN or infinite values.
     """
     spec = module.spec
     matrix = weight.T if module.transposed else weight
@@ -100,12 +99,7 @@ def fit_weight(
 
 
 def check_finite(name: str, weight: torch.Tensor):
-    """Raises ValueError unless the weight is a floating-point tensor without NaN and infinities."""
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{name}: a floating-point weight is needed, the checkpoint has {weight.dtype}; "
-            "compress the model before it was quantised"
-        )
+    """Raises ValueError if the weight holds NaN or infinite values."""
     bad = weight.numel() - int(torch.isfinite(weight).sum())
     if bad:
         raise ValueError(

@@ -135,7 +135,7 @@ def cast_parameters(model: nn.Module, expected: Expected):
     """Cast what kept the checkpoint's dtype; up to 5.17, transformers leaves every renamed tensor as it was stored."""
     kept = keep_in_fp32_names(model)
     for name, parameter in model.named_parameters():
-        if name not in expected or parameter.is_meta or any(part in name for part in kept):
+        if name not in expected or parameter.is_meta or any(f".{part}." in f".{name}." for part in kept):
             continue
         dtype = expected[name][1]
         if parameter.is_floating_point() and parameter.dtype != dtype:
