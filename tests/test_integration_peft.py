@@ -1,0 +1,107 @@
+"""LoRA adapters on BLR modules: trained, saved, loaded through every door, never merged by mistake."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_inputs, tiny_llama, tiny_logits
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from hf_blr.config import BLRConfig
+from hf_blr.integration import blr_modules, from_config, lora_targets, register, to_dense
+
+register()
+
+# PEFT reads an attribute that newer transformers renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    tiny_llama().save_pretrained(root / "dense")
+    config = BLRConfig("monarch", ratio=0.6)
+    LlamaForCausalLM.from_pretrained(root / "dense", blr_config=config).save_pretrained(root / "blr")
+    return root / "blr"
+
+
+@pytest.fixture
+def model(folder):
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def adapted(model, **kwargs):
+    """A PEFT model whose adapters do something."""
+    kwargs.setdefault("target_modules", lora_targets(model))
+    peft_model = get_peft_model(model, LoraConfig(r=4, **kwargs)).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return peft_model
+
+
+def test_targets_are_the_blr_modules(model):
+    assert lora_targets(model) == list(blr_modules(model))
+    with pytest.raises(ValueError, match="no BLR modules"):
+        lora_targets(tiny_llama())
+
+
+def test_only_adapters_train_and_they_do(model):
+    base = tiny_logits(model)
+    peft_model = adapted(model)
+    assert not torch.equal(tiny_logits(peft_model), base)
+    inputs = tiny_inputs(model)
+    peft_model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.grad is not None}
+    assert len(trained) == 2 * 14
+    assert all("lora_" in name for name in trained)
+    assert torch.equal(tiny_logits(peft_model.unload()), base)
+
+
+def test_adapter_reloads_through_every_door(model, folder, tmp_path):
+    peft_model = adapted(model)
+    reference = tiny_logits(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    doors = {
+        "PeftModel": PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path),
+        "AutoModel": AutoModelForCausalLM.from_pretrained(tmp_path),
+        "AutoPeftModel": AutoPeftModelForCausalLM.from_pretrained(tmp_path),
+    }
+    for door, loaded in doors.items():
+        assert torch.equal(tiny_logits(loaded.eval()), reference), door
+
+
+def test_merging_raises(model):
+    peft_model = adapted(model)
+    for merge in (peft_model.merge_and_unload, peft_model.merge_adapter, peft_model.unmerge_adapter):
+        with pytest.raises(NotImplementedError, match="merged"):
+            merge()
+
+
+def test_merging_works_on_the_dense_model(model, tmp_path):
+    # what the error advises
+    reference = tiny_logits(peft_model := adapted(model))
+    peft_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="carries an adapter"):
+        to_dense(model)
+    dense = to_dense(peft_model.unload())
+    merged = PeftModel.from_pretrained(dense, tmp_path).merge_and_unload()
+    torch.testing.assert_close(tiny_logits(merged), reference, rtol=1e-3, atol=1e-3)
+
+
+def test_variants_that_need_a_dense_weight(model):
+    with pytest.raises(ValueError, match="use_dora"):
+        adapted(model, use_dora=True)
+    with pytest.raises(NotImplementedError, match="init_lora_weights='pissa'"):
+        adapted(tiny_blr(), init_lora_weights="pissa")
+
+
+def tiny_blr():
+    return from_config(tiny_llama().config, LlamaForCausalLM, blr_config=BLRConfig("low_rank", rank=6))
+
+
+def test_adapter_takes_dtype_and_default_targets(model):
+    peft_model = get_peft_model(model.to(torch.bfloat16), LoraConfig(r=4), autocast_adapter_dtype=False)
+    adapters = [parameter for name, parameter in peft_model.named_parameters() if "lora_" in name]
+    assert adapters
+    assert {parameter.dtype for parameter in adapters} == {torch.bfloat16}
