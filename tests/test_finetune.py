@@ -16,6 +16,7 @@ from hf_blr.finetune import (
     factor_parameter_groups,
     mark_only_factors_trainable,
 )
+from hf_blr.finetune.distill import Distiller
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import make_spec
 
@@ -187,7 +188,7 @@ def test_training_changes_the_factors_alone_and_lowers_the_loss(tmp_path, capsys
     assert trainable_names(model) == factors
     trainable, total = mark_only_factors_trainable(model)
     printed = capsys.readouterr().out
-    assert printed.count("BLRCallback trains") == 1 and f"{trainable:,} of {total:,} parameters" in printed
+    assert f"BLRCallback trains {trainable:,} of {total:,} parameters" in printed
 
 
 def test_a_callback_added_later_trains_the_same(tmp_path):
@@ -198,6 +199,17 @@ def test_a_callback_added_later_trains_the_same(tmp_path):
     late.train()
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_a_model_that_the_trainer_makes_is_frozen_too(tmp_path):
+    data = WindowDataset(windows())
+    args = arguments(tmp_path, max_steps=1)
+    callbacks = [BLRCallback()]
+    trainer = Trainer(
+        model_init=lambda: compressed_llama(), args=args, train_dataset=data, callbacks=callbacks
+    )
+    trainer.train()
+    assert changed(state(compressed_llama()), trainer.model) == factor_names(trainer.model)
 
 
 def test_factors_missing_from_the_optimizer_are_noticed(tmp_path):
@@ -297,13 +309,15 @@ def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}]
+    "extra",
+    [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=["bf16", "compiled"],
 )
 @pytest.mark.parametrize("teacher", [False, True], ids=["alone", "teacher"])
 def test_mixed_precision_and_compiled_training_work(tmp_path, extra, teacher):
-    plain, special = compressed_llama(), compressed_llama()
+    plain, special = (compressed_llama(num_hidden_layers=1) for _ in range(2))
     for model, settings in ((plain, {}), (special, extra)):
-        callback = BLRCallback(teacher=tiny_llama() if teacher else None)
+        callback = BLRCallback(teacher=tiny_llama(num_hidden_layers=1) if teacher else None)
         before = state(model)
         trainer = trainer_for(model, tmp_path, callback, max_steps=2, **settings)
         trainer.train()
@@ -420,6 +434,19 @@ def test_distillation_equals_a_hand_written_loss(tmp_path, accumulate):
     assert log["perplexity"] == pytest.approx(math.exp(cross_entropy.item()), rel=1e-5)
 
 
+def test_each_log_entry_holds_the_losses_since_the_one_before(tmp_path):
+    # transformers 5.0 counts the first label too, which nothing predicts
+    data = [{"input_ids": row, "labels": torch.cat([torch.tensor([-100]), row[1:]])} for row in windows()]
+    callback = BLRCallback(teacher=tiny_llama(), distill_weight=0.25)
+    args = arguments(tmp_path, max_steps=6, logging_steps=2)
+    trainer = Trainer(compressed_llama(), args, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    mixed = [0.75 * entry["lm_loss"] + 0.25 * entry["distill_loss"] for entry in entries]
+    assert len(mixed) == 3 and mixed[0] > mixed[1] > mixed[2]
+    assert [entry["loss"] for entry in entries] == pytest.approx(mixed, abs=1e-4)
+
+
 def test_the_divergence_is_right_in_chunks_and_by_its_gradient(monkeypatch):
     monkeypatch.setattr("hf_blr.finetune.distill.LOGITS_PER_CHUNK", 2 * 6)
     generator = torch.Generator().manual_seed(0)
@@ -456,7 +483,18 @@ def test_distillation_lowers_the_divergence_and_leaves_the_teacher_alone(tmp_pat
     assert evaluated == pytest.approx([trainer_for(model, tmp_path).evaluate()["eval_loss"]], rel=1e-5)
 
 
-def test_the_loss_is_the_models_own_again_after_an_exception(tmp_path):
+def test_evaluation_in_the_middle_of_a_step_is_not_distilled():
+    model, batch = compressed_llama(), windows(2)
+    distiller = Distiller(tiny_llama(), weight=0.5, temperature=1.0, shifts_labels=True)
+    own = model(input_ids=batch, labels=batch).loss.item()
+    distiller.attach(model)
+    assert model(input_ids=batch, labels=batch).loss.item() == own
+    assert model.train()(input_ids=batch, labels=batch).loss.item() != pytest.approx(own, rel=1e-3)
+    distiller.detach()
+    assert model(input_ids=batch, labels=batch).loss.item() == own
+
+
+def test_the_loss_is_the_models_own_again_after_an_exception(tmp_path, capsys):
     model = compressed_llama()
     calls = []
 
@@ -475,6 +513,7 @@ def test_the_loss_is_the_models_own_again_after_an_exception(tmp_path):
     # and training can start again
     trainer.train()
     assert not model._forward_hooks
+    assert capsys.readouterr().out.count("BLRCallback trains") == 1
 
 
 def test_a_hook_left_by_a_failed_backward_goes_with_close(tmp_path):

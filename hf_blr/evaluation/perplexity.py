@@ -121,6 +121,7 @@ def perplexity(
     Raises:
         ValueError: if the text is too short, `seqlen` is beyond the model's positions, a token id is beyond
             its vocabulary, or a count is out of range. Also what `load_text` raises.
+        TypeError: if the model does not give logits for each token.
     """
     stride = seqlen if stride is None else stride
     check_counts(model, seqlen, stride, batch_size, max_windows)
@@ -136,6 +137,11 @@ def perplexity(
         for batch in tqdm(batch_windows(windows, batch_size), desc="perplexity", disable=not progress):
             input_ids = torch.stack([tokens[window.begin : window.end] for window in batch])
             logits = model(input_ids=input_ids, use_cache=False).logits
+            if logits.shape[:-1] != input_ids.shape:
+                raise TypeError(
+                    f"{type(model).__name__} is no causal language model: for tokens {list(input_ids.shape)} "
+                    f"it gives logits {list(logits.shape)}"
+                )
             for window, window_logits in zip(batch, logits, strict=True):
                 # the logits at position t - 1 predict token t
                 predicting = window_logits[window.first - window.begin - 1 : -1]

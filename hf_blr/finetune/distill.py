@@ -69,8 +69,8 @@ class Distiller:
     """Mixes a teacher's divergence into the loss that a model returns, through a forward hook.
 
     The loss becomes (1 - weight) * the model's own + weight * `distillation_loss`, over the same positions
-    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). Nothing
-    changes in evaluation mode or where gradients are off.
+    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). In
+    evaluation mode nothing changes.
 
     Args:
         teacher: a model that takes the student's inputs; runs without gradients.
@@ -106,7 +106,7 @@ class Distiller:
         if output is None:
             self.detach()
             return None
-        if self.handle is None or not model.training or not torch.is_grad_enabled():
+        if self.handle is None or not model.training:
             return None
         with ExitStack() as undo:
             # an error of our own must not leave the hook behind either
