@@ -286,6 +286,8 @@ def test_the_best_model_comes_back_by_its_perplexity(tmp_path):
 def test_the_log_history_holds_what_one_wants_to_see(tmp_path):
     args = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
     trainer = trainer_for(compressed_llama(), tmp_path, **args)
+    untrained = trainer.evaluate()
+    assert untrained["eval_perplexity"] == pytest.approx(math.exp(untrained["eval_loss"]))
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -75,7 +75,6 @@ class BLRCallback(TrainerCallback):
         self.distill_weight = distill_weight
         self.temperature = temperature
         self.distiller = None
-        self.is_causal_lm = False
         self.reported = False
         self.counted_tokens = None
 
@@ -87,8 +86,7 @@ class BLRCallback(TrainerCallback):
         self.report(state, model)
         warn_of_decay(model, optimizer)
         let_gradients_in(model)
-        self.is_causal_lm = is_causal_lm(model)
-        if self.is_causal_lm:
+        if is_causal_lm(model):
             # the Trainer counts tokens only when asked to
             self.counted_tokens = args.include_num_input_tokens_seen
             args.include_num_input_tokens_seen = "all" if self.counted_tokens == "no" else self.counted_tokens
@@ -102,7 +100,7 @@ class BLRCallback(TrainerCallback):
             self.teacher = load_teacher(self.teacher, model)
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             self.distiller = Distiller(
-                self.teacher, self.distill_weight, self.temperature, self.is_causal_lm, autocast
+                self.teacher, self.distill_weight, self.temperature, is_causal_lm(model), autocast
             )
 
     def freeze(self, args, model, optimizer):
@@ -143,9 +141,9 @@ class BLRCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.close()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         metrics = self.distiller.pop_metrics() if self.distiller is not None and "loss" in logs else {}
-        if self.is_causal_lm:
+        if is_causal_lm(model):
             losses = {"perplexity": metrics.get("lm_loss", logs.get("loss"))}
             for name in logs:
                 if name.startswith("eval_") and name.endswith("_loss"):
