@@ -69,10 +69,17 @@ def compress(
     record_plan(model, config, plan)
     order = {name: i for i, name in enumerate(plan)}
     layers.sort(key=lambda layer: order[layer.name])
-    tokens = sum(next(iter(batch.values())).numel() for batch in batches)
-    seconds = time.perf_counter() - started
     after = parameter_sizes(model)
-    return CompressionReport(before[0], after[0], before[1], after[1], tokens, seconds, layers)
+    return CompressionReport(
+        parameters_before=before[0],
+        parameters_after=after[0],
+        bytes_before=before[1],
+        bytes_after=after[1],
+        fitted_to="weights" if grams is None and not batches else "activations",
+        calibration_tokens=sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch),
+        seconds=time.perf_counter() - started,
+        layers=layers,
+    )
 
 
 def collect_grams(model: nn.Module, config: BLRConfig, *, tokenizer=None, calibration=None) -> dict[str, Tensor]:
@@ -124,8 +131,7 @@ def gram_groups(model, plan, batches, grams) -> Iterator[dict[str, Tensor | None
     elif not batches:
         yield dict.fromkeys(plan)
     else:
-        for group in iterate_grams(model, list(plan), batches):
-            yield group
+        yield from iterate_grams(model, list(plan), batches)
 
 
 def replace_layer(model: nn.Module, name: str, plan: Plan, gram: Tensor | None, config: BLRConfig) -> LayerReport:

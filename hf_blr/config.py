@@ -122,12 +122,16 @@ class BLRConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-        if self.dataset is not None and not isinstance(self.dataset, (str, list, tuple)):
-            if not hasattr(self.dataset, "column_names"):
-                raise ValueError(
-                    "dataset must be None, a name, a path, a list of strings or a datasets.Dataset, "
-                    f"got {type(self.dataset).__name__}"
-                )
+        texts = (
+            self.dataset is None
+            or isinstance(self.dataset, (str, list, tuple))
+            or hasattr(self.dataset, "column_names")
+        )
+        if not texts:
+            raise ValueError(
+                "dataset must be None, a name, a path, a list of strings or a datasets.Dataset, "
+                f"got {type(self.dataset).__name__}"
+            )
 
     def settings_with(self, override: dict) -> dict:
         """structure, ratio, rank and num_blocks, with the override's values in place of the config's own."""
@@ -177,7 +181,8 @@ def check_budget(where: str, settings: dict):
     ratio, rank = settings["ratio"], settings["rank"]
     if (ratio is None) == (rank is None):
         raise ValueError(
-            f"{where}: give exactly one of ratio (kept / dense parameters) and rank, got ratio={ratio!r} and rank={rank!r}"
+            f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "
+            f"got ratio={ratio!r} and rank={rank!r}"
         )
     if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
         raise ValueError(f"{where}: ratio is kept / dense parameters and must be in (0, 1], got {ratio!r}")

@@ -77,7 +77,7 @@ class BLRLinear(nn.Module):
 
     def dense_weight(self) -> torch.Tensor:
         """The dense matrix `[N, K]`, differentiable in the factors."""
-        raise NotImplementedError
+        return reference.DENSE[self.spec.structure](**self.factors())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -98,7 +98,7 @@ class BLRLinear(nn.Module):
     def to_dense(self) -> nn.Module:
         """The `nn.Linear` (or `Conv1D`) with the same matrix, dtype and device; multiplied out in float32 or better."""
         wide = {n: f.detach().to(torch.promote_types(f.dtype, torch.float32)) for n, f in self.factors().items()}
-        weight = DENSE[type(self.spec)](**wide).to(self.u.dtype)
+        weight = reference.DENSE[self.spec.structure](**wide).to(self.u.dtype)
         dense = build_dense(weight, self.bias, self.transposed)
         dense.train(self.training)
         return dense.requires_grad_(self.u.requires_grad)
@@ -125,9 +125,6 @@ class LowRankLinear(BLRLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.low_rank_linear(x, self.u, self.v, self.bias)
 
-    def dense_weight(self):
-        return reference.low_rank_dense(self.u, self.v)
-
 
 class MonarchLinear(BLRLinear):
     """Block (i, j) of the matrix is u_ij v_ij; see `structures.Monarch`."""
@@ -136,9 +133,6 @@ class MonarchLinear(BLRLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.monarch_linear(x, self.u, self.v, self.bias)
-
-    def dense_weight(self):
-        return reference.monarch_dense(self.u, self.v)
 
 
 class BlastLinear(BLRLinear):
@@ -152,9 +146,6 @@ class BlastLinear(BLRLinear):
     def initial_std(self):
         # u sums R products of z, and z sums B1 of them
         return {**super().initial_std(), "s": 1 / math.sqrt(self.spec.num_blocks[0])}
-
-    def dense_weight(self):
-        return reference.blast_dense(self.u, self.s, self.v)
 
 
 LINEARS: dict[type[BLRSpec], type[BLRLinear]] = {

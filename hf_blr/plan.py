@@ -38,9 +38,7 @@ class LayerPlan:
 
     def build(self, device=None, dtype=None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
-        return BLRLinear.from_spec(
-            self.spec, bias=self.bias, transposed=self.transposed, device=device, dtype=dtype
-        )
+        return BLRLinear.from_spec(self.spec, bias=self.bias, transposed=self.transposed, device=device, dtype=dtype)
 
 
 Plan = dict[str, LayerPlan]
@@ -72,8 +70,8 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     compressed = [name for name, module in model.named_modules() if isinstance(module, BLRLinear)]
     if compressed:
         raise ValueError(
-            f"the model is compressed already ({compressed[0]} is a {type(model.get_submodule(compressed[0])).__name__}); "
-            "to compress it again, make it dense first with hf_blr.to_dense(model)"
+            f"the model is compressed already: {compressed[0]} is a {type(model.get_submodule(compressed[0])).__name__}. "
+            "To compress it again, make it dense first with hf_blr.to_dense(model)"
         )
     targets = find_targets(model, config.target_modules, config.modules_to_not_convert)
     by_default = config.target_modules is None or config.target_modules == "all-linear"

@@ -22,14 +22,16 @@ class LayerReport:
 class CompressionReport:
     """The outcome of `compress`.
 
-    Counts are numbers stored in the whole model; bytes are those of its parameters. `calibration_tokens` is 0 for a fit
-    to the weights alone, in which case errors are Frobenius errors of the weights.
+    Counts are numbers stored in the whole model; bytes are those of its parameters. `fitted_to` is "activations" or
+    "weights"; for the latter the errors are Frobenius errors. `calibration_tokens` counts the text that this
+    compression ran itself: none if it was given Gram matrices.
     """
 
     parameters_before: int
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    fitted_to: str
     calibration_tokens: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
@@ -53,7 +55,7 @@ class CompressionReport:
         return {**asdict(self), **summary, "layers": layers}
 
     def __str__(self):
-        fitted = f"{self.calibration_tokens} calibration tokens" if self.calibration_tokens else "the weights alone"
+        fitted = f"{self.calibration_tokens} tokens" if self.calibration_tokens else self.fitted_to
         return (
             f"{len(self.layers)} layers at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
             f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "

@@ -44,9 +44,7 @@ class BLRSpec:
         sides = ("in_features", "out_features")
         for side, size, blocks in zip(sides, (self.in_features, self.out_features), self.num_blocks, strict=True):
             if size % blocks:
-                raise ValueError(
-                    f"{side} {size} is not divisible by {blocks} blocks; choose from {divisors(size)}"
-                )
+                raise ValueError(f"{side} {size} is not divisible by {blocks} blocks; choose from {divisors(size)}")
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -216,9 +214,7 @@ def as_block_pair(num_blocks) -> tuple[int, int]:
     """`b` means (b, b). Raises ValueError for anything but one or two positive integers."""
     pair = (num_blocks, num_blocks) if isinstance(num_blocks, int) else tuple(num_blocks)
     if len(pair) != 2 or not all(isinstance(b, int) and b >= 1 for b in pair):
-        raise ValueError(
-            f"num_blocks must be a positive integer or (input blocks, output blocks), got {num_blocks!r}"
-        )
+        raise ValueError(f"num_blocks must be a positive integer or (input blocks, output blocks), got {num_blocks!r}")
     return pair
 
 

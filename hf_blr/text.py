@@ -58,9 +58,7 @@ def load_text(dataset, split: str) -> list[str]:
             f"got {type(dataset).__name__}"
         )
     if not any(document.strip() for document in documents):
-        raise ValueError(
-            f"there is no text in {describe(dataset)} ({len(documents)} documents, all of them empty)"
-        )
+        raise ValueError(f"there is no text in {describe(dataset)} ({len(documents)} documents, all of them empty)")
     return documents
 
 
@@ -78,10 +76,7 @@ def builtin_text(split: str) -> list[str]:
 
 
 def wikitext2(split: str) -> list[str]:
-    return [
-        row["text"]
-        for row in load_from_hub("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    ]
+    return [row["text"] for row in load_from_hub("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)]
 
 
 def c4(split: str) -> list[str]:
@@ -96,9 +91,7 @@ NAMED = {"builtin": builtin_text, "c4": c4, "wikitext2": wikitext2}
 
 def load_from_hub(name: str, *args, **kwargs):
     """`datasets.load_dataset`, with errors that say what works without it."""
-    instead = (
-        f'What works without it: {name!r} from its cache, "builtin", a text file or folder, a list of strings'
-    )
+    instead = f'What works without it: {name!r} from its cache, "builtin", a text file or folder, a list of strings'
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -106,18 +99,14 @@ def load_from_hub(name: str, *args, **kwargs):
     try:
         return load_dataset(*args, **kwargs)
     except (ConnectionError, FileNotFoundError) as error:
-        raise ConnectionError(
-            f"dataset {name!r} could not be read from the hub: {error}. {instead}."
-        ) from error
+        raise ConnectionError(f"dataset {name!r} could not be read from the hub: {error}. {instead}.") from error
 
 
 def read_path(path: str) -> list[str]:
     """The text of a file, or of each text file in a folder."""
     root = Path(path).expanduser()
     if root.is_dir():
-        files = sorted(
-            file for file in root.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
-        )
+        files = sorted(file for file in root.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"the folder {path!r} holds no file ending in {', '.join(TEXT_SUFFIXES)}")
     elif root.is_file():
@@ -148,13 +137,9 @@ def read_table(table, split: str) -> list[str]:
             )
         table = table[present[0]]
     if not hasattr(table, "__len__"):
-        raise TypeError(
-            "a streaming dataset may have no end: pass a list, [row['text'] for row in dataset.take(n)]"
-        )
+        raise TypeError("a streaming dataset may have no end: pass a list, [row['text'] for row in dataset.take(n)]")
     names = table.column_names
-    of_strings = [
-        name for name in names if getattr(table.features[name], "dtype", "") in ("string", "large_string")
-    ]
+    of_strings = [name for name in names if getattr(table.features[name], "dtype", "") in ("string", "large_string")]
     if "text" in of_strings:
         column = "text"
     elif len(of_strings) == 1:

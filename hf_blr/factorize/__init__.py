@@ -11,7 +11,7 @@ from hf_blr.factorize.als import fit_blast
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.monarch import fit_monarch, squared_error
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.ops.reference import blast_dense, low_rank_dense, monarch_dense
+from hf_blr.ops.reference import DENSE
 from hf_blr.structures import BLRSpec, LowRank, Monarch
 
 __all__ = ["Factors", "factorize"]
@@ -69,14 +69,11 @@ def factorize(
         gram = gram / gram.diagonal().mean()
     if isinstance(spec, LowRank):
         tensors, losses = dict(zip(("u", "v"), low_rank_factors(weight, spec.rank, gram), strict=True)), []
-        dense = low_rank_dense(**tensors)
     elif isinstance(spec, Monarch):
         tensors, losses = fit_monarch(weight, spec, gram, rounds=rounds, tolerance=tolerance)
-        dense = monarch_dense(**tensors)
     else:
         tensors, losses = fit_blast(weight, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
-        dense = blast_dense(**tensors)
-    error = relative_error(weight, dense, gram)
+    error = relative_error(weight, DENSE[spec.structure](**tensors), gram)
     root = scale.sqrt()
     tensors = {name: (t if name == "s" else t * root).contiguous() for name, t in tensors.items()}
     return Factors(tensors, error, max(len(losses) - 1, 0))

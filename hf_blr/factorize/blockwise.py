@@ -58,8 +58,9 @@ class BlockChain:
     def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> BlockChain | None:
         """Runs the first batch through and checks that each block's output is the next one's input, else None."""
         groups = group_by_block(names)
-        same_shape = all({k: v.shape for k, v in b.items()} == {k: v.shape for k, v in batches[0].items()} for b in batches)
-        if groups is None or not same_shape or any("mask" in key for key in batches[0]):
+        shapes = [{key: value.shape for key, value in batch.items()} for batch in batches]
+        # with masks or several shapes, blocks are called with other arguments on each batch
+        if groups is None or any(s != shapes[0] for s in shapes) or any("mask" in key for key in batches[0]):
             return None
         calls, outputs = {}, {}
 

@@ -19,7 +19,9 @@ def damped(gram: Tensor, damping: float) -> Tensor:
         raise ValueError(f"a Gram matrix is square, [K, K]; got shape {tuple(gram.shape)}")
     mean = gram.diagonal().mean()
     if not torch.isfinite(gram).all():
-        raise ValueError("the Gram matrix of the inputs holds NaN or infinity: the calibration run overflowed; use bfloat16 or float32")
+        raise ValueError(
+            "the Gram matrix of the inputs holds NaN or infinity: the calibration run overflowed; use bfloat16 or float32"
+        )
     if mean <= 0:
         raise ValueError("the Gram matrix of the inputs is zero: no calibration input reached this layer")
     gram = (gram + gram.mT) / 2

@@ -51,6 +51,10 @@ def blast_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(u, rows).view(b2 * q, b1 * p)
 
 
+#: {structure: its dense matrix from its factors, by name}
+DENSE = {"low_rank": low_rank_dense, "monarch": monarch_dense, "blast": blast_dense}
+
+
 def _project(x: Tensor, v: Tensor) -> Tensor:
     """x `[..., K]`, v `[B1, R, P]` -> y `[B1, T, R]`."""
     b1, _, p = v.shape

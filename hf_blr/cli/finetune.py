@@ -1,0 +1,84 @@
+"""fine-tune the factors of a compressed model with the Hugging Face Trainer
+
+Only the factors are trained; with --teacher the dense model's predictions are part of the loss.
+
+Example: hf-blr finetune out tuned --dataset wikitext2 --teacher HuggingFaceTB/SmolLM2-135M --steps 200
+"""
+
+from __future__ import annotations
+
+from hf_blr.cli import options
+from hf_blr.cli.table import format_table
+
+
+def add_arguments(parser):
+    options.add_model(parser, help="folder or hub id of a compressed causal language model")
+    options.add_output(parser)
+    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--teacher", metavar="MODEL", help="dense model to distil from")
+    parser.add_argument("--distill-weight", type=float, default=0.5, help="share of the distillation loss, 0 to 1")
+    parser.add_argument("--train-norms", action="store_true", help="train the normalisation layers too")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    parser.add_argument("--seed", type=int, default=0)
+    options.add_json(parser)
+
+
+def run(args):
+    from hf_blr.evaluation import perplexity
+    from hf_blr.finetune import BLRCallback
+    from hf_blr.text import load_text, sample_windows, tokenize
+
+    options.check_output(args.output, args.overwrite)
+    model, tokenizer = options.load_model(args.model, args)
+    tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
+    windows = sample_windows(tokens, args.seqlen, args.steps * args.batch_size, args.seed)
+    callback = BLRCallback(train_norms=args.train_norms, teacher=args.teacher, distill_weight=args.distill_weight)
+    evaluation = {"dataset": args.dataset, "seqlen": args.seqlen}
+    before = perplexity(model, tokenizer, **evaluation)
+    history = train(
+        model,
+        windows,
+        callback,
+        output_dir=args.output / "checkpoints",
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.lr,
+        gradient_checkpointing=args.gradient_checkpointing,
+        use_cpu=args.device == "cpu",
+        seed=args.seed,
+    )
+    after = perplexity(model, tokenizer, **evaluation)
+    print(format_table([{"": "before", "perplexity": before.ppl}, {"": "after", "perplexity": after.ppl}]))
+    print(after.protocol)
+    options.save(model, tokenizer, args.output)
+    result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
+    options.write_json(args.json, result)
+
+
+def train(model, windows, callback, **arguments) -> list[dict]:
+    """Trains on windows `[n, seqlen]` with the stock Trainer; returns its log history."""
+    from transformers import Trainer, TrainingArguments
+
+    from hf_blr.finetune import WindowDataset
+
+    settings = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, arguments["max_steps"] // 20),
+        # decaying two factors is not decaying their product
+        "weight_decay": 0.0,
+        "logging_steps": max(1, arguments["max_steps"] // 10),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=WindowDataset(windows),
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer.state.log_history

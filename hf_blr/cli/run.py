@@ -1,0 +1,22 @@
+"""run another program with hf_blr imported, so that it can load compressed models
+
+Programs that know nothing of hf_blr cannot load its checkpoints; with the import they can.
+
+Example: hf-blr run lm_eval --model hf --model_args pretrained=out --tasks arc_easy
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+
+
+def add_arguments(parser):
+    parser.add_argument("module", metavar="MODULE", help="a Python module, as after python -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+
+
+def run(args):
+    sys.argv = [args.module, *args.arguments]
+    runpy.run_module(args.module, run_name="__main__", alter_sys=True)
