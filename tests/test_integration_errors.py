@@ -39,8 +39,14 @@ def edited(source, target, edit):
 BROKEN = {
     "factor missing": (lambda t: t.pop(f"{Q}.u"), rf"Missing .*{Q}\.u\."),
     "norm missing": (lambda t: t.pop("model.norm.weight"), r"Missing .*model\.norm\.weight"),
-    "factor misshapen": (lambda t: t.update({f"{Q}.u": torch.zeros(64, 5)}), rf"{Q}\.u \(shape \(64, 5\).*\(64, 6\)"),
-    "dense weight beside factors": (lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64)}), rf"{Q}\.weight"),
+    "factor misshapen": (
+        lambda t: t.update({f"{Q}.u": torch.zeros(64, 5)}),
+        rf"{Q}\.u \(shape \(64, 5\).*\(64, 6\)",
+    ),
+    "dense weight beside factors": (
+        lambda t: t.update({f"{Q}.weight": torch.zeros(64, 64)}),
+        rf"{Q}\.weight",
+    ),
     "factor of another structure": (lambda t: t.update({f"{Q}.s": torch.zeros(1)}), rf"{Q}\.s \(a low_rank"),
 }
 
@@ -127,7 +133,9 @@ def test_layout_of_another_model(folders, tmp_path):
     stored = json.loads((folder / "config.json").read_text())
     stored["hidden_size"] = 32
     (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"layers\.0.*: the config's layers say .*96 -> 64.*, the model has .*96 -> 32"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0.*: the config's layers say .*96 -> 64.*, the model has .*96 -> 32"
+    ):
         LlamaForCausalLM.from_pretrained(folder)
     layers = stored["quantization_config"]["layers"]
     stored["quantization_config"]["layers"] = {f"elsewhere.{name}": layer for name, layer in layers.items()}

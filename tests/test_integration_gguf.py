@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hf_blr.compress import compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, register
-from hf_blr.integration.patch import dequantizing_config
+from hf_blr.integration.source import dequantizing_config
 
 gguf = pytest.importorskip("gguf")
 register()
@@ -29,7 +29,7 @@ BLOCK = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with tiny.gguf: the tiny Llama in 16 bits (its q and k rows in another order, which no test minds)."""
+    """Holds tiny.gguf: the tiny Llama in 16 bits, with q and k rows in an order that no test minds."""
     folder = tmp_path_factory.mktemp("gguf")
     model = tiny_llama()
     config, writer = model.config, gguf.GGUFWriter(folder / "tiny.gguf", "llama")

@@ -16,7 +16,10 @@ from hf_blr.integration import blr_modules
 integration.register()
 
 CONFIG = BLRConfig("low_rank", rank=6)
-TEXTS = ["The quick brown fox jumps over the lazy dog. " * 20, "Pack my box with five dozen liquor jugs. " * 20]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 20,
+    "Pack my box with five dozen liquor jugs. " * 20,
+]
 CALIBRATED = BLRConfig("low_rank", rank=6, dataset=TEXTS, num_samples=4, seqlen=32)
 
 

@@ -90,7 +90,7 @@ def test_merging_works_on_the_dense_model(model, tmp_path):
 
 
 def test_variants_that_need_a_dense_weight(model):
-    with pytest.raises(ValueError, match="use_dora"):
+    with pytest.raises(NotImplementedError, match="use_dora rescales"):
         adapted(model, use_dora=True)
     with pytest.raises(NotImplementedError, match="init_lora_weights='pissa'"):
         adapted(tiny_blr(), init_lora_weights="pissa")

@@ -86,7 +86,11 @@ def run(code, *args):
     """What a fresh process prints, both streams together."""
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     return done.stdout + done.stderr
 
@@ -114,7 +118,8 @@ import hf_blr.integration as integration
 integration.register()
 integration.register()
 if not early:
-    print("loaded", [name for name in ("triton", "peft", "transformers.modeling_utils") if name in sys.modules])
+    print("loaded", [name for name in ("triton", "peft", "transformers.modeling_utils") if name in
+    sys.modules])
 import transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print("found", type(model.model.layers[0].self_attn.q_proj).__name__)

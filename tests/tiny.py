@@ -37,9 +37,7 @@ def tiny_llama(seed=0, **kw) -> LlamaForCausalLM:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     tokens = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
     # weights large enough that a wrong matrix shows in the logits
-    return build(
-        LlamaForCausalLM, LlamaConfig(**{**sizes, **heads, **tokens, "initializer_range": 0.1, **kw}), seed
-    )
+    return build(LlamaForCausalLM, LlamaConfig(**{**sizes, **heads, **tokens, "initializer_range": 0.1, **kw}), seed)
 
 
 def tiny_gpt2(seed=0, **kw) -> GPT2LMHeadModel:
@@ -95,7 +93,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def with_low_rank_weights(model, rank=6):
-    """The same model with every projection inside its blocks cut to exactly this rank, so that a fit can be exact."""
+    """The same model with every projection inside its blocks cut to this rank, so that a fit can be exact."""
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D") and any(part.isdigit() for part in name.split(".")):
             u, s, v = torch.linalg.svd(module.weight, full_matrices=False)

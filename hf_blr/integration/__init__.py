@@ -1,7 +1,8 @@
 """Everything that knows how transformers and PEFT work inside.
 
-`register()` is what `import hf_blr` calls. It imports neither package's machinery: the quantizer, the `blr_config=`
-keyword and the LoRA layer are put in place when transformers' model loader and PEFT are imported.
+`register()` is what `import hf_blr` calls. It imports neither package's machinery: the quantizer, the
+`blr_config=` keyword and the LoRA layer are put in place when transformers' model loader and PEFT are
+imported.
 """
 
 from hf_blr.integration.layout import match_plan, swap_in

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 class ModuleNames:
     """Finds a model's module by a name that another class of the family, or another release, gave it.
 
-    A base model's `layers.0` is `model.layers.0` in the model with a head; and transformers renames modules between
-    releases and keeps the old names in the files.
+    A base model's `layers.0` is `model.layers.0` in the model with a head; and transformers renames modules
+    between releases and keeps the old names in the files.
     """
 
     def __init__(self, model: nn.Module):
@@ -58,13 +58,11 @@ def match_plan(model: nn.Module, plan: Plan) -> Plan:
     unmatched = [name for name in plan if found[name] is None]
     if not matched:
         raise ValueError(
-            f"{unmatched[0] if unmatched else 'layers'}: none of the {len(plan)} compressed modules that the checkpoint's "
-            f"config lists is in this {type(model).__name__}; load it with the class that saved it"
+            f"{unmatched[0]}: none of the {len(plan)} compressed modules that the config's layers list is in "
+            f"this {type(model).__name__}; load the checkpoint with the class that saved it"
         )
     if unmatched:
-        logger.warning(
-            "%s has no %s; their factors are not loaded", type(model).__name__, ", ".join(unmatched)
-        )
+        logger.warning("%s has no %s; their factors are not loaded", type(model).__name__, ", ".join(unmatched))
     for name, layer in matched.items():
         check_sizes(name, model.get_submodule(name), layer)
     return {name: matched[name] for name in names.modules if name in matched}
@@ -87,7 +85,7 @@ def check_sizes(name: str, module: nn.Module, layer: LayerPlan):
 
 
 def swap_in(model: nn.Module, plan: Plan) -> dict[str, BLRLinear]:
-    """Put a fresh BLR module in each planned place, on the device and in the dtype of the layer that was there."""
+    """Put a fresh BLR module in each planned place, with the old layer's device and dtype."""
     swapped = {}
     for name, layer in plan.items():
         dense = model.get_submodule(name)

@@ -34,12 +34,12 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def refuse_offloaded(model: nn.Module):
-    """Raises ValueError if some weights are on disk or wait behind an offload hook, where nothing can be multiplied."""
+    """Raises ValueError if some weights are on disk or wait behind an offload hook."""
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ValueError(
-            f"{away[0]} is offloaded ({len(away)} parameters are), and factors must be in memory to be multiplied "
-            "out; load the model without device_map, or with one that holds all of it"
+            f"{away[0]} is offloaded ({len(away)} parameters are), and factors must be in memory to be "
+            "multiplied out; load the model without device_map, or with one that holds all of it"
         )
 
 
@@ -88,7 +88,7 @@ def named_class(config):
     model_class = getattr(transformers, names[0], None) if names[0] else None
     if model_class is None:
         raise ValueError(
-            f"config.architectures is {getattr(config, 'architectures', None)}, which names no class of transformers; "
-            "pass model_class="
+            f"config.architectures is {getattr(config, 'architectures', None)}, which names no class of "
+            "transformers; pass model_class="
         )
     return model_class

@@ -1,7 +1,7 @@
 """Run a function when another package's module is imported.
 
-`import hf_blr` must reach into transformers' loader and PEFT's config, but importing those itself would double the time
-that it takes, and bring in what a user may never need.
+`import hf_blr` must reach into transformers' loader and PEFT's config, but importing those itself would
+double the time that it takes, and bring in what a user may never need.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 MESSAGE = (
-    "BLR modules cannot be split over devices by tensor or expert parallelism yet, got {what}; load without it, and "
-    "use device_map, FSDP or data parallelism"
+    "BLR modules cannot be split over devices by tensor or expert parallelism yet, got {what}; load without "
+    "it, and use device_map, FSDP or data parallelism"
 )
 
 
@@ -26,5 +26,6 @@ def refuse_tensor_parallel(distributed_config=None, **keywords):
 
 def refuse_sharded(model: nn.Module):
     """Raises NotImplementedError if the loader has split the model's tensors over devices."""
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise NotImplementedError(MESSAGE.format(what=f"tp_size={model._tp_size}"))
+    size = getattr(model, "_tp_size", None) or 1
+    if size > 1:
+        raise NotImplementedError(MESSAGE.format(what=f"tp_size={size}"))

@@ -9,19 +9,9 @@ import sys
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
+from hf_blr.integration.source import dequantizing_config, is_compressed, load_tokenizer
 
 MODELING = "transformers.modeling_utils"
-
-#: what tells where a repository's files are; its tokenizer and config are read from the same place
-PLACE_KEYWORDS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
 
 _enabled = False
 
@@ -39,7 +29,7 @@ def enable():
 def disable():
     """Take the keyword back; `quantization_config=BLRConfig(...)` without a dataset works on.
 
-    If another package has wrapped `from_pretrained` since, ours stays inside of it and hands every call through.
+    If another package has wrapped `from_pretrained` since, ours stays inside of it and hands calls through.
     """
     global _enabled
     _enabled = False
@@ -73,7 +63,7 @@ def wrap(modeling):
 
 
 def write_out_stored(kwargs: dict):
-    """Let `config=model.config` pass: transformers reads a stored config as the dict that config.json gives."""
+    """Let `config=model.config` pass: transformers expects the dict that a config.json gives."""
     stored = getattr(kwargs.get("config"), "quantization_config", None)
     if isinstance(stored, BLRConfig):
         kwargs["config"] = copy.copy(kwargs["config"])
@@ -81,7 +71,7 @@ def write_out_stored(kwargs: dict):
 
 
 def take_config(kwargs: dict) -> BLRConfig | None:
-    """Remove the BLR config from `from_pretrained`'s keywords and return a copy; None, and no change, without one.
+    """Take the BLR config out of `from_pretrained`'s keywords, as a copy; None without one.
 
     Raises:
         ValueError: if both `blr_config` and `quantization_config` are given, or the config is out of range.
@@ -90,32 +80,27 @@ def take_config(kwargs: dict) -> BLRConfig | None:
     given, other = kwargs.pop("blr_config", None), kwargs.get("quantization_config")
     if given is not None and other is not None:
         raise ValueError(
-            "from_pretrained got blr_config and quantization_config, they are two names for one thing: give only "
-            "blr_config"
+            "from_pretrained got blr_config and quantization_config, two names for one thing: give only blr_config"
         )
     if given is None:
         if not is_blr(other):
             return None
         given = kwargs.pop("quantization_config")
     elif not isinstance(given, (BLRConfig, dict)):
-        raise TypeError(
-            f"blr_config must be a BLRConfig or a dict of its arguments, got {type(given).__name__}"
-        )
+        raise TypeError(f"blr_config must be a BLRConfig or a dict of its arguments, got {type(given).__name__}")
     return BLRConfig(**given) if isinstance(given, dict) else copy.deepcopy(given)
 
 
 def is_blr(config) -> bool:
     """Whether a `quantization_config`, object or dict, is one of ours."""
-    return isinstance(config, BLRConfig) or (
-        isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
-    )
+    return isinstance(config, BLRConfig) or (isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD)
 
 
 def load(original, config: BLRConfig, args: tuple, kwargs: dict):
     """What `from_pretrained` does with a BLR config.
 
-    Fits to the weights alone stream while transformers loads. Fits to activations, and GGUF files (which transformers
-    does not combine with a quantizer), take a loaded dense model.
+    Fits to the weights alone stream while transformers loads. Fits to activations, and GGUF files (which
+    transformers does not combine with a quantizer), take a loaded dense model.
 
     Raises:
         ValueError: if activations are asked for and there is no tokenizer.
@@ -139,44 +124,3 @@ def load(original, config: BLRConfig, args: tuple, kwargs: dict):
     model = loaded[0] if kwargs.get("output_loading_info") else loaded
     compress(model, config, tokenizer=tokenizer)
     return loaded
-
-
-def is_compressed(path, kwargs: dict) -> bool:
-    """Whether the checkpoint has a `quantization_config` already, ours or another; transformers deals with both."""
-    from transformers import PreTrainedConfig
-
-    config = kwargs.get("config")
-    if isinstance(config, PreTrainedConfig):
-        return getattr(config, "quantization_config", None) is not None
-    source = config if config is not None else path
-    if source is None:
-        return False
-    place = {name: kwargs[name] for name in PLACE_KEYWORDS if name in kwargs}
-    return PreTrainedConfig.get_config_dict(source, **place)[0].get("quantization_config") is not None
-
-
-def load_tokenizer(path, kwargs: dict):
-    """The tokenizer beside the model's weights. Raises ValueError if there is none."""
-    from transformers import AutoTokenizer
-
-    advice = "pass from_pretrained(..., tokenizer=tokenizer), or a BLRConfig without a dataset"
-    if path is None:
-        raise ValueError(
-            f"a fit to BLRConfig.dataset needs a tokenizer, and no model path says where it is: {advice}"
-        )
-    names = (*PLACE_KEYWORDS, "trust_remote_code", "gguf_file")
-    try:
-        return AutoTokenizer.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no tokenizer for the fit to BLRConfig.dataset: {advice}; {error}"
-        ) from error
-
-
-def dequantizing_config():
-    """Asks transformers for the GGUF file's weights as a plain dense model; None where it always gives that."""
-    import transformers
-
-    # the class came with the release in which a GGUF load began to leave a quantizer on the model
-    gguf_config = getattr(transformers, "GgufConfig", None)
-    return None if gguf_config is None else gguf_config(dequantize=True)

@@ -20,8 +20,8 @@ PLAIN_INITS = (True, False, "gaussian", "eva")
 def enable_peft():
     """Let every `LoraConfig` put adapters on BLR modules; done by `import hf_blr`.
 
-    PEFT keeps its map of supported modules in the config object and does not save it, so each new config needs the
-    entry, those that are read from an adapter's folder too.
+    PEFT keeps its map of supported modules in the config object and does not save it, so each new config
+    needs the entry, those that are read from an adapter's folder too.
     """
     when_imported(LORA_CONFIG, wrap_lora_config)
 
@@ -49,9 +49,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     """
     names = list(blr_modules(model))
     if not names:
-        raise ValueError(
-            f'{type(model).__name__} has no BLR modules; target_modules="all-linear" finds dense ones'
-        )
+        raise ValueError(f'{type(model).__name__} has no BLR modules; target_modules="all-linear" finds dense ones')
     return names
 
 
@@ -63,7 +61,7 @@ def lora_class() -> type[nn.Module]:
     class LoraBLR(Linear):
         """y = blr(x) + scaling * B(A(dropout(x))): PEFT's own LoRA layer around a BLR module.
 
-        The adapter cannot be merged: the sum of a BLR matrix and a low-rank one does not fit into the factors.
+        The adapter cannot be merged: the sum of a BLR and a low-rank matrix does not fit into the factors.
         """
 
         def _get_in_out_features(self, module):
@@ -72,29 +70,31 @@ def lora_class() -> type[nn.Module]:
 
         @property
         def lora_variants(self):
-            # DoRA and its kind normalise the dense weight in each forward; PEFT refuses what is not listed here
+            # the variants work on the dense weight in each forward; PEFT refuses what is not listed here
             return {(): None}
 
         def update_layer(self, *args, **kwargs):
             given = inspect.signature(super().update_layer).bind(*args, **kwargs).arguments
-            init = getattr(given.get("config"), "init_lora_weights", given.get("init_lora_weights", True))
-            if init not in PLAIN_INITS:
+            # PEFT 0.18 passes the settings one by one, later releases in the config
+            settings = vars(given["config"]) if "config" in given else {**given, **given.get("kwargs", {})}
+            init = settings.get("init_lora_weights", True)
+            if settings.get("use_dora") or init not in PLAIN_INITS:
                 raise NotImplementedError(
-                    f"init_lora_weights={init!r} moves a part of the dense weight into the adapter, and a BLR module "
-                    f"has no dense weight; use one of {PLAIN_INITS}"
+                    "a BLR module has no dense weight, which use_dora rescales and init_lora_weights="
+                    f"{init!r} may split; use plain LoRA with init_lora_weights in {PLAIN_INITS}"
                 )
             super().update_layer(*args, **kwargs)
 
         def merge(self, safe_merge=False, adapter_names=None):
             raise NotImplementedError(
-                "a LoRA adapter cannot be merged into block low-rank factors; keep it beside them, or take it off "
-                "with unload(), make the model dense with hf_blr.to_dense(model), and merge it there"
+                "a LoRA adapter cannot be merged into block low-rank factors; keep it beside them, or take "
+                "it off with unload(), make the model dense with hf_blr.to_dense(model), and merge it there"
             )
 
         def unmerge(self):
             raise NotImplementedError(
-                "no LoRA adapter is ever merged into block low-rank factors; to use the base model alone, call "
-                "disable_adapter() or unload()"
+                "no LoRA adapter is ever merged into block low-rank factors; to use the base model alone, "
+                "call disable_adapter() or unload()"
             )
 
     return LoraBLR

@@ -9,12 +9,13 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from hf_blr.config import BLRConfig
+from hf_blr.integration.headers import check_files
 from hf_blr.integration.layout import match_plan, swap_in
 from hf_blr.integration.loading import to_dense
 from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
 from hf_blr.integration.record import record_plan
 from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_placeholder, fit_weight
-from hf_blr.integration.verify import check_files, check_loaded, expected_tensors, mark_loaded
+from hf_blr.integration.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, plan_from_layers, resolve_plan
 
@@ -22,10 +23,10 @@ from hf_blr.plan import Plan, plan_from_layers, resolve_plan
 class BLRHfQuantizer(HfQuantizer):
     """Swaps BLR modules in before the weights come, and checks what came.
 
-    From a dense checkpoint each weight becomes factors as it streams in, so memory peaks near the compressed size.
-    From a BLR checkpoint the factors load as they are. Afterwards the quantizer detaches itself: the factors are
-    ordinary parameters, and transformers would refuse `.half()`, `save_pretrained(state_dict=...)` and compiled
-    training on a model that it takes for quantised.
+    From a dense checkpoint each weight becomes factors as it streams in, so memory peaks near the compressed
+    size. From a BLR checkpoint the factors load as they are. Afterwards the quantizer detaches itself: the
+    factors are ordinary parameters, and transformers would refuse `.half()` and compiled training, and ignore
+    `save_pretrained(state_dict=...)`, on a model that it takes for quantised.
     """
 
     def __init__(self, quantization_config: BLRConfig, **kwargs):
@@ -39,19 +40,18 @@ class BLRHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized and self.quantization_config.calibrated:
             raise ValueError(
-                "BLRConfig.dataset asks for a fit to activations, and those cannot be seen while a checkpoint streams "
-                "in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense model and call "
-                "hf_blr.compress(model, config, tokenizer=tokenizer)"
+                "BLRConfig.dataset asks for a fit to activations, which cannot be seen while a checkpoint "
+                "streams in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense "
+                "model and call hf_blr.compress(model, config, tokenizer=tokenizer)"
             )
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         refuse_tensor_parallel(getattr(model.config, "distributed_config", None))
         layers = self.quantization_config.layers
-        self.plan = (
-            match_plan(model, plan_from_layers(layers))
-            if layers
-            else resolve_plan(model, self.quantization_config)
-        )
+        if layers:
+            self.plan = match_plan(model, plan_from_layers(layers))
+        else:
+            self.plan = resolve_plan(model, self.quantization_config)
         if self.pre_quantized:
             check_files(model, self.plan, checkpoint_files)
         weights = {name: model.get_submodule(name).weight for name in self.plan}
@@ -96,10 +96,10 @@ class BLRHfQuantizer(HfQuantizer):
                 raise ValueError(
                     f"{name}: offloaded to disk before it could be compressed; load it without disk offload"
                 )
-            if not getattr(weight, "_is_hf_initialized", False):
+            if not is_loaded(weight):
                 raise ValueError(
-                    f"{name}: the checkpoint has no such weight, so there is nothing to compress; leave this module "
-                    "dense with modules_to_not_convert"
+                    f"{name}: the checkpoint has no such weight, so there is nothing to compress; leave this "
+                    "module dense with modules_to_not_convert"
                 )
             factors = fit_weight(name, module, weight.detach(), self.quantization_config)
             finish_placeholder(name, self.awaiting)

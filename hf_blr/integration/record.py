@@ -1,4 +1,4 @@
-"""What a model says about itself once it holds BLR modules, so that `save_pretrained` and a plain load work."""
+"""What a model says about itself once it holds BLR modules, so that saving and a plain load work."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hf_blr.plan import Plan, layers_from_plan
 def record_plan(model: nn.Module, config: BLRConfig, plan: Plan):
     """Write the resolved config into `model.config`, where `save_pretrained` and the loader look for it.
 
-    Does nothing for a module without a transformers config.
+    Does nothing to a module that is no transformers model.
 
     Args:
         model: holds the plan's BLR modules already, under the plan's names.
         config: what was asked for; it is not changed, and text in it is described rather than kept.
         plan: what every replaced module became.
     """
-    if not has_config(model):
+    if not is_transformers_model(model):
         return
     model.config.quantization_config = BLRConfig(**{**config.to_dict(), "layers": layers_from_plan(plan)})
     for part in submodels(model):
-        # transformers then takes a module's dtype from its config; the alternative is its first nn.Linear
+        # transformers then reads a module's dtype from its config, instead of from its first nn.Linear
         part.config._is_quantized = True
     drop_fused_conversions(model, plan)
     model.add_model_tags([QUANT_METHOD])
@@ -31,7 +31,7 @@ def record_plan(model: nn.Module, config: BLRConfig, plan: Plan):
 
 def forget_plan(model: nn.Module):
     """Undo `record_plan` on a model that is dense again."""
-    if not has_config(model):
+    if not is_transformers_model(model):
         return
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -41,47 +41,54 @@ def forget_plan(model: nn.Module):
         model.model_tags.remove(QUANT_METHOD)
 
 
-def has_config(model: nn.Module) -> bool:
-    """Whether this is a transformers model; a plain module has nothing to record."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether there is a config to write to, of the kind that transformers saves and loads."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
 
 
 def submodels(model: nn.Module) -> list[nn.Module]:
-    """The transformers models inside this one, itself included."""
-    return [module for module in model.modules() if has_config(module)]
-
-
-def drop_fused_conversions(model: nn.Module, plan: Plan):
-    """Keep `save_pretrained` from fusing factors as if they were dense weights.
-
-    Some families store q, k and v as one matrix and split it while loading; saving runs the split backwards, and its
-    patterns fit the factors' names too. Such a converter is dropped; the dense weights that it would have fused are
-    saved one by one, under names that load as well.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    conversions = getattr(model, "_weight_conversions", None)
-    built_in_memory = conversions is None
-    if built_in_memory:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    keys = [f"{name}.{factor}" for name, layer in plan.items() for factor in layer.spec.factor_names]
-
-    def catches_factors(conversion):
-        if not isinstance(conversion, WeightConverter):
-            return False
-        backwards = conversion.reverse_transform()
-        return any(backwards.rename_source_key(key)[1] is not None for key in keys)
-
-    kept = [conversion for conversion in conversions if not catches_factors(conversion)]
-    # without a converter to drop, transformers' own default for a model built in memory stays in force
-    if len(kept) < len(conversions):
-        # a renaming of a prefix tells what the file looked like; a model built in memory never saw one
-        model._weight_conversions = (
-            [c for c in kept if type(c).__name__ != "PrefixChange"] if built_in_memory else kept
-        )
+    """The transformers models in this one, itself included; each has a config of its own."""
+    return [module for module in model.modules() if is_transformers_model(module)]
 
 
 def blr_modules(model: nn.Module) -> dict[str, BLRLinear]:
     """{name: module} of every BLR module in the model, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BLRLinear)}
+
+
+def drop_fused_conversions(model: nn.Module, plan: Plan):
+    """Keep `save_pretrained` from fusing factors as if they were dense weights.
+
+    Some families store q, k and v as one matrix and split it while loading; saving runs the split backwards,
+    and its patterns fit the factors' names too. Such a converter is dropped; the dense weights that it would
+    have fused are saved one by one, under names that load as well.
+    """
+    conversions = conversions_for_saving(model)
+    keys = [f"{name}.{factor}" for name, layer in plan.items() for factor in layer.spec.factor_names]
+    kept = [conversion for conversion in conversions if not fuses(conversion, keys)]
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
+
+
+def conversions_for_saving(model: nn.Module) -> list:
+    """The conversions that `save_pretrained` would run backwards."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return used
+    # a change of prefix depends on the file that was loaded, and this model was built in memory
+    default = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in default if type(conversion).__name__ != "PrefixChange"]
+
+
+def fuses(conversion, keys: list[str]) -> bool:
+    """Whether the conversion, run backwards, takes one of these keys for a part of a fused tensor."""
+    from transformers.core_model_loading import WeightConverter
+
+    if not isinstance(conversion, WeightConverter):
+        return False
+    backwards = conversion.reverse_transform()
+    return any(backwards.rename_source_key(key)[1] is not None for key in keys)

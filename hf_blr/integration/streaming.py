@@ -21,49 +21,44 @@ class FactorizeOp(ConversionOps):
     Args:
         awaiting: {name of a dense weight: its module}; shared with the quantizer, fitted names are taken out.
         config: how to fit.
-        refused: messages about weights that cannot be fitted; shared with the quantizer, which raises them. An
-            exception from here would reach the user as "some issues during automatic conversion".
+        refused: messages about weights that cannot be fitted; shared with the quantizer, which raises them.
+            The loader would turn an exception from here into "some issues during automatic conversion".
     """
 
     def __init__(self, awaiting: dict[str, BLRLinear], config: BLRConfig, refused: list[str]):
         self.awaiting, self.config, self.refused = awaiting, config, refused
 
     def convert(self, input_dict, *args, missing_keys=None, **kwargs):
-        """{parameter: tensor or [tensor]} with the factors in the place of the weights."""
+        """{parameter: tensor or [tensor]}, with factors where awaited weights were."""
         out = {}
-        # a fused projection was split just before, and comes as several weights of which some may not be ours
+        # a fused projection was split just before, and comes as several weights, of which some may not be
+        # ours
         for name, value in input_dict.items():
-            module = self.awaiting.get(name)
-            if module is None:
+            if name not in self.awaiting:
                 out[name] = value
-                continue
-            if self.refused:
-                # the load will fail: no further fit, and no dense weight kept
-                continue
-            try:
-                factors = fit_weight(
-                    name, module, value[0] if isinstance(value, list) else value, self.config
-                )
-            except ValueError as error:
-                self.refused.append(str(error))
-                continue
-            except RuntimeError:
-                # the loader swallows the traceback; without this line nothing would say which module it was
-                logger.exception("%s could not be factorised", name)
-                raise
-            finish_placeholder(name, self.awaiting)
-            if missing_keys is not None:
-                missing_keys.discard(name)
-            out.update(
-                {f"{name.removesuffix('weight')}{factor}": tensor for factor, tensor in factors.items()}
-            )
+            elif not self.refused:
+                out |= self.fit(name, value[0] if isinstance(value, list) else value)
+                if name not in self.awaiting and missing_keys is not None:
+                    missing_keys.discard(name)
         return out
 
+    def fit(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{full name of a factor: tensor}; for a weight that cannot be fitted nothing, and a message."""
+        try:
+            factors = fit_weight(name, self.awaiting[name], weight, self.config)
+        except ValueError as error:
+            self.refused.append(str(error))
+            return {}
+        except RuntimeError:
+            # the loader shows no traceback; without this line nothing would say which module it was
+            logger.exception("%s could not be factorised", name)
+            raise
+        finish_placeholder(name, self.awaiting)
+        return {f"{name.removesuffix('weight')}{factor}": tensor for factor, tensor in factors.items()}
 
-def fit_weight(
-    name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig
-) -> dict[str, torch.Tensor]:
-    """The module's factors for a dense weight, in the weight's dtype and on its device.
+
+def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig):
+    """The module's factors, {name: tensor}, for a dense weight; in the weight's dtype and on its device.
 
     Args:
         name: of the weight, for messages.
@@ -74,24 +69,18 @@ def fit_weight(
     Raises:
         ValueError: if the weight has another shape than the model expects, or holds NaN or infinite values.
     """
-    spec = module.spec
-    matrix = weight.T if module.transposed else weight
-    if tuple(matrix.shape) != (spec.out_features, spec.in_features):
-        expected = (
-            (spec.in_features, spec.out_features)
-            if module.transposed
-            else (spec.out_features, spec.in_features)
-        )
+    if weight.shape != module.weight.shape:
         raise ValueError(
-            f"{name}: the model expects the shape {expected}, the checkpoint has {tuple(weight.shape)}"
+            f"{name}: the model expects the shape {tuple(module.weight.shape)}, the checkpoint has "
+            f"{tuple(weight.shape)}; load it with its own config.json"
         )
     check_finite(name, weight)
-    matrix = matrix.to(fit_device(weight, config))
+    matrix = (weight.T if module.transposed else weight).to(fit_device(weight, config))
     options = {"rounds": config.fit_rounds, "tolerance": config.fit_tolerance, "damping": config.damping}
-    fitted = factorize(matrix, spec, **options, seed=config.seed)
+    fitted = factorize(matrix, module.spec, **options, seed=config.seed)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
-    # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which multiply
-    # with other rounding than the same factors read back from a file
+    # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which
+    # multiply with other rounding than the same factors read back from a file
     return {
         factor: tensor.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
         for factor, tensor in fitted.tensors.items()
@@ -103,8 +92,8 @@ def check_finite(name: str, weight: torch.Tensor):
     bad = weight.numel() - int(torch.isfinite(weight).sum())
     if bad:
         raise ValueError(
-            f"{name}: {bad} of {weight.numel()} values are NaN or infinite; repair the checkpoint, or leave this "
-            "module dense with modules_to_not_convert"
+            f"{name}: {bad} of {weight.numel()} values are NaN or infinite; repair the checkpoint, or leave "
+            "this module dense with modules_to_not_convert"
         )
 
 
@@ -124,5 +113,5 @@ def add_placeholder(module: BLRLinear, weight: nn.Parameter):
 
 
 def finish_placeholder(name: str, awaiting: dict[str, BLRLinear]):
-    """The weight has become factors: the module no longer waits for it."""
+    """The weight has become factors: its module no longer waits for it."""
     del awaiting.pop(name)._parameters["weight"]

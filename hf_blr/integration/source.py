@@ -1,0 +1,51 @@
+"""What lies beside a model's weights: its config, its tokenizer, and how a GGUF file is read."""
+
+from __future__ import annotations
+
+#: from_pretrained's keywords that say where a repository's files are
+PLACE_KEYWORDS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def is_compressed(path, kwargs: dict) -> bool:
+    """Whether the checkpoint has a `quantization_config`, ours or another; transformers deals with both."""
+    from transformers import PreTrainedConfig
+
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config, "quantization_config", None) is not None
+    source = config if config is not None else path
+    if source is None:
+        return False
+    place = {name: kwargs[name] for name in PLACE_KEYWORDS if name in kwargs}
+    return PreTrainedConfig.get_config_dict(source, **place)[0].get("quantization_config") is not None
+
+
+def load_tokenizer(path, kwargs: dict):
+    """The tokenizer beside the model's weights. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    advice = "pass from_pretrained(..., tokenizer=tokenizer), or a BLRConfig without a dataset"
+    if path is None:
+        raise ValueError(f"a fit to BLRConfig.dataset needs a tokenizer, and no path says where it is: {advice}")
+    names = (*PLACE_KEYWORDS, "trust_remote_code", "gguf_file")
+    try:
+        return AutoTokenizer.from_pretrained(path, **{name: kwargs[name] for name in names if name in kwargs})
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: holds no tokenizer for the fit to BLRConfig.dataset: {advice}") from error
+
+
+def dequantizing_config():
+    """Asks transformers for a plain dense model out of a GGUF file; None where it always gives one."""
+    import transformers
+
+    # the class came with the release in which a GGUF load began to leave a quantizer on the model
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    return None if gguf_config is None else gguf_config(dequantize=True)
