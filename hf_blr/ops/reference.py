@@ -19,9 +19,9 @@ def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) 
     """x `[..., K]`, u `[B2, Q, B1*R]`, v `[B1, B2*R, P]` -> `[..., N]`. arXiv 2204.00595."""
     y = _project(x, v)
     b1, tokens, _ = y.shape
-    b2 = u.shape[0]
+    b2, _, width = u.shape
     # [B1, T, B2, R] -> [B2, T, B1*R]: the two block indices swap places
-    z = y.view(b1, tokens, b2, -1).permute(2, 1, 0, 3).reshape(b2, tokens, -1)
+    z = y.view(b1, tokens, b2, width // b1).permute(2, 1, 0, 3).reshape(b2, tokens, width)
     return _expand(z, u, bias, x.shape[:-1])
 
 
@@ -58,10 +58,12 @@ DENSE = {"low_rank": low_rank_dense, "monarch": monarch_dense, "blast": blast_de
 def _project(x: Tensor, v: Tensor) -> Tensor:
     """x `[..., K]`, v `[B1, R, P]` -> y `[B1, T, R]`."""
     b1, _, p = v.shape
-    return torch.bmm(x.reshape(-1, b1, p).transpose(0, 1), v.transpose(1, 2))
+    # sizes in full: -1 is ambiguous where there are no tokens
+    return torch.bmm(x.reshape(x.shape[:-1].numel(), b1, p).transpose(0, 1), v.transpose(1, 2))
 
 
 def _expand(z: Tensor, u: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
     """z `[B2, T, R]`, u `[B2, Q, R]` -> `[*lead, N]`."""
-    out = torch.bmm(z, u.transpose(1, 2)).transpose(0, 1).reshape(*lead, -1)
+    b2, q, _ = u.shape
+    out = torch.bmm(z, u.transpose(1, 2)).transpose(0, 1).reshape(*lead, b2 * q)
     return out if bias is None else out + bias

@@ -1,0 +1,87 @@
+"""The modules: building, reading the dense weight, and turning back into dense layers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_blr.dense import build_dense, dense_weight, feature_sizes, is_dense_linear
+from hf_blr.linear import BlastLinear, BLRLinear, LowRankLinear, MonarchLinear
+from hf_blr.structures import Blast, LowRank, Monarch
+
+SPECS = [LowRank(12, 8, 3), Monarch(12, 8, 1, (3, 4)), Blast(12, 8, 4, (3, 4))]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.structure)
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_module_equals_its_dense_form(spec, transposed, bias):
+    torch.manual_seed(0)
+    module = BLRLinear.from_spec(spec, bias=bias, transposed=transposed, dtype=torch.float64)
+    if bias:
+        nn.init.normal_(module.bias)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    dense = module.to_dense()
+    assert type(dense) is (Conv1D if transposed else nn.Linear)
+    torch.testing.assert_close(dense(x), module(x))
+    torch.testing.assert_close(dense.weight.detach(), module.weight)
+    assert module.num_parameters == spec.num_parameters + (8 if bias else 0)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.structure)
+def test_fresh_factors_have_the_variance_of_a_fresh_linear(spec):
+    big = type(spec)(240, 320, 40, (1, 1) if isinstance(spec, LowRank) else (4, 8))
+    torch.manual_seed(0)
+    weight = BLRLinear.from_spec(big).weight
+    assert weight.std().item() == pytest.approx((3 * 240) ** -0.5, rel=0.15)
+
+
+def test_from_spec_picks_the_class_and_constructors_check_it():
+    assert [type(BLRLinear.from_spec(s)) for s in SPECS] == [LowRankLinear, MonarchLinear, BlastLinear]
+    with pytest.raises(TypeError, match="needs a Blast spec"):
+        BlastLinear(SPECS[0])
+
+
+def test_from_factors_refuses_wrong_shapes():
+    spec = SPECS[2]
+    factors = {name: torch.zeros(shape) for name, shape in spec.factor_shapes().items()}
+    with pytest.raises(ValueError, match="must have the shapes"):
+        BlastLinear.from_factors(spec, {**factors, "s": torch.zeros(3, 4, 4)})
+    with pytest.raises(ValueError, match="must have the shapes"):
+        BlastLinear.from_factors(spec, {k: v for k, v in factors.items() if k != "s"})
+
+
+def test_weight_is_read_only_and_marked_as_initialised():
+    module = BLRLinear.from_spec(SPECS[0])
+    assert module.weight._is_hf_initialized
+    assert not module.weight.requires_grad
+    with pytest.raises((AttributeError, KeyError)):
+        module.weight = nn.Parameter(torch.zeros(8, 12))
+    assert set(module.state_dict()) == {"u", "v", "bias"}
+
+
+def test_low_precision_module_multiplies_its_dense_form_out_in_float32():
+    torch.manual_seed(0)
+    module = BLRLinear.from_spec(LowRank(64, 64, 32), bias=False, dtype=torch.bfloat16)
+    exact = module.u.double() @ module.v.double()
+    error = (module.to_dense().weight.double() - exact).norm() / exact.norm()
+    assert error < 0.5 * torch.finfo(torch.bfloat16).eps
+
+
+def test_repr_names_what_a_reader_wants():
+    text = repr(BLRLinear.from_spec(SPECS[2]))
+    assert all(part in text for part in ("BlastLinear", "rank=4", "num_blocks=(3, 4)", "ratio="))
+
+
+def test_dense_layers_are_told_from_subclasses_and_read_alike():
+    class Packed(nn.Linear):
+        pass
+
+    assert is_dense_linear(nn.Linear(2, 3)) and is_dense_linear(Conv1D(3, 2))
+    assert not is_dense_linear(Packed(2, 3)) and not is_dense_linear(nn.Bilinear(2, 2, 2))
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    for transposed in (False, True):
+        module = build_dense(weight, bias, transposed)
+        assert feature_sizes(module) == (2, 3)
+        assert torch.equal(dense_weight(module), weight)
+        torch.testing.assert_close(module(torch.eye(2)), weight.T + bias)
