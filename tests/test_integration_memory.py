@@ -90,7 +90,7 @@ def test_streaming_never_holds_the_dense_model(tmp_path, monkeypatch):
     model = LlamaForCausalLM.from_pretrained(tmp_path, blr_config=BLRConfig("low_rank", rank=4))
     assert len(seen) == len(blr_modules(model)) == 56
     # a load that fits afterwards peaks at 1
-    assert max(seen) - before < 0.6 * dense_bytes
+    assert max(seen) - before < 0.3 * dense_bytes
 
 
 def test_where_a_fit_runs(monkeypatch):

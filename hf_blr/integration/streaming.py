@@ -10,6 +10,7 @@ from transformers.core_model_loading import ConversionOps
 
 from hf_blr.config import BLRConfig
 from hf_blr.factorize import factorize
+from hf_blr.integration.memory import trim
 from hf_blr.linear import BLRLinear
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class FactorizeOp(ConversionOps):
             if name not in self.awaiting:
                 out[name] = value
             elif not self.refused:
+                # by now the loader has let the weight before this one go
+                trim()
                 out |= self.fit(name, value[0] if isinstance(value, list) else value)
                 if name not in self.awaiting and missing_keys is not None:
                     missing_keys.discard(name)
