@@ -9,7 +9,7 @@ from tiny import tiny_llama, tiny_logits, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, pipeline
 
 from hf_blr import integration
-from hf_blr.compress import compress
+from hf_blr.compression import compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules
 
@@ -160,7 +160,7 @@ def test_a_compressed_checkpoint_is_not_fitted_again(dense, tmp_path, monkeypatc
         raise RuntimeError("nothing may be fitted")
 
     monkeypatch.setattr("hf_blr.integration.streaming.factorize", fit)
-    monkeypatch.setattr("hf_blr.compress.factorize", fit)
+    monkeypatch.setattr("hf_blr.compression.factorize", fit)
     other = copy.deepcopy(CALIBRATED)
     other.rank = 2
     for model_class in (LlamaForCausalLM, AutoModelForCausalLM):

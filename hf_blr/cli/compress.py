@@ -17,7 +17,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from hf_blr.compress import compress
+    from hf_blr.compression import compress
 
     options.check_output(args.output, args.overwrite)
     config = options.blr_config(args)

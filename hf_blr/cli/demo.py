@@ -102,7 +102,7 @@ class Demo:
 
     def compare(self) -> tuple[list[dict], torch.nn.Module]:
         """Rows for the dense model and each structure, and the BLAST model. All are fitted to one calibration run."""
-        from hf_blr.compress import collect_grams, compress
+        from hf_blr.compression import collect_grams, compress
 
         rows = [self.row("dense", self.dense)]
         print(f"reading {self.calibration.numel()} calibration tokens ...", flush=True)
@@ -139,7 +139,7 @@ class Demo:
         return {**row, "seconds": time.perf_counter() - started}
 
     def row(self, name: str, model, report=None) -> dict:
-        from hf_blr.compress import parameter_sizes
+        from hf_blr.compression import parameter_sizes
         from hf_blr.evaluation import perplexity
 
         result = perplexity(

@@ -23,7 +23,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    from hf_blr.compress import parameter_sizes
+    from hf_blr.compression import parameter_sizes
     from hf_blr.evaluation import perplexity
 
     rows, results = [], []

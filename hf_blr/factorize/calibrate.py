@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class GramCollector:
     """A context manager in which every forward adds the named layers' inputs to their Gram matrices.
 
-    Layers that are handed the very same tensor (q, k, v; gate and up) share one matrix. It stands in float32 on the
-    device of the layer.
+    Layers that are handed the very same tensor one after the other (q, k, v; gate and up) share one matrix. It is
+    float32, on the device of the input.
 
     Args:
         modules: {name: layer}; the layer's first argument is `[..., K]`.
@@ -18,10 +18,13 @@ class GramCollector:
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
-        self.grams: dict[str, Tensor] = {}
         self._handles: list = []
-        self._last: tuple[Tensor, str] | None = None  # the latest input, and the layer that counted it
-        self._shares: dict[str, str] = {}  # layer -> the layer whose matrix it uses
+        # the latest input, its Gram, and the layers that it reached so far
+        self._input: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._reached: list[str] = []
+        #: {layers that were handed one tensor: sum of its Grams}
+        self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def __enter__(self) -> GramCollector:
         for name, module in self.modules.items():
@@ -32,30 +35,35 @@ class GramCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._last = None
+        self._close_group()
+
+    @property
+    def grams(self) -> dict[str, Tensor]:
+        """{layer: X X^T `[K, K]`}, for the layers that ran; the same object where layers always shared their input."""
+        grams: dict[str, Tensor] = {}
+        for names, total in self._sums.items():
+            for name in names:
+                grams[name] = total if name not in grams else grams[name] + total
+        return grams
 
     def _hook(self, name: str):
         def count(module, args, kwargs):
             x = args[0] if args else next(iter(kwargs.values()))
-            if self._last is not None and self._last[0] is x:
-                owner = self._last[1]
-                if name not in self.grams:
-                    self.grams[name], self._shares[name] = self.grams[owner], owner
-                if self._shares.get(name) == owner:
-                    return
-            elif name in self._shares:
-                # it shared an input so far and has its own now: the sums part ways here
-                del self._shares[name]
-                self.grams[name] = self.grams[name].clone()
-            self._add(name, x)
-            self._last = x, name
+            if x is not self._input:
+                self._close_group()
+                rows = x.detach().reshape(-1, x.shape[-1]).float()
+                # at once: what runs next may write into x
+                self._input, self._gram = x, rows.mT @ rows
+            self._reached.append(name)
 
         return count
 
-    @torch.no_grad()
-    def _add(self, name: str, x: Tensor):
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if name in self.grams:
-            self.grams[name].addmm_(rows.mT, rows)
-        else:
-            self.grams[name] = rows.mT @ rows
+    def _close_group(self):
+        """Adds the latest Gram to the sum of the layers that shared it."""
+        if self._gram is not None:
+            names = tuple(self._reached)
+            if names in self._sums:
+                self._sums[names] += self._gram
+            else:
+                self._sums[names] = self._gram
+        self._input, self._gram, self._reached = None, None, []

@@ -33,16 +33,20 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor of a (batch of) positive semi-definite matrices `[..., n, n]`.
 
     Rounding can make such a matrix indefinite; the members that fail get a growing multiple of their mean diagonal
-    until they factor. A member that is all zero becomes the identity's factor.
+    until they factor. A member that is all zero gets a small multiple of the identity.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = torch.where(mean > 0, mean, torch.ones_like(mean))
     jitter = torch.finfo(matrix.dtype).eps
+    lifted = torch.zeros_like(failed, dtype=torch.bool)
     while failed.any():
         jitter *= 10
+        # a member that has been lifted must stay so while others still fail
+        lifted |= failed > 0
         if jitter > 1e3:
             raise ValueError("a normal matrix of the fit holds NaN or infinity; are the weight and its Gram finite?")
-        shift = torch.where(failed > 0, jitter * scale, torch.zeros_like(scale))
+        shift = torch.where(lifted, jitter * scale, torch.zeros_like(scale))
         shifted = matrix.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
         factor, failed = torch.linalg.cholesky_ex(shifted)

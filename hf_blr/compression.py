@@ -124,14 +124,20 @@ def check_plan(model: nn.Module, plan: Plan):
 def gram_groups(model, plan, batches, grams) -> Iterator[dict[str, Tensor | None]]:
     """The layers to fit next, with their Grams, in the order in which they become ready."""
     if grams is not None:
-        missing = sorted(set(plan) - set(grams))
+        missing = [name for name in plan if name not in grams]
         if missing:
             raise ValueError(f"grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing)")
         yield {name: grams[name] for name in plan}
     elif not batches:
         yield dict.fromkeys(plan)
     else:
-        yield from iterate_grams(model, list(plan), batches)
+        waiting = dict.fromkeys(plan)
+        for group in iterate_grams(model, list(plan), batches):
+            waiting = {name: None for name in waiting if name not in group}
+            yield group
+        if waiting:
+            logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
+            yield waiting
 
 
 def replace_layer(model: nn.Module, name: str, plan: Plan, gram: Tensor | None, config: BLRConfig) -> LayerReport:

@@ -1,0 +1,138 @@
+"""The command line, as a user types it, on a tiny model in a folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_blr.cli import COMMANDS, main
+from hf_blr.cli.options import block_counts
+from hf_blr.cli.table import format_table
+from hf_blr.linear import BlastLinear
+
+
+@pytest.fixture
+def dense(tmp_path):
+    folder = tmp_path / "dense"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("A line about one thing, then a line about another. " * 60)
+    return str(folder), str(text)
+
+
+def compress(dense, out, *more):
+    folder, text = dense
+    common = ["--ratio", "0.5", "--num-blocks", "4x4", "--dataset", text, "--seqlen", "32", "--num-samples", "8"]
+    return main(["compress", folder, str(out), *common, *more])
+
+
+def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
+    folder, text = dense
+    out, tuned = tmp_path / "out", tmp_path / "tuned"
+    assert compress(dense, out, "--json", str(tmp_path / "c.json")) == 0
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert len(result["report"]["layers"]) == 14 and result["config"]["num_blocks"] == [4, 4]
+    assert result["environment"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "2 x q_proj" in printed and "14 layers at" in printed
+
+    evaluate = ["evaluate", folder, str(out), "--dataset", text, "--seqlen", "64", "--json", str(tmp_path / "e.json")]
+    assert main(evaluate) == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert rows[1]["parameters"] < rows[0]["parameters"] and rows[1]["ppl"] != rows[0]["ppl"]
+    assert "window" in capsys.readouterr().out
+
+    train = ["--dataset", text, "--steps", "6", "--seqlen", "32", "--lr", "3e-3", "--teacher", folder]
+    assert main(["finetune", str(out), str(tuned), *train, "--json", str(tmp_path / "f.json")]) == 0
+    history = json.loads((tmp_path / "f.json").read_text())
+    assert history["after"]["ppl"] < history["before"]["ppl"]
+    assert any("distill_loss" in entry for entry in history["history"])
+    loaded = AutoModelForCausalLM.from_pretrained(tuned)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, BlastLinear)
+
+    capsys.readouterr()
+    assert main(["inspect", str(tuned)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 x down_proj" in printed and "4 x 4" in printed and "14 layers hold" in printed
+    assert main(["inspect", folder]) == 0
+    assert "not compressed" in capsys.readouterr().out
+
+
+def test_weights_alone_need_no_text(dense, tmp_path):
+    assert (
+        main(["compress", dense[0], str(tmp_path / "o"), "--structure", "low_rank", "--rank", "4", "--dataset", "none"])
+        == 0
+    )
+    stored = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert stored["dataset"] is None and stored["rank"] == 4
+
+
+def test_an_output_that_holds_a_model_is_kept(dense, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert compress(dense, out) == 0
+    before = (out / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert compress(dense, out, "--structure", "monarch") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    assert compress(dense, out, "--structure", "monarch", "--overwrite") == 0
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ratio", "1.5"], "ratio"),
+        (["--ratio", "0.5", "--target-modules", "query"], "match no linear layer"),
+        (["--ratio", "0.5", "--num-blocks", "7"], "choose from"),
+        (["--ratio", "0.5", "--dataset", "no-such-file.txt"], "no-such-file.txt"),
+    ],
+)
+def test_mistakes_end_in_one_line(dense, tmp_path, capsys, arguments, message):
+    assert main(["compress", dense[0], str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-blr compress: error:") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_folder_and_no_hub(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in COMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: hf-blr" in capsys.readouterr().out
+
+
+def test_run_gives_another_program_the_loader(dense, tmp_path):
+    out = tmp_path / "out"
+    compress(dense, out)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)\n"
+    )
+    command = [sys.executable, "-m", "hf_blr", "run", "program", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=None)
+    assert done.stdout.strip().endswith("BlastLinear"), done.stderr
+
+
+def test_block_counts():
+    assert block_counts("4") == 4 and block_counts("4x16") == (4, 16)
+    with pytest.raises(Exception, match="4x16"):
+        block_counts("four")
+
+
+def test_tables_are_markdown():
+    table = format_table([{"model": "a", "ppl": 12.3456}, {"model": "bb", "ppl": None}])
+    assert table.splitlines() == ["| model |   ppl |", "| ----- | ----: |", "| a     | 12.35 |", "| bb    |       |"]

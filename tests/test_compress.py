@@ -1,0 +1,220 @@
+"""compress on models in memory: calibration, swapping, reports and refusals."""
+
+import pytest
+import torch
+from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
+from torch import nn
+
+from hf_blr import BLRConfig, collect_grams, compress, to_dense
+from hf_blr.compression import batch_size
+from hf_blr.dense import dense_weight, is_transposed
+from hf_blr.factorize import factorize
+from hf_blr.factorize.blockwise import BlockChain, iterate_grams, whole_model_grams
+from hf_blr.factorize.svd import low_rank_factors
+from hf_blr.linear import BLRLinear
+from hf_blr.plan import resolve_plan
+from hf_blr.targets import find_targets
+
+TEXT = ["The quick brown fox jumps over the lazy dog, again and again. " * 40]
+
+
+def token_batches(n=3, b=2, t=16, vocab=257, seed=0):
+    return [{"input_ids": x} for x in torch.randint(0, vocab, (n, b, t), generator=torch.Generator().manual_seed(seed))]
+
+
+def inputs_of(model, name, batches):
+    """The rows that reach one layer, gathered by a plain hook."""
+    rows = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda m, a: rows.append(a[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert])
+def test_grams_block_by_block_equal_those_of_a_whole_pass(build):
+    model, batches = build(), token_batches()
+    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
+    with torch.no_grad():
+        assert BlockChain.trace(model, names, batches) is not None
+    whole = whole_model_grams(model, names, batches)
+    groups = list(iterate_grams(model, names, batches))
+    assert len(groups) == 2
+    for group in groups:
+        for name, gram in group.items():
+            rows = inputs_of(model, name, batches)
+            torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(whole[name], gram, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_with_one_input_share_one_gram():
+    model = tiny_llama()
+    grams = collect_grams(model, BLRConfig("low_rank", ratio=0.5), calibration=token_batches())
+    attention = [grams[f"model.layers.0.self_attn.{p}_proj"] for p in "qkvo"]
+    assert attention[0] is attention[1] is attention[2] is not attention[3]
+    assert grams["model.layers.0.mlp.gate_proj"] is grams["model.layers.0.mlp.up_proj"]
+
+
+def test_a_layer_that_stops_sharing_keeps_its_own_sum():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x, fork):
+            return self.left(x) + self.right(2 * x if fork else x)
+
+    model, x = Forked(), torch.randn(5, 3)
+    batches = [{"x": x, "fork": torch.tensor(flag)} for flag in (False, True)]
+    grams = whole_model_grams(model, ["left", "right"], batches)
+    torch.testing.assert_close(grams["left"], 2 * x.T @ x)
+    torch.testing.assert_close(grams["right"], 5 * x.T @ x)
+
+
+def test_later_blocks_are_fitted_to_the_dense_models_activations():
+    model, batches = tiny_llama(), token_batches()
+    name = "model.layers.1.mlp.down_proj"
+    rows = inputs_of(model, name, batches)
+    spec = resolve_plan(model, BLRConfig("low_rank", ratio=0.4))[name].spec
+    expected = factorize(dense_weight(model.get_submodule(name)), spec, rows.T @ rows)
+    report = compress(model, BLRConfig("low_rank", ratio=0.4), calibration=batches, progress=False)
+    assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(expected.rel_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("mask", ["attention_mask", "shapes"])
+def test_batches_that_cannot_be_replayed_take_the_whole_pass(mask):
+    model, batches = tiny_llama(), token_batches()
+    if mask == "shapes":
+        batches.append({"input_ids": torch.zeros(1, 7, dtype=torch.long)})
+    else:
+        batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
+    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
+    assert len(list(iterate_grams(model, names, batches))) == 1
+    report = compress(model, BLRConfig("low_rank", ratio=0.5), calibration=batches, progress=False)
+    assert len(report.layers) == 14
+
+
+def limit_rank(model, rank):
+    """Makes every target's matrix one of this rank."""
+    for name in find_targets(model):
+        module = model.get_submodule(name)
+        u, v = low_rank_factors(dense_weight(module), rank)
+        module.weight.data = (u @ v).T.contiguous() if is_transposed(module) else u @ v
+    return model
+
+
+@pytest.mark.parametrize("structure, tolerance", [("low_rank", 1e-3), ("monarch", 1e-3), ("blast", 0.05)])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
+def test_a_model_that_is_low_rank_already_is_kept(structure, tolerance, build):
+    model = limit_rank(build(), 4)
+    inputs = token_batches()[0]
+    if build is tiny_vit:
+        size = model.config.image_size
+        inputs = {"pixel_values": torch.randn(2, model.config.num_channels, size, size)}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        config = BLRConfig(structure, ratio=0.7, num_blocks=None if structure == "low_rank" else 2)
+        report = compress(model, config, progress=False)
+        after = model(**inputs).logits
+    assert report.fitted_to == "weights" and report.mean_rel_error < tolerance
+    assert (after - before).norm() < 2 * tolerance * before.norm()
+    assert all(isinstance(model.get_submodule(layer.name), BLRLinear) for layer in report.layers)
+
+
+def test_fitting_to_activations_beats_fitting_to_weights_on_them():
+    batches = token_batches(n=8)
+    dense = tiny_llama()
+    errors = {}
+    for kind, kw in (("weights", {}), ("activations", {"calibration": batches})):
+        model = tiny_llama()
+        compress(model, BLRConfig("low_rank", ratio=0.5), progress=False, **kw)
+        with torch.no_grad():
+            errors[kind] = sum((model(**b).logits - dense(**b).logits).norm().item() for b in batches)
+    assert errors["activations"] < 0.9 * errors["weights"]
+
+
+def test_report_counts_what_is_there():
+    model = tiny_llama()
+    before = sum(p.numel() for p in model.parameters())
+    config = BLRConfig(ratio=0.5, num_blocks=4, dataset=TEXT, num_samples=4, seqlen=32)
+    report = compress(model, config, tokenizer=tiny_tokenizer(), progress=False)
+    assert report.parameters_before == before
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.calibration_tokens == 4 * 32
+    assert report.ratio <= 0.5
+    assert [layer.name for layer in report.layers] == list(model.config.quantization_config.layers)
+    assert report.to_dict()["layers"][0]["spec"]["structure"] == "blast"
+    assert "14 layers" in str(report)
+
+
+def test_grams_serve_several_structures_and_equal_a_calibrated_run():
+    config = BLRConfig("blast", ratio=0.5, num_blocks=2)
+    batches = token_batches()
+    grams = collect_grams(tiny_llama(), config, calibration=batches)
+    one = compress(tiny_llama(), config, grams=grams, progress=False)
+    two = compress(tiny_llama(), config, calibration=batches, progress=False)
+    for a, b in zip(one.layers, two.layers, strict=True):
+        assert a.rel_error == pytest.approx(b.rel_error, rel=2e-2)
+    with pytest.raises(ValueError, match="grams holds no matrix for model.layers.0.self_attn.q_proj"):
+        compress(tiny_llama(), config, grams={})
+
+
+def test_a_stored_plan_is_taken_as_it_is():
+    model = tiny_llama()
+    config = BLRConfig("low_rank", ratio=0.5)
+    compress(model, config, progress=False)
+    edited = BLRConfig(**model.config.quantization_config.to_dict())
+    edited.layers = {k: {**v, "rank": 2} for k, v in edited.layers.items() if "q_proj" in k}
+    again = tiny_llama()
+    report = compress(again, edited, progress=False)
+    assert [layer.spec.rank for layer in report.layers] == [2, 2]
+    edited.layers = {"model.layers.0.mlp.up_proj": next(iter(edited.layers.values()))}
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj: the plan says \(64, 64\).*\(64, 96\)"):
+        compress(tiny_llama(), edited, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["nan", "twice", "empty", "short", "no tokenizer", "no text"])
+def test_refusals_leave_the_model_as_it_was(kind):
+    model, config, arguments = tiny_llama(), BLRConfig("low_rank", ratio=0.5), {}
+    if kind == "nan":
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+        message = r"model.layers.1.mlp.up_proj.weight holds NaN"
+    elif kind == "twice":
+        compress(model, config, progress=False)
+        message = "compressed already.*to_dense"
+    elif kind == "empty":
+        arguments, message = {"calibration": []}, "holds no batch"
+    else:
+        text = {"short": ["word"], "no tokenizer": TEXT, "no text": ["", " "]}[kind]
+        config = BLRConfig("low_rank", ratio=0.5, dataset=text, seqlen=64)
+        arguments = {} if kind == "no tokenizer" else {"tokenizer": tiny_tokenizer()}
+        message = {"short": "tokens", "no tokenizer": "needs a tokenizer", "no text": "no text"}[kind]
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        compress(model, config, progress=False, **arguments)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_to_dense_gives_a_model_that_can_be_compressed_again():
+    model, batch = tiny_gpt2(), token_batches()[0]
+    compress(model, BLRConfig("blast", ratio=0.5, num_blocks=4), progress=False)
+    with torch.no_grad():
+        compressed = model(**batch).logits
+        dense = to_dense(model)(**batch).logits
+    torch.testing.assert_close(dense, compressed, rtol=1e-4, atol=1e-4)
+    assert len(compress(model, BLRConfig("low_rank", ratio=0.9, target_modules=["c_fc"]), progress=False).layers) == 2
+
+
+def test_a_plain_module_can_be_compressed():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    report = compress(model, BLRConfig("low_rank", ratio=0.5), progress=False)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+
+
+def test_batches_have_one_shape():
+    assert batch_size(128, 2048) == 8
+    assert batch_size(7, 2048) == 7
+    assert batch_size(11, 4096) == 1

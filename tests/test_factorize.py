@@ -1,0 +1,224 @@
+"""The fits: exact where they can be, optimal where that is known, never rising, never crashing."""
+
+import pytest
+import torch
+
+from hf_blr.factorize import factorize, relative_error
+from hf_blr.factorize.als import BlastProblem, fit_blast
+from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.factorize.monarch import fit_monarch
+from hf_blr.factorize.svd import low_rank_factors
+from hf_blr.ops.reference import DENSE
+from hf_blr.structures import Blast, LowRank, Monarch, make_spec
+
+
+def random_problem(n=24, k=32, tokens=200, seed=0, dtype=torch.float64):
+    """A weight and the Gram of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator, dtype=dtype)
+    mixing = torch.randn(k, k, generator=generator, dtype=dtype) * torch.logspace(0, -2, k, dtype=dtype)
+    x = torch.randn(tokens, k, generator=generator, dtype=dtype) @ mixing.T
+    return weight, x.T @ x, x
+
+
+def whitened_svd(weight, x, rank):
+    """The best rank-`rank` error ||(W - W') X||, from the singular values of W X."""
+    return torch.linalg.svdvals(weight @ x.T)[rank:].norm() / (weight @ x.T).norm()
+
+
+@pytest.mark.parametrize("n, k", [(24, 32), (32, 24), (20, 20)])
+@pytest.mark.parametrize("rank", [1, 7, 20])
+def test_low_rank_reaches_the_optimum_in_the_metric_of_the_inputs(n, k, rank):
+    weight, gram, x = random_problem(n, k)
+    u, v = low_rank_factors(weight, rank, gram)
+    error = ((weight - u @ v) @ x.T).norm() / (weight @ x.T).norm()
+    torch.testing.assert_close(error, whitened_svd(weight, x, rank), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))
+
+
+def test_low_rank_without_inputs_is_the_truncated_svd():
+    weight, _, _ = random_problem()
+    u, v = low_rank_factors(weight, 5)
+    left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(u @ v, (left[:, :5] * sigma[:5]) @ right[:5])
+
+
+@pytest.mark.parametrize("n, k", [(24, 32), (32, 24)])
+def test_low_rank_ignores_what_a_singular_gram_never_excites(n, k):
+    weight, _, _ = random_problem(n, k)
+    x = torch.randn(6, k, dtype=torch.float64)
+    u, v = low_rank_factors(weight, 6, x.T @ x)
+    # six inputs need rank six
+    torch.testing.assert_close(x @ (u @ v).T, x @ weight.T, rtol=1e-5, atol=1e-6)
+
+
+def blast_losses(weight, gram, spec, rounds=12):
+    factors, losses = fit_blast(weight, spec, gram, rounds=rounds, tolerance=0.0, seed=0)
+    return DENSE["blast"](**factors), losses
+
+
+@pytest.mark.parametrize("with_gram", [True, False], ids=["activations", "weights"])
+@pytest.mark.parametrize("blocks", [(2, 2), (4, 8), (8, 4), (2, 3), (4, 4)], ids=str)
+def test_blast_loss_never_rises_and_is_the_error_of_its_factors(blocks, with_gram):
+    weight, gram, _ = random_problem()
+    gram = damped(gram, 1e-6) if with_gram else None
+    metric = torch.eye(32, dtype=torch.float64) if gram is None else gram
+    dense, losses = blast_losses(weight, gram, Blast(32, 24, 9, blocks))
+    assert len(losses) > 2
+    assert all(after < before for before, after in zip(losses, losses[1:], strict=False))
+    residual = weight - dense
+    assert ((residual @ metric) * residual).sum().item() == pytest.approx(losses[-1], rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 20, 10**6], ids=["one-block", "groups", "joint"])
+def test_blast_solves_are_stationary_at_an_exact_fit(limit, monkeypatch):
+    monkeypatch.setattr("hf_blr.factorize.als.MAX_S_UNKNOWNS", limit)
+    spec = Blast(32, 24, 9, (4, 3))
+    generator = torch.Generator().manual_seed(1)
+    u, s, v = (torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.factor_shapes().values())
+    _, gram, _ = random_problem()
+    gram = damped(gram, 1e-3)
+    problem = BlastProblem(DENSE["blast"](u, s, v), gram, spec)
+    state = problem.complete(s, v)
+    assert state.loss == pytest.approx(0, abs=1e-8 * problem.energy.item())
+    s_again, v_again = problem.alternate(state)
+    torch.testing.assert_close(s_again, state.s, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(v_again, state.v, rtol=1e-4, atol=1e-6)
+
+
+def test_each_blast_solve_is_optimal_for_its_factor():
+    weight, gram, _ = random_problem(24, 32)
+    gram = damped(gram, 1e-3)
+    spec = Blast(32, 24, 9, (4, 3))
+    problem = BlastProblem(weight, gram, spec)
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.factor_shapes().values()]
+
+    def loss(u, s, v):
+        residual = weight - DENSE["blast"](u, s, v)
+        return ((residual @ gram) * residual).sum()
+
+    state = problem.complete(start[1], start[2])
+    for name, solved in (("u", state.u), ("s", problem.solve_s(state))):
+        factors = {"u": state.u, "s": state.s, "v": state.v, name: solved.clone().requires_grad_()}
+        gradient = torch.autograd.grad(loss(**factors), factors[name])[0]
+        assert gradient.norm() < 1e-6 * problem.energy, name
+    last = problem.solve_v(state.u, state.s, state.v).requires_grad_()
+    # the last block was solved with all others at their newest values
+    gradient = torch.autograd.grad(loss(state.u, state.s, last), last)[0][-1]
+    assert gradient.norm() < 1e-6 * problem.energy
+
+
+def test_blast_beats_low_rank_at_equal_parameters():
+    weight, gram, _ = random_problem(64, 64, tokens=500)
+    low_rank = factorize(weight, make_spec("low_rank", 64, 64, ratio=0.5), gram)
+    blast = factorize(weight, make_spec("blast", 64, 64, ratio=0.5, num_blocks=(4, 4)), gram, rounds=40, tolerance=0.0)
+    assert blast.rel_error < 0.95 * low_rank.rel_error
+
+
+def test_blast_recovers_a_matrix_that_is_one():
+    spec = Blast(32, 32, 6, (4, 4))
+    generator = torch.Generator().manual_seed(3)
+    truth = DENSE["blast"](*(torch.randn(x, generator=generator) for x in spec.factor_shapes().values()))
+    fitted = factorize(truth, spec, rounds=200, tolerance=0.0)
+    # there are local minima, so not zero; low-rank of the same rank is far off
+    assert fitted.rel_error < 0.2 < 0.35 < factorize(truth, LowRank(32, 32, 6)).rel_error
+
+
+def test_blast_of_one_block_is_low_rank():
+    weight, gram, x = random_problem()
+    fitted = factorize(weight, Blast(32, 24, 9, (1, 1)), gram, damping=0.0)
+    assert fitted.rel_error == pytest.approx(whitened_svd(weight, x, 9).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (4, 3), (2, 8)], ids=str)
+def test_monarch_error_never_rises_and_beats_blocks_fitted_alone(blocks):
+    weight, gram, _ = random_problem()
+    gram = damped(gram, 1e-6)
+    factors, losses = fit_monarch(weight, Monarch(32, 24, 2, blocks), gram, rounds=8, tolerance=0.0)
+    assert all(after <= before * (1 + 1e-9) for before, after in zip(losses, losses[1:], strict=False))
+    residual = weight - DENSE["monarch"](**factors)
+    assert ((residual @ gram) * residual).sum().item() == pytest.approx(losses[-1], rel=1e-6)
+    if blocks[0] > 1:
+        # losses[0] is that of the blocks fitted one by one
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def test_monarch_without_inputs_is_the_blockwise_svd():
+    weight, _, _ = random_problem()
+    fitted = factorize(weight, Monarch(32, 24, 2, (4, 3)))
+    tails = [torch.linalg.svdvals(b)[2:].norm() ** 2 for row in weight.split(8) for b in row.split(8, dim=1)]
+    assert fitted.rel_error == pytest.approx((sum(tails) ** 0.5 / weight.norm()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", (4, 3)), ("blast", (4, 3))])
+@pytest.mark.parametrize("kind", ["rank-deficient", "one-input", "dead-features", "ill-conditioned", "huge", "tiny"])
+def test_difficult_grams_give_finite_factors_and_a_small_error(structure, blocks, kind):
+    weight, gram, x = random_problem()
+    if kind == "rank-deficient":
+        gram = x[:5].T @ x[:5]
+    elif kind == "one-input":
+        gram = x[:1].T @ x[:1]
+    elif kind == "dead-features":
+        gram[:9] = gram[:, :9] = 0
+    elif kind == "ill-conditioned":
+        gram = torch.diag(torch.logspace(8, -8, 32, dtype=torch.float64))
+    else:
+        gram = gram * {"huge": 1e12, "tiny": 1e-12}[kind]
+    fitted = factorize(weight, make_spec(structure, 32, 24, ratio=0.6, num_blocks=blocks), gram)
+    assert all(torch.isfinite(t).all() for t in fitted.tensors.values())
+    assert fitted.rel_error < 0.35
+    dense = DENSE[structure](**fitted.tensors).double()
+    assert relative_error(weight, dense, damped(gram, 1e-4)) == pytest.approx(fitted.rel_error, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+@pytest.mark.parametrize("scale", [0.0, 2.0**-40, 2.0**40])
+def test_any_scale_of_weight(structure, scale):
+    weight, gram, _ = random_problem()
+    spec = make_spec(structure, 32, 24, ratio=0.6, num_blocks=None if structure == "low_rank" else 2)
+    plain, scaled = factorize(weight, spec, gram), factorize(weight * scale, spec, gram)
+    dense = DENSE[structure](**scaled.tensors)
+    torch.testing.assert_close(dense, DENSE[structure](**plain.tensors) * scale)
+
+
+def test_more_rounds_and_tolerance_do_what_they_say():
+    weight, gram, _ = random_problem(64, 64)
+    spec = Blast(64, 64, 20, (4, 4))
+    few, many = (factorize(weight, spec, gram, rounds=r, tolerance=0.0) for r in (2, 10))
+    assert (few.rounds, many.rounds) == (2, 10)
+    assert many.rel_error < few.rel_error
+    assert factorize(weight, spec, gram, rounds=50, tolerance=0.2).rounds < 10
+
+
+def test_the_same_seed_gives_the_same_factors():
+    weight, gram, _ = random_problem()
+    spec = Blast(32, 24, 6, (4, 4))
+    first, again, other = (factorize(weight, spec, gram, seed=s).tensors["u"] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w, g: (w[:5], g), r"weight must be \[24, 32\], got \(5, 32\)"),
+        (lambda w, g: (w, g[:5, :5]), "Gram matrix must be"),
+        (lambda w, g: (w.index_fill(0, torch.tensor([3]), float("nan")), g), "weight holds NaN"),
+        (lambda w, g: (w, g * float("inf")), "Gram matrix of the inputs holds NaN"),
+        (lambda w, g: (w, g * 0), "no calibration input reached"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    weight, gram, _ = random_problem()
+    with pytest.raises(ValueError, match=message):
+        factorize(*change(weight, gram)[:1], LowRank(32, 24, 3), change(weight, gram)[1])
+
+
+def test_cholesky_lifts_only_the_members_that_fail():
+    good = torch.eye(3, dtype=torch.float64) * 4
+    singular = torch.ones(3, 3, dtype=torch.float64)
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, -1e-12], dtype=torch.float64))
+    factor = cholesky(torch.stack([good, singular, indefinite, torch.zeros(3, 3, dtype=torch.float64)]))
+    assert torch.isfinite(factor).all()
+    assert torch.equal(factor[0], good / 2)
+    torch.testing.assert_close(factor[1] @ factor[1].T, singular, rtol=0, atol=1e-6)

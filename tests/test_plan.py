@@ -1,0 +1,126 @@
+"""Which layers become what."""
+
+import pytest
+import torch
+from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from torch import nn
+
+from hf_blr import BLRConfig
+from hf_blr.plan import layers_from_plan, plan_from_layers, resolve_plan
+from hf_blr.structures import Blast, LowRank
+from hf_blr.targets import find_targets, match
+
+
+@pytest.mark.parametrize(
+    "build, count, untouched",
+    [
+        (tiny_llama, 14, "lm_head"),
+        (tiny_gpt2, 8, "lm_head"),
+        (tiny_bert, 12, "classifier"),
+        (tiny_vit, 12, "classifier"),
+    ],
+)
+def test_default_targets_are_the_projections_of_the_blocks(build, count, untouched):
+    targets = find_targets(build())
+    assert len(targets) == count
+    assert not [name for name in targets if untouched in name or "pooler" in name]
+
+
+def test_routers_tied_and_fp32_layers_stay_out_by_default():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.router, self.up, self.wo, self.tied = (nn.Linear(4, 4) for _ in range(5))
+
+    class Model(nn.Module):
+        _keep_in_fp32_modules = ["wo"]
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block()])
+            self.embed = nn.Embedding(4, 4)
+            self.blocks[0].tied.weight = self.embed.weight
+
+    model = Model()
+    assert find_targets(model) == ["blocks.0.up"]
+    assert find_targets(model, ["router"]) == ["blocks.0.router"]
+    with pytest.raises(ValueError, match=r"blocks.0.tied shares its weight"):
+        find_targets(model, ["tied"])
+
+
+def test_patterns_follow_peft():
+    names = ["a.0.q_proj", "a.0.xq_proj", "a.10.q_proj", "q_proj"]
+    assert match(["q_proj"], names, "t") == {"a.0.q_proj", "a.10.q_proj", "q_proj"}
+    assert match(["0.q_proj"], names, "t") == {"a.0.q_proj"}
+    assert match(r"a\.\d+\.q_proj", names, "t") == {"a.0.q_proj", "a.10.q_proj"}
+    assert match(r"q_proj", names, "t") == {"q_proj"}
+    with pytest.raises(ValueError, match=r"t \['nothing'\] match no linear layer.*q_proj"):
+        match(["q_proj", "nothing"], names, "t")
+
+
+def test_exclusion_wins_and_nothing_left_is_an_error():
+    model = tiny_llama()
+    kept = find_targets(model, None, ["layers.0.self_attn.q_proj", "down_proj"])
+    assert len(kept) == 11 and "model.layers.1.self_attn.q_proj" in kept
+    with pytest.raises(ValueError, match="no module of LlamaForCausalLM is left"):
+        find_targets(model, ["q_proj"], ["q_proj"])
+
+
+def test_overrides_apply_to_the_first_match():
+    config = BLRConfig(
+        ratio=0.5,
+        num_blocks=4,
+        overrides={r"0\.mlp\..*": {"structure": "low_rank", "rank": 3}, "up_proj": {"ratio": 0.8}},
+    )
+    plan = resolve_plan(tiny_llama(), config)
+    assert plan["model.layers.0.mlp.up_proj"].spec == LowRank(64, 96, 3)
+    assert 0.7 < plan["model.layers.1.mlp.up_proj"].spec.ratio <= 0.8
+    assert isinstance(plan["model.layers.1.mlp.gate_proj"].spec, Blast)
+    assert plan_from_layers(layers_from_plan(plan)) == plan
+
+
+def test_conv1d_is_planned_in_out_in_order():
+    layer = resolve_plan(tiny_gpt2(), BLRConfig("low_rank", ratio=0.5))["transformer.h.0.attn.c_attn"]
+    assert (layer.spec.in_features, layer.spec.out_features) == (64, 192)
+    assert layer.transposed and layer.bias
+
+
+def test_a_fixed_rank_leaves_layers_dense_that_it_would_not_shrink(caplog):
+    model = tiny_llama()
+    plan = resolve_plan(model, BLRConfig("low_rank", rank=30))
+    assert not [name for name in plan if "k_proj" in name or "v_proj" in name]
+    assert "4 modules stay dense" in caplog.text
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.k_proj: .*nothing is saved.*at most 21"):
+        resolve_plan(model, BLRConfig("low_rank", rank=30, target_modules=["k_proj"]))
+    with pytest.raises(ValueError, match="rank=900 makes no module"):
+        resolve_plan(model, BLRConfig("low_rank", rank=900))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BLRConfig(ratio=0.5, num_blocks=(4, 7)), r"model.layers.0.self_attn.q_proj: out_features 64 .*7 blocks; choose from \[1, 2"),
+        (BLRConfig("low_rank", ratio=1.0), r"q_proj: .*nothing is saved"),
+        (BLRConfig(ratio=0.001), r"q_proj: ratio=0.001 .*at least"),
+        (BLRConfig(ratio=0.5, target_modules=["query"]), r"\['query'\] match no linear layer.*q_proj"),
+    ],
+)  # fmt: skip
+def test_errors_start_with_the_module(config, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_plan(tiny_llama(), config)
+
+
+def test_experts_are_left_dense_and_mentioned(caplog):
+    model = tiny_llama()
+    model.model.layers[0].mlp.experts = nn.Module()
+    model.model.layers[0].mlp.experts.up = nn.Parameter(torch.zeros(4, 64, 96))
+    resolve_plan(model, BLRConfig("low_rank", ratio=0.5))
+    assert "experts" in caplog.text
+
+
+def test_stored_plans_name_the_broken_layer():
+    layers = layers_from_plan(resolve_plan(tiny_llama(), BLRConfig(ratio=0.5)))
+    name = next(iter(layers))
+    del layers[name]["bias"]
+    with pytest.raises(ValueError, match=rf"{name}: .*bias"):
+        plan_from_layers(layers)

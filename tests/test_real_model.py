@@ -1,0 +1,53 @@
+"""The real pretrained model of the demo, through a short path."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_blr import BLRConfig, perplexity
+from hf_blr.cli import main
+from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return demo_model_folder()
+
+
+def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    scores, evaluation = {}, {"dataset": "builtin", "seqlen": 512, "max_windows": 2}
+    layers = r"model\.layers\.(0|15|29)\.mlp\.(up|down)_proj"
+    for structure in ("low_rank", "blast"):
+        config = BLRConfig(
+            structure, ratio=0.3, target_modules=layers, dataset="builtin", num_samples=8, seqlen=512, fit_rounds=6
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF_FILE, dtype=torch.float32, blr_config=config
+        )
+        scores[structure] = perplexity(model, tokenizer, **evaluation).ppl
+    # the dense model scores under 10 here; a wrong factor in one layer makes hundreds
+    assert scores["blast"] < scores["low_rank"] < 20
+    model.save_pretrained(tmp_path, max_shard_size="200MB")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_demo_on_a_few_layers(tmp_path, capsys):
+    small = ["--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "3"]
+    output = ["--output", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")]
+    assert main(["demo", "--quick", *small, *output]) == 0
+    printed = capsys.readouterr().out
+    assert "logits are identical" in printed and "5 of 30 decoder layers" in printed
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == [
+        "low_rank",
+        "monarch",
+        "blast",
+        "blast, fine-tuned",
+    ] or "| blast, fine-tuned" in printed
