@@ -6,7 +6,7 @@ import torch
 from tiny import VOCAB_SIZE, tiny_llama, tiny_logits, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_blr.compress import compress
+from hf_blr.compression import compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, register
 from hf_blr.integration.source import dequantizing_config

@@ -114,7 +114,7 @@ def load(original, config: BLRConfig, args: tuple, kwargs: dict):
     if not from_gguf and (not config.calibrated or is_compressed(path, kwargs)):
         return original(*args, **{**kwargs, "quantization_config": config})
 
-    from hf_blr.compress import compress
+    from hf_blr.compression import compress
 
     if config.calibrated and tokenizer is None:
         tokenizer = load_tokenizer(path, kwargs)
