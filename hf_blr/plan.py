@@ -69,9 +69,10 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     """
     compressed = [name for name, module in model.named_modules() if isinstance(module, BLRLinear)]
     if compressed:
+        kind = type(model.get_submodule(compressed[0])).__name__
         raise ValueError(
-            f"the model is compressed already: {compressed[0]} is a {type(model.get_submodule(compressed[0])).__name__}. "
-            "To compress it again, make it dense first with hf_blr.to_dense(model)"
+            f"the model is compressed already: {compressed[0]} is a {kind}. To compress it again, make it dense first "
+            "with hf_blr.to_dense(model)"
         )
     targets = find_targets(model, config.target_modules, config.modules_to_not_convert)
     by_default = config.target_modules is None or config.target_modules == "all-linear"

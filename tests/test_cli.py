@@ -47,7 +47,19 @@ def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
     assert rows[1]["parameters"] < rows[0]["parameters"] and rows[1]["ppl"] != rows[0]["ppl"]
     assert "window" in capsys.readouterr().out
 
-    train = ["--dataset", text, "--steps", "6", "--seqlen", "32", "--lr", "3e-3", "--teacher", folder]
+    train = [
+        "--dataset",
+        text,
+        "--steps",
+        "6",
+        "--seqlen",
+        "32",
+        "--lr",
+        "3e-3",
+        "--teacher",
+        folder,
+        "--gradient-checkpointing",
+    ]
     assert main(["finetune", str(out), str(tuned), *train, "--json", str(tmp_path / "f.json")]) == 0
     history = json.loads((tmp_path / "f.json").read_text())
     assert history["after"]["ppl"] < history["before"]["ppl"]

@@ -59,7 +59,7 @@ def test_text_in_memory_is_described_and_not_stored():
         (dict(ratio=0.5, overrides={"q": {"ratio": 2}}), r"overrides\['q'\].*got 2"),
         (dict(ratio=0.5, overrides={"q": {"rnak": 2}}), r"overrides\['q'\] has no \['rnak'\]"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         BLRConfig(**arguments)

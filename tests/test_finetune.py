@@ -205,9 +205,7 @@ def test_a_model_that_the_trainer_makes_is_frozen_too(tmp_path):
     data = WindowDataset(windows())
     args = arguments(tmp_path, max_steps=1)
     callbacks = [BLRCallback()]
-    trainer = Trainer(
-        model_init=lambda: compressed_llama(), args=args, train_dataset=data, callbacks=callbacks
-    )
+    trainer = Trainer(model_init=lambda: compressed_llama(), args=args, train_dataset=data, callbacks=callbacks)
     trainer.train()
     assert changed(state(compressed_llama()), trainer.model) == factor_names(trainer.model)
 
@@ -292,9 +290,7 @@ def test_the_log_history_holds_what_one_wants_to_see(tmp_path):
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [e["perplexity"] for e in steps] == pytest.approx([math.exp(e["loss"]) for e in steps])
-    assert [e["eval_perplexity"] for e in evaluated] == pytest.approx(
-        [math.exp(e["eval_loss"]) for e in evaluated]
-    )
+    assert [e["eval_perplexity"] for e in evaluated] == pytest.approx([math.exp(e["eval_loss"]) for e in evaluated])
     assert steps[-1]["num_input_tokens_seen"] == 2 * 4 * 16 and steps[-1]["train_tokens_per_second"] > 0
     assert "distill_loss" not in steps[0]
     # the user's arguments are as they were

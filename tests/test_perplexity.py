@@ -99,9 +99,7 @@ def test_logits_are_scored_in_chunks_of_rows_as_if_at_once(monkeypatch):
     module = importlib.import_module("hf_blr.evaluation.perplexity")
     monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 7 * 40)
     assert negative_log_likelihood(logits, targets) == pytest.approx(at_once, rel=1e-7)
-    assert at_once == pytest.approx(
-        F.cross_entropy(logits.double(), targets, reduction="sum").item(), rel=1e-6
-    )
+    assert at_once == pytest.approx(F.cross_entropy(logits.double(), targets, reduction="sum").item(), rel=1e-6)
 
 
 def test_text_lists_and_files_go_through_the_tokenizer(model, tmp_path):

@@ -99,12 +99,15 @@ def test_a_fixed_rank_leaves_layers_dense_that_it_would_not_shrink(caplog):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (BLRConfig(ratio=0.5, num_blocks=(4, 7)), r"model.layers.0.self_attn.q_proj: out_features 64 .*7 blocks; choose from \[1, 2"),
+        (
+            BLRConfig(ratio=0.5, num_blocks=(4, 7)),
+            r"model.layers.0.self_attn.q_proj: out_features 64 .*7 blocks; choose from \[1, 2",
+        ),
         (BLRConfig("low_rank", ratio=1.0), r"q_proj: .*nothing is saved"),
         (BLRConfig(ratio=0.001), r"q_proj: ratio=0.001 .*at least"),
         (BLRConfig(ratio=0.5, target_modules=["query"]), r"\['query'\] match no linear layer.*q_proj"),
     ],
-)  # fmt: skip
+)
 def test_errors_start_with_the_module(config, message):
     with pytest.raises(ValueError, match=message):
         resolve_plan(tiny_llama(), config)

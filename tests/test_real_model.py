@@ -1,5 +1,7 @@
 """The real pretrained model of the demo, through a short path."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -45,9 +47,6 @@ def test_demo_on_a_few_layers(tmp_path, capsys):
     assert main(["demo", "--quick", *small, *output]) == 0
     printed = capsys.readouterr().out
     assert "logits are identical" in printed and "5 of 30 decoder layers" in printed
-    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")][2:] == [
-        "low_rank",
-        "monarch",
-        "blast",
-        "blast, fine-tuned",
-    ] or "| blast, fine-tuned" in printed
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["dense", "low_rank", "monarch", "blast", "blast, fine-tuned"]
+    assert rows[3]["perplexity"] < rows[1]["perplexity"]

@@ -13,7 +13,13 @@ OPS = {
     "monarch": reference.monarch_linear,
     "blast": reference.blast_linear,
 }
-SPECS = [LowRank(7, 5, 3), Monarch(6, 10, 2, (3, 2)), Monarch(5, 4, 3, (1, 4)), Blast(6, 10, 4, (3, 5)), Blast(7, 9, 2, (1, 3))]  # fmt: skip
+SPECS = [
+    LowRank(7, 5, 3),
+    Monarch(6, 10, 2, (3, 2)),
+    Monarch(5, 4, 3, (1, 4)),
+    Blast(6, 10, 4, (3, 5)),
+    Blast(7, 9, 2, (1, 3)),
+]
 
 
 def ids(spec):

@@ -54,16 +54,22 @@ def run(args):
     rows, blast = demo.compare()
     tuned = demo.finetune(blast)
     rows.append(tuned)
-    print("\n" + format_table([{k: v for k, v in row.items() if k != "protocol"} for row in rows]))
+    print("\n" + format_table(rows))
     print(demo.conditions(rows))
     options.save(blast, tokenizer, args.output)
     sentence = demo.reload_and_generate(blast)
     seconds = time.perf_counter() - started
     print(f"{args.prompt!r} -> {sentence!r}\nthe whole demo took {seconds:.0f} s")
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
-    settings.pop("output", None)
-    result = {"rows": rows, "conditions": demo.conditions(rows), "sentence": sentence, "seconds": seconds}
-    options.write_json(args.json, {**result, "settings": {**settings, "model": demo.name}})
+    names = ("dataset", "ratio", "rounds", "calibration_tokens", "evaluation_tokens", "quick", "dtype", "device")
+    result = {
+        "command": "hf-blr demo --quick" if args.quick else "hf-blr demo",
+        "settings": {"model": demo.name, **{name: getattr(args, name) for name in names}},
+        "rows": rows,
+        "conditions": demo.conditions(rows),
+        "sentence": sentence,
+        "seconds": seconds,
+    }
+    options.write_json(args.json, result)
 
 
 class Demo:
@@ -167,8 +173,8 @@ class Demo:
         saved = 1 - rows[-1]["parameters (M)"] / rows[0]["parameters (M)"]
         return (
             f"{self.name}: {layers} decoder layers compressed, {100 * self.args.ratio:.0f} % of each projection kept, "
-            f"{100 * saved:.0f} % off the whole model (its embedding stays). Fitted to {self.calibration.numel()} tokens, "
-            f"read in {self.calibration_seconds:.0f} s; fine-tuned on {self.training.numel()}. {self.protocol}"
+            f"{100 * saved:.0f} % off the whole model (its embedding stays). "
+            f"Fitted to {self.calibration.numel()} tokens, read in {self.calibration_seconds:.0f} s; fine-tuned on {self.training.numel()}. {self.protocol}"
         )
 
     def reload_and_generate(self, model) -> str:

@@ -38,6 +38,10 @@ def run(args):
     windows = sample_windows(tokens, args.seqlen, args.steps * args.batch_size, args.seed)
     callback = BLRCallback(train_norms=args.train_norms, teacher=args.teacher, distill_weight=args.distill_weight)
     evaluation = {"dataset": args.dataset, "seqlen": args.seqlen}
+    if args.gradient_checkpointing:
+        # transformers 5.23 renames the method
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     before = perplexity(model, tokenizer, **evaluation)
     history = train(
         model,
@@ -47,7 +51,6 @@ def run(args):
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr,
-        gradient_checkpointing=args.gradient_checkpointing,
         use_cpu=args.device == "cpu",
         seed=args.seed,
     )

@@ -76,6 +76,9 @@ class Perplexity:
             f"{bos}, {self.dtype} model"
         )
 
+    def __str__(self):
+        return f"perplexity {self.ppl:.2f} ({self.protocol})"
+
     def to_dict(self) -> dict:
         """A JSON-ready form, with `ppl`, `tokens_per_second` and `protocol` worked out."""
         worked_out = {"tokens_per_second": self.tokens_per_second, "protocol": self.protocol}
@@ -180,8 +183,7 @@ def as_tokens(tokenizer, dataset) -> tuple[torch.Tensor, str]:
             dataset = dataset[0]
         if dataset.dim() != 1 or dataset.is_floating_point():
             raise ValueError(
-                "token ids must be integers of shape [T] or [1, T], "
-                f"got {dataset.dtype} of {list(dataset.shape)}"
+                f"token ids must be integers of shape [T] or [1, T], got {dataset.dtype} of {list(dataset.shape)}"
             )
         return dataset.long(), f"<{len(dataset)} token ids>"
     if tokenizer is None:

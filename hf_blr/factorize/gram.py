@@ -20,7 +20,8 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     mean = gram.diagonal().mean()
     if not torch.isfinite(gram).all():
         raise ValueError(
-            "the Gram matrix of the inputs holds NaN or infinity: the calibration run overflowed; use bfloat16 or float32"
+            "the Gram matrix of the inputs holds NaN or infinity: the calibration run overflowed; "
+            "use bfloat16 or float32"
         )
     if mean <= 0:
         raise ValueError("the Gram matrix of the inputs is zero: no calibration input reached this layer")

@@ -67,9 +67,7 @@ class BLRCallback(TrainerCallback):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
-            raise TypeError(
-                f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}"
-            )
+            raise TypeError(f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}")
         self.selection = {"norms": train_norms, "biases": train_biases, "also": train_also}
         self.teacher = teacher
         self.distill_weight = distill_weight
@@ -112,14 +110,10 @@ class BLRCallback(TrainerCallback):
             return
         remedy = "pass the callback to the Trainer's constructor"
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
-            raise RuntimeError(
-                f"the model was wrapped for distributed training before it was frozen: {remedy}"
-            )
+            raise RuntimeError(f"the model was wrapped for distributed training before it was frozen: {remedy}")
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not after <= optimized:
-            raise RuntimeError(
-                f"the optimizer was made without {len(after - optimized)} of the factors: {remedy}"
-            )
+            raise RuntimeError(f"the optimizer was made without {len(after - optimized)} of the factors: {remedy}")
 
     def report(self, state, model):
         if self.reported or not state.is_world_process_zero:

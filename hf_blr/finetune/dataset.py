@@ -21,8 +21,7 @@ class WindowDataset(Dataset):
     def __init__(self, tokens: torch.Tensor):
         if tokens.dim() != 2 or tokens.is_floating_point():
             raise ValueError(
-                "tokens must be integers of shape [windows, seqlen], "
-                f"got {tokens.dtype} of {list(tokens.shape)}"
+                f"tokens must be integers of shape [windows, seqlen], got {tokens.dtype} of {list(tokens.shape)}"
             )
         self.tokens = tokens.long()
 

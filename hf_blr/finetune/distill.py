@@ -176,8 +176,6 @@ def load_teacher(teacher: nn.Module | str | os.PathLike, student: nn.Module) -> 
 
         teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=student.dtype)
     if teacher is student:
-        raise ValueError(
-            "the teacher is the model that is trained: pass the dense model, or a copy made before"
-        )
+        raise ValueError("the teacher is the model that is trained: pass the dense model, or a copy made before")
     # a dispatched teacher has hooks that bring its inputs to it
     return teacher if getattr(teacher, "hf_device_map", None) else teacher.to(student.device)

@@ -59,9 +59,7 @@ def wanted_parameters(model, norms, biases, also) -> list[nn.Parameter]:
     for ending in also:
         named = [m for name, m in model.named_modules() if name == ending or name.endswith("." + ending)]
         if not named:
-            raise ValueError(
-                f"there is no module named or ending in {ending!r} to train in {type(model).__name__}"
-            )
+            raise ValueError(f"there is no module named or ending in {ending!r} to train in {type(model).__name__}")
         wanted += [parameter for module in named for parameter in module.parameters()]
     return wanted
 
@@ -102,9 +100,7 @@ def factor_parameter_groups(
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first"
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first")
     factor_ids = {id(factor) for factor in factor_parameters(model)}
     others = [parameter for parameter in trainable if id(parameter) not in factor_ids]
     other_lr = lr if other_lr is None else other_lr
