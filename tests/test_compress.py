@@ -218,3 +218,17 @@ def test_batches_have_one_shape():
     assert batch_size(128, 2048) == 8
     assert batch_size(7, 2048) == 7
     assert batch_size(11, 4096) == 1
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "block-by-block"])
+def test_calibration_does_not_pay_for_the_head(whole):
+    model, batches = tiny_llama(), token_batches()
+    ran = []
+    model.lm_head.register_forward_hook(lambda *_: ran.append(1))
+    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
+    gather = whole_model_grams if whole else lambda *a: list(iterate_grams(*a))
+    gather(model, names, batches)
+    assert not ran
+    # with labels only the whole model knows what to do
+    gather(model, names, [{**batch, "labels": batch["input_ids"]} for batch in batches])
+    assert ran

@@ -8,7 +8,6 @@ anything else.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from hf_blr.cli.finetune import train
 from hf_blr.cli.table import format_table
 
 STRUCTURES = ("low_rank", "monarch", "blast")
+DEFAULT_OUTPUT = Path("hf-blr-demo")
 #: every one of so many decoder layers is compressed with --quick
 QUICK_STRIDE = 6
 
@@ -39,13 +39,19 @@ def add_arguments(parser):
     parser.add_argument(
         "--quick", action="store_true", help=f"compress one decoder layer in {QUICK_STRIDE}, train a few steps"
     )
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the fine-tuned BLAST model")
-    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder for the fine-tuned BLAST model; {DEFAULT_OUTPUT}, which is overwritten, if left out",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds a model already")
     options.add_json(parser)
 
 
 def run(args):
     started = time.perf_counter()
+    if args.output is None:
+        args.output, args.overwrite = DEFAULT_OUTPUT, True
     options.check_output(args.output, args.overwrite)
     if args.model is None:
         args.model, args.gguf_file = str(demo_model_folder()), GGUF_FILE
@@ -82,6 +88,8 @@ class Demo:
 
         self.args, self.dense, self.tokenizer = args, dense.eval(), tokenizer
         self.name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
+        # what the protocol and the saved tokenizer call it, rather than a folder of this machine
+        tokenizer.name_or_path = self.name
         tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
         self.calibration = sample_windows(tokens, self.seqlen, max(1, args.calibration_tokens // self.seqlen))
         # short windows make many optimizer steps of the same amount of text
@@ -103,7 +111,7 @@ class Demo:
             # the digits are those of the block in which a projection stands
             target_modules=rf".*\.({numbers})\.(\w+\.)*\w*proj" if self.args.quick else None,
             fit_rounds=self.args.rounds,
-            fit_tolerance=0.0,
+            fit_tolerance=0.01,
         )
 
     def compare(self) -> tuple[list[dict], torch.nn.Module]:
@@ -174,7 +182,8 @@ class Demo:
         return (
             f"{self.name}: {layers} decoder layers compressed, {100 * self.args.ratio:.0f} % of each projection kept, "
             f"{100 * saved:.0f} % off the whole model (its embedding stays). "
-            f"Fitted to {self.calibration.numel()} tokens, read in {self.calibration_seconds:.0f} s; fine-tuned on {self.training.numel()}. {self.protocol}"
+            f"Fitted to {self.calibration.numel()} tokens, which took {self.calibration_seconds:.0f} s to read; "
+            f"fine-tuned on {self.training.numel()} tokens. {self.protocol}."
         )
 
     def reload_and_generate(self, model) -> str:

@@ -36,9 +36,10 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> I
 
 def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
     """{layer name: Gram} from one pass over all batches."""
+    body = body_of(model, names, batches)
     with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
         for batch in batches:
-            run(model, batch)
+            run(body, batch)
     return collector.grams
 
 
@@ -46,6 +47,15 @@ def run(model: nn.Module, batch: Batch):
     """A forward that fills no key-value cache."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     return model(**batch, **cache)
+
+
+def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Module:
+    """The model without its head, if that holds all of the layers: logits over a large vocabulary cost much memory."""
+    body = getattr(model, "base_model", model)
+    inside = {id(module) for module in body.modules()}
+    held = all(id(model.get_submodule(name)) in inside for name in names)
+    # only the head knows what to do with labels
+    return body if held and not any("labels" in batch for batch in batches) else model
 
 
 class BlockChain:
@@ -62,7 +72,7 @@ class BlockChain:
         # with masks or several shapes, blocks are called with other arguments on each batch
         if groups is None or any(s != shapes[0] for s in shapes) or any("mask" in key for key in batches[0]):
             return None
-        calls, outputs = {}, {}
+        calls, outputs, body = {}, {}, body_of(model, names, batches)
 
         def record(prefix):
             def hook(module, args, kwargs, output):
@@ -74,7 +84,7 @@ class BlockChain:
             model.get_submodule(prefix).register_forward_hook(record(prefix), with_kwargs=True) for prefix in groups
         ]
         try:
-            run(model, batches[0])
+            run(body, batches[0])
         finally:
             for handle in handles:
                 handle.remove()
@@ -82,7 +92,8 @@ class BlockChain:
         chained = list(calls) == order and all(args and torch.is_tensor(args[0]) for args, _ in calls.values())
         if not chained or any(outputs[a] is not calls[b][0][0] for a, b in zip(order, order[1:], strict=False)):
             return None
-        hidden = [calls[order[0]][0][0], *(block_input(model, order[0], batch) for batch in batches[1:])]
+        first_block = model.get_submodule(order[0])
+        hidden = [calls[order[0]][0][0], *(block_input(body, first_block, batch) for batch in batches[1:])]
         calls = {prefix: (args[1:], kwargs) for prefix, (args, kwargs) in calls.items()}
         return cls(groups, model, hidden, calls)
 
@@ -116,20 +127,20 @@ class ReachedBlock(Exception):
         self.hidden = hidden
 
 
-def block_input(model: nn.Module, prefix: str, batch: Batch) -> Tensor:
-    """The hidden states that enter a block, computed without running it or what follows."""
+def block_input(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
+    """The hidden states that enter a block of the model, computed without running it or what follows."""
 
     def stop(module, args):
         raise ReachedBlock(args[0])
 
-    handle = model.get_submodule(prefix).register_forward_pre_hook(stop)
+    handle = block.register_forward_pre_hook(stop)
     try:
         run(model, batch)
     except ReachedBlock as reached:
         return reached.hidden
     finally:
         handle.remove()
-    raise RuntimeError(f"{prefix} did not run on a calibration batch although it ran on the first one")
+    raise RuntimeError("the first block did not run on a calibration batch although it ran on the one before")
 
 
 def first(output):
