@@ -1,0 +1,221 @@
+"""The few-token kernels of all three structures: they stream each factor once and do little else.
+
+Two launches per layer. Each asks for its weights' cache lines before it waits for the kernel before it, so that the
+memory never idles between the two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_blr.ops.triton.launch import DecodeConfig, device_of, dot_precision, pdl_option, pow2, vector_width
+from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+
+
+@triton.jit
+def decode_project_kernel(
+    x_ptr,
+    v_ptr,
+    s_ptr,
+    z_ptr,
+    T,
+    P,
+    R,
+    G_ROWS,
+    stride_xt,
+    stride_xg,
+    stride_xj,
+    stride_vg,
+    stride_vj,
+    stride_vr,
+    stride_si,
+    stride_sj,
+    stride_zi,
+    stride_zt,
+    K,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    MIX: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    BJ: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into B1 parts.
+
+    The B1 parts are a batch of the product, so that the warps share the work instead of all reading everything. Without
+    MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r goes to z[i, t, g*G_ROWS + r].
+    P, R, G_ROWS, K and the strides come / VEC.
+    """
+    i_r, i_g = tl.program_id(0), tl.program_id(1)
+    o_t, o_j = tl.arange(0, BT), tl.arange(0, BJ)
+    o_r = i_r * BR + tl.arange(0, BR)
+    m_t, m_r, m_j = o_t < T, o_r < R * VEC, o_j < B1
+    v_ptr += i_g.to(tl.int64) * (stride_vg * VEC)
+    o_v = o_j.to(tl.int64)[:, None, None] * (stride_vj * VEC) + o_r[None, None, :] * (stride_vr * VEC)
+    if PDL:
+        o_l = tl.arange(0, LINES) * LINE
+        m_l = m_j[:, None, None] & m_r[None, None, :] & (o_l < P * VEC)[None, :, None]
+        prefetch_to_l2(v_ptr, o_v + o_l[None, :, None], m_l)
+    wait_for_previous(PDL)
+    x_ptr += i_g * (stride_xg * VEC)
+    o_x = o_t.to(tl.int64)[None, :, None] * (stride_xt * VEC) + o_j[:, None, None] * (stride_xj * VEC)
+    acc = tl.zeros((BJ, BT, BR), tl.float32)
+    for step in range(0, tl.cdiv(P * VEC, BP)):
+        o_p = step * BP + tl.arange(0, BP)
+        # the last part of a product cut in parts may be shorter
+        m_p = (o_p < P * VEC)[None, :] & (o_j[:, None] * (stride_xj * VEC) + o_p[None, :] < K * VEC) & m_j[:, None]
+        b_x = tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_p[:, None, :] & m_t[None, :, None], other=0.0)
+        b_v = tl.load(v_ptr + o_v + o_p[None, :, None], mask=m_p[:, :, None] & m_r[None, None, :], other=0.0)
+        acc = tl.dot(b_x, b_v, acc, input_precision=PRECISION)
+    m_tr = m_t[:, None] & m_r[None, :]
+    if MIX:
+        o_z = o_t[:, None] * (stride_zt * VEC) + o_r[None, :]
+        for i in range(0, B2, BI):
+            o_i = i + tl.arange(0, BI)
+            m_i = o_i < B2
+            o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
+            m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
+            b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0).to(tl.float32)
+            b_z = tl.sum(b_s[:, :, None, :] * acc[None, :, :, :], 1)  # [BI, BT, BR]
+            o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :]
+            tl.store(z_ptr + o_zi, b_z.to(z_ptr.dtype.element_ty), mask=m_i[:, None, None] & m_tr[None, :, :])
+    else:
+        rows = G_ROWS * VEC
+        o_z = (o_r // rows) * (stride_zi * VEC) + i_g * rows + o_r % rows
+        b_z = tl.sum(acc, 0)
+        tl.store(z_ptr + o_t[:, None] * (stride_zt * VEC) + o_z[None, :], b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+
+
+@triton.jit
+def decode_expand_kernel(
+    z_ptr,
+    u_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    Q,
+    R,
+    stride_zi,
+    stride_zt,
+    stride_ui,
+    stride_uq,
+    stride_ot,
+    HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BQ: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC."""
+    i_q, i_i = tl.program_id(0), tl.program_id(1)
+    o_t = tl.arange(0, BT)
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    m_t, m_q = o_t < T, o_q < Q
+    u_ptr += i_i.to(tl.int64) * (stride_ui * VEC)
+    o_u = o_q[:, None] * (stride_uq * VEC)
+    if PDL:
+        o_l = tl.arange(0, LINES) * LINE
+        prefetch_to_l2(u_ptr, o_u + o_l[None, :], m_q[:, None] & (o_l < R * VEC)[None, :])
+    wait_for_previous(PDL)
+    o_z = o_t[:, None] * (stride_zt * VEC)
+    z_ptr += i_i * (stride_zi * VEC)
+    acc = tl.zeros((BT, BQ), tl.float32)
+    for step in range(0, tl.cdiv(R * VEC, BR)):
+        o_r = step * BR + tl.arange(0, BR)
+        m_r = o_r < R * VEC
+        b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
+        b_u = tl.load(u_ptr + o_u + o_r[None, :], mask=m_q[:, None] & m_r[None, :], other=0.0)
+        acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
+    o_n = i_i * Q + o_q
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[None, :]
+    o_o = o_t.to(tl.int64)[:, None] * stride_ot + o_n[None, :]
+    tl.store(out_ptr + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
+
+
+def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
+    """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank (B1 = B2 = 1).
+
+    x `[T, K]`, v `[B1, rows, P]`. `parts`: into how many pieces a product without mix is cut.
+    """
+    (b1, rows, p), tokens = v.shape, x.shape[0]
+    device, mix = device_of(x), s is not None
+    b2 = z.shape[0]
+    if mix:
+        groups, parts, part, xj, vj, xg, vg, g_rows, k = 1, b1, p, p, v.stride(0), 0, 0, rows, b1 * p
+    else:
+        part = triton.cdiv(triton.cdiv(p, parts), 16) * 16
+        groups, xj, vj, xg, vg, g_rows, k = b1, part, part, p, v.stride(0), rows // b2, p
+    si, sj = s.stride()[:2] if mix else (0, 0)
+    zi, zt = z.stride()[:2]
+    sizes = (part, rows, g_rows, x.stride(0), xg, xj, vg, vj, v.stride(1), si, sj, zi, zt, k)
+    vec = vector_width(*sizes)
+    line = 128 // x.element_size()
+    bt = max(16, pow2(tokens))
+    decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
+        x,
+        v,
+        s,
+        z,
+        tokens,
+        *(n // vec for n in sizes),
+        B1=parts,
+        B2=b2,
+        LINES=pow2(triton.cdiv(part, line)),
+        LINE=line,
+        MIX=mix,
+        PDL=device.has_tma,
+        PRECISION=dot_precision(x.dtype),
+        VEC=vec,
+        BJ=pow2(parts),
+        BI=max(1, min(pow2(b2), 8192 // (pow2(parts) * bt * config.rows))),
+        BT=bt,
+        BR=config.rows,
+        BP=config.length,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **pdl_option(device),
+    )
+
+
+def decode_expand(z, u, bias, out, config: DecodeConfig):
+    """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`."""
+    (b2, q, r), tokens = u.shape, z.shape[1]
+    device = device_of(z)
+    sizes = (r, *z.stride()[:2], *u.stride()[:2])
+    vec = vector_width(*sizes)
+    line = 128 // z.element_size()
+    decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
+        z,
+        u,
+        bias,
+        out,
+        tokens,
+        q,
+        *(n // vec for n in sizes),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        LINES=pow2(triton.cdiv(r, line)),
+        LINE=line,
+        PDL=device.has_tma,
+        PRECISION=dot_precision(z.dtype),
+        VEC=vec,
+        BT=max(16, pow2(tokens)),
+        BQ=config.rows,
+        BR=config.length,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **pdl_option(device),
+    )

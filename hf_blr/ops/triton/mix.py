@@ -1,0 +1,93 @@
+"""BLAST's mix between its two stacks of products, and its gradients."""
+
+import triton
+import triton.language as tl
+
+from hf_blr.ops.triton.launch import MixConfig, device_of, dot_precision, pdl_option, pow2, vector_width
+from hf_blr.ops.triton.tiles import wait_for_previous
+
+
+@triton.jit
+def blast_mix_kernel(
+    y_ptr,
+    s_ptr,
+    z_ptr,
+    T,
+    R,
+    stride_yj,
+    stride_yt,
+    stride_si,
+    stride_sj,
+    stride_zi,
+    stride_zt,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    BJ: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """z[i,t,r] = sum_j s[i,j,r] y[j,t,r], y `[B1, T, R]`, z `[B2, T, R]`, r contiguous; sizes and strides come / VEC.
+
+    DOT does it as one small product per r on the tensor cores, which pays from 16 x 16 blocks on.
+    """
+    i_r, i_t = tl.program_id(0), tl.program_id(1)
+    wait_for_previous(PDL)
+    o_r = i_r * BR + tl.arange(0, BR)
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_j = tl.arange(0, BJ)
+    m_r, m_t, m_j = o_r < R * VEC, o_t < T, o_j < B1
+    o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
+    m_y = m_j[:, None, None] & m_t[None, :, None] & m_r[None, None, :]
+    b_y = tl.load(y_ptr + o_y + o_r[None, None, :], mask=m_y, other=0.0)  # [BJ, BT, BR]
+    m_tr = m_t[:, None] & m_r[None, :]
+    if DOT:
+        o_i = tl.arange(0, BI)
+        m_i = o_i < B2
+        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
+        m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
+        b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)
+        b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION)
+        b_z = tl.permute(b_z.to(z_ptr.dtype.element_ty), (1, 2, 0))  # [BI, BT, BR]
+        o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
+        tl.store(z_ptr + o_z + o_r[None, None, :], b_z, mask=m_i[:, None, None] & m_tr[None, :, :])
+    else:
+        b_y = b_y.to(tl.float32)
+        o_z = o_t.to(tl.int64)[:, None] * (stride_zt * VEC) + o_r[None, :]
+        for i in range(0, B2):
+            o_s = i * (stride_si * VEC) + o_j[:, None] * (stride_sj * VEC) + o_r[None, :]
+            b_s = tl.load(s_ptr + o_s, mask=m_j[:, None] & m_r[None, :], other=0.0).to(tl.float32)
+            b_z = tl.sum(b_s[:, None, :] * b_y, 0)  # [BT, BR]
+            tl.store(z_ptr + tl.cast(i, tl.int64) * (stride_zi * VEC) + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+
+
+def blast_mix(y, s, z, config: MixConfig):
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`; r contiguous in all three."""
+    (b2, b1, r), tokens = s.shape, y.shape[1]
+    device = device_of(y)
+    vec = vector_width(r, *y.stride()[:2], *s.stride()[:2], *z.stride()[:2])
+    grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
+    blast_mix_kernel[grid](
+        y,
+        s,
+        z,
+        tokens,
+        r // vec,
+        *(n // vec for n in (*y.stride()[:2], *s.stride()[:2], *z.stride()[:2])),
+        B1=b1,
+        B2=b2,
+        DOT=config.dot,
+        PDL=device.has_tma,
+        PRECISION=dot_precision(y.dtype),
+        VEC=vec,
+        BJ=max(pow2(b1), 16) if config.dot else pow2(b1),
+        BI=pow2(b2),
+        BT=config.bt,
+        BR=config.br,
+        num_warps=config.warps,
+        **pdl_option(device),
+    )

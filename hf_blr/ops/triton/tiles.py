@@ -1,0 +1,44 @@
+"""Small device-side helpers: masked tiles, Hopper's dependent launch, cache prefetch. Kernels read as maths above them."""
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
+
+
+@triton.jit
+def load_tile(src, i_g, row, col, rows, cols, stride_g, stride_r, stride_c, BR: tl.constexpr, BC: tl.constexpr,
+              TMA: tl.constexpr):  # fmt: skip
+    """[BR, BC] of the matrix i_g of a stack [G, rows, cols], zero outside; src is a descriptor if TMA, else a pointer."""
+    if TMA:
+        b = src.load([i_g, row, col]).reshape(BR, BC)
+    else:
+        o_r = row + tl.arange(0, BR)
+        o_c = col + tl.arange(0, BC)
+        m = (o_r < rows)[:, None] & (o_c < cols)[None, :]
+        o = o_r.to(tl.int64)[:, None] * stride_r + o_c[None, :] * stride_c
+        b = tl.load(src + tl.cast(i_g, tl.int64) * stride_g + o, mask=m, other=0.0)
+    return b
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Block until the kernel before has finished, then let the kernel after begin its prologue.
+
+    In this order what a later kernel reads before its own wait (the weights of its stage) was written before this kernel.
+    """
+    if PDL:
+        tl_cuda.gdc_wait()
+        tl_cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_to_l2(ptr, o, m):
+    """Ask for the cache lines at ptr + o: safe before the wait, since no value is read."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [ptr + o, m.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
