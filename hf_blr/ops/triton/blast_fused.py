@@ -74,7 +74,7 @@ def blast_expand(y, u, s, bias, out, config, low=False):
         descriptor(u, config.bn, config.bk) if tma else u,
         s, out, bias, tokens, q, r,
         *y.stride()[:2], *s.stride()[:2], *u.stride()[:2], out.stride(0),
-        B1=b1, HAS_BIAS=bias is not None, TMA=tma, PDL=device.has_tma, PRECISION=dot_precision(y.dtype), LOW=low,
+        B1=b1, HAS_BIAS=bias is not None, TMA=tma, PDL=device.has_pdl, PRECISION=dot_precision(y.dtype), LOW=low,
         BT=config.bt, BQ=config.bn, BR=config.bk, num_warps=config.warps, num_stages=config.stages,
         **pdl_option(device),
     )

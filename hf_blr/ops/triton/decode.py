@@ -42,6 +42,9 @@ def decode_project_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
+    DOT: tl.constexpr,
+    DOT_MIX: tl.constexpr,
+    UNROLL: tl.constexpr,
     BJ: tl.constexpr,
     BI: tl.constexpr,
     BT: tl.constexpr,
@@ -59,39 +62,56 @@ def decode_project_kernel(
     o_r = i_r * BR + tl.arange(0, BR)
     m_t, m_r, m_j = o_t < T, o_r < R * VEC, o_j < B1
     v_ptr += i_g.to(tl.int64) * (stride_vg * VEC)
-    o_v = o_j.to(tl.int64)[:, None, None] * (stride_vj * VEC) + o_r[None, None, :] * (stride_vr * VEC)
+    o_v = o_j.to(tl.int64)[:, None, None] * (stride_vj * VEC) + o_r[None, :, None] * (stride_vr * VEC)
     if PDL:
         o_l = tl.arange(0, LINES) * LINE
-        m_l = m_j[:, None, None] & m_r[None, None, :] & (o_l < P * VEC)[None, :, None]
-        prefetch_to_l2(v_ptr, o_v + o_l[None, :, None], m_l)
+        m_l = m_j[:, None, None] & m_r[None, :, None] & (o_l < P * VEC)[None, None, :]
+        prefetch_to_l2(v_ptr, o_v + o_l[None, None, :], m_l)
     wait_for_previous(PDL)
+    if MIX:
+        o_i = tl.arange(0, BI)
+        m_i = o_i < B2
+        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
+        m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
+        b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
     x_ptr += i_g * (stride_xg * VEC)
-    o_x = o_t.to(tl.int64)[None, :, None] * (stride_xt * VEC) + o_j[:, None, None] * (stride_xj * VEC)
-    acc = tl.zeros((BJ, BT, BR), tl.float32)
-    for step in range(0, tl.cdiv(P * VEC, BP)):
+    o_jx = o_j * (stride_xj * VEC)
+    o_x = o_t[None, :, None] * (stride_xt * VEC) + o_jx[:, None, None]
+    if DOT:
+        acc = tl.zeros((BJ, BT, BR), tl.float32)
+    else:
+        acc = tl.zeros((BJ, BR, BP), tl.float32)
+    for step in tl.range(0, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
         # the last part of a product cut in parts may be shorter
-        m_p = (o_p < P * VEC)[None, :] & (o_j[:, None] * (stride_xj * VEC) + o_p[None, :] < K * VEC) & m_j[:, None]
+        m_p = (o_p < P * VEC)[None, :] & (o_jx[:, None] + o_p[None, :] < K * VEC) & m_j[:, None]
         b_x = tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_p[:, None, :] & m_t[None, :, None], other=0.0)
-        b_v = tl.load(v_ptr + o_v + o_p[None, :, None], mask=m_p[:, :, None] & m_r[None, None, :], other=0.0)
-        acc = tl.dot(b_x, b_v, acc, input_precision=PRECISION)
+        b_v = tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_p[:, None, :] & m_r[None, :, None], other=0.0)
+        if DOT:
+            acc = tl.dot(b_x, tl.permute(b_v, (0, 2, 1)), acc, input_precision=PRECISION)
+        else:
+            acc += b_x.to(tl.float32) * b_v.to(tl.float32)
+    if DOT:
+        b_y = acc
+    else:
+        b_y = tl.sum(acc, 2)[:, None, :]  # [BJ, 1, BR]
+    dtype = z_ptr.dtype.element_ty
     m_tr = m_t[:, None] & m_r[None, :]
+    o_z = o_t[:, None] * (stride_zt * VEC)
     if MIX:
-        o_z = o_t[:, None] * (stride_zt * VEC) + o_r[None, :]
-        for i in range(0, B2, BI):
-            o_i = i + tl.arange(0, BI)
-            m_i = o_i < B2
-            o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
-            m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
-            b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0).to(tl.float32)
-            b_z = tl.sum(b_s[:, :, None, :] * acc[None, :, :, :], 1)  # [BI, BT, BR]
-            o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :]
-            tl.store(z_ptr + o_zi, b_z.to(z_ptr.dtype.element_ty), mask=m_i[:, None, None] & m_tr[None, :, :])
+        o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :] + o_r[None, None, :]
+        m_z = m_i[:, None, None] & m_tr[None, :, :]
+        if DOT_MIX:
+            b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION)
+            tl.store(z_ptr + o_zi, tl.permute(b_z.to(dtype), (1, 2, 0)), mask=m_z)
+        else:
+            # the condition keeps Triton 3.6 from making an invalid product of rank 4 of this sum
+            b_p = tl.where(m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0)
+            tl.store(z_ptr + o_zi, tl.sum(b_p, 1).to(dtype), mask=m_z)
     else:
         rows = G_ROWS * VEC
-        o_z = (o_r // rows) * (stride_zi * VEC) + i_g * rows + o_r % rows
-        b_z = tl.sum(acc, 0)
-        tl.store(z_ptr + o_t[:, None] * (stride_zt * VEC) + o_z[None, :], b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+        o_zr = (o_r // rows) * (stride_zi * VEC) + i_g * rows + o_r % rows
+        tl.store(z_ptr + o_z + o_zr[None, :], tl.sum(b_y, 0).to(dtype), mask=m_tr)
 
 
 @triton.jit
@@ -114,6 +134,8 @@ def decode_expand_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
+    DOT: tl.constexpr,
+    UNROLL: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
     BR: tl.constexpr,
@@ -131,18 +153,31 @@ def decode_expand_kernel(
     wait_for_previous(PDL)
     o_z = o_t[:, None] * (stride_zt * VEC)
     z_ptr += i_i * (stride_zi * VEC)
-    acc = tl.zeros((BT, BQ), tl.float32)
-    for step in range(0, tl.cdiv(R * VEC, BR)):
+    if DOT:
+        acc = tl.zeros((BT, BQ), tl.float32)
+    else:
+        acc = tl.zeros((BQ, BR), tl.float32)
+    for step in tl.range(0, tl.cdiv(R * VEC, BR), loop_unroll_factor=UNROLL):
         o_r = step * BR + tl.arange(0, BR)
         m_r = o_r < R * VEC
         b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
         b_u = tl.load(u_ptr + o_u + o_r[None, :], mask=m_q[:, None] & m_r[None, :], other=0.0)
-        acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
+        if DOT:
+            acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
+        else:
+            acc += b_z.to(tl.float32) * b_u.to(tl.float32)
+    if not DOT:
+        acc = tl.sum(acc, 1)[None, :]
     o_n = i_i * Q + o_q
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[None, :]
     o_o = o_t.to(tl.int64)[:, None] * stride_ot + o_n[None, :]
     tl.store(out_ptr + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
+
+
+def decode_rows(tokens: int) -> int:
+    """One token is multiplied on the plain cores; more fill a tensor-core tile of at least 16 rows."""
+    return 1 if tokens == 1 else max(16, pow2(tokens))
 
 
 def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
@@ -163,7 +198,7 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
     sizes = (part, rows, g_rows, x.stride(0), xg, xj, vg, vj, v.stride(1), si, sj, zi, zt, k)
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
-    bt = max(16, pow2(tokens))
+    bt = decode_rows(tokens)
     decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
         x,
         v,
@@ -176,11 +211,14 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
         LINES=pow2(triton.cdiv(part, line)),
         LINE=line,
         MIX=mix,
-        PDL=device.has_tma,
+        PDL=device.has_pdl,
         PRECISION=dot_precision(x.dtype),
         VEC=vec,
+        DOT=bt > 1,
+        DOT_MIX=bt > 1 and parts >= 16,
+        UNROLL=1 if bt > 1 else config.stages,
         BJ=pow2(parts),
-        BI=max(1, min(pow2(b2), 8192 // (pow2(parts) * bt * config.rows))),
+        BI=pow2(b2),
         BT=bt,
         BR=config.rows,
         BP=config.length,
@@ -197,6 +235,7 @@ def decode_expand(z, u, bias, out, config: DecodeConfig):
     sizes = (r, *z.stride()[:2], *u.stride()[:2])
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
+    bt = decode_rows(tokens)
     decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
         z,
         u,
@@ -209,10 +248,12 @@ def decode_expand(z, u, bias, out, config: DecodeConfig):
         HAS_BIAS=bias is not None,
         LINES=pow2(triton.cdiv(r, line)),
         LINE=line,
-        PDL=device.has_tma,
+        PDL=device.has_pdl,
         PRECISION=dot_precision(z.dtype),
         VEC=vec,
-        BT=max(16, pow2(tokens)),
+        DOT=bt > 1,
+        UNROLL=1 if bt > 1 else config.stages,
+        BT=bt,
         BQ=config.rows,
         BR=config.length,
         num_warps=config.warps,

@@ -19,7 +19,12 @@ class Device:
 
     @property
     def has_tma(self) -> bool:
-        """Hopper's tensor-copy engine and dependent launches."""
+        """Hopper's tensor-copy engine."""
+        return self.capability >= (9, 0)
+
+    @property
+    def has_pdl(self) -> bool:
+        """Hopper's dependent launches: a kernel's start overlaps the end of the one before."""
         return self.capability >= (9, 0)
 
 
@@ -90,4 +95,4 @@ class DecodeConfig:
 
 def pdl_option(device: Device) -> dict:
     """The launch keyword for kernels that begin before the previous one has ended; absent where there is no such thing."""
-    return {"launch_pdl": True} if device.has_tma else {}
+    return {"launch_pdl": True} if device.has_pdl else {}

@@ -39,15 +39,13 @@ def blast_mix_kernel(
     wait_for_previous(PDL)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
-    o_j = tl.arange(0, BJ)
-    m_r, m_t, m_j = o_r < R * VEC, o_t < T, o_j < B1
-    o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
-    m_y = m_j[:, None, None] & m_t[None, :, None] & m_r[None, None, :]
-    b_y = tl.load(y_ptr + o_y + o_r[None, None, :], mask=m_y, other=0.0)  # [BJ, BT, BR]
+    m_r, m_t = o_r < R * VEC, o_t < T
     m_tr = m_t[:, None] & m_r[None, :]
     if DOT:
-        o_i = tl.arange(0, BI)
-        m_i = o_i < B2
+        o_j, o_i = tl.arange(0, BJ), tl.arange(0, BI)
+        m_j, m_i = o_j < B1, o_i < B2
+        o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
+        b_y = tl.load(y_ptr + o_y + o_r[None, None, :], mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
         o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
         m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)
@@ -56,13 +54,19 @@ def blast_mix_kernel(
         o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
         tl.store(z_ptr + o_z + o_r[None, None, :], b_z, mask=m_i[:, None, None] & m_tr[None, :, :])
     else:
-        b_y = b_y.to(tl.float32)
+        o_y = o_t.to(tl.int64)[:, None] * (stride_yt * VEC) + o_r[None, :]
         o_z = o_t.to(tl.int64)[:, None] * (stride_zt * VEC) + o_r[None, :]
-        for i in range(0, B2):
-            o_s = i * (stride_si * VEC) + o_j[:, None] * (stride_sj * VEC) + o_r[None, :]
-            b_s = tl.load(s_ptr + o_s, mask=m_j[:, None] & m_r[None, :], other=0.0).to(tl.float32)
-            b_z = tl.sum(b_s[:, None, :] * b_y, 0)  # [BT, BR]
-            tl.store(z_ptr + tl.cast(i, tl.int64) * (stride_zi * VEC) + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+        # s is loaded once per row of the tile, in y's own layout: any narrower tile goes through shared memory
+        o_s = tl.zeros((BT, 1), tl.int32) + o_r[None, :]
+        b_ys = ()
+        for j in tl.static_range(B1):
+            b_ys = b_ys + (tl.load(y_ptr + tl.cast(j * stride_yj, tl.int64) * VEC + o_y, mask=m_tr, other=0.0),)
+        for i in tl.static_range(B2):
+            b_z = tl.zeros((BT, BR), tl.float32)
+            for j in tl.static_range(B1):
+                b_s = tl.load(s_ptr + (i * stride_si + j * stride_sj) * VEC + o_s, mask=m_tr, other=0.0)
+                b_z += b_s.to(tl.float32) * b_ys[j].to(tl.float32)
+            tl.store(z_ptr + tl.cast(i * stride_zi, tl.int64) * VEC + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
 
 
 def blast_mix(y, s, z, config: MixConfig):
@@ -81,7 +85,7 @@ def blast_mix(y, s, z, config: MixConfig):
         B1=b1,
         B2=b2,
         DOT=config.dot,
-        PDL=device.has_tma,
+        PDL=device.has_pdl,
         PRECISION=dot_precision(y.dtype),
         VEC=vec,
         BJ=max(pow2(b1), 16) if config.dot else pow2(b1),
