@@ -96,3 +96,18 @@ class DecodeConfig:
 def pdl_option(device: Device) -> dict:
     """The launch keyword for kernels that begin before the previous one has ended; absent where there is no such thing."""
     return {"launch_pdl": True} if device.has_pdl else {}
+
+
+@dataclass(frozen=True)
+class PersistentConfig:
+    """Tile sizes of `two_stage_kernel`, and how many of its programs share a multiprocessor."""
+
+    bt: int
+    br: int
+    bq: int
+    bk: int
+    bs: int
+    warps: int
+    stages: int
+    per_sm: int
+    prefetch: bool = False
