@@ -1,5 +1,78 @@
-"""Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`."""
+"""Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
 
-from hf_blr.ops.reference import blast_linear, low_rank_linear, monarch_linear
+Each runs hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton" or
+"reference". `use_impl` sets it for a block of code.
+"""
 
-__all__ = ["blast_linear", "low_rank_linear", "monarch_linear"]
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_blr.ops import library, reference
+from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
+
+__all__ = ["blast_linear", "current_impl", "few_tokens", "low_rank_linear", "monarch_linear", "use_impl"]
+
+
+def low_rank_linear(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """x v^T u^T + bias.
+
+    Args:
+        x: `[..., K]`.
+        u, v: `[N, R]` and `[R, K]`.
+        bias: `[N]`, or none.
+        impl: "auto", "triton", "reference", or None for what `use_impl` set.
+
+    Returns:
+        `[..., N]` in x's dtype, accumulated in float32.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+        RuntimeError: if "triton" was asked for and cannot run here.
+    """
+    check_shapes(x, x.shape[-1] == v.shape[-1] and u.shape[-1] == v.shape[0], u=u, v=v)
+    if resolve_impl(impl, "low_rank", x, u, v, bias) == "reference":
+        return reference.low_rank_linear(x, u, v, bias)
+    return library.low_rank(x, u, v, bias)
+
+
+def monarch_linear(
+    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """Block (i, j) of the matrix is u_ij v_ij. Monarch, arXiv 2204.00595, with general block rank r.
+
+    Args:
+        x: `[..., K]` with K = B1 * P.
+        u, v: `[B2, Q, B1*r]` and `[B1, B2*r, P]`.
+        bias, impl: as in `low_rank_linear`, like what is returned and raised.
+    """
+    fits = x.shape[-1] == v.shape[0] * v.shape[2] and v.shape[1] * v.shape[0] == u.shape[2] * u.shape[0]
+    check_shapes(x, fits, u=u, v=v)
+    if resolve_impl(impl, "monarch", x, u, v, bias) == "reference":
+        return reference.monarch_linear(x, u, v, bias)
+    return library.monarch(x, u, v, bias)
+
+
+def blast_linear(
+    x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """Block (i, j) of the matrix is u_i diag(s_ij) v_j. BLAST, arXiv 2410.21262, with B1 x B2 blocks.
+
+    Args:
+        x: `[..., K]` with K = B1 * P.
+        u, s, v: `[B2, Q, R]`, `[B2, B1, R]` and `[B1, R, P]`.
+        bias, impl: as in `low_rank_linear`, like what is returned and raised.
+    """
+    (b1, r, p), b2 = v.shape, u.shape[0]
+    check_shapes(x, x.shape[-1] == b1 * p and u.shape[2] == r and s.shape == (b2, b1, r), u=u, s=s, v=v)
+    if resolve_impl(impl, "blast", x, u, s, v, bias) == "reference":
+        return reference.blast_linear(x, u, s, v, bias)
+    return library.blast(x, u, s, v, bias)
+
+
+def check_shapes(x: Tensor, fits: bool, **factors: Tensor):
+    if not fits:
+        shapes = {name: tuple(f.shape) for name, f in factors.items()}
+        raise ValueError(f"x of shape {tuple(x.shape)} and factors of shapes {shapes} do not fit each other")

@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import DecodeConfig, device_of, dot_precision, pdl_option, pow2, vector_width
+from hf_blr.ops.triton.launch import (
+    decode_rows,
+    device_of,
+    dot_precision,
+    expand_config,
+    pow2,
+    project_config,
+    vector_width,
+)
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 
 
@@ -71,7 +79,11 @@ def decode_project_kernel(
     if MIX:
         o_i = tl.arange(0, BI)
         m_i = o_i < B2
-        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
+        o_s = (
+            o_i[:, None, None] * (stride_si * VEC)
+            + o_j[None, :, None] * (stride_sj * VEC)
+            + o_r[None, None, :]
+        )
         m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
     x_ptr += i_g * (stride_xg * VEC)
@@ -102,11 +114,15 @@ def decode_project_kernel(
         o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :] + o_r[None, None, :]
         m_z = m_i[:, None, None] & m_tr[None, :, :]
         if DOT_MIX:
-            b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION)
+            b_z = tl.dot(
+                tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION
+            )
             tl.store(z_ptr + o_zi, tl.permute(b_z.to(dtype), (1, 2, 0)), mask=m_z)
         else:
             # the condition keeps Triton 3.6 from making an invalid product of rank 4 of this sum
-            b_p = tl.where(m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0)
+            b_p = tl.where(
+                m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0
+            )
             tl.store(z_ptr + o_zi, tl.sum(b_p, 1).to(dtype), mask=m_z)
     else:
         rows = G_ROWS * VEC
@@ -175,15 +191,10 @@ def decode_expand_kernel(
     tl.store(out_ptr + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
 
-def decode_rows(tokens: int) -> int:
-    """One token is multiplied on the plain cores; more fill a tensor-core tile of at least 16 rows."""
-    return 1 if tokens == 1 else max(16, pow2(tokens))
-
-
-def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
+def decode_project(x, v, s, z):
     """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank (B1 = B2 = 1).
 
-    x `[T, K]`, v `[B1, rows, P]`. `parts`: into how many pieces a product without mix is cut.
+    x `[T, K]`, v `[B1, rows, P]`.
     """
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
@@ -191,7 +202,8 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
     if mix:
         groups, parts, part, xj, vj, xg, vg, g_rows, k = 1, b1, p, p, v.stride(0), 0, 0, rows, b1 * p
     else:
-        part = triton.cdiv(triton.cdiv(p, parts), 16) * 16
+        # cut in four, so that four warps have a piece each
+        parts, part = 4, triton.cdiv(triton.cdiv(p, 4), 16) * 16
         groups, xj, vj, xg, vg, g_rows, k = b1, part, part, p, v.stride(0), rows // b2, p
     si, sj = s.stride()[:2] if mix else (0, 0)
     zi, zt = z.stride()[:2]
@@ -199,6 +211,7 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
+    config = project_config(parts, b1 * p if mix else p, tokens, mix, x.element_size(), device)
     decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
         x,
         v,
@@ -211,7 +224,7 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
         LINES=pow2(triton.cdiv(part, line)),
         LINE=line,
         MIX=mix,
-        PDL=device.has_pdl,
+        PDL=device.is_hopper,
         PRECISION=dot_precision(x.dtype),
         VEC=vec,
         DOT=bt > 1,
@@ -224,11 +237,11 @@ def decode_project(x, v, s, z, parts: int, config: DecodeConfig):
         BP=config.length,
         num_warps=config.warps,
         num_stages=config.stages,
-        **pdl_option(device),
+        **({"launch_pdl": True} if device.is_hopper else {}),
     )
 
 
-def decode_expand(z, u, bias, out, config: DecodeConfig):
+def decode_expand(z, u, bias, out):
     """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`."""
     (b2, q, r), tokens = u.shape, z.shape[1]
     device = device_of(z)
@@ -236,6 +249,7 @@ def decode_expand(z, u, bias, out, config: DecodeConfig):
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
+    config = expand_config(tokens, z.element_size(), device)
     decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
         z,
         u,
@@ -248,7 +262,7 @@ def decode_expand(z, u, bias, out, config: DecodeConfig):
         HAS_BIAS=bias is not None,
         LINES=pow2(triton.cdiv(r, line)),
         LINE=line,
-        PDL=device.has_pdl,
+        PDL=device.is_hopper,
         PRECISION=dot_precision(z.dtype),
         VEC=vec,
         DOT=bt > 1,
@@ -258,5 +272,5 @@ def decode_expand(z, u, bias, out, config: DecodeConfig):
         BR=config.length,
         num_warps=config.warps,
         num_stages=config.stages,
-        **pdl_option(device),
+        **({"launch_pdl": True} if device.is_hopper else {}),
     )

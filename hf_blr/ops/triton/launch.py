@@ -1,12 +1,15 @@
-"""How each kernel is launched: pure functions of sizes, dtype and device properties, so that tests can call them."""
+"""How each kernel is launched: pure functions of sizes, dtype and device properties, so that tests can call them.
+
+There is no tuning at run time: each function returns the one setting that won on an H100, cut down until it fits the
+shared memory of smaller cards. `benchmarks/NOTES.md` has what was tried.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -15,26 +18,22 @@ class Device:
 
     capability: tuple[int, int]
     sms: int
+    #: bytes that one program may have
     shared_memory: int
 
     @property
-    def has_tma(self) -> bool:
-        """Hopper's tensor-copy engine."""
-        return self.capability >= (9, 0)
-
-    @property
-    def has_pdl(self) -> bool:
-        """Hopper's dependent launches: a kernel's start overlaps the end of the one before."""
+    def is_hopper(self) -> bool:
+        """Has tensor-copy descriptors, and launches that overlap the end of the kernel before."""
         return self.capability >= (9, 0)
 
 
-#: where the interpreter runs: the oldest features, so that what it tests is what every card can run
-INTERPRETER = Device((8, 0), 1, 1 << 30)
+#: where the interpreter runs: no Hopper features, and tiles as small as they come
+INTERPRETER = Device((8, 0), 1, 0)
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile sizes and compiler settings of `block_gemm_kernel`."""
+    """Tiles over tokens, outputs and the contracted length, and compiler settings."""
 
     bt: int
     bn: int
@@ -43,14 +42,143 @@ class GemmConfig:
     stages: int
 
 
+@dataclass(frozen=True)
+class MixConfig:
+    """Tiles over tokens and rank; `dot`: on tensor cores, one small product per rank index."""
+
+    bt: int
+    br: int
+    dot: bool
+    warps: int
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Rows of weights per program and the length read at a time, from each of `parts` pieces of a row."""
+
+    rows: int
+    length: int
+    warps: int
+    stages: int
+
+
+SMALLEST_GEMM = GemmConfig(16, 16, 16, 4, 1)
+
+
 def device_of(x: torch.Tensor) -> Device:
-    return _cuda_device(x.device.index) if x.is_cuda else INTERPRETER
+    return cuda_device(x.device.index) if x.is_cuda else INTERPRETER
 
 
 @functools.cache
-def _cuda_device(index: int) -> Device:
+def cuda_device(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
     return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+def gemm_config(chunk: int, tokens: int, itemsize: int, device: Device) -> GemmConfig:
+    """For `block_gemm_kernel`; `chunk` is the length that is contiguous along the contraction."""
+    if device == INTERPRETER:
+        return SMALLEST_GEMM
+    # two programs of 128 x 128 on a multiprocessor beat one of 128 x 256 by 7 % (20.3 and 22.2 us, 4 x 1024^3, H100)
+    bt = 128 if tokens > 64 else 64
+    bk = min(128 // itemsize, max(16, largest_power_of_two(chunk)))
+    return fit_gemm(GemmConfig(bt, 128, bk, 4, 3), itemsize, device)
+
+
+def fused_mix_config(b1: int, itemsize: int, device: Device) -> GemmConfig:
+    """For `blast_expand_kernel`, whose B1 + 1 tiles per step must leave room for a second program."""
+    if device == INTERPRETER:
+        return SMALLEST_GEMM
+    config = GemmConfig(128, 128, 128 // itemsize, 4, 2)
+    return fit_gemm(config, itemsize, device, tiles_a=b1)
+
+
+def fit_gemm(config: GemmConfig, itemsize: int, device: Device, tiles_a: int = 1) -> GemmConfig:
+    """The config with fewer stages, then a shorter step, then smaller tiles, until it fits."""
+
+    def fits(c):
+        return c.stages * (tiles_a * c.bt + c.bn) * c.bk * itemsize <= device.shared_memory
+
+    while not fits(config):
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        elif config.bk > 32:
+            config = replace(config, bk=config.bk // 2)
+        else:
+            config = replace(config, bt=config.bt // 2)
+    return config
+
+
+def fuses_mix(b1: int, b2: int, rank: int) -> bool:
+    """Whether BLAST's mix runs while the last stage loads, instead of in a kernel of its own.
+
+    H100, 4096 x 4096, 1024 tokens, whole layer: 4x16 blocks 53 us fused, 59 apart; 4x4 57 fused, 42 apart.
+    """
+    return b1 <= 4 and b2 >= 8 and rank % 16 == 0
+
+
+def mix_config(b1: int, b2: int, device: Device) -> MixConfig:
+    """For `blast_mix_kernel`: plain multiply-adds up to 64 block pairs, then tensor cores."""
+    dot = b1 * b2 > 64
+    if device == INTERPRETER:
+        return MixConfig(16, 16, dot, 4)
+    if not dot:
+        # 16 bytes of one row for each thread
+        return MixConfig(16, 64, False, 4)
+    blocks = max(16, pow2(max(b1, b2)))
+    return MixConfig(max(16, 512 // blocks), 32 if blocks <= 32 else 16, True, 8)
+
+
+def ds_config(b1: int, b2: int, device: Device) -> MixConfig:
+    """For `blast_ds_kernel`, always on tensor cores."""
+    if device == INTERPRETER:
+        return MixConfig(16, 16, True, 4)
+    blocks = max(16, pow2(max(b1, b2)))
+    return MixConfig(max(16, 512 // blocks), 16, True, 4)
+
+
+def decodes(tokens: int, b1: int, b2: int) -> bool:
+    """Whether the kernels for few tokens run; they hold an accumulator for each block."""
+    from hf_blr.ops.dispatch import FEW_TOKENS
+
+    return tokens <= FEW_TOKENS and b1 <= 64 and b2 <= 64
+
+
+def project_config(
+    parts: int, row: int, tokens: int, mix: bool, itemsize: int, device: Device
+) -> DecodeConfig:
+    """For `decode_project_kernel`; `row`: how many weights one output row reads."""
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1)
+    length = max(16, 1024 // pow2(parts))
+    if tokens == 1:
+        if mix:
+            return DecodeConfig(8, length, 8, 4)
+        # half the row's parts at once; about 32 KB of weights for each program
+        rows = min(64, max(4, pow2(16384 // row)))
+        return DecodeConfig(rows, max(16, min(2 * length, 8192 // (pow2(parts) * rows))), 4, 2)
+    rows = 8 if mix else min(32, max(8, pow2(32768 // row)))
+    length = max(16, min(length, 8192 // (pow2(parts) * rows)))
+    bt = decode_rows(tokens)
+    stage = pow2(parts) * length * (rows + bt) * itemsize
+    while stage > device.shared_memory and length > 16:
+        length, stage = length // 2, stage // 2
+    return DecodeConfig(rows, length, 4, max(1, min(4, device.shared_memory // stage)))
+
+
+def expand_config(tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `decode_expand_kernel`."""
+    if device == INTERPRETER:
+        return DecodeConfig(16, 16, 4, 1)
+    if tokens == 1:
+        return DecodeConfig(8, 512, 4, 2)
+    stage = 256 * (16 + decode_rows(tokens)) * itemsize
+    return DecodeConfig(16, 256, 2, max(1, min(4, device.shared_memory // stage)))
+
+
+def decode_rows(tokens: int) -> int:
+    """One token is multiplied on the plain cores; more fill a tensor-core tile of at least 16 rows."""
+    return 1 if tokens == 1 else max(16, pow2(tokens))
 
 
 def vector_width(*sizes: int) -> int:
@@ -65,49 +193,15 @@ def vector_width(*sizes: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 inputs are multiplied in float32, as PyTorch does by default; others have one way."""
+    """float32 inputs are multiplied in float32, as PyTorch does by default; the others have one way."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def pow2(n: int) -> int:
-    return triton.next_power_of_2(n)
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class MixConfig:
-    """Tile sizes of `blast_mix_kernel`."""
-
-    bt: int
-    br: int
-    dot: bool
-    warps: int
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Tile sizes of one decode kernel: rows of weights per program, and the length read at a time."""
-
-    rows: int
-    length: int
-    warps: int
-    stages: int
-
-
-def pdl_option(device: Device) -> dict:
-    """The launch keyword for kernels that begin before the previous one has ended; absent where there is no such thing."""
-    return {"launch_pdl": True} if device.has_pdl else {}
-
-
-@dataclass(frozen=True)
-class PersistentConfig:
-    """Tile sizes of `two_stage_kernel`, and how many of its programs share a multiprocessor."""
-
-    bt: int
-    br: int
-    bq: int
-    bk: int
-    bs: int
-    warps: int
-    stages: int
-    per_sm: int
-    prefetch: bool = False
+def largest_power_of_two(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n

@@ -1,10 +1,12 @@
 """BLAST's mix between its two stacks of products, and its gradients."""
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import MixConfig, device_of, dot_precision, pdl_option, pow2, vector_width
-from hf_blr.ops.triton.tiles import wait_for_previous
+from hf_blr.ops.triton.launch import device_of, dot_precision, ds_config, mix_config, pow2, vector_width
 
 
 @triton.jit
@@ -23,7 +25,6 @@ def blast_mix_kernel(
     B1: tl.constexpr,
     B2: tl.constexpr,
     DOT: tl.constexpr,
-    PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     BJ: tl.constexpr,
@@ -36,7 +37,6 @@ def blast_mix_kernel(
     DOT does it as one small product per r on the tensor cores, which pays from 16 x 16 blocks on.
     """
     i_r, i_t = tl.program_id(0), tl.program_id(1)
-    wait_for_previous(PDL)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
     m_r, m_t = o_r < R * VEC, o_t < T
@@ -44,14 +44,22 @@ def blast_mix_kernel(
     if DOT:
         o_j, o_i = tl.arange(0, BJ), tl.arange(0, BI)
         m_j, m_i = o_j < B1, o_i < B2
-        o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
+        o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (
+            stride_yt * VEC
+        )
         b_y = tl.load(y_ptr + o_y + o_r[None, None, :], mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
-        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
+        o_s = (
+            o_i[:, None, None] * (stride_si * VEC)
+            + o_j[None, :, None] * (stride_sj * VEC)
+            + o_r[None, None, :]
+        )
         m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)
         b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION)
         b_z = tl.permute(b_z.to(z_ptr.dtype.element_ty), (1, 2, 0))  # [BI, BT, BR]
-        o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
+        o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_t.to(tl.int64)[None, :, None] * (
+            stride_zt * VEC
+        )
         tl.store(z_ptr + o_z + o_r[None, None, :], b_z, mask=m_i[:, None, None] & m_tr[None, :, :])
     else:
         o_y = o_t.to(tl.int64)[:, None] * (stride_yt * VEC) + o_r[None, :]
@@ -60,20 +68,69 @@ def blast_mix_kernel(
         o_s = tl.zeros((BT, 1), tl.int32) + o_r[None, :]
         b_ys = ()
         for j in tl.static_range(B1):
-            b_ys = b_ys + (tl.load(y_ptr + tl.cast(j * stride_yj, tl.int64) * VEC + o_y, mask=m_tr, other=0.0),)
+            b_ys = b_ys + (
+                tl.load(y_ptr + tl.cast(j * stride_yj, tl.int64) * VEC + o_y, mask=m_tr, other=0.0),
+            )
         for i in tl.static_range(B2):
             b_z = tl.zeros((BT, BR), tl.float32)
             for j in tl.static_range(B1):
                 b_s = tl.load(s_ptr + (i * stride_si + j * stride_sj) * VEC + o_s, mask=m_tr, other=0.0)
                 b_z += b_s.to(tl.float32) * b_ys[j].to(tl.float32)
-            tl.store(z_ptr + tl.cast(i * stride_zi, tl.int64) * VEC + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+            tl.store(
+                z_ptr + tl.cast(i * stride_zi, tl.int64) * VEC + o_z,
+                b_z.to(z_ptr.dtype.element_ty),
+                mask=m_tr,
+            )
 
 
-def blast_mix(y, s, z, config: MixConfig):
-    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`; r contiguous in all three."""
+@triton.jit
+def blast_ds_kernel(
+    dz_ptr,
+    y_ptr,
+    ds_ptr,
+    T,
+    R,
+    stride_zi,
+    stride_zt,
+    stride_yj,
+    stride_yt,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    BJ: tl.constexpr,
+    BI: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """ds[c,i,j,r] = sum over the STEPS * BT tokens of chunk c of dz[i,t,r] y[j,t,r], one small product per r."""
+    i_r, i_c = tl.program_id(0), tl.program_id(1)
+    o_r = i_r * BR + tl.arange(0, BR)
+    o_i, o_j = tl.arange(0, BI), tl.arange(0, BJ)
+    m_r, m_i, m_j = o_r < R * VEC, o_i < B2, o_j < B1
+    o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_r[None, None, :]
+    o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_r[None, None, :]
+    acc = tl.zeros((BR, BI, BJ), tl.float32)
+    for step in range(0, STEPS):
+        o_t = (i_c * STEPS + step) * BT + tl.arange(0, BT)
+        m_tr = (o_t < T)[:, None] & m_r[None, :]
+        o_zt = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
+        o_yt = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
+        b_dz = tl.load(dz_ptr + o_z + o_zt, mask=m_i[:, None, None] & m_tr[None, :, :], other=0.0)
+        b_y = tl.load(y_ptr + o_y + o_yt, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
+        acc = tl.dot(tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION)
+    o = ((i_c * B2 + o_i[None, :, None]) * B1 + o_j[None, None, :]) * (R * VEC) + o_r[:, None, None]
+    tl.store(ds_ptr + o, acc, mask=m_r[:, None, None] & m_i[None, :, None] & m_j[None, None, :])
+
+
+def blast_mix(y, s):
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`; with s transposed, dy from dz."""
     (b2, b1, r), tokens = s.shape, y.shape[1]
-    device = device_of(y)
-    vec = vector_width(r, *y.stride()[:2], *s.stride()[:2], *z.stride()[:2])
+    z = y.new_empty(b2, tokens, r)
+    config = mix_config(b1, b2, device_of(y))
+    strides = (*y.stride()[:2], *s.stride()[:2], *z.stride()[:2])
+    vec = vector_width(r, *strides)
     grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
     blast_mix_kernel[grid](
         y,
@@ -81,17 +138,46 @@ def blast_mix(y, s, z, config: MixConfig):
         z,
         tokens,
         r // vec,
-        *(n // vec for n in (*y.stride()[:2], *s.stride()[:2], *z.stride()[:2])),
+        *(n // vec for n in strides),
         B1=b1,
         B2=b2,
         DOT=config.dot,
-        PDL=device.has_pdl,
         PRECISION=dot_precision(y.dtype),
         VEC=vec,
-        BJ=max(pow2(b1), 16) if config.dot else pow2(b1),
-        BI=pow2(b2),
+        BJ=max(16, pow2(b1)),
+        BI=max(16, pow2(b2)),
         BT=config.bt,
         BR=config.br,
         num_warps=config.warps,
-        **pdl_option(device),
     )
+    return z
+
+
+def blast_ds(dz, y):
+    """ds `[B2, B1, R]` from dz `[B2, T, R]` and y `[B1, T, R]`; the sum over tokens always in the same order."""
+    (b2, tokens, r), b1 = dz.shape, y.shape[0]
+    config = ds_config(b1, b2, device_of(y))
+    steps = triton.cdiv(256, config.bt)
+    chunks = triton.cdiv(tokens, steps * config.bt)
+    ds = torch.empty(chunks, b2, b1, r, dtype=torch.float32, device=y.device)
+    strides = (*dz.stride()[:2], *y.stride()[:2])
+    vec = vector_width(r, *strides)
+    blast_ds_kernel[(triton.cdiv(r, config.br), chunks)](
+        dz,
+        y,
+        ds,
+        tokens,
+        r // vec,
+        *(n // vec for n in strides),
+        B1=b1,
+        B2=b2,
+        PRECISION=dot_precision(y.dtype),
+        VEC=vec,
+        BJ=max(16, pow2(b1)),
+        BI=max(16, pow2(b2)),
+        BT=config.bt,
+        BR=config.br,
+        STEPS=steps,
+        num_warps=config.warps,
+    )
+    return ds.sum(0).to(y.dtype)

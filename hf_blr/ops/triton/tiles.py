@@ -42,30 +42,3 @@ def prefetch_to_l2(ptr, o, m):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def arrive(counter_ptr, TMA: tl.constexpr):
-    """Tell programs that wait on this counter that what this one has stored may be read, by the copy engine too."""
-    fence_copy_engine(TMA)
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait_until(counter_ptr, target, TMA: tl.constexpr):
-    """Spin until `target` programs have arrived."""
-    n = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    while n < target:
-        n = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-    tl.debug_barrier()
-    fence_copy_engine(TMA)
-
-
-@triton.jit
-def fence_copy_engine(TMA: tl.constexpr):
-    """Order plain stores before the copy engine's loads."""
-    if TMA:
-        tl.inline_asm_elementwise(
-            "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )

@@ -1,0 +1,96 @@
+"""Which implementation runs. The one place that asks about device, dtype, Triton and the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "reference")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: up to here a layer is bound by reading its factors, and kernels made for that run
+FEW_TOKENS = 32
+
+# looked up without importing Triton, which costs a second and may not be there
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_default = "auto"
+
+
+@contextlib.contextmanager
+def use_impl(impl: str):
+    """Within this context, ops called without `impl` use this one: "auto", "triton" or "reference"."""
+    global _default
+    before, _default = _default, check_impl(impl)
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def current_impl() -> str:
+    """What an op called without `impl` uses."""
+    return _default
+
+
+def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
+    """ "triton" or "reference".
+
+    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU, except
+    for low-rank at more than `FEW_TOKENS` tokens, which is two plain matrix products that cuBLAS does best.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if "triton" is asked for and cannot run; it says why.
+    """
+    impl = _default if impl is None else check_impl(impl)
+    if impl == "reference":
+        return impl
+    reason = why_not_triton(x, tensors)
+    if impl == "triton":
+        if reason is not None:
+            raise RuntimeError(f'impl="triton" cannot run: {reason}; use impl="auto" or "reference"')
+        return impl
+    worth = x.is_cuda and (structure != "low_rank" or few_tokens(x))
+    return "triton" if worth and reason is None else "reference"
+
+
+def few_tokens(x: Tensor) -> bool:
+    """Whether x `[..., K]` has so few rows that the decode kernels run."""
+    return x.numel() <= FEW_TOKENS * x.shape[-1]
+
+
+def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """None if the kernels can run on these tensors, else the reason in words."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if x.is_cuda:
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "the GPU is older than Ampere (compute capability 8.0)"
+    elif not (_INTERPRETED and x.device.type == "cpu"):
+        return f"the tensors are on {x.device.type}, not on a CUDA GPU"
+    dtype = compute_dtype(x)
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of bfloat16, float16, float32"
+    for t in tensors:
+        if t is not None and t.device != x.device:
+            return f"the factors are on {t.device} and the input on {x.device}"
+        if t is not None and t.dtype != dtype and compute_dtype(t) != dtype:
+            return f"the factors have dtype {t.dtype} and the input {dtype}"
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or autocast's where autocast is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def check_impl(impl: str) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    return impl

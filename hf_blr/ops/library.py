@@ -1,0 +1,169 @@
+"""The registered ops: one per structure and direction, known to PyTorch by schema and fake, run by `ops.triton`.
+
+`torch.compile` sees each module call as one op, without a graph break; Triton is imported when one first runs. The
+autograd Functions stand outside the ops, which costs less per call than autograd registered inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_blr.ops.dispatch import compute_dtype
+
+torch.library.define("hf_blr::low_rank", "(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor")
+torch.library.define("hf_blr::monarch", "(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor")
+torch.library.define("hf_blr::blast", "(Tensor x, Tensor u, Tensor s, Tensor v, Tensor? bias) -> Tensor")
+# `needs` says which gradients are wanted; an unwanted one comes back empty
+_GRADS = "(Tensor grad, Tensor x, Tensor u, Tensor v, bool[] needs) -> (Tensor, Tensor, Tensor)"
+torch.library.define("hf_blr::low_rank_backward", _GRADS)
+torch.library.define("hf_blr::monarch_backward", _GRADS)
+torch.library.define(
+    "hf_blr::blast_backward",
+    "(Tensor grad, Tensor x, Tensor u, Tensor s, Tensor v, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[..., K]` -> `[..., N]`; differentiable."""
+    return _call(_LowRank, torch.ops.hf_blr.low_rank, x, (u, v), bias)
+
+
+def monarch(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[..., K]` -> `[..., N]`; differentiable."""
+    return _call(_Monarch, torch.ops.hf_blr.monarch, x, (u, v), bias)
+
+
+def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[..., K]` -> `[..., N]`; differentiable."""
+    return _call(_Blast, torch.ops.hf_blr.blast, x, (u, s, v), bias)
+
+
+def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    lead, dtype = x.shape[:-1], compute_dtype(x)
+    x = _rows(x.reshape(-1, x.shape[-1]), dtype)
+    factors = tuple(_rows(f, dtype) for f in factors)
+    bias = None if bias is None else _rows(bias, dtype)
+    inputs = (x, *factors) if bias is None else (x, *factors, bias)
+    # without a gradient to compute, decode is spared the Function: some 200 calls per token in a model
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        out = function.apply(x, *factors, bias)
+    else:
+        out = op(x, *factors, bias)
+    return out.view(*lead, out.shape[-1])
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in this dtype with contiguous rows; a view where it is so already."""
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+# The gradients. With g = d out, g[i] its output blocks, and y, z computed again from x (they are larger than x):
+#   dz[i] = g[i] u[i]          du[i] = g[i]^T z[i]
+#   dy    = mix^T(dz)          ds[i,j] = sum over t of dz[i] * y[j]      (BLAST; else dy is dz with blocks swapped)
+#   dx[j] = dy[j] v[j]         dv[j] = dy[j]^T x[j]
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, u, v, bias):
+        ctx.save_for_backward(x, u, v)
+        return torch.ops.hf_blr.low_rank(x, u, v, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, torch.ops.hf_blr.low_rank_backward, grad)
+
+
+class _Monarch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, u, v, bias):
+        ctx.save_for_backward(x, u, v)
+        return torch.ops.hf_blr.monarch(x, u, v, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, torch.ops.hf_blr.monarch_backward, grad)
+
+
+class _Blast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, u, s, v, bias):
+        ctx.save_for_backward(x, u, s, v)
+        return torch.ops.hf_blr.blast(x, u, s, v, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, torch.ops.hf_blr.blast_backward, grad)
+
+
+def _gradients(ctx, op, grad: Tensor):
+    *needs, need_bias = ctx.needs_input_grad
+    grad = _rows(grad, grad.dtype)
+    grads = op(grad, *ctx.saved_tensors, needs) if any(needs) else (None,) * len(needs)
+    dbias = grad.sum(0) if need_bias else None
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), dbias
+
+
+def _forward_fake(x, u, *others):
+    return x.new_empty(x.shape[0], u.shape[0] if u.dim() == 2 else u.shape[0] * u.shape[1])
+
+
+def _backward_fake(grad, *inputs):
+    *tensors, needs = inputs
+    return tuple(
+        torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)
+    )
+
+
+for _name in ("low_rank", "monarch", "blast"):
+    torch.library.register_fake(f"hf_blr::{_name}", _forward_fake)
+    torch.library.register_fake(f"hf_blr::{_name}_backward", _backward_fake)
+
+
+# the CPU is reached under Triton's interpreter only: `dispatch` sees to it
+@torch.library.impl("hf_blr::low_rank", ("cuda", "cpu"))
+def _low_rank(x, u, v, bias):
+    from hf_blr.ops.triton.low_rank import low_rank_fwd
+
+    return low_rank_fwd(x, u, v, bias)
+
+
+@torch.library.impl("hf_blr::low_rank_backward", ("cuda", "cpu"))
+def _low_rank_backward(grad, x, u, v, needs):
+    from hf_blr.ops.triton.low_rank import low_rank_bwd
+
+    return low_rank_bwd(grad, x, u, v, needs)
+
+
+@torch.library.impl("hf_blr::monarch", ("cuda", "cpu"))
+def _monarch(x, u, v, bias):
+    from hf_blr.ops.triton.monarch import monarch_fwd
+
+    return monarch_fwd(x, u, v, bias)
+
+
+@torch.library.impl("hf_blr::monarch_backward", ("cuda", "cpu"))
+def _monarch_backward(grad, x, u, v, needs):
+    from hf_blr.ops.triton.monarch import monarch_bwd
+
+    return monarch_bwd(grad, x, u, v, needs)
+
+
+@torch.library.impl("hf_blr::blast", ("cuda", "cpu"))
+def _blast(x, u, s, v, bias):
+    from hf_blr.ops.triton.blast import blast_fwd
+
+    return blast_fwd(x, u, s, v, bias)
+
+
+@torch.library.impl("hf_blr::blast_backward", ("cuda", "cpu"))
+def _blast_backward(grad, x, u, s, v, needs):
+    from hf_blr.ops.triton.blast import blast_bwd
+
+    return blast_bwd(grad, x, u, s, v, needs)

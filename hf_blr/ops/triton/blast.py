@@ -1,0 +1,140 @@
+"""BLAST: two stacks of products with a mix between them, apart or inside the second."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_blr.ops.triton.block_gemm import block_gemm, descriptor, fits_tma
+from hf_blr.ops.triton.decode import decode_expand, decode_project
+from hf_blr.ops.triton.launch import decodes, device_of, dot_precision, fused_mix_config, fuses_mix
+from hf_blr.ops.triton.mix import blast_ds, blast_mix
+from hf_blr.ops.triton.tiles import load_tile
+
+
+@triton.jit
+def blast_expand_kernel(
+    y,
+    u,
+    s_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    Q,
+    R,
+    stride_yj,
+    stride_yt,
+    stride_si,
+    stride_sj,
+    stride_ui,
+    stride_uq,
+    stride_ot,
+    B1: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BQ: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q], y `[B1, T, R]`, u `[B2, Q, R]`."""
+    i_n, i_t = tl.program_id(0), tl.program_id(1)
+    tiles_q = tl.cdiv(Q, BQ)
+    i_i, i_q = i_n // tiles_q, i_n % tiles_q
+    acc = tl.zeros((BT, BQ), tl.float32)
+    for step in range(0, tl.cdiv(R, BR)):
+        o_r = step * BR + tl.arange(0, BR)
+        b_u = load_tile(u, i_i, i_q * BQ, step * BR, Q, R, stride_ui, stride_uq, 1, BQ, BR, TMA)
+        # mixed in the factors' own dtype: float32 here costs a fifth of the whole kernel (H100, 4x16 blocks)
+        b_z = tl.zeros((BT, BR), b_u.dtype)
+        for j in tl.static_range(B1):
+            b_s = tl.load(s_ptr + i_i * stride_si + j * stride_sj + o_r, mask=o_r < R, other=0.0)
+            b_y = load_tile(y, j, i_t * BT, step * BR, T, R, stride_yj, stride_yt, 1, BT, BR, TMA)
+            b_z += b_s[None, :] * b_y
+        acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + i_i * Q + o_q, mask=o_q < Q, other=0.0).to(tl.float32)[None, :]
+    o = o_t.to(tl.int64)[:, None] * stride_ot + (i_i * Q + o_q)[None, :]
+    tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_q < Q)[None, :])
+
+
+def blast_expand(y, u, s, bias, out):
+    """out `[T, N]` from y `[B1, T, R]`, the mix included."""
+    (b2, q, r), (b1, tokens, _) = u.shape, y.shape
+    device = device_of(y)
+    config = fused_mix_config(b1, y.element_size(), device)
+    tma = device.is_hopper and fits_tma(y) and fits_tma(u)
+    blast_expand_kernel[(b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
+        descriptor(y, config.bt, config.bk) if tma else y,
+        descriptor(u, config.bn, config.bk) if tma else u,
+        s,
+        bias,
+        out,
+        tokens,
+        q,
+        r,
+        *y.stride()[:2],
+        *s.stride()[:2],
+        *u.stride()[:2],
+        out.stride(0),
+        B1=b1,
+        HAS_BIAS=bias is not None,
+        TMA=tma,
+        PRECISION=dot_precision(y.dtype),
+        BT=config.bt,
+        BQ=config.bn,
+        BR=config.bk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def blast_fwd(x, u, s, v, bias):
+    """x `[T, K]`, u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None -> `[T, N]`."""
+    tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
+    out = x.new_empty(tokens, b2 * q)
+    if tokens == 0:
+        return out
+    if decodes(tokens, b1, b2):
+        z = x.new_empty(b2, tokens, r)
+        decode_project(x, v, s, z)
+        decode_expand(z, u, bias, out)
+        return out
+    y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
+    if fuses_mix(b1, b2, r):
+        blast_expand(y, u, s, bias, out)
+        return out
+    z = blast_mix(y, s)
+    blocks = out.view(tokens, b2, q).transpose(0, 1)
+    if bias is None:
+        torch.bmm(z, u.transpose(1, 2), out=blocks)
+    else:
+        block_gemm(z, u, blocks, bias=bias)
+    return out
+
+
+def blast_bwd(grad, x, u, s, v, needs):
+    """(dx, du, ds, dv); what `needs` does not ask for is empty."""
+    need_x, need_u, need_s, need_v = needs
+    tokens, (b1, _, p), (b2, q, _) = x.shape[0], v.shape, u.shape
+    x = x.view(tokens, b1, p).transpose(0, 1)
+    grad = grad.view(tokens, b2, q).transpose(0, 1)
+    dx = du = ds = dv = x.new_empty(0)
+    y = torch.bmm(x, v.transpose(1, 2)) if need_u or need_s else None
+    if need_u:
+        du = torch.bmm(grad.transpose(1, 2), blast_mix(y, s))
+    if need_x or need_s or need_v:
+        dz = torch.bmm(grad, u)
+        if need_s:
+            ds = blast_ds(dz, y)
+        if need_x or need_v:
+            dy = blast_mix(dz, s.transpose(0, 1))
+            if need_v:
+                dv = torch.bmm(dy.transpose(1, 2), x)
+            if need_x:
+                dx = x.new_empty(tokens, b1 * p)
+                torch.bmm(dy, v, out=dx.view(tokens, b1, p).transpose(0, 1))
+    return dx, du, ds, dv
