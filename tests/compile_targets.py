@@ -1,0 +1,118 @@
+"""Compile, for GPUs that are not here, every kernel launch that the ops make at real sizes; prints one JSON line each.
+
+Run as a script in a process without Triton's interpreter. Launches are caught instead of run, on uninitialised CPU
+tensors, so that what is compiled is what the launchers really ask for.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hf_blr.ops.triton import blast, block_gemm, decode, low_rank, mix, monarch
+from hf_blr.ops.triton.launch import Device
+
+#: multiprocessors and bytes of shared memory for one program
+DEVICES = {
+    80: Device((8, 0), 108, 166912),
+    86: Device((8, 6), 84, 101376),
+    87: Device((8, 7), 16, 166912),
+    90: Device((9, 0), 132, 232448),
+}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+launches = []
+
+
+def catch(kernel, *args, grid=None, warmup=None, **kwargs):
+    launches.append((kernel, args, kwargs))
+
+
+def compile_launch(kernel, args, kwargs, capability):
+    """The compiled kernel, from arguments specialised as Triton's launcher would."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        aligned = False
+        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[param.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        else:
+            signature[param.name], aligned = "i32", value % 16 == 0
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    p, q = k // b1, n // b2
+    x, bias = empty(tokens, k), empty(n)
+    u, s, v = empty(b2, q, rank), empty(b2, b1, rank), empty(b1, rank, p)
+    if backward:
+        mix.blast_mix(empty(b1, tokens, rank), s)
+        mix.blast_mix(empty(b2, tokens, rank), s.transpose(0, 1))
+        mix.blast_ds(empty(b2, tokens, rank), empty(b1, tokens, rank))
+        return
+    if tokens <= 32:
+        blast.blast_fwd(x, u, s, v, bias)
+        low_rank.low_rank_fwd(x, empty(n, rank), empty(rank, k), bias)
+        r = rank // b1
+        monarch.monarch_fwd(x, empty(b2, q, b1 * r), empty(b1, b2 * r, p), None)
+        return
+    blast.blast_expand(empty(b1, tokens, rank), u, s, bias, empty(tokens, n))
+    blocks = empty(tokens, n).view(tokens, b2, q).transpose(0, 1)
+    block_gemm.block_gemm(empty(b2, tokens, rank), u, blocks, bias=bias)
+    block_gemm.block_gemm(empty(b1, tokens, rank // b1 * b2), empty(b2, q, rank), blocks, swap=True)
+
+
+def main(capability: int):
+    JITFunction.run = catch
+    for module in (blast, block_gemm, decode, mix):
+        module.device_of = lambda x: DEVICES[capability]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, tokens, sizes, backward in (
+        (bf16, 1, (4096, 4096, 1024, 4, 16), False),
+        (bf16, 16, (4096, 11008, 1488, 16, 16), False),
+        (bf16, 32, (4096, 4096, 1024, 4, 32), False),
+        (fp32, 32, (768, 2304, 191, 6, 6), False),
+        (bf16, 1024, (4096, 4096, 1024, 4, 16), False),
+        (fp16, 48, (768, 3072, 192, 4, 4), False),
+        (fp32, 1024, (1536, 576, 128, 4, 4), False),
+        (bf16, 1024, (4096, 4096, 1024, 4, 16), True),
+        (bf16, 1024, (4096, 4096, 1024, 16, 16), True),
+    ):
+        call_ops(dtype, tokens, *sizes, backward)
+    seen = set()
+    for kernel, args, kwargs in launches:
+        compiled = compile_launch(kernel, args, kwargs, capability)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        ptx = compiled.asm["ptx"]
+        row = {
+            "kernel": kernel.__name__,
+            "shared": compiled.metadata.shared,
+            "limit": DEVICES[capability].shared_memory,
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "mma": ptx.count("mma.sync"),
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
