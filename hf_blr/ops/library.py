@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_blr.ops.dispatch import compute_dtype
+from hf_blr.ops.dispatch import compute_dtype, few_tokens
 
-torch.library.define("hf_blr::low_rank", "(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor")
-torch.library.define("hf_blr::monarch", "(Tensor x, Tensor u, Tensor v, Tensor? bias) -> Tensor")
-torch.library.define("hf_blr::blast", "(Tensor x, Tensor u, Tensor s, Tensor v, Tensor? bias) -> Tensor")
-# `needs` says which gradients are wanted; an unwanted one comes back empty
-_GRADS = "(Tensor grad, Tensor x, Tensor u, Tensor v, bool[] needs) -> (Tensor, Tensor, Tensor)"
-torch.library.define("hf_blr::low_rank_backward", _GRADS)
-torch.library.define("hf_blr::monarch_backward", _GRADS)
+# `keep`: also return the first stage's result y for the backward; without it y comes back empty
+_FORWARD = "Tensor? bias, bool keep) -> (Tensor, Tensor)"
+torch.library.define("hf_blr::low_rank", f"(Tensor x, Tensor u, Tensor v, {_FORWARD}")
+torch.library.define("hf_blr::monarch", f"(Tensor x, Tensor u, Tensor v, {_FORWARD}")
+torch.library.define("hf_blr::blast", f"(Tensor x, Tensor u, Tensor s, Tensor v, {_FORWARD}")
+# `needs` says which gradients are wanted; an unwanted one comes back empty, as y does where it was not kept
+_BACKWARD = "Tensor y, bool[] needs) -> (Tensor, Tensor, Tensor"
+torch.library.define("hf_blr::low_rank_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor v, {_BACKWARD})")
+torch.library.define("hf_blr::monarch_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor v, {_BACKWARD})")
 torch.library.define(
-    "hf_blr::blast_backward",
-    "(Tensor grad, Tensor x, Tensor u, Tensor s, Tensor v, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "hf_blr::blast_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor s, Tensor v, {_BACKWARD}, Tensor)"
 )
 
 
@@ -50,7 +51,7 @@ def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | N
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         out = function.apply(x, *factors, bias)
     else:
-        out = op(x, *factors, bias)
+        out, _ = op(x, *factors, bias, False)
     return out.view(*lead, out.shape[-1])
 
 
@@ -60,17 +61,16 @@ def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-# The gradients. With g = d out, g[i] its output blocks, and y, z computed again from x (they are larger than x):
+# The gradients. With g = d out, g[i] its output blocks, and y kept from the forward or computed again:
 #   dz[i] = g[i] u[i]          du[i] = g[i]^T z[i]
-#   dy    = mix^T(dz)          ds[i,j] = sum over t of dz[i] * y[j]      (BLAST; else dy is dz with blocks swapped)
+#   dy    = mix^T(dz)          ds[i,j] = sum over t of dz[i] * y[j]    (BLAST; else dy is dz, blocks swapped)
 #   dx[j] = dy[j] v[j]         dv[j] = dy[j]^T x[j]
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, u, v, bias):
-        ctx.save_for_backward(x, u, v)
-        return torch.ops.hf_blr.low_rank(x, u, v, bias)
+        return _forward(ctx, torch.ops.hf_blr.low_rank, bias, x, u, v)
 
     @staticmethod
     @once_differentiable
@@ -81,8 +81,7 @@ class _LowRank(torch.autograd.Function):
 class _Monarch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, u, v, bias):
-        ctx.save_for_backward(x, u, v)
-        return torch.ops.hf_blr.monarch(x, u, v, bias)
+        return _forward(ctx, torch.ops.hf_blr.monarch, bias, x, u, v)
 
     @staticmethod
     @once_differentiable
@@ -93,13 +92,26 @@ class _Monarch(torch.autograd.Function):
 class _Blast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, u, s, v, bias):
-        ctx.save_for_backward(x, u, s, v)
-        return torch.ops.hf_blr.blast(x, u, s, v, bias)
+        return _forward(ctx, torch.ops.hf_blr.blast, bias, x, u, s, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         return _gradients(ctx, torch.ops.hf_blr.blast_backward, grad)
+
+
+def _forward(ctx, op, bias, x, *factors):
+    # y is worth its memory while it is no larger than x, which is kept anyway: computing it again is a sixth of the
+    # layer's work; the kernels for few tokens never write it
+    y_width = factors[-1].numel() // x.shape[1] * _blocks(factors[-1])
+    keep = y_width <= x.shape[1] and not few_tokens(x)
+    out, y = op(x, *factors, bias, keep)
+    ctx.save_for_backward(x, *factors, y)
+    return out
+
+
+def _blocks(v: Tensor) -> int:
+    return 1 if v.dim() == 2 else v.shape[0]
 
 
 def _gradients(ctx, op, grad: Tensor):
@@ -111,14 +123,16 @@ def _gradients(ctx, op, grad: Tensor):
 
 
 def _forward_fake(x, u, *others):
-    return x.new_empty(x.shape[0], u.shape[0] if u.dim() == 2 else u.shape[0] * u.shape[1])
+    *_, v, _bias, keep = others
+    out = x.new_empty(x.shape[0], u.shape[0] if u.dim() == 2 else u.shape[0] * u.shape[1])
+    y = x.new_empty(0) if not keep else x.new_empty(*v.shape[:-2], x.shape[0], v.shape[-2])
+    return out, y
 
 
 def _backward_fake(grad, *inputs):
-    *tensors, needs = inputs
-    return tuple(
-        torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)
-    )
+    *tensors, _, needs = inputs
+    pairs = zip(tensors, needs, strict=True)
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in pairs)
 
 
 for _name in ("low_rank", "monarch", "blast"):
@@ -128,42 +142,42 @@ for _name in ("low_rank", "monarch", "blast"):
 
 # the CPU is reached under Triton's interpreter only: `dispatch` sees to it
 @torch.library.impl("hf_blr::low_rank", ("cuda", "cpu"))
-def _low_rank(x, u, v, bias):
+def _low_rank(x, u, v, bias, keep):
     from hf_blr.ops.triton.low_rank import low_rank_fwd
 
-    return low_rank_fwd(x, u, v, bias)
+    return low_rank_fwd(x, u, v, bias, keep)
 
 
 @torch.library.impl("hf_blr::low_rank_backward", ("cuda", "cpu"))
-def _low_rank_backward(grad, x, u, v, needs):
+def _low_rank_backward(grad, x, u, v, y, needs):
     from hf_blr.ops.triton.low_rank import low_rank_bwd
 
-    return low_rank_bwd(grad, x, u, v, needs)
+    return low_rank_bwd(grad, x, u, v, y, needs)
 
 
 @torch.library.impl("hf_blr::monarch", ("cuda", "cpu"))
-def _monarch(x, u, v, bias):
+def _monarch(x, u, v, bias, keep):
     from hf_blr.ops.triton.monarch import monarch_fwd
 
-    return monarch_fwd(x, u, v, bias)
+    return monarch_fwd(x, u, v, bias, keep)
 
 
 @torch.library.impl("hf_blr::monarch_backward", ("cuda", "cpu"))
-def _monarch_backward(grad, x, u, v, needs):
+def _monarch_backward(grad, x, u, v, y, needs):
     from hf_blr.ops.triton.monarch import monarch_bwd
 
-    return monarch_bwd(grad, x, u, v, needs)
+    return monarch_bwd(grad, x, u, v, y, needs)
 
 
 @torch.library.impl("hf_blr::blast", ("cuda", "cpu"))
-def _blast(x, u, s, v, bias):
+def _blast(x, u, s, v, bias, keep):
     from hf_blr.ops.triton.blast import blast_fwd
 
-    return blast_fwd(x, u, s, v, bias)
+    return blast_fwd(x, u, s, v, bias, keep)
 
 
 @torch.library.impl("hf_blr::blast_backward", ("cuda", "cpu"))
-def _blast_backward(grad, x, u, s, v, needs):
+def _blast_backward(grad, x, u, s, v, y, needs):
     from hf_blr.ops.triton.blast import blast_bwd
 
-    return blast_bwd(grad, x, u, s, v, needs)
+    return blast_bwd(grad, x, u, s, v, y, needs)

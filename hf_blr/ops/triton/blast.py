@@ -92,38 +92,38 @@ def blast_expand(y, u, s, bias, out):
     )
 
 
-def blast_fwd(x, u, s, v, bias):
-    """x `[T, K]`, u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None -> `[T, N]`."""
+def blast_fwd(x, u, s, v, bias, keep=False):
+    """x `[T, K]`, u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None -> `[T, N]`, y `[B1, T, R]` if kept."""
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
-    out = x.new_empty(tokens, b2 * q)
+    out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
-        return out
-    if decodes(tokens, b1, b2):
+        return out, x.new_empty(b1, 0, r) if keep else empty
+    if decodes(tokens, b1, b2) and not keep:
         z = x.new_empty(b2, tokens, r)
         decode_project(x, v, s, z)
         decode_expand(z, u, bias, out)
-        return out
+        return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
     if fuses_mix(b1, b2, r):
         blast_expand(y, u, s, bias, out)
-        return out
-    z = blast_mix(y, s)
-    blocks = out.view(tokens, b2, q).transpose(0, 1)
-    if bias is None:
-        torch.bmm(z, u.transpose(1, 2), out=blocks)
     else:
-        block_gemm(z, u, blocks, bias=bias)
-    return out
+        z, blocks = blast_mix(y, s), out.view(tokens, b2, q).transpose(0, 1)
+        if bias is None:
+            torch.bmm(z, u.transpose(1, 2), out=blocks)
+        else:
+            block_gemm(z, u, blocks, bias=bias)
+    return out, y if keep else empty
 
 
-def blast_bwd(grad, x, u, s, v, needs):
-    """(dx, du, ds, dv); what `needs` does not ask for is empty."""
+def blast_bwd(grad, x, u, s, v, y, needs):
+    """(dx, du, ds, dv); what `needs` does not ask for is empty, as y may be."""
     need_x, need_u, need_s, need_v = needs
     tokens, (b1, _, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     x = x.view(tokens, b1, p).transpose(0, 1)
     grad = grad.view(tokens, b2, q).transpose(0, 1)
-    dx = du = ds = dv = x.new_empty(0)
-    y = torch.bmm(x, v.transpose(1, 2)) if need_u or need_s else None
+    dx, du, ds, dv = (x.new_empty(0) for _ in range(4))
+    if (need_u or need_s) and not y.numel():
+        y = torch.bmm(x, v.transpose(1, 2))
     if need_u:
         du = torch.bmm(grad.transpose(1, 2), blast_mix(y, s))
     if need_x or need_s or need_v:

@@ -130,11 +130,14 @@ def mix_config(b1: int, b2: int, device: Device) -> MixConfig:
 
 
 def ds_config(b1: int, b2: int, device: Device) -> MixConfig:
-    """For `blast_ds_kernel`, always on tensor cores."""
-    if device == INTERPRETER:
-        return MixConfig(16, 16, True, 4)
-    blocks = max(16, pow2(max(b1, b2)))
-    return MixConfig(max(16, 512 // blocks), 16, True, 4)
+    """For `blast_ds_kernel`: as the mix, but with both blocks' tiles in shared memory where it uses tensor cores."""
+    config = mix_config(b1, b2, device)
+    return replace(config, br=16, warps=4) if config.dot else config
+
+
+def ds_group(b1: int, b2: int) -> int:
+    """How many output blocks one program of `blast_ds_kernel` takes: those that make 16 accumulators or fewer."""
+    return max(g for g in range(1, b2 + 1) if b2 % g == 0 and g * b1 <= max(16, b1))
 
 
 def decodes(tokens: int, b1: int, b2: int) -> bool:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import device_of, dot_precision, ds_config, mix_config, pow2, vector_width
+from hf_blr.ops.triton.launch import device_of, dot_precision, ds_config, ds_group, mix_config, pow2, vector_width
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def blast_ds_kernel(
     stride_yt,
     B1: tl.constexpr,
     B2: tl.constexpr,
+    DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     BJ: tl.constexpr,
@@ -104,24 +105,55 @@ def blast_ds_kernel(
     BR: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """ds[c,i,j,r] = sum over the STEPS * BT tokens of chunk c of dz[i,t,r] y[j,t,r], one small product per r."""
-    i_r, i_c = tl.program_id(0), tl.program_id(1)
+    """ds[c,i,j,r] = sum over the STEPS * BT tokens of chunk c of dz[i,t,r] y[j,t,r].
+
+    DOT takes all pairs of blocks at once, one small product per r; else the third axis of the grid cuts i in groups of BI.
+    """
+    i_r, i_c, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_r = i_r * BR + tl.arange(0, BR)
-    o_i, o_j = tl.arange(0, BI), tl.arange(0, BJ)
-    m_r, m_i, m_j = o_r < R * VEC, o_i < B2, o_j < B1
-    o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_r[None, None, :]
-    o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_r[None, None, :]
-    acc = tl.zeros((BR, BI, BJ), tl.float32)
-    for step in range(0, STEPS):
-        o_t = (i_c * STEPS + step) * BT + tl.arange(0, BT)
-        m_tr = (o_t < T)[:, None] & m_r[None, :]
-        o_zt = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
-        o_yt = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
-        b_dz = tl.load(dz_ptr + o_z + o_zt, mask=m_i[:, None, None] & m_tr[None, :, :], other=0.0)
-        b_y = tl.load(y_ptr + o_y + o_yt, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
-        acc = tl.dot(tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION)
-    o = ((i_c * B2 + o_i[None, :, None]) * B1 + o_j[None, None, :]) * (R * VEC) + o_r[:, None, None]
-    tl.store(ds_ptr + o, acc, mask=m_r[:, None, None] & m_i[None, :, None] & m_j[None, None, :])
+    m_r = o_r < R * VEC
+    if DOT:
+        o_i, o_j = tl.arange(0, BI), tl.arange(0, BJ)
+        m_i, m_j = o_i < B2, o_j < B1
+        o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_r[None, None, :]
+        o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_r[None, None, :]
+        acc = tl.zeros((BR, BI, BJ), tl.float32)
+        for step in range(0, STEPS):
+            o_t = (i_c * STEPS + step) * BT + tl.arange(0, BT)
+            m_tr = (o_t < T)[:, None] & m_r[None, :]
+            o_zt = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC)
+            o_yt = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
+            b_dz = tl.load(dz_ptr + o_z + o_zt, mask=m_i[:, None, None] & m_tr[None, :, :], other=0.0)
+            b_y = tl.load(y_ptr + o_y + o_yt, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
+            acc = tl.dot(tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION)
+        o = ((i_c * B2 + o_i[None, :, None]) * B1 + o_j[None, None, :]) * (R * VEC) + o_r[:, None, None]
+        tl.store(ds_ptr + o, acc, mask=m_r[:, None, None] & m_i[None, :, None] & m_j[None, None, :])
+    else:
+        accs = ()
+        for _ in tl.static_range(BI * B1):
+            accs = accs + (tl.zeros((BT, BR), tl.float32),)
+        for step in range(0, STEPS):
+            o_t = (i_c * STEPS + step) * BT + tl.arange(0, BT)
+            m_tr = (o_t < T)[:, None] & m_r[None, :]
+            o_z = o_t.to(tl.int64)[:, None] * (stride_zt * VEC) + o_r[None, :]
+            o_y = o_t.to(tl.int64)[:, None] * (stride_yt * VEC) + o_r[None, :]
+            b_ys = ()
+            for j in tl.static_range(B1):
+                o_yj = tl.cast(j * stride_yj, tl.int64) * VEC + o_y
+                b_ys = b_ys + (tl.load(y_ptr + o_yj, mask=m_tr, other=0.0).to(tl.float32),)
+            sums = ()
+            for i in tl.static_range(BI):
+                i_i = i_g * BI + i
+                o_zi = tl.cast(i_i * stride_zi, tl.int64) * VEC + o_z
+                b_dz = tl.load(dz_ptr + o_zi, mask=m_tr, other=0.0).to(tl.float32)
+                for j in tl.static_range(B1):
+                    sums = sums + (accs[i * B1 + j] + b_dz * b_ys[j],)
+            accs = sums
+        for i in tl.static_range(BI):
+            i_i = i_g * BI + i
+            for j in tl.static_range(B1):
+                o = ((i_c * B2 + i_i) * B1 + j) * (R * VEC) + o_r
+                tl.store(ds_ptr + o, tl.sum(accs[i * B1 + j], 0), mask=m_r)
 
 
 def blast_mix(y, s):
@@ -157,12 +189,14 @@ def blast_ds(dz, y):
     """ds `[B2, B1, R]` from dz `[B2, T, R]` and y `[B1, T, R]`; the sum over tokens always in the same order."""
     (b2, tokens, r), b1 = dz.shape, y.shape[0]
     config = ds_config(b1, b2, device_of(y))
+    # as many blocks i at once as make 16 accumulators
+    group = max(16, pow2(b2)) if config.dot else ds_group(b1, b2)
     steps = triton.cdiv(256, config.bt)
     chunks = triton.cdiv(tokens, steps * config.bt)
     ds = torch.empty(chunks, b2, b1, r, dtype=torch.float32, device=y.device)
     strides = (*dz.stride()[:2], *y.stride()[:2])
     vec = vector_width(r, *strides)
-    blast_ds_kernel[(triton.cdiv(r, config.br), chunks)](
+    blast_ds_kernel[(triton.cdiv(r, config.br), chunks, triton.cdiv(b2, group))](
         dz,
         y,
         ds,
@@ -171,10 +205,11 @@ def blast_ds(dz, y):
         *(n // vec for n in strides),
         B1=b1,
         B2=b2,
+        DOT=config.dot,
         PRECISION=dot_precision(y.dtype),
         VEC=vec,
         BJ=max(16, pow2(b1)),
-        BI=max(16, pow2(b2)),
+        BI=group,
         BT=config.bt,
         BR=config.br,
         STEPS=steps,

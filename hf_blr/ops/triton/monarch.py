@@ -1,4 +1,4 @@
-"""Monarch: two stacks of products; the second reads what the first wrote with the two block indices swapped."""
+"""Monarch: two stacks of products; the second reads what the first wrote with the block indices swapped."""
 
 from __future__ import annotations
 
@@ -9,37 +9,39 @@ from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.launch import decodes
 
 
-def monarch_fwd(x, u, v, bias):
-    """x `[T, K]`, u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None -> `[T, N]`."""
-    tokens, (b1, _, p), (b2, q, inner) = x.shape[0], v.shape, u.shape
-    out = x.new_empty(tokens, b2 * q)
+def monarch_fwd(x, u, v, bias, keep=False):
+    """x `[T, K]`, u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None -> `[T, N]`, and y `[B1, T, B2*r]` if kept."""
+    tokens, (b1, rows, p), (b2, q, inner) = x.shape[0], v.shape, u.shape
+    out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
-        return out
-    if decodes(tokens, b1, b2):
+        return out, x.new_empty(b1, 0, rows) if keep else empty
+    if decodes(tokens, b1, b2) and not keep:
         z = x.new_empty(b2, tokens, inner)
         decode_project(x, v, None, z)
         decode_expand(z, u, bias, out)
-    else:
-        y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-        block_gemm(y, u, out.view(tokens, b2, q).transpose(0, 1), bias=bias, swap=True)
-    return out
+        return out, empty
+    y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
+    block_gemm(y, u, out.view(tokens, b2, q).transpose(0, 1), bias=bias, swap=True)
+    return out, y if keep else empty
 
 
-def monarch_bwd(grad, x, u, v, needs):
-    """(dx, du, dv); what `needs` does not ask for is empty."""
+def monarch_bwd(grad, x, u, v, y, needs):
+    """(dx, du, dv); what `needs` does not ask for is empty, as y may be."""
     need_x, need_u, need_v = needs
     tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     r = rows // b2
     x = x.view(tokens, b1, p).transpose(0, 1)
     grad = grad.view(tokens, b2, q).transpose(0, 1)
-    dx = du = dv = x.new_empty(0)
+    dx, du, dv = (x.new_empty(0) for _ in range(3))
     if need_u:
-        y = torch.bmm(x, v.transpose(1, 2))
+        y = y if y.numel() else torch.bmm(x, v.transpose(1, 2))
         z = y.view(b1, tokens, b2, r).permute(2, 1, 0, 3).reshape(b2, tokens, b1 * r)
         du = torch.bmm(grad.transpose(1, 2), z)
     if need_x or need_v:
-        dz = torch.bmm(grad, u)
-        dy = dz.view(b2, tokens, b1, r).permute(2, 1, 0, 3).reshape(b1, tokens, rows)
+        dy = x.new_empty(b1, tokens, rows)
+        # one product for each input block lands where the next stage reads it, and saves a copy
+        for j in range(b1):
+            torch.bmm(grad, u[:, :, j * r : (j + 1) * r], out=dy[j].view(tokens, b2, r).transpose(0, 1))
         if need_v:
             dv = torch.bmm(dy.transpose(1, 2), x)
         if need_x:
