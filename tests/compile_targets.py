@@ -66,7 +66,7 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
     if backward:
         mix.blast_mix(empty(b1, tokens, rank), s)
         mix.blast_mix(empty(b2, tokens, rank), s.transpose(0, 1))
-        mix.blast_ds(empty(b2, tokens, rank), empty(b1, tokens, rank))
+        mix.blast_mix_bwd(empty(b2, tokens, rank), empty(b1, tokens, rank), s)
         return
     if tokens <= 32:
         blast.blast_fwd(x, u, s, v, bias)
@@ -93,7 +93,7 @@ def main(capability: int):
         (bf16, 1024, (4096, 4096, 1024, 4, 16), False),
         (fp16, 48, (768, 3072, 192, 4, 4), False),
         (fp32, 1024, (1536, 576, 128, 4, 4), False),
-        (bf16, 1024, (4096, 4096, 1024, 4, 16), True),
+        (bf16, 1024, (4096, 4096, 1024, 4, 4), True),
         (bf16, 1024, (4096, 4096, 1024, 16, 16), True),
     ):
         call_ops(dtype, tokens, *sizes, backward)

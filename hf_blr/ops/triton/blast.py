@@ -9,7 +9,7 @@ import triton.language as tl
 from hf_blr.ops.triton.block_gemm import block_gemm, descriptor, fits_tma
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.launch import decodes, device_of, dot_precision, fused_mix_config, fuses_mix
-from hf_blr.ops.triton.mix import blast_ds, blast_mix
+from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd
 from hf_blr.ops.triton.tiles import load_tile
 
 
@@ -104,7 +104,7 @@ def blast_fwd(x, u, s, v, bias, keep=False):
         decode_expand(z, u, bias, out)
         return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-    if fuses_mix(b1, b2, r):
+    if fuses_mix(b1, b2, q, r, tokens):
         blast_expand(y, u, s, bias, out)
     else:
         z, blocks = blast_mix(y, s), out.view(tokens, b2, q).transpose(0, 1)
@@ -124,17 +124,17 @@ def blast_bwd(grad, x, u, s, v, y, needs):
     dx, du, ds, dv = (x.new_empty(0) for _ in range(4))
     if (need_u or need_s) and not y.numel():
         y = torch.bmm(x, v.transpose(1, 2))
+    dz = torch.bmm(grad, u) if need_x or need_s or need_v else None
+    if need_s:
+        z, dy, ds = blast_mix_bwd(dz, y, s)
+    else:
+        z = blast_mix(y, s) if need_u else None
+        dy = blast_mix(dz, s.transpose(0, 1)) if need_x or need_v else None
     if need_u:
-        du = torch.bmm(grad.transpose(1, 2), blast_mix(y, s))
-    if need_x or need_s or need_v:
-        dz = torch.bmm(grad, u)
-        if need_s:
-            ds = blast_ds(dz, y)
-        if need_x or need_v:
-            dy = blast_mix(dz, s.transpose(0, 1))
-            if need_v:
-                dv = torch.bmm(dy.transpose(1, 2), x)
-            if need_x:
-                dx = x.new_empty(tokens, b1 * p)
-                torch.bmm(dy, v, out=dx.view(tokens, b1, p).transpose(0, 1))
+        du = torch.bmm(grad.transpose(1, 2), z)
+    if need_v:
+        dv = torch.bmm(dy.transpose(1, 2), x)
+    if need_x:
+        dx = x.new_empty(tokens, b1 * p)
+        torch.bmm(dy, v, out=dx.view(tokens, b1, p).transpose(0, 1))
     return dx, du, ds, dv

@@ -211,7 +211,7 @@ def decode_project(x, v, s, z):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
-    config = project_config(parts, b1 * p if mix else p, tokens, mix, x.element_size(), device)
+    config = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
     decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
         x,
         v,
@@ -249,7 +249,7 @@ def decode_expand(z, u, bias, out):
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
-    config = expand_config(tokens, z.element_size(), device)
+    config = expand_config(r, tokens, z.element_size(), device)
     decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
         z,
         u,

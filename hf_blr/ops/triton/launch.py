@@ -109,17 +109,18 @@ def fit_gemm(config: GemmConfig, itemsize: int, device: Device, tiles_a: int = 1
     return config
 
 
-def fuses_mix(b1: int, b2: int, rank: int) -> bool:
+def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
     """Whether BLAST's mix runs while the last stage loads, instead of in a kernel of its own.
 
-    H100, 4096 x 4096, 1024 tokens, whole layer: 4x16 blocks 53 us fused, 59 apart; 4x4 57 fused, 42 apart.
+    Whole layer of 4096 x 4096, H100, us fused and apart: 1024 tokens 4x16 blocks 54 and 56, 4x32 54 and 90, 4x4 57 and
+    42; 128 tokens 4x16 39 and 22. With 16 blocks of 688 outputs, ragged for its tiles of 128, 197 and 113.
     """
-    return b1 <= 4 and b2 >= 8 and rank % 16 == 0
+    return b1 <= 4 and b2 >= 16 and q % 128 == 0 and rank % 16 == 0 and tokens >= 512
 
 
-def mix_config(b1: int, b2: int, device: Device) -> MixConfig:
-    """For `blast_mix_kernel`: plain multiply-adds up to 64 block pairs, then tensor cores."""
-    dot = b1 * b2 > 64
+def mix_config(b1: int, b2: int, tokens: int, device: Device) -> MixConfig:
+    """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens; else multiply-adds."""
+    dot = b1 * b2 > (64 if tokens > 512 else 16)
     if device == INTERPRETER:
         return MixConfig(16, 16, dot, 4)
     if not dot:
@@ -130,8 +131,8 @@ def mix_config(b1: int, b2: int, device: Device) -> MixConfig:
 
 
 def ds_config(b1: int, b2: int, device: Device) -> MixConfig:
-    """For `blast_ds_kernel`: as the mix, but with both blocks' tiles in shared memory where it uses tensor cores."""
-    config = mix_config(b1, b2, device)
+    """For `blast_ds_kernel`: as the mix of many tokens, with less shared memory where it uses tensor cores."""
+    config = mix_config(b1, b2, 1 << 20, device)
     return replace(config, br=16, warps=4) if config.dot else config
 
 
@@ -148,35 +149,39 @@ def decodes(tokens: int, b1: int, b2: int) -> bool:
 
 
 def project_config(
-    parts: int, row: int, tokens: int, mix: bool, itemsize: int, device: Device
+    parts: int, row: int, rows: int, tokens: int, mix: bool, itemsize: int, device: Device
 ) -> DecodeConfig:
-    """For `decode_project_kernel`; `row`: how many weights one output row reads."""
+    """For `decode_project_kernel`; `rows` of `row` weights each, read in `parts` pieces at once."""
     if device == INTERPRETER:
         return DecodeConfig(8, 16, 4, 1)
-    length = max(16, 1024 // pow2(parts))
+    parts = pow2(parts)
+    if tokens == 1 and mix:
+        # half the rows where whole ones would leave some multiprocessors with two programs and the rest with one
+        return DecodeConfig(8 if rows <= 8 * device.sms else 4, max(16, 1024 // parts), 8, 4)
     if tokens == 1:
-        if mix:
-            return DecodeConfig(8, length, 8, 4)
-        # half the row's parts at once; about 32 KB of weights for each program
-        rows = min(64, max(4, pow2(16384 // row)))
-        return DecodeConfig(rows, max(16, min(2 * length, 8192 // (pow2(parts) * rows))), 4, 2)
-    rows = 8 if mix else min(32, max(8, pow2(32768 // row)))
-    length = max(16, min(length, 8192 // (pow2(parts) * rows)))
-    bt = decode_rows(tokens)
-    stage = pow2(parts) * length * (rows + bt) * itemsize
+        # about 32 KB of weights for each program
+        tile = min(64, max(4, pow2(16384 // row)))
+        return DecodeConfig(tile, max(16, min(1024 // parts, 8192 // (parts * tile))), 4, 4)
+    tile = 8 if rows <= 8 * device.sms else 16
+    if not mix:
+        tile = min(32, max(tile, pow2(32768 // row)))
+    length = max(16, min(1024 // parts, 16384 // (parts * tile)))
+    stage = parts * length * (tile + decode_rows(tokens)) * itemsize
     while stage > device.shared_memory and length > 16:
         length, stage = length // 2, stage // 2
-    return DecodeConfig(rows, length, 4, max(1, min(4, device.shared_memory // stage)))
+    return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
 
 
-def expand_config(tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+def expand_config(rank: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
     """For `decode_expand_kernel`."""
     if device == INTERPRETER:
         return DecodeConfig(16, 16, 4, 1)
+    long = rank > 1024
     if tokens == 1:
-        return DecodeConfig(8, 512, 4, 2)
-    stage = 256 * (16 + decode_rows(tokens)) * itemsize
-    return DecodeConfig(16, 256, 2, max(1, min(4, device.shared_memory // stage)))
+        return DecodeConfig(8, 512, 8 if long else 4, 2)
+    config = DecodeConfig(32, 128, 4, 6) if long else DecodeConfig(16, 256, 2, 4)
+    stage = config.length * (config.rows + decode_rows(tokens)) * itemsize
+    return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
 
 
 def decode_rows(tokens: int) -> int:

@@ -87,16 +87,22 @@ def blast_mix_kernel(
 def blast_ds_kernel(
     dz_ptr,
     y_ptr,
+    s_ptr,
     ds_ptr,
+    dy_ptr,
+    z_ptr,
     T,
     R,
     stride_zi,
     stride_zt,
     stride_yj,
     stride_yt,
+    stride_si,
+    stride_sj,
     B1: tl.constexpr,
     B2: tl.constexpr,
     DOT: tl.constexpr,
+    ALL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     BJ: tl.constexpr,
@@ -107,7 +113,9 @@ def blast_ds_kernel(
 ):
     """ds[c,i,j,r] = sum over the STEPS * BT tokens of chunk c of dz[i,t,r] y[j,t,r].
 
-    DOT takes all pairs of blocks at once, one small product per r; else the third axis of the grid cuts i in groups of BI.
+    DOT takes all pairs of blocks at once, one small product per r; else the third axis of the grid cuts i in groups of
+    BI. ALL (one group) also writes z[i,t,r] = sum_j s[i,j,r] y[j,t,r] and dy[j,t,r] = sum_i s[i,j,r] dz[i,t,r], laid out
+    as dz and y: all that the backward wants of the mix, for one reading of y and dz.
     """
     i_r, i_c, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_r = i_r * BR + tl.arange(0, BR)
@@ -141,13 +149,30 @@ def blast_ds_kernel(
             for j in tl.static_range(B1):
                 o_yj = tl.cast(j * stride_yj, tl.int64) * VEC + o_y
                 b_ys = b_ys + (tl.load(y_ptr + o_yj, mask=m_tr, other=0.0).to(tl.float32),)
-            sums = ()
+            sums, b_dys = (), ()
+            if ALL:
+                o_s = tl.zeros((BT, 1), tl.int32) + o_r[None, :]
+                for _ in tl.static_range(B1):
+                    b_dys = b_dys + (tl.zeros((BT, BR), tl.float32),)
             for i in tl.static_range(BI):
-                i_i = i_g * BI + i
-                o_zi = tl.cast(i_i * stride_zi, tl.int64) * VEC + o_z
+                o_zi = tl.cast((i_g * BI + i) * stride_zi, tl.int64) * VEC + o_z
                 b_dz = tl.load(dz_ptr + o_zi, mask=m_tr, other=0.0).to(tl.float32)
                 for j in tl.static_range(B1):
                     sums = sums + (accs[i * B1 + j] + b_dz * b_ys[j],)
+                if ALL:
+                    b_z = tl.zeros((BT, BR), tl.float32)
+                    b_next = ()
+                    for j in tl.static_range(B1):
+                        o_sij = (i * stride_si + j * stride_sj) * VEC + o_s
+                        b_s = tl.load(s_ptr + o_sij, mask=m_tr, other=0.0).to(tl.float32)
+                        b_z += b_s * b_ys[j]
+                        b_next = b_next + (b_dys[j] + b_s * b_dz,)
+                    b_dys = b_next
+                    tl.store(z_ptr + o_zi, b_z.to(z_ptr.dtype.element_ty), mask=m_tr)
+            if ALL:
+                for j in tl.static_range(B1):
+                    o_yj = tl.cast(j * stride_yj, tl.int64) * VEC + o_y
+                    tl.store(dy_ptr + o_yj, b_dys[j].to(dy_ptr.dtype.element_ty), mask=m_tr)
             accs = sums
         for i in tl.static_range(BI):
             i_i = i_g * BI + i
@@ -160,7 +185,7 @@ def blast_mix(y, s):
     """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`; with s transposed, dy from dz."""
     (b2, b1, r), tokens = s.shape, y.shape[1]
     z = y.new_empty(b2, tokens, r)
-    config = mix_config(b1, b2, device_of(y))
+    config = mix_config(b1, b2, tokens, device_of(y))
     strides = (*y.stride()[:2], *s.stride()[:2], *z.stride()[:2])
     vec = vector_width(r, *strides)
     grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
@@ -185,27 +210,32 @@ def blast_mix(y, s):
     return z
 
 
-def blast_ds(dz, y):
-    """ds `[B2, B1, R]` from dz `[B2, T, R]` and y `[B1, T, R]`; the sum over tokens always in the same order."""
+def blast_mix_bwd(dz, y, s):
+    """(z, dy, ds) from dz `[B2, T, R]`, y `[B1, T, R]` and s `[B2, B1, R]`; sums over tokens always in the same order."""
     (b2, tokens, r), b1 = dz.shape, y.shape[0]
     config = ds_config(b1, b2, device_of(y))
-    # as many blocks i at once as make 16 accumulators
     group = max(16, pow2(b2)) if config.dot else ds_group(b1, b2)
-    steps = triton.cdiv(256, config.bt)
+    fused = group == b2 and not config.dot
+    z, dy = (torch.empty_like(dz), torch.empty_like(y)) if fused else (blast_mix(y, s), blast_mix(dz, s.transpose(0, 1)))
+    steps = triton.cdiv(256 if config.dot else 64, config.bt)
     chunks = triton.cdiv(tokens, steps * config.bt)
     ds = torch.empty(chunks, b2, b1, r, dtype=torch.float32, device=y.device)
-    strides = (*dz.stride()[:2], *y.stride()[:2])
+    strides = (*dz.stride()[:2], *y.stride()[:2], *s.stride()[:2])
     vec = vector_width(r, *strides)
     blast_ds_kernel[(triton.cdiv(r, config.br), chunks, triton.cdiv(b2, group))](
         dz,
         y,
+        s,
         ds,
+        dy,
+        z,
         tokens,
         r // vec,
         *(n // vec for n in strides),
         B1=b1,
         B2=b2,
         DOT=config.dot,
+        ALL=fused,
         PRECISION=dot_precision(y.dtype),
         VEC=vec,
         BJ=max(16, pow2(b1)),
@@ -215,4 +245,4 @@ def blast_ds(dz, y):
         STEPS=steps,
         num_warps=config.warps,
     )
-    return ds.sum(0).to(y.dtype)
+    return z, dy, ds.sum(0).to(y.dtype)
