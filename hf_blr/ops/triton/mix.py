@@ -6,7 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import device_of, dot_precision, ds_config, ds_group, mix_config, pow2, vector_width
+from hf_blr.ops.triton.launch import (
+    device_of,
+    dot_precision,
+    ds_config,
+    ds_group,
+    mix_config,
+    pow2,
+    vector_width,
+)
 
 
 @triton.jit
@@ -133,7 +141,9 @@ def blast_ds_kernel(
             o_yt = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
             b_dz = tl.load(dz_ptr + o_z + o_zt, mask=m_i[:, None, None] & m_tr[None, :, :], other=0.0)
             b_y = tl.load(y_ptr + o_y + o_yt, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
-            acc = tl.dot(tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION)
+            acc = tl.dot(
+                tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION
+            )
         o = ((i_c * B2 + o_i[None, :, None]) * B1 + o_j[None, None, :]) * (R * VEC) + o_r[:, None, None]
         tl.store(ds_ptr + o, acc, mask=m_r[:, None, None] & m_i[None, :, None] & m_j[None, None, :])
     else:
@@ -216,7 +226,11 @@ def blast_mix_bwd(dz, y, s):
     config = ds_config(b1, b2, device_of(y))
     group = max(16, pow2(b2)) if config.dot else ds_group(b1, b2)
     fused = group == b2 and not config.dot
-    z, dy = (torch.empty_like(dz), torch.empty_like(y)) if fused else (blast_mix(y, s), blast_mix(dz, s.transpose(0, 1)))
+    z, dy = (
+        (torch.empty_like(dz), torch.empty_like(y))
+        if fused
+        else (blast_mix(y, s), blast_mix(dz, s.transpose(0, 1)))
+    )
     steps = triton.cdiv(256 if config.dot else 64, config.bt)
     chunks = triton.cdiv(tokens, steps * config.bt)
     ds = torch.empty(chunks, b2, b1, r, dtype=torch.float32, device=y.device)

@@ -1,0 +1,33 @@
+"""Every kernel builds for the cards that are supported and fits their shared memory, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("capability", [80, 86, 87, 90])
+def test_kernels_build_and_fit(capability):
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compile_targets.py")
+    done = subprocess.run([sys.executable, script, str(capability)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {row["kernel"] for row in rows}
+    assert names == {
+        "block_gemm_kernel",
+        "blast_expand_kernel",
+        "blast_mix_kernel",
+        "blast_ds_kernel",
+        "decode_project_kernel",
+        "decode_expand_kernel",
+    }
+    for row in rows:
+        assert row["shared"] <= row["limit"], row
+    on_tensor_cores = {row["kernel"] for row in rows if row["wgmma" if capability == 90 else "mma"]}
+    assert on_tensor_cores >= {"block_gemm_kernel", "blast_expand_kernel"}

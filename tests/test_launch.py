@@ -1,0 +1,66 @@
+"""Launch choices are plain functions: they fit every card and depend on nothing but their arguments."""
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+
+from compile_targets import DEVICES
+
+from hf_blr.ops.triton import launch
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_gemm_tiles_fit_shared_memory(device):
+    for chunk, tokens, itemsize in itertools.product((7, 48, 64, 1024), (33, 4096), (2, 4)):
+        c = launch.gemm_config(chunk, tokens, itemsize, device)
+        assert c.stages * (c.bt + c.bn) * c.bk * itemsize <= device.shared_memory
+        assert c.bk >= 16 and c.stages >= 2
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_decode_tiles_fit_shared_memory(device):
+    for parts, rank, tokens, itemsize in itertools.product(
+        (1, 4, 16, 64), (7, 1024, 1488), (2, 16, 32), (2, 4)
+    ):
+        for mix in (True, False):
+            c = launch.project_config(parts, 4096, rank, tokens, mix, itemsize, device)
+            bt = launch.decode_rows(tokens)
+            stage = launch.pow2(parts) * c.length * (c.rows + bt) * itemsize
+            assert c.length == 16 or c.stages * stage <= device.shared_memory
+        c = launch.expand_config(rank, tokens, itemsize, device)
+        assert c.stages * c.length * (c.rows + bt) * itemsize <= device.shared_memory
+
+
+def test_small_cards_get_smaller_tiles():
+    large, small = (launch.fused_mix_config(4, 2, DEVICES[sm]) for sm in (90, 86))
+    assert large.bk > small.bk
+
+
+def test_token_count_changes_few_settings():
+    settings = {launch.gemm_config(1024, tokens, 2, DEVICES[90]) for tokens in range(33, 5000)}
+    settings |= {launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(1, 33)}
+    settings |= {launch.expand_config(1024, t, 2, DEVICES[90]) for t in range(1, 33)}
+    assert len(settings) <= 8
+
+
+def test_mix_is_fused_where_that_was_faster():
+    fuses = launch.fuses_mix
+    assert fuses(4, 16, 256, 1024, 1024) and fuses(2, 16, 256, 1024, 4096)
+    assert not fuses(4, 4, 1024, 1024, 1024)
+    assert not fuses(4, 16, 256, 1024, 128)
+    assert not fuses(4, 16, 688, 1488, 1024)
+    assert not fuses(16, 16, 256, 1024, 1024)
+
+
+@pytest.mark.parametrize("sizes, width", [((16, 32), 16), ((1016, 4096), 8), ((1022,), 2), ((7, 16), 1)])
+def test_vector_width(sizes, width):
+    assert launch.vector_width(*sizes) == width
+
+
+@pytest.mark.parametrize(
+    "b1, b2, group", [(4, 4, 4), (4, 16, 4), (16, 4, 1), (3, 5, 5), (6, 7, 1), (1, 16, 16)]
+)
+def test_ds_group_divides_the_blocks(b1, b2, group):
+    assert launch.ds_group(b1, b2) == group
