@@ -64,3 +64,10 @@ def test_vector_width(sizes, width):
 )
 def test_ds_group_divides_the_blocks(b1, b2, group):
     assert launch.ds_group(b1, b2) == group
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_decode_reads_no_more_than_a_piece_of_a_row(tokens):
+    for parts, row in ((4, 256), (4, 4096), (16, 4096)):
+        c = launch.project_config(parts, row, 1024, tokens, False, 2, DEVICES[90])
+        assert c.length <= max(16, launch.pow2(row // parts))

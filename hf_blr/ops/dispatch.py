@@ -38,10 +38,16 @@ def current_impl() -> str:
 
 
 def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
-    """ "triton" or "reference".
+    """The implementation to run, "triton" or "reference".
 
-    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU, except
-    for low-rank at more than `FEW_TOKENS` tokens, which is two plain matrix products that cuBLAS does best.
+    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU, except for
+    low-rank with more than `FEW_TOKENS` tokens, or with more than one and a rank above 1024. It is two plain matrix
+    products, which cuBLAS does best there.
+
+    Args:
+        impl: "auto", "triton", "reference", or None for the default.
+        structure: "low_rank", "monarch" or "blast".
+        x, tensors: the input, and the factors beginning with u.
 
     Raises:
         ValueError: for an unknown name.
@@ -55,8 +61,10 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
         if reason is not None:
             raise RuntimeError(f'impl="triton" cannot run: {reason}; use impl="auto" or "reference"')
         return impl
-    worth = x.is_cuda and (structure != "low_rank" or few_tokens(x))
-    return "triton" if worth and reason is None else "reference"
+    worth = x.is_cuda and reason is None
+    if worth and structure == "low_rank":
+        worth = few_tokens(x) and (x.numel() == x.shape[-1] or tensors[0].shape[-1] <= 1024)
+    return "triton" if worth else "reference"
 
 
 def few_tokens(x: Tensor) -> bool:

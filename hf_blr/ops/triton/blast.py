@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.block_gemm import block_gemm, descriptor, fits_tma
+from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.launch import decodes, device_of, dot_precision, fused_mix_config, fuses_mix
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd
@@ -107,11 +107,7 @@ def blast_fwd(x, u, s, v, bias, keep=False):
     if fuses_mix(b1, b2, q, r, tokens):
         blast_expand(y, u, s, bias, out)
     else:
-        z, blocks = blast_mix(y, s), out.view(tokens, b2, q).transpose(0, 1)
-        if bias is None:
-            torch.bmm(z, u.transpose(1, 2), out=blocks)
-        else:
-            block_gemm(z, u, blocks, bias=bias)
+        expand(blast_mix(y, s), u, bias, out.view(tokens, b2, q).transpose(0, 1))
     return out, y if keep else empty
 
 

@@ -97,6 +97,14 @@ def block_gemm(a, b, c, bias=None, swap=False):
     )
 
 
+def expand(z, u, bias, out):
+    """out[i] = z[i] u[i]^T + bias[i] into the strided view out `[B2, T, Q]`; cuBLAS has no bias for a stack."""
+    if bias is None:
+        torch.bmm(z, u.transpose(1, 2), out=out)
+    else:
+        block_gemm(z, u, out, bias=bias)
+
+
 def fits_tma(t: torch.Tensor) -> bool:
     """Whether a tensor descriptor can describe t: contiguous rows that start on 16-byte boundaries."""
     aligned = all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])

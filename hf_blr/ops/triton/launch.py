@@ -118,6 +118,11 @@ def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
     return b1 <= 4 and b2 >= 16 and q % 128 == 0 and rank % 16 == 0 and tokens >= 512
 
 
+def reads_swapped(rank: int) -> bool:
+    """Whether Monarch's last stage reads y in place; a rank of odd length for its tiles is copied in order first."""
+    return rank % 32 == 0
+
+
 def mix_config(b1: int, b2: int, tokens: int, device: Device) -> MixConfig:
     """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens; else multiply-adds."""
     dot = b1 * b2 > (64 if tokens > 512 else 16)
@@ -154,18 +159,22 @@ def project_config(
     """For `decode_project_kernel`; `rows` of `row` weights each, read in `parts` pieces at once."""
     if device == INTERPRETER:
         return DecodeConfig(8, 16, 4, 1)
+    longest = pow2(-(-row // parts))
     parts = pow2(parts)
+    if tokens == 1 and mix and rows <= 8 * device.sms:
+        # so many registers that each multiprocessor takes one program: with two on some and none on others, which
+        # a little less allows, 4x4 blocks took 11.2 us a layer instead of 8.8 (4096 x 4096, H100)
+        return DecodeConfig(8, max(16, min(longest, 2048 // parts)), 8, 2)
     if tokens == 1 and mix:
-        # half the rows where whole ones would leave some multiprocessors with two programs and the rest with one
-        return DecodeConfig(8 if rows <= 8 * device.sms else 4, max(16, 1024 // parts), 8, 4)
+        return DecodeConfig(4, max(16, min(longest, 1024 // parts)), 8, 4)
     if tokens == 1:
         # about 32 KB of weights for each program
         tile = min(64, max(4, pow2(16384 // row)))
-        return DecodeConfig(tile, max(16, min(1024 // parts, 8192 // (parts * tile))), 4, 4)
+        return DecodeConfig(tile, max(16, min(longest, 8192 // (parts * tile))), 4, 2)
     tile = 8 if rows <= 8 * device.sms else 16
     if not mix:
         tile = min(32, max(tile, pow2(32768 // row)))
-    length = max(16, min(1024 // parts, 16384 // (parts * tile)))
+    length = max(16, min(longest, 1024 // parts, 16384 // (parts * tile)))
     stage = parts * length * (tile + decode_rows(tokens)) * itemsize
     while stage > device.shared_memory and length > 16:
         length, stage = length // 2, stage // 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_blr.ops.triton.block_gemm import block_gemm
+from hf_blr.ops.triton.block_gemm import block_gemm, expand
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import decodes
+from hf_blr.ops.triton.launch import decodes, reads_swapped
 
 
 def monarch_fwd(x, u, v, bias, keep=False):
@@ -21,8 +21,18 @@ def monarch_fwd(x, u, v, bias, keep=False):
         decode_expand(z, u, bias, out)
         return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-    block_gemm(y, u, out.view(tokens, b2, q).transpose(0, 1), bias=bias, swap=True)
+    blocks = out.view(tokens, b2, q).transpose(0, 1)
+    if reads_swapped(rows // b2):
+        block_gemm(y, u, blocks, bias=bias, swap=True)
+    else:
+        expand(swap_blocks(y, b2), u, bias, blocks)
     return out, y if keep else empty
+
+
+def swap_blocks(y, b2):
+    """z `[B2, T, B1*r]`, a copy of y `[B1, T, B2*r]`."""
+    b1, tokens, rows = y.shape
+    return y.view(b1, tokens, b2, rows // b2).permute(2, 1, 0, 3).reshape(b2, tokens, b1 * (rows // b2))
 
 
 def monarch_bwd(grad, x, u, v, y, needs):
@@ -35,8 +45,7 @@ def monarch_bwd(grad, x, u, v, y, needs):
     dx, du, dv = (x.new_empty(0) for _ in range(3))
     if need_u:
         y = y if y.numel() else torch.bmm(x, v.transpose(1, 2))
-        z = y.view(b1, tokens, b2, r).permute(2, 1, 0, 3).reshape(b2, tokens, b1 * r)
-        du = torch.bmm(grad.transpose(1, 2), z)
+        du = torch.bmm(grad.transpose(1, 2), swap_blocks(y, b2))
     if need_x or need_v:
         dy = x.new_empty(b1, tokens, rows)
         # one product for each input block lands where the next stage reads it, and saves a copy
