@@ -66,6 +66,7 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
     if backward:
         mix.blast_mix(empty(b1, tokens, rank), s)
         mix.blast_mix(empty(b2, tokens, rank), s.transpose(0, 1))
+        mix.blast_mix(mix.stack_along_t(b1, tokens, rank, s), s)
         mix.blast_mix_bwd(empty(b2, tokens, rank), empty(b1, tokens, rank), s)
         return
     if tokens <= 32:

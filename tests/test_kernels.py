@@ -39,7 +39,10 @@ def test_float16_keeps_the_error_budget(structure, tokens):
 @pytest.mark.parametrize("blocks", [(16, 16), (4, 16), (16, 4)], ids=str)
 @pytest.mark.parametrize("tokens", [2, 34])
 def test_blast_with_many_blocks(tokens, blocks):
-    assert_within_budget("blast", make_inputs("blast", tokens, *blocks, 4, 3, 5, torch.float32))
+    # without a bias, and with ranks that do and do not fit the vectors
+    for rank, bias in ((5, True), (16, False)):
+        tensors = make_inputs("blast", tokens, *blocks, 4, 3, rank, torch.float32, bias=bias)
+        assert_within_budget("blast", tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

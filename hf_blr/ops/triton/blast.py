@@ -8,8 +8,15 @@ import triton.language as tl
 
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import decodes, device_of, dot_precision, fused_mix_config, fuses_mix
-from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd
+from hf_blr.ops.triton.launch import (
+    decodes,
+    device_of,
+    dot_precision,
+    fused_mix_config,
+    fuses_mix,
+    mixes_along_t,
+)
+from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
 
 
@@ -103,8 +110,12 @@ def blast_fwd(x, u, s, v, bias, keep=False):
         decode_project(x, v, s, z)
         decode_expand(z, u, bias, out)
         return out, empty
-    y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-    if fuses_mix(b1, b2, q, r, tokens):
+    fused = fuses_mix(b1, b2, q, r, tokens)
+    # a y that is kept is laid out along r, and the kernel that adds a bias reads z along r
+    along_t = mixes_along_t(b1, b2) and not (fused or keep) and bias is None
+    y = stack_along_t(b1, tokens, r, x) if along_t else x.new_empty(b1, tokens, r)
+    torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2), out=y)
+    if fused:
         blast_expand(y, u, s, bias, out)
     else:
         expand(blast_mix(y, s), u, bias, out.view(tokens, b2, q).transpose(0, 1))

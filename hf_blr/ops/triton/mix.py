@@ -33,6 +33,7 @@ def blast_mix_kernel(
     B1: tl.constexpr,
     B2: tl.constexpr,
     DOT: tl.constexpr,
+    ALONG_T: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     BJ: tl.constexpr,
@@ -40,9 +41,10 @@ def blast_mix_kernel(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """z[i,t,r] = sum_j s[i,j,r] y[j,t,r], y `[B1, T, R]`, z `[B2, T, R]`, r contiguous; sizes and strides come / VEC.
+    """z[i,t,r] = sum_j s[i,j,r] y[j,t,r], y `[B1, T, R]`, z `[B2, T, R]`; sizes and strides come / VEC.
 
-    DOT does it as one small product per r on the tensor cores, which pays from 16 x 16 blocks on.
+    DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is: then
+    stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor cores.
     """
     i_r, i_t = tl.program_id(0), tl.program_id(1)
     o_r = i_r * BR + tl.arange(0, BR)
@@ -52,23 +54,21 @@ def blast_mix_kernel(
     if DOT:
         o_j, o_i = tl.arange(0, BJ), tl.arange(0, BI)
         m_j, m_i = o_j < B1, o_i < B2
-        o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_t.to(tl.int64)[None, :, None] * (
-            stride_yt * VEC
-        )
-        b_y = tl.load(y_ptr + o_y + o_r[None, None, :], mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
-        o_s = (
-            o_i[:, None, None] * (stride_si * VEC)
-            + o_j[None, :, None] * (stride_sj * VEC)
-            + o_r[None, None, :]
-        )
-        m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
-        b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)
-        b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION)
-        b_z = tl.permute(b_z.to(z_ptr.dtype.element_ty), (1, 2, 0))  # [BI, BT, BR]
-        o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_t.to(tl.int64)[None, :, None] * (
-            stride_zt * VEC
-        )
-        tl.store(z_ptr + o_z + o_r[None, None, :], b_z, mask=m_i[:, None, None] & m_tr[None, :, :])
+        if ALONG_T:
+            o_ty, o_tz = o_r[:, None] * (stride_yt * VEC), o_r[:, None] * (stride_zt * VEC)
+            o_ty, o_tz = o_ty.to(tl.int64) + o_t[None, :], o_tz.to(tl.int64) + o_t[None, :]
+        else:
+            o_ty, o_tz = o_t[None, :] * (stride_yt * VEC), o_t[None, :] * (stride_zt * VEC)
+            o_ty, o_tz = o_ty.to(tl.int64) + o_r[:, None], o_tz.to(tl.int64) + o_r[:, None]
+        m_rt = m_r[:, None, None] & m_t[None, None, :]
+        o_y = o_j.to(tl.int64)[None, :, None] * (stride_yj * VEC) + o_ty[:, None, :]
+        b_y = tl.load(y_ptr + o_y, mask=m_j[None, :, None] & m_rt, other=0.0)  # [BR, BJ, BT]
+        o_ij = o_i[:, None] * (stride_si * VEC) + o_j[None, :] * (stride_sj * VEC)
+        m_s = m_r[:, None, None] & (m_i[:, None] & m_j[None, :])[None, :, :]
+        b_s = tl.load(s_ptr + o_r[:, None, None] + o_ij[None, :, :], mask=m_s, other=0.0)  # [BR, BI, BJ]
+        b_z = tl.dot(b_s, b_y, input_precision=PRECISION).to(z_ptr.dtype.element_ty)
+        o_z = o_i.to(tl.int64)[None, :, None] * (stride_zi * VEC) + o_tz[:, None, :]
+        tl.store(z_ptr + o_z, b_z, mask=m_i[None, :, None] & m_rt)
     else:
         o_y = o_t.to(tl.int64)[:, None] * (stride_yt * VEC) + o_r[None, :]
         o_z = o_t.to(tl.int64)[:, None] * (stride_zt * VEC) + o_r[None, :]
@@ -191,24 +191,34 @@ def blast_ds_kernel(
                 tl.store(ds_ptr + o, tl.sum(accs[i * B1 + j], 0), mask=m_r)
 
 
+def stack_along_t(blocks, tokens, width, like):
+    """An empty `[blocks, T, width]` in which t is contiguous; memory is padded to whole vectors of tokens."""
+    padded = triton.cdiv(tokens, 16) * 16
+    return like.new_empty(width, blocks, padded)[:, :, :tokens].permute(1, 2, 0)
+
+
 def blast_mix(y, s):
-    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`; with s transposed, dy from dz."""
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s transposed, dy from dz."""
     (b2, b1, r), tokens = s.shape, y.shape[1]
-    z = y.new_empty(b2, tokens, r)
-    config = mix_config(b1, b2, tokens, device_of(y))
-    strides = (*y.stride()[:2], *s.stride()[:2], *z.stride()[:2])
+    along_t = y.stride(2) > 1
+    z = stack_along_t(b2, tokens, r, y) if along_t else y.new_empty(b2, tokens, r)
+    config = mix_config(b1, b2, tokens, along_t, device_of(y))
+    outer = 2 if along_t else 1
+    strides = (y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)
     grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
     blast_mix_kernel[grid](
         y,
         s,
         z,
-        tokens,
+        # along t the padding is mixed too: it reaches nothing but padding
+        triton.cdiv(tokens, 16) * 16 if along_t else tokens,
         r // vec,
         *(n // vec for n in strides),
         B1=b1,
         B2=b2,
         DOT=config.dot,
+        ALONG_T=along_t,
         PRECISION=dot_precision(y.dtype),
         VEC=vec,
         BJ=max(16, pow2(b1)),
