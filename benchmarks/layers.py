@@ -2,9 +2,10 @@
 
     python benchmarks/layers.py [--models Llama-7B ...] [--out benchmarks/results]
 
-All of a layer's rows come from one process. A time is the median over replays of a CUDA graph. Up to 32 tokens the graph
-runs the layer once with each of several weight copies, more than the L2 cache holds, and the time is per copy; above,
-the graph runs it once and L2 is overwritten before each replay. `rel_error` is against float64 with the same weights.
+All of a layer's rows come from one process. A time is the median over replays of a CUDA graph. Up to 32
+tokens the graph runs the layer once with each of several weight copies, more than the L2 cache holds, and the
+time is per copy; above, the graph runs it once and L2 is overwritten before each replay. `rel_error` is
+against float64 with the same weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.ops import reference
 
-PROTOCOL = "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, above L2 is flushed before each"
+PROTOCOL = (
+    "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
+    "above, L2 is flushed before each replay"
+)
 TOKENS = (1, 16, 128, 1024, 4096)
 # model: {layer: (K, N, rank of low-rank and BLAST, total rank and blocks of Monarch, blocks of BLAST)}
 LAYERS = {
@@ -114,7 +118,7 @@ class Timer:
         return statistics.median(s.elapsed_time(e) for s, e in events) * 1e3 / len(weights)
 
     def copies(self, weights, tokens):
-        """The weights, as many times as it takes to exceed L2 three times, where few tokens make reading them the work."""
+        """The weights; where few tokens make reading them the work, enough copies to exceed L2 three times."""
         if tokens > 32:
             return [weights]
         size = sum(w.numel() * w.element_size() for w in weights)

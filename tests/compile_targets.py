@@ -1,7 +1,8 @@
-"""Compile, for GPUs that are not here, every kernel launch that the ops make at real sizes; prints one JSON line each.
+"""Compile, for GPUs that are not here, every kernel launch that the ops make at real sizes; prints one JSON
+line each.
 
-Run as a script in a process without Triton's interpreter. Launches are caught instead of run, on uninitialised CPU
-tensors, so that what is compiled is what the launchers really ask for.
+Run as a script in a process without Triton's interpreter. Launches are caught instead of run, on
+uninitialised CPU tensors, so that what is compiled is what the launchers really ask for.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run under Triton's interpreter, which it must know before it is first imported."""
+"""Without a GPU the kernels run under Triton's interpreter, set before Triton is imported."""
 
 import os
 

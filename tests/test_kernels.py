@@ -80,9 +80,8 @@ def test_any_leading_shape_and_stride(structure):
 
 @pytest.mark.parametrize("wanted", ["x", "u", "s", "v", "bias"])
 def test_one_gradient_alone(wanted):
-    tensors = dict(
-        zip("x u s v bias".split(), make_inputs("blast", 33, 2, 3, 4, 5, 6, torch.float32), strict=True)
-    )
+    inputs = make_inputs("blast", 33, 2, 3, 4, 5, 6, torch.float32)
+    tensors = dict(zip(("x", "u", "s", "v", "bias"), inputs, strict=True))
     for name, t in tensors.items():
         t.requires_grad_(name == wanted)
     t = tensors[wanted]

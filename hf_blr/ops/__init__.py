@@ -1,7 +1,7 @@
 """Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
 
-Each runs hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton" or
-"reference". `use_impl` sets it for a block of code.
+Each runs hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`),
+"triton" or "reference". `use_impl` sets it for a block of code.
 """
 
 from __future__ import annotations

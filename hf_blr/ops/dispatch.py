@@ -40,9 +40,9 @@ def current_impl() -> str:
 def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
     """The implementation to run, "triton" or "reference".
 
-    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU, except for
-    low-rank with more than `FEW_TOKENS` tokens, or with more than one and a rank above 1024. It is two plain matrix
-    products, which cuBLAS does best there.
+    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU,
+    except for low-rank with more than `FEW_TOKENS` tokens, or with more than one and a rank above 1024. It is
+    two plain matrix products, which cuBLAS does best there.
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.

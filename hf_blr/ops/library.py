@@ -1,7 +1,7 @@
-"""The registered ops: one per structure and direction, known to PyTorch by schema and fake, run by `ops.triton`.
+"""The registered ops: one per structure and direction, with schema and fake, run by `ops.triton`.
 
-`torch.compile` sees each module call as one op, without a graph break; Triton is imported when one first runs. The
-autograd Functions stand outside the ops, which costs less per call than autograd registered inside.
+`torch.compile` sees each module call as one op, without a graph break; Triton is imported when one first
+runs. The autograd Functions stand outside the ops, which costs less per call than autograd registered inside.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class _Blast(torch.autograd.Function):
 
 
 def _forward(ctx, op, bias, x, *factors):
-    # y is worth its memory while it is no larger than x, which is kept anyway: computing it again is a sixth of the
-    # layer's work; the kernels for few tokens never write it
+    # y is worth its memory while it is no larger than x, which is kept anyway: computing it again is a sixth
+    # of the layer's work; the kernels for few tokens never write it
     y_width = factors[-1].numel() // x.shape[1] * _blocks(factors[-1])
     keep = y_width <= x.shape[1] and not few_tokens(x)
     out, y = op(x, *factors, bias, keep)

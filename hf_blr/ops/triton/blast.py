@@ -45,7 +45,10 @@ def blast_expand_kernel(
     BQ: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q], y `[B1, T, R]`, u `[B2, Q, R]`."""
+    """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q].
+
+    y `[B1, T, R]`, u `[B2, Q, R]`.
+    """
     i_n, i_t = tl.program_id(0), tl.program_id(1)
     tiles_q = tl.cdiv(Q, BQ)
     i_i, i_q = i_n // tiles_q, i_n % tiles_q
@@ -100,7 +103,10 @@ def blast_expand(y, u, s, bias, out):
 
 
 def blast_fwd(x, u, s, v, bias, keep=False):
-    """x `[T, K]`, u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None -> `[T, N]`, y `[B1, T, R]` if kept."""
+    """x `[T, K]` -> `[T, N]`, and y `[B1, T, R]` if asked to keep it.
+
+    u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
+    """
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:

@@ -39,7 +39,8 @@ def block_gemm_kernel(
 ):
     """c[g] = a[g] b[g]^T + bias[g] for a `[G, T, K]`, b `[G, N, K]`, c `[G, T, N]`.
 
-    SWAP reads Monarch's y `[CHUNKS, T, G*KC]` in place as a[g] `[T, CHUNKS*KC]`: the two block indices change places.
+    SWAP reads Monarch's y `[CHUNKS, T, G*KC]` in place as a[g] `[T, CHUNKS*KC]`: the two block indices change
+    places.
     """
     i_n, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     steps = tl.cdiv(KC, BK)
@@ -48,10 +49,13 @@ def block_gemm_kernel(
         i_c = step // steps
         o_k = (step % steps) * BK
         if SWAP:
-            b_a = load_tile(a, i_c, i_t * BT, i_g * KC + o_k, T, i_g * KC + KC, stride_ag, stride_at, stride_ak,
-                            BT, BK, TMA)  # fmt: skip
-            b_b = load_tile(b, i_g, i_n * BN, i_c * KC + o_k, N, i_c * KC + KC, stride_bg, stride_bn, stride_bk,
-                            BN, BK, TMA)  # fmt: skip
+            o_a, o_b = i_g * KC, i_c * KC
+            b_a = load_tile(
+                a, i_c, i_t * BT, o_a + o_k, T, o_a + KC, stride_ag, stride_at, stride_ak, BT, BK, TMA
+            )
+            b_b = load_tile(
+                b, i_g, i_n * BN, o_b + o_k, N, o_b + KC, stride_bg, stride_bn, stride_bk, BN, BK, TMA
+            )
         else:
             b_a = load_tile(a, i_g, i_t * BT, o_k, T, KC, stride_ag, stride_at, stride_ak, BT, BK, TMA)
             b_b = load_tile(b, i_g, i_n * BN, o_k, N, KC, stride_bg, stride_bn, stride_bk, BN, BK, TMA)
@@ -65,7 +69,7 @@ def block_gemm_kernel(
 
 
 def block_gemm(a, b, c, bias=None, swap=False):
-    """c[g] = a[g] b[g]^T + bias[g] into the strided view c `[G, T, N]`; `swap`: a is Monarch's y `[B1, T, B2*r]`."""
+    """c[g] = a[g] b[g]^T + bias[g] into the strided view c `[G, T, N]`; `swap`: a is Monarch's y."""
     (groups, tokens, n), k = c.shape, b.shape[2]
     chunks = a.shape[0] if swap else 1
     chunk = k // chunks
@@ -98,7 +102,7 @@ def block_gemm(a, b, c, bias=None, swap=False):
 
 
 def expand(z, u, bias, out):
-    """out[i] = z[i] u[i]^T + bias[i] into the strided view out `[B2, T, Q]`; cuBLAS has no bias for a stack."""
+    """out[i] = z[i] u[i]^T + bias[i] into the strided view out `[B2, T, Q]`; cuBLAS adds no bias."""
     if bias is None:
         torch.bmm(z, u.transpose(1, 2), out=out)
     else:

@@ -1,7 +1,7 @@
 """The few-token kernels of all three structures: they stream each factor once and do little else.
 
-Two launches per layer. Each asks for its weights' cache lines before it waits for the kernel before it, so that the
-memory never idles between the two.
+Two launches per layer. Each asks for its weights' cache lines before it waits for the kernel before it, so
+that the memory never idles between the two.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def decode_project_kernel(
     BR: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into B1 parts.
+    """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into
+    B1 parts.
 
-    The B1 parts are a batch of the product, so that the warps share the work instead of all reading everything. Without
-    MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r goes to z[i, t, g*G_ROWS + r].
-    P, R, G_ROWS, K and the strides come / VEC.
+    The B1 parts are a batch of the product, so that the warps share the work instead of all reading
+    everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
+    goes to z[i, t, g*G_ROWS + r]. P, R, G_ROWS, K and the strides come / VEC.
     """
     i_r, i_g = tl.program_id(0), tl.program_id(1)
     o_t, o_j = tl.arange(0, BT), tl.arange(0, BJ)
@@ -192,7 +193,7 @@ def decode_expand_kernel(
 
 
 def decode_project(x, v, s, z):
-    """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank (B1 = B2 = 1).
+    """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank.
 
     x `[T, K]`, v `[B1, rows, P]`.
     """

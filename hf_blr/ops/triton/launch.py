@@ -1,7 +1,7 @@
-"""How each kernel is launched: pure functions of sizes, dtype and device properties, so that tests can call them.
+"""How each kernel is launched: pure functions of sizes, dtype and device properties.
 
-There is no tuning at run time: each function returns the one setting that won on an H100, cut down until it fits the
-shared memory of smaller cards. `benchmarks/NOTES.md` has what was tried.
+There is no tuning at run time: each function returns the one setting that won on an H100, cut down until it
+fits the shared memory of smaller cards. `benchmarks/NOTES.md` has what was tried.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def gemm_config(chunk: int, tokens: int, itemsize: int, device: Device) -> GemmC
     """For `block_gemm_kernel`; `chunk` is the length that is contiguous along the contraction."""
     if device == INTERPRETER:
         return SMALLEST_GEMM
-    # two programs of 128 x 128 on a multiprocessor beat one of 128 x 256 by 7 % (20.3 and 22.2 us, 4 x 1024^3, H100)
+    # two programs of 128 x 128 on a multiprocessor beat one of 128 x 256 by 7 % (20.3 and 22.2 us, 4 x
+    # 1024^3, H100)
     bt = 128 if tokens > 64 else 64
     bk = min(128 // itemsize, max(16, largest_power_of_two(chunk)))
     return fit_gemm(GemmConfig(bt, 128, bk, 4, 3), itemsize, device)
@@ -112,28 +113,29 @@ def fit_gemm(config: GemmConfig, itemsize: int, device: Device, tiles_a: int = 1
 def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
     """Whether BLAST's mix runs while the last stage loads, instead of in a kernel of its own.
 
-    Whole layer of 4096 x 4096, H100, us fused and apart: 1024 tokens 4x16 blocks 54 and 56, 4x32 54 and 90, 4x4 57 and
-    42; 128 tokens 4x16 39 and 22. With 16 blocks of 688 outputs, ragged for its tiles of 128, 197 and 113.
+    Whole layer of 4096 x 4096, H100, us fused and apart: 1024 tokens 4x16 blocks 54 and 56, 4x32 54 and 90,
+    4x4 57 and 42; 128 tokens 4x16 39 and 22. With 16 blocks of 688 outputs, ragged for its tiles of 128, 197
+    and 113.
     """
     return b1 <= 4 and b2 >= 16 and q % 128 == 0 and rank % 16 == 0 and tokens >= 512
 
 
 def reads_swapped(rank: int) -> bool:
-    """Whether Monarch's last stage reads y in place; a rank of odd length for its tiles is copied in order first."""
+    """Whether Monarch's last stage reads y in place; other ranks are copied in order first."""
     return rank % 32 == 0
 
 
 def mixes_along_t(b1: int, b2: int) -> bool:
     """Whether y and z are best laid out with the tokens contiguous, for a mix on tensor cores.
 
-    Whole layer, 1024 tokens, H100, us along t and along r: 4096 x 4096 with 16x16 blocks 71 and 77, 4x4 43 and 41;
-    4096 x 11008 with 16x16 blocks 127 and 140, 4x16 103 and 119.
+    Whole layer, 1024 tokens, H100, us along t and along r: 4096 x 4096 with 16x16 blocks 71 and 77, 4x4 43
+    and 41; 4096 x 11008 with 16x16 blocks 127 and 140, 4x16 103 and 119.
     """
     return b1 * b2 > 16
 
 
 def mix_config(b1: int, b2: int, tokens: int, along_t: bool, device: Device) -> MixConfig:
-    """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens; else multiply-adds."""
+    """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens."""
     dot = along_t or b1 * b2 > (64 if tokens > 512 else 16)
     if device == INTERPRETER:
         return MixConfig(16, 16, dot, 4)
@@ -147,13 +149,13 @@ def mix_config(b1: int, b2: int, tokens: int, along_t: bool, device: Device) -> 
 
 
 def ds_config(b1: int, b2: int, device: Device) -> MixConfig:
-    """For `blast_ds_kernel`: as the mix of many tokens, with less shared memory where it uses tensor cores."""
+    """For `blast_ds_kernel`: as the mix of many tokens, with smaller tiles where it uses tensor cores."""
     config = mix_config(b1, b2, 1 << 20, False, device)
     return replace(config, br=16, warps=4) if config.dot else config
 
 
 def ds_group(b1: int, b2: int) -> int:
-    """How many output blocks one program of `blast_ds_kernel` takes: those that make 16 accumulators or fewer."""
+    """Output blocks that a program of `blast_ds_kernel` takes: those that make 16 accumulators or fewer."""
     return max(g for g in range(1, b2 + 1) if b2 % g == 0 and g * b1 <= max(16, b1))
 
 
@@ -173,8 +175,8 @@ def project_config(
     longest = pow2(-(-row // parts))
     parts = pow2(parts)
     if tokens == 1 and mix and rows <= 8 * device.sms:
-        # so many registers that each multiprocessor takes one program: with two on some and none on others, which
-        # a little less allows, 4x4 blocks took 11.2 us a layer instead of 8.8 (4096 x 4096, H100)
+        # so many registers that each multiprocessor takes one program: with two on some and none on others,
+        # which a little less allows, 4x4 blocks took 11.2 us a layer instead of 8.8 (4096 x 4096, H100)
         return DecodeConfig(8, max(16, min(longest, 2048 // parts)), 8, 2)
     if tokens == 1 and mix:
         return DecodeConfig(4, max(16, min(longest, 1024 // parts)), 8, 4)
@@ -214,7 +216,8 @@ def decode_rows(tokens: int) -> int:
 def vector_width(*sizes: int) -> int:
     """The largest power of two up to 16 that divides every size.
 
-    Triton sees alignment only in multiples of 16; sizes divided by this and multiplied back in the kernel show it the rest.
+    Triton sees alignment only in multiples of 16; sizes divided by this and multiplied back in the kernel
+    show it the rest.
     """
     width = 16
     while any(size % width for size in sizes):

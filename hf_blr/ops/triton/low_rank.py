@@ -9,7 +9,10 @@ from hf_blr.ops.triton.launch import decodes
 
 
 def low_rank_fwd(x, u, v, bias, keep=False):
-    """x `[T, K]`, u `[N, R]`, v `[R, K]`, bias `[N]` or None -> `[T, N]`, and y `[T, R]` if asked to keep it."""
+    """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
+
+    u `[N, R]`, v `[R, K]`, bias `[N]` or None.
+    """
     tokens, (n, r) = x.shape[0], u.shape
     if tokens == 0 or keep or not decodes(tokens, 1, 1):
         y = F.linear(x, v)

@@ -43,8 +43,9 @@ def blast_mix_kernel(
 ):
     """z[i,t,r] = sum_j s[i,j,r] y[j,t,r], y `[B1, T, R]`, z `[B2, T, R]`; sizes and strides come / VEC.
 
-    DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is: then
-    stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor cores.
+    DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is:
+    then stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor
+    cores.
     """
     i_r, i_t = tl.program_id(0), tl.program_id(1)
     o_r = i_r * BR + tl.arange(0, BR)
@@ -70,7 +71,8 @@ def blast_mix_kernel(
             o_z = o_i.to(tl.int64)[None, :, None] * (stride_zi * VEC) + o_rz
             tl.store(z_ptr + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_i[None, :, None] & m_rt)
         else:
-            # loaded with r last and turned here: loaded in this order, 4x32 blocks cost a fifth of a training step more
+            # loaded with r last and turned here: loaded in this order, 4x32 blocks cost a fifth of a training
+            # step more
             o_ty = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC) + o_r[None, None, :]
             o_tz = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC) + o_r[None, None, :]
             o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_ty
@@ -83,7 +85,8 @@ def blast_mix_kernel(
     else:
         o_y = o_t.to(tl.int64)[:, None] * (stride_yt * VEC) + o_r[None, :]
         o_z = o_t.to(tl.int64)[:, None] * (stride_zt * VEC) + o_r[None, :]
-        # s is loaded once per row of the tile, in y's own layout: any narrower tile goes through shared memory
+        # s is loaded once per row of the tile, in y's own layout: any narrower tile goes through shared
+        # memory
         o_s = tl.zeros((BT, 1), tl.int32) + o_r[None, :]
         b_ys = ()
         for j in tl.static_range(B1):
@@ -132,9 +135,10 @@ def blast_ds_kernel(
 ):
     """ds[c,i,j,r] = sum over the STEPS * BT tokens of chunk c of dz[i,t,r] y[j,t,r].
 
-    DOT takes all pairs of blocks at once, one small product per r; else the third axis of the grid cuts i in groups of
-    BI. ALL (one group) also writes z[i,t,r] = sum_j s[i,j,r] y[j,t,r] and dy[j,t,r] = sum_i s[i,j,r] dz[i,t,r], laid out
-    as dz and y: all that the backward wants of the mix, for one reading of y and dz.
+    DOT takes all pairs of blocks at once, one small product per r; else the third axis of the grid cuts i in
+    groups of BI. ALL (one group) also writes z[i,t,r] = sum_j s[i,j,r] y[j,t,r] and dy[j,t,r] = sum_i
+    s[i,j,r] dz[i,t,r], laid out as dz and y: all that the backward wants of the mix, for one reading of y and
+    dz.
     """
     i_r, i_c, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_r = i_r * BR + tl.arange(0, BR)
@@ -209,7 +213,7 @@ def stack_along_t(blocks, tokens, width, like):
 
 
 def blast_mix(y, s):
-    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s transposed, dy from dz."""
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz."""
     (b2, b1, r), tokens = s.shape, y.shape[1]
     along_t = y.stride(2) > 1
     z = stack_along_t(b2, tokens, r, y) if along_t else y.new_empty(b2, tokens, r)
@@ -242,7 +246,7 @@ def blast_mix(y, s):
 
 
 def blast_mix_bwd(dz, y, s):
-    """(z, dy, ds) from dz `[B2, T, R]`, y `[B1, T, R]` and s `[B2, B1, R]`; sums over tokens always in the same order."""
+    """(z, dy, ds) from dz `[B2, T, R]`, y `[B1, T, R]` and s `[B2, B1, R]`; sums in fixed order."""
     (b2, tokens, r), b1 = dz.shape, y.shape[0]
     config = ds_config(b1, b2, device_of(y))
     group = max(16, pow2(b2)) if config.dot else ds_group(b1, b2)

@@ -10,7 +10,10 @@ from hf_blr.ops.triton.launch import decodes, reads_swapped
 
 
 def monarch_fwd(x, u, v, bias, keep=False):
-    """x `[T, K]`, u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None -> `[T, N]`, and y `[B1, T, B2*r]` if kept."""
+    """x `[T, K]` -> `[T, N]`, and y `[B1, T, B2*r]` if asked to keep it.
+
+    u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None.
+    """
     tokens, (b1, rows, p), (b2, q, inner) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:

@@ -1,4 +1,4 @@
-"""Small device-side helpers: masked tiles, Hopper's dependent launch, cache prefetch. Kernels read as maths above them."""
+"""Small device-side helpers: masked tiles, Hopper's dependent launches, cache prefetch."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,21 @@ from triton.language.extra import cuda as tl_cuda
 
 
 @triton.jit
-def load_tile(src, i_g, row, col, rows, cols, stride_g, stride_r, stride_c, BR: tl.constexpr, BC: tl.constexpr,
-              TMA: tl.constexpr):  # fmt: skip
-    """[BR, BC] of the matrix i_g of a stack [G, rows, cols], zero outside; src is a descriptor if TMA, else a pointer."""
+def load_tile(
+    src,
+    i_g,
+    row,
+    col,
+    rows,
+    cols,
+    stride_g,
+    stride_r,
+    stride_c,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[BR, BC] of matrix i_g of a stack, zero outside; src is a descriptor if TMA, else a pointer."""
     if TMA:
         b = src.load([i_g, row, col]).reshape(BR, BC)
     else:
@@ -22,10 +34,7 @@ def load_tile(src, i_g, row, col, rows, cols, stride_g, stride_r, stride_c, BR: 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Block until the kernel before has finished, then let the kernel after begin its prologue.
-
-    In this order what a later kernel reads before its own wait (the weights of its stage) was written before this kernel.
-    """
+    """Block until the kernel before has finished, then let the kernel after begin, up to its own wait."""
     if PDL:
         tl_cuda.gdc_wait()
         tl_cuda.gdc_launch_dependents()
