@@ -118,7 +118,7 @@ class Timer:
         return statistics.median(s.elapsed_time(e) for s, e in events) * 1e3 / len(weights)
 
     def copies(self, weights, tokens):
-        """The weights; where few tokens make reading them the work, enough copies to exceed L2 three times."""
+        """The weights; at few tokens, where reading them is the work, in copies of three times L2."""
         if tokens > 32:
             return [weights]
         size = sum(w.numel() * w.element_size() for w in weights)
@@ -232,16 +232,12 @@ def main():
     for case in todo:
         rows += bench_layer(*case, timer)
         for row in (r for r in rows if (r["model"], r["layer"], r["tokens"], r["direction"]) == case):
-            print(
-                f"{row['model']:13} {row['layer']:10} {row['tokens']:5} {row['direction'][7:]:9} {row['structure']:8} "
-                f"{row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['impl']:6} {row['us']:8.1f} us "
-                f"{row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}",
-                flush=True,
-            )
-    commit = (
-        args.commit
-        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    )
+            where = f"{row['model']:13} {row['layer']:10} {row['tokens']:5} {row['direction'][7:]:9}"
+            what = f"{row['structure']:8} {row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['impl']:6}"
+            speed = f"{row['us']:8.1f} us {row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}"
+            print(where, what, speed, flush=True)
+    git = ["git", "rev-parse", "HEAD"]
+    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name()
     result = {
         "gpu": name,

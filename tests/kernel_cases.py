@@ -48,7 +48,7 @@ def run(function, tensors, grad=None, **kwargs):
 
 
 def assert_within_budget(structure, tensors, gradients=True, **kwargs):
-    """Against float64, the kernel errs at most twice as much as eager PyTorch in its dtype, plus a rounding."""
+    """Against float64, the kernel errs at most twice as much as eager PyTorch, plus a rounding."""
     kernel, eager = FUNCTIONS[structure]
     generator = torch.Generator(tensors[0].device).manual_seed(1)
     shape = (
