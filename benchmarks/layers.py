@@ -218,6 +218,15 @@ def compile_kernels(case):
     bench_layer(*case, timer=None, compile_only=True)
 
 
+def one_row_a_line(result):
+    """JSON that can be read and compared line by line."""
+    *head, (_, rows) = result.items()
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head]
+    return "\n".join(
+        ["{", *lines, ' "rows": [', ",\n".join(f"  {json.dumps(r)}" for r in rows), " ]", "}", ""]
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(LAYERS), choices=list(LAYERS))
@@ -251,7 +260,7 @@ def main():
     }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"layers_{name.split()[1].lower()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(one_row_a_line(result))
     print(path)
 
 
