@@ -71,9 +71,7 @@ def structures(model, layer):
     rows = [("low_rank", (1, 1), rank)]
     if monarch:
         rows += [("monarch", (b, b), monarch[0] // b) for b in sorted({monarch[1], 4})]
-    blocks = (
-        {(blast, blast), (4, 4), (2, 16), (4, 16), (4, 32)} if "Llama" in model else {(blast, blast), (4, 4)}
-    )
+    blocks = {(blast, blast), (4, 4), (2, 16), (4, 16), (4, 32)} if "Llama" in model else {(blast, blast), (4, 4)}
     rows += [("blast", b, rank) for b in sorted(blocks) if k % b[0] == 0 and n % b[1] == 0]
     return rows
 
@@ -168,9 +166,7 @@ def bench_layer(model, layer, tokens, direction, timer, compile_only=False):
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * k**-0.5]
     exact = x.double() @ dense[0].double().T
     times = {"dense": measure(F.linear, dense)}
-    rows.append(
-        ("dense", (1, 1), min(k, n), "cublas", times["dense"], relative_error(F.linear(x, dense[0]), exact))
-    )
+    rows.append(("dense", (1, 1), min(k, n), "cublas", times["dense"], relative_error(F.linear(x, dense[0]), exact)))
     del dense, exact
     for structure, blocks, rank in structures(model, layer):
         weights = make_factors(structure, k, n, blocks, rank)
@@ -185,9 +181,7 @@ def bench_layer(model, layer, tokens, direction, timer, compile_only=False):
             microseconds = measure(function, weights)
             if structure == "low_rank" and impl == "eager":
                 times["low_rank"] = microseconds
-            rows.append(
-                (structure, blocks, rank, impl, microseconds, relative_error(function(x, *weights), exact))
-            )
+            rows.append((structure, blocks, rank, impl, microseconds, relative_error(function(x, *weights), exact)))
     keys = ("structure", "blocks", "rank", "impl", "us", "rel_error")
     return [
         {
@@ -222,9 +216,7 @@ def one_row_a_line(result):
     """JSON that can be read and compared line by line."""
     *head, (_, rows) = result.items()
     lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head]
-    return "\n".join(
-        ["{", *lines, ' "rows": [', ",\n".join(f"  {json.dumps(r)}" for r in rows), " ]", "}", ""]
-    )
+    return "\n".join(["{", *lines, ' "rows": [', ",\n".join(f"  {json.dumps(r)}" for r in rows), " ]", "}", ""])
 
 
 def main():

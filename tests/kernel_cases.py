@@ -61,9 +61,7 @@ def assert_within_budget(structure, tensors, gradients=True, **kwargs):
     ours = run(kernel, tensors, grad, impl="triton", **kwargs)
     names = ("out", *("d" + name for name in NAMES[structure]))
     rounding = torch.finfo(tensors[0].dtype).eps
-    for name, got, cheap, truth in list(zip(names, ours, low, exact, strict=False))[
-        : None if gradients else 1
-    ]:
+    for name, got, cheap, truth in list(zip(names, ours, low, exact, strict=False))[: None if gradients else 1]:
         assert got.shape == truth.shape, name
         size = truth.norm() + 1e-30
         error, allowed = (got - truth).norm() / size, (cheap - truth).norm() / size

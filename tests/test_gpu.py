@@ -31,17 +31,13 @@ def test_kernels_keep_the_error_budget(structure, tokens, size):
 @pytest.mark.parametrize("tokens", [1, 17, 130])
 @pytest.mark.parametrize("structure", FUNCTIONS)
 def test_other_dtypes_keep_the_error_budget(structure, tokens, dtype):
-    assert_within_budget(
-        structure, make_inputs(structure, tokens, 4, 8, 64, 48, 72, dtype, "cuda", bias=False)
-    )
+    assert_within_budget(structure, make_inputs(structure, tokens, 4, 8, 64, 48, 72, dtype, "cuda", bias=False))
 
 
 @pytest.mark.parametrize("structure", FUNCTIONS)
 def test_real_layer(structure):
     rank = 1024 if structure != "monarch" else 256
-    assert_within_budget(
-        structure, make_inputs(structure, 1024, 4, 4, 1024, 1024, rank, torch.bfloat16, "cuda")
-    )
+    assert_within_budget(structure, make_inputs(structure, 1024, 4, 4, 1024, 1024, rank, torch.bfloat16, "cuda"))
 
 
 @pytest.mark.parametrize("structure", FUNCTIONS)
@@ -55,9 +51,7 @@ def test_results_repeat_bit_for_bit(structure, tokens):
 @pytest.mark.parametrize("structure", FUNCTIONS)
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_runs_in_a_cuda_graph(structure, tokens):
-    tensors = [
-        t.detach() for t in make_inputs(structure, tokens, 4, 16, 128, 64, 256, torch.bfloat16, "cuda")
-    ]
+    tensors = [t.detach() for t in make_inputs(structure, tokens, 4, 16, 128, 64, 256, torch.bfloat16, "cuda")]
     function = FUNCTIONS[structure][0]
     expected = function(*tensors)
     stream = torch.cuda.Stream()

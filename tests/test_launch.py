@@ -21,9 +21,7 @@ def test_gemm_tiles_fit_shared_memory(device):
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_decode_tiles_fit_shared_memory(device):
-    for parts, rank, tokens, itemsize in itertools.product(
-        (1, 4, 16, 64), (7, 1024, 1488), (2, 16, 32), (2, 4)
-    ):
+    for parts, rank, tokens, itemsize in itertools.product((1, 4, 16, 64), (7, 1024, 1488), (2, 16, 32), (2, 4)):
         for mix in (True, False):
             c = launch.project_config(parts, 4096, rank, tokens, mix, itemsize, device)
             bt = launch.decode_rows(tokens)
@@ -59,9 +57,7 @@ def test_vector_width(sizes, width):
     assert launch.vector_width(*sizes) == width
 
 
-@pytest.mark.parametrize(
-    "b1, b2, group", [(4, 4, 4), (4, 16, 4), (16, 4, 1), (3, 5, 5), (6, 7, 1), (1, 16, 16)]
-)
+@pytest.mark.parametrize("b1, b2, group", [(4, 4, 4), (4, 16, 4), (16, 4, 1), (3, 5, 5), (6, 7, 1), (1, 16, 16)])
 def test_ds_group_divides_the_blocks(b1, b2, group):
     assert launch.ds_group(b1, b2) == group
 

@@ -10,9 +10,7 @@ from kernel_cases import FUNCTIONS, make_inputs
 from hf_blr import ops
 from hf_blr.ops import dispatch
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only"
-)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
 
 
 @interpreted

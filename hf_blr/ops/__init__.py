@@ -14,9 +14,7 @@ from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
 __all__ = ["blast_linear", "current_impl", "few_tokens", "low_rank_linear", "monarch_linear", "use_impl"]
 
 
-def low_rank_linear(
-    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None
-) -> Tensor:
+def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:
     """x v^T u^T + bias.
 
     Args:
@@ -38,9 +36,7 @@ def low_rank_linear(
     return library.low_rank(x, u, v, bias)
 
 
-def monarch_linear(
-    x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None
-) -> Tensor:
+def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:
     """Block (i, j) of the matrix is u_ij v_ij. Monarch, arXiv 2204.00595, with general block rank r.
 
     Args:

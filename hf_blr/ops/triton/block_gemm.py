@@ -50,12 +50,8 @@ def block_gemm_kernel(
         o_k = (step % steps) * BK
         if SWAP:
             o_a, o_b = i_g * KC, i_c * KC
-            b_a = load_tile(
-                a, i_c, i_t * BT, o_a + o_k, T, o_a + KC, stride_ag, stride_at, stride_ak, BT, BK, TMA
-            )
-            b_b = load_tile(
-                b, i_g, i_n * BN, o_b + o_k, N, o_b + KC, stride_bg, stride_bn, stride_bk, BN, BK, TMA
-            )
+            b_a = load_tile(a, i_c, i_t * BT, o_a + o_k, T, o_a + KC, stride_ag, stride_at, stride_ak, BT, BK, TMA)
+            b_b = load_tile(b, i_g, i_n * BN, o_b + o_k, N, o_b + KC, stride_bg, stride_bn, stride_bk, BN, BK, TMA)
         else:
             b_a = load_tile(a, i_g, i_t * BT, o_k, T, KC, stride_ag, stride_at, stride_ak, BT, BK, TMA)
             b_b = load_tile(b, i_g, i_n * BN, o_k, N, KC, stride_bg, stride_bn, stride_bk, BN, BK, TMA)

@@ -80,11 +80,7 @@ def decode_project_kernel(
     if MIX:
         o_i = tl.arange(0, BI)
         m_i = o_i < B2
-        o_s = (
-            o_i[:, None, None] * (stride_si * VEC)
-            + o_j[None, :, None] * (stride_sj * VEC)
-            + o_r[None, None, :]
-        )
+        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
         m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
     x_ptr += i_g * (stride_xg * VEC)
@@ -115,15 +111,11 @@ def decode_project_kernel(
         o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :] + o_r[None, None, :]
         m_z = m_i[:, None, None] & m_tr[None, :, :]
         if DOT_MIX:
-            b_z = tl.dot(
-                tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION
-            )
+            b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION)
             tl.store(z_ptr + o_zi, tl.permute(b_z.to(dtype), (1, 2, 0)), mask=m_z)
         else:
             # the condition keeps Triton 3.6 from making an invalid product of rank 4 of this sum
-            b_p = tl.where(
-                m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0
-            )
+            b_p = tl.where(m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0)
             tl.store(z_ptr + o_zi, tl.sum(b_p, 1).to(dtype), mask=m_z)
     else:
         rows = G_ROWS * VEC

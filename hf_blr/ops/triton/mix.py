@@ -77,9 +77,7 @@ def blast_mix_kernel(
             o_tz = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC) + o_r[None, None, :]
             o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_ty
             b_y = tl.load(y_ptr + o_y, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)  # [BJ, BT, BR]
-            b_z = tl.dot(b_s, tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION).to(
-                z_ptr.dtype.element_ty
-            )
+            b_z = tl.dot(b_s, tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION).to(z_ptr.dtype.element_ty)
             o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_tz
             tl.store(z_ptr + o_z, tl.permute(b_z, (1, 2, 0)), mask=m_i[:, None, None] & m_tr[None, :, :])
     else:
@@ -90,9 +88,7 @@ def blast_mix_kernel(
         o_s = tl.zeros((BT, 1), tl.int32) + o_r[None, :]
         b_ys = ()
         for j in tl.static_range(B1):
-            b_ys = b_ys + (
-                tl.load(y_ptr + tl.cast(stride_yj, tl.int64) * (j * VEC) + o_y, mask=m_tr, other=0.0),
-            )
+            b_ys = b_ys + (tl.load(y_ptr + tl.cast(stride_yj, tl.int64) * (j * VEC) + o_y, mask=m_tr, other=0.0),)
         for i in tl.static_range(B2):
             b_z = tl.zeros((BT, BR), tl.float32)
             for j in tl.static_range(B1):
@@ -156,9 +152,7 @@ def blast_ds_kernel(
             o_yt = o_t.to(tl.int64)[None, :, None] * (stride_yt * VEC)
             b_dz = tl.load(dz_ptr + o_z + o_zt, mask=m_i[:, None, None] & m_tr[None, :, :], other=0.0)
             b_y = tl.load(y_ptr + o_y + o_yt, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)
-            acc = tl.dot(
-                tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION
-            )
+            acc = tl.dot(tl.permute(b_dz, (2, 0, 1)), tl.permute(b_y, (2, 1, 0)), acc, input_precision=PRECISION)
         o = ((i_c * B2 + o_i[None, :, None]) * B1 + o_j[None, None, :]) * (R * VEC) + o_r[:, None, None]
         tl.store(ds_ptr + o, acc, mask=m_r[:, None, None] & m_i[None, :, None] & m_j[None, None, :])
     else:
@@ -252,9 +246,7 @@ def blast_mix_bwd(dz, y, s):
     group = max(16, pow2(b2)) if config.dot else ds_group(b1, b2)
     fused = group == b2 and not config.dot
     z, dy = (
-        (torch.empty_like(dz), torch.empty_like(y))
-        if fused
-        else (blast_mix(y, s), blast_mix(dz, s.transpose(0, 1)))
+        (torch.empty_like(dz), torch.empty_like(y)) if fused else (blast_mix(y, s), blast_mix(dz, s.transpose(0, 1)))
     )
     steps = triton.cdiv(256 if config.dot else 64, config.bt)
     chunks = triton.cdiv(tokens, steps * config.bt)
