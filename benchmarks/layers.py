@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-import hf_blr
 from hf_blr import ops
+from hf_blr.cli.options import environment
 from hf_blr.ops import reference
 
 PROTOCOL = (
@@ -237,21 +236,10 @@ def main():
             what = f"{row['structure']:8} {row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['impl']:6}"
             speed = f"{row['us']:8.1f} us {row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}"
             print(where, what, speed, flush=True)
-    git = ["git", "rev-parse", "HEAD"]
-    commit = args.commit or subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name()
-    result = {
-        "gpu": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "hf_blr": hf_blr.__version__,
-        "commit": commit,
-        "dtype": "bfloat16",
-        "protocol": PROTOCOL,
-        "rows": rows,
-    }
+    where = environment() | {"triton": triton.__version__} | ({"commit": args.commit} if args.commit else {})
+    result = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"layers_{name.split()[1].lower()}.json"
+    path = args.out / f"layers_{where['device'].split()[1].lower()}.json"
     path.write_text(one_row_a_line(result))
     print(path)
 

@@ -12,19 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from hf_blr.ops.dispatch import compute_dtype, few_tokens
 
-# `keep`: also return the first stage's result y for the backward; without it y comes back empty
-_FORWARD = "Tensor? bias, bool keep) -> (Tensor, Tensor)"
-torch.library.define("hf_blr::low_rank", f"(Tensor x, Tensor u, Tensor v, {_FORWARD}")
-torch.library.define("hf_blr::monarch", f"(Tensor x, Tensor u, Tensor v, {_FORWARD}")
-torch.library.define("hf_blr::blast", f"(Tensor x, Tensor u, Tensor s, Tensor v, {_FORWARD}")
-# `needs` says which gradients are wanted; an unwanted one comes back empty, as y does where it was not kept
-_BACKWARD = "Tensor y, bool[] needs) -> (Tensor, Tensor, Tensor"
-torch.library.define("hf_blr::low_rank_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor v, {_BACKWARD})")
-torch.library.define("hf_blr::monarch_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor v, {_BACKWARD})")
-torch.library.define(
-    "hf_blr::blast_backward", f"(Tensor grad, Tensor x, Tensor u, Tensor s, Tensor v, {_BACKWARD}, Tensor)"
-)
-
 
 def low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable."""
@@ -135,49 +122,63 @@ def _backward_fake(grad, *inputs):
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in pairs)
 
 
-for _name in ("low_rank", "monarch", "blast"):
-    torch.library.register_fake(f"hf_blr::{_name}", _forward_fake)
-    torch.library.register_fake(f"hf_blr::{_name}_backward", _backward_fake)
-
-
-# the CPU is reached under Triton's interpreter only: `dispatch` sees to it
-@torch.library.impl("hf_blr::low_rank", ("cuda", "cpu"))
 def _low_rank(x, u, v, bias, keep):
     from hf_blr.ops.triton.low_rank import low_rank_fwd
 
     return low_rank_fwd(x, u, v, bias, keep)
 
 
-@torch.library.impl("hf_blr::low_rank_backward", ("cuda", "cpu"))
 def _low_rank_backward(grad, x, u, v, y, needs):
     from hf_blr.ops.triton.low_rank import low_rank_bwd
 
     return low_rank_bwd(grad, x, u, v, y, needs)
 
 
-@torch.library.impl("hf_blr::monarch", ("cuda", "cpu"))
 def _monarch(x, u, v, bias, keep):
     from hf_blr.ops.triton.monarch import monarch_fwd
 
     return monarch_fwd(x, u, v, bias, keep)
 
 
-@torch.library.impl("hf_blr::monarch_backward", ("cuda", "cpu"))
 def _monarch_backward(grad, x, u, v, y, needs):
     from hf_blr.ops.triton.monarch import monarch_bwd
 
     return monarch_bwd(grad, x, u, v, y, needs)
 
 
-@torch.library.impl("hf_blr::blast", ("cuda", "cpu"))
 def _blast(x, u, s, v, bias, keep):
     from hf_blr.ops.triton.blast import blast_fwd
 
     return blast_fwd(x, u, s, v, bias, keep)
 
 
-@torch.library.impl("hf_blr::blast_backward", ("cuda", "cpu"))
 def _blast_backward(grad, x, u, s, v, y, needs):
     from hf_blr.ops.triton.blast import blast_bwd
 
     return blast_bwd(grad, x, u, s, v, y, needs)
+
+
+# `keep`: also return the first stage's result y for the backward; without it y comes back empty.
+# `needs` says which gradients are wanted; an unwanted one comes back empty, as y does where it was not kept.
+_UV, _USV = "Tensor x, Tensor u, Tensor v", "Tensor x, Tensor u, Tensor s, Tensor v"
+_FORWARD, _BACKWARD = (
+    "Tensor? bias, bool keep) -> (Tensor, Tensor)",
+    "Tensor y, bool[] needs) -> (Tensor, Tensor, Tensor",
+)
+_OPS = {
+    f"low_rank({_UV}, {_FORWARD}": (_low_rank, _forward_fake),
+    f"monarch({_UV}, {_FORWARD}": (_monarch, _forward_fake),
+    f"blast({_USV}, {_FORWARD}": (_blast, _forward_fake),
+    f"low_rank_backward(Tensor grad, {_UV}, {_BACKWARD})": (_low_rank_backward, _backward_fake),
+    f"monarch_backward(Tensor grad, {_UV}, {_BACKWARD})": (_monarch_backward, _backward_fake),
+    f"blast_backward(Tensor grad, {_USV}, {_BACKWARD}, Tensor)": (_blast_backward, _backward_fake),
+}
+
+for _schema, (_run, _fake) in _OPS.items():
+    _name, _, _arguments = _schema.partition("(")
+    # a second import of the package in one process finds the ops there
+    if not hasattr(torch.ops.hf_blr, _name):
+        torch.library.define(f"hf_blr::{_name}", f"({_arguments}")
+        # the CPU is reached under Triton's interpreter only: `dispatch` sees to it
+        torch.library.impl(f"hf_blr::{_name}", ("cuda", "cpu"), _run)
+        torch.library.register_fake(f"hf_blr::{_name}", _fake)
