@@ -31,10 +31,10 @@ def add_arguments(parser):
     parser.set_defaults(dtype="float32")
     parser.add_argument("--dataset", default="builtin", help="builtin, wikitext2, c4, a text file or a folder")
     parser.add_argument("--ratio", type=float, default=0.7, help="kept / dense parameters of each replaced layer")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds of alternating solves at most")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of alternating solves at most")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--evaluation-tokens", type=int, default=12288)
-    parser.add_argument("--finetune-steps", type=int, default=40)
+    parser.add_argument("--evaluation-tokens", type=int, default=8192)
+    parser.add_argument("--finetune-steps", type=int, default=30)
     parser.add_argument("--prompt", default="The for statement in Python is used to")
     parser.add_argument(
         "--quick", action="store_true", help=f"compress one decoder layer in {QUICK_STRIDE}, train a few steps"
@@ -93,7 +93,7 @@ class Demo:
         tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
         self.calibration = sample_windows(tokens, self.seqlen, max(1, args.calibration_tokens // self.seqlen))
         # short windows make many optimizer steps of the same amount of text
-        self.training = sample_windows(tokens, self.seqlen // 4, 4 * self.steps)
+        self.training = sample_windows(tokens, self.seqlen // 8, 4 * self.steps)
         self.all_layers = dense.config.num_hidden_layers
         self.layers = range(0, self.all_layers, QUICK_STRIDE if args.quick else 1)
 

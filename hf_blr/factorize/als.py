@@ -12,6 +12,7 @@ extrapolation, so the loss never rises.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -119,16 +120,19 @@ class BlastProblem:
         target = (state.u.unsqueeze(1) * state.c).sum(2)  # [B2, B1, R]
         s = state.s.clone()
         size = max(1, min(self.b1, MAX_S_UNKNOWNS // self.r))
-        for i in range(self.b2):
-            for first in range(0, self.b1, size):
-                group = slice(first, first + size)
-                normal = uu[i] * state.g[group]  # [group, B1, R, R]
-                others = torch.einsum("jkrq,kq->jr", normal, s[i]) - torch.einsum(
-                    "jkrq,kq->jr", normal[:, group], s[i, group]
-                )
-                count = others.numel()
-                matrix = normal[:, group].transpose(1, 2).reshape(count, count)
-                s[i, group] = solve_psd(matrix, (target[i, group] - others).view(-1, 1)).view(-1, self.r)
+        # all output blocks at once keep a GPU busy; one by one they stay in a CPU's cache, which is three times faster
+        step = self.b2 if s.is_cuda else 1
+        for i, first in product(range(0, self.b2, step), range(0, self.b1, size)):
+            rows, group = slice(i, i + step), slice(first, first + size)
+            normal = uu[rows, None, None] * state.g[group]  # [step, size, B1, R, R]
+            own = normal[:, :, group].transpose(2, 3)
+            # what the other input blocks put in already
+            others = s[rows].clone()
+            others[:, group] = 0
+            rhs = target[rows, group] - torch.einsum("ijkrq,ikq->ijr", normal, others)
+            count = own.shape[1] * self.r
+            solved = solve_psd(own.reshape(-1, count, count), rhs.reshape(-1, count, 1))
+            s[rows, group] = solved.view(rhs.shape)
         return s
 
     def solve_v(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
