@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 demo: $(READY)
-	$(BIN)/hf-blr demo
+	$(BIN)/hf-blr demo $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,27 +8,58 @@ from pathlib import Path
 from hf_blr.cli.table import format_table
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "demo.json"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+#: the layer that the speed table shows: q, k, v and o of Llama-7B, 4096 -> 4096
+SPEED_LAYER = ("Llama-7B", "q,k,v,o")
 
 
-def section() -> str:
-    """The Markdown between the markers."""
-    result = json.loads(RESULT.read_text())
-    machine = result["environment"]
-    return "\n".join(
-        [
-            BEGIN,
-            "",
-            format_table(result["rows"]),
-            "",
-            f"{result['conditions']} `{result['command']}`, {result['seconds']:.0f} s in all on {machine['device']}; "
-            f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}, commit "
-            f"{machine['commit']}, {machine['date']}.",
-            "",
-            END,
-        ]
+def demo_section() -> str:
+    """Perplexities of the demo, and the conditions."""
+    result = json.loads((RESULTS / "demo.json").read_text())
+    return (
+        f"{format_table(result['rows'])}\n\n{result['conditions']} `{result['command']}`, {result['seconds']:.0f} s in "
+        f"all; {machine(result['environment'])}, Python {result['environment']['python']}."
     )
+
+
+def speed_section() -> str:
+    """Speed-ups of one layer over dense cuBLAS, by structure and number of tokens."""
+    result = json.loads((RESULTS / "layers_h100.json").read_text())
+    table: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        if (row["model"], row["layer"]) == SPEED_LAYER and row["impl"] == "hf_blr":
+            key = row["structure"], *row["blocks"], row["rank"]
+            column = f"{row['tokens']} tokens" + (", training" if row["direction"] != "forward" else "")
+            table.setdefault(key, {})[column] = row["speedup_vs_dense"]
+    columns = ["1 tokens", "16 tokens", "1024 tokens", "4096 tokens", "4096 tokens, training"]
+    rows = [
+        {"structure": s, "blocks": f"{b1} x {b2}", "rank": r, **{c: f"{speed[c]:.2f}x" for c in columns if c in speed}}
+        for (s, b1, b2, r), speed in table.items()
+    ]
+    return (
+        f"{format_table(rows, ['structure', 'blocks', 'rank', *columns])}\n\n"
+        f"Speed over dense cuBLAS of one 4096 x 4096 layer at half the parameters, bfloat16; {result['protocol']}. "
+        f"{machine(result['environment'])}."
+    )
+
+
+def machine(environment: dict) -> str:
+    return (
+        f"{environment['device']}, torch {environment['torch']}, commit {environment['commit'][:7]}, "
+        f"{environment['date']}"
+    )
+
+
+SECTIONS = {"demo": demo_section, "speed": speed_section}
+
+
+def updated(text: str) -> str:
+    """The README with each section between its markers written anew."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{section()}\n\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> int:
@@ -37,11 +68,9 @@ def main() -> int:
     args = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    updated = before + section() + rest.split(END)[1]
     if args.check:
-        return int(updated != text)
-    readme.write_text(updated)
+        return int(updated(text) != text)
+    readme.write_text(updated(text))
     return 0
 
 

@@ -149,6 +149,22 @@ def test_report_counts_what_is_there():
     assert "14 layers" in str(report)
 
 
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_parameters_lie_where_products_round_alike(build, tmp_path):
+    build().save_pretrained(tmp_path / "dense")
+    model = type(build()).from_pretrained(tmp_path / "dense")
+    mapped = sum(p.data_ptr() % 64 != 0 for p in model.parameters())
+    assert mapped, "tensors mapped from a file are expected to start at any address"
+    compress(model, BLRConfig("blast", ratio=0.6, num_blocks=2), progress=False)
+    model.save_pretrained(tmp_path / "blr")
+    again = type(model).from_pretrained(tmp_path / "blr")
+    for each in (model, again):
+        assert not [name for name, p in each.named_parameters() if p.data_ptr() % 64]
+    assert again.get_input_embeddings().weight.shape == model.get_input_embeddings().weight.shape
+    if build is tiny_gpt2:
+        assert again.lm_head.weight is again.transformer.wte.weight
+
+
 def test_grams_serve_several_structures_and_equal_a_calibrated_run():
     config = BLRConfig("blast", ratio=0.5, num_blocks=2)
     batches = token_batches()

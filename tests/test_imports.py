@@ -14,7 +14,7 @@ FLOORS = [
     ["cli", "__main__", "__init__"],
     ["integration", "compression"],
     ["evaluation", "finetune"],
-    ["report", "integration.record"],
+    ["report", "integration.record", "integration.alignment"],
     ["text", "factorize"],
     ["plan"],
     ["targets"],
@@ -84,6 +84,15 @@ def test_import_needs_no_triton_and_touches_no_gpu():
     )
     done = run(code)
     assert "torch.Size([1, 16]) False" in done.stdout, done.stderr
+
+
+def test_an_old_triton_is_not_used_and_named(monkeypatch):
+    from hf_blr.ops import dispatch
+
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.5.1")
+    assert dispatch.triton_problem() == "the kernels need Triton 3.6, 3.5.1 is installed"
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.10.0")
+    assert dispatch.triton_problem() is None
 
 
 def test_every_public_name_is_there():

@@ -91,11 +91,16 @@ class Demo:
         # what the protocol and the saved tokenizer call it, rather than a folder of this machine
         tokenizer.name_or_path = self.name
         tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
-        self.calibration = sample_windows(tokens, self.seqlen, max(1, args.calibration_tokens // self.seqlen))
+        # --quick reads and scores half of the text
+        self.share = 2 if args.quick else 1
+        self.calibration = sample_windows(tokens, self.seqlen, self.windows(args.calibration_tokens))
         # short windows make many optimizer steps of the same amount of text
         self.training = sample_windows(tokens, self.seqlen // 8, 4 * self.steps)
         self.all_layers = dense.config.num_hidden_layers
         self.layers = range(0, self.all_layers, QUICK_STRIDE if args.quick else 1)
+
+    def windows(self, tokens: int) -> int:
+        return max(1, tokens // (self.share * self.seqlen))
 
     @property
     def steps(self) -> int:
@@ -161,7 +166,7 @@ class Demo:
             self.tokenizer,
             self.args.dataset,
             seqlen=self.seqlen,
-            max_windows=max(1, self.args.evaluation_tokens // self.seqlen),
+            max_windows=self.windows(self.args.evaluation_tokens),
         )
         self.protocol = result.protocol
         parameters, size = parameter_sizes(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_blr.config import QUANT_METHOD, BLRConfig
+from hf_blr.integration.alignment import align
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, layers_from_plan
 
@@ -26,6 +27,7 @@ def record_plan(model: nn.Module, config: BLRConfig, plan: Plan):
         # transformers then reads a module's dtype from its config, instead of from its first nn.Linear
         part.config._is_quantized = True
     drop_fused_conversions(model, plan)
+    align(model)
     model.add_model_tags([QUANT_METHOD])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 
@@ -15,8 +16,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: up to here a layer is bound by reading its factors, and kernels made for that run
 FEW_TOKENS = 32
 
-# looked up without importing Triton, which costs a second and may not be there
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+#: tensor descriptors and tuples in kernels; older releases do not compile these
+OLDEST_TRITON = (3, 6)
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _default = "auto"
 
@@ -74,8 +76,8 @@ def few_tokens(x: Tensor) -> bool:
 
 def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
     """None if the kernels can run on these tensors, else the reason in words."""
-    if not _HAS_TRITON:
-        return "Triton is not installed"
+    if _TRITON_PROBLEM:
+        return _TRITON_PROBLEM
     if x.is_cuda:
         if torch.cuda.get_device_capability(x.device) < (8, 0):
             return "the GPU is older than Ampere (compute capability 8.0)"
@@ -102,3 +104,20 @@ def check_impl(impl: str) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     return impl
+
+
+def triton_problem() -> str | None:
+    """Why this installation of Triton cannot be used, found without importing it, which costs a second."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        installed = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # a build under another name
+        return None
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    too_old = tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON
+    return f"the kernels need Triton {wanted}, {installed} is installed" if too_old else None
+
+
+_TRITON_PROBLEM = triton_problem()
