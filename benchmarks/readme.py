@@ -18,7 +18,8 @@ def demo_section() -> str:
     result = json.loads((RESULTS / "demo.json").read_text())
     return (
         f"{format_table(result['rows'])}\n\n{result['conditions']} `{result['command']}`, {result['seconds']:.0f} s in "
-        f"all; {machine(result['environment'])}, Python {result['environment']['python']}."
+        f"all; {machine(result['environment'])}, Python {result['environment']['python']}, "
+        f"transformers {result['environment']['transformers']}. `seconds` are those of the fit."
     )
 
 
