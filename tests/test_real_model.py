@@ -32,8 +32,8 @@ def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_p
             folder, gguf_file=GGUF_FILE, dtype=torch.float32, blr_config=config
         )
         scores[structure] = perplexity(model, tokenizer, **evaluation).ppl
-    # the dense model scores under 10 here; a wrong factor in one layer makes hundreds
-    assert scores["blast"] < scores["low_rank"] < 20
+    # the dense model scores about 9 here, these six matrices at 30 % about 35; a wrong factor in one makes hundreds
+    assert scores["blast"] < scores["low_rank"] < 100
     model.save_pretrained(tmp_path, max_shard_size="200MB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(20).unsqueeze(0)
@@ -42,7 +42,7 @@ def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_p
 
 
 def test_demo_on_a_few_layers(tmp_path, capsys):
-    small = ["--calibration-tokens", "2048", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "3"]
+    small = ["--calibration-tokens", "8192", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "8"]
     output = ["--output", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")]
     assert main(["demo", "--quick", *small, *output]) == 0
     printed = capsys.readouterr().out
