@@ -144,16 +144,13 @@ def replace_layer(model: nn.Module, name: str, plan: Plan, gram: Tensor | None, 
     """Fits one layer and puts the result in its place."""
     started = time.perf_counter()
     module, spec = model.get_submodule(name), plan[name].spec
-    device = config.fit_device or ("cuda" if torch.cuda.is_available() else module.weight.device)
+    device = config.device_for(module.weight)
     try:
         factors = factorize(
             dense_weight(module).to(device),
             spec,
             None if gram is None else gram.to(device),
-            rounds=config.fit_rounds,
-            tolerance=config.fit_tolerance,
-            damping=config.damping,
-            seed=config.seed,
+            **config.fit_options,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

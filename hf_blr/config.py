@@ -6,6 +6,7 @@ import copy
 import os
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_blr.structures import as_block_pair, structure_class
@@ -149,6 +150,24 @@ class BLRConfig(QuantizationConfigMixin):
     def calibrated(self) -> bool:
         """Whether the fit looks at activations."""
         return self.dataset is not None
+
+    @property
+    def fit_options(self) -> dict[str, Any]:
+        """The keyword arguments of `factorize`."""
+        return {
+            "rounds": self.fit_rounds,
+            "tolerance": self.fit_tolerance,
+            "damping": self.damping,
+            "seed": self.seed,
+        }
+
+    def device_for(self, weight: torch.Tensor) -> torch.device:
+        """Where the fit of this weight runs."""
+        if self.fit_device is not None:
+            return torch.device(self.fit_device)
+        if weight.device.type == "cpu" and torch.cuda.is_available():
+            return torch.device("cuda")
+        return weight.device
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; text that was passed in memory is described, not stored."""

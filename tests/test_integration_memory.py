@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_blr.config import BLRConfig
 from hf_blr.factorize import Factors
 from hf_blr.integration import blr_modules, register, to_dense
-from hf_blr.integration.streaming import fit_device
 
 register()
 
@@ -96,9 +95,9 @@ def test_streaming_never_holds_the_dense_model(tmp_path, monkeypatch):
 def test_where_a_fit_runs(monkeypatch):
     weight = torch.zeros(2, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fit_device(weight, CONFIG) == weight.device
+    assert CONFIG.device_for(weight) == weight.device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fit_device(weight, CONFIG) == torch.device("cuda")
-    assert fit_device(weight.to("meta"), CONFIG) == torch.device("meta")
+    assert CONFIG.device_for(weight) == torch.device("cuda")
+    assert CONFIG.device_for(weight.to("meta")) == torch.device("meta")
     asked = BLRConfig("low_rank", rank=6, fit_device="cpu")
-    assert fit_device(weight.to("meta"), asked) == torch.device("cpu")
+    assert asked.device_for(weight.to("meta")) == torch.device("cpu")

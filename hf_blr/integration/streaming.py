@@ -78,9 +78,8 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
             f"{tuple(weight.shape)}; load it with its own config.json"
         )
     check_finite(name, weight)
-    matrix = (weight.T if module.transposed else weight).to(fit_device(weight, config))
-    options = {"rounds": config.fit_rounds, "tolerance": config.fit_tolerance, "damping": config.damping}
-    fitted = factorize(matrix, module.spec, **options, seed=config.seed)
+    matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
+    fitted = factorize(matrix, module.spec, **config.fit_options)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
     # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which
     # multiply with other rounding than the same factors read back from a file
@@ -98,15 +97,6 @@ def check_finite(name: str, weight: torch.Tensor):
             f"{name}: {bad} of {weight.numel()} values are NaN or infinite; repair the checkpoint, or leave "
             "this module dense with modules_to_not_convert"
         )
-
-
-def fit_device(weight: torch.Tensor, config: BLRConfig) -> torch.device:
-    """Where the fit of this weight runs."""
-    if config.fit_device is not None:
-        return torch.device(config.fit_device)
-    if weight.device.type == "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    return weight.device
 
 
 def add_placeholder(module: BLRLinear, weight: nn.Parameter):
