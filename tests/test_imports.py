@@ -15,6 +15,8 @@ FLOORS = [
     ["integration", "compression"],
     ["evaluation", "finetune"],
     ["report", "integration.record", "integration.alignment"],
+    ["budget", "calibration"],
+    ["allocation"],
     ["text", "factorize"],
     ["plan"],
     ["targets"],
