@@ -90,7 +90,7 @@ def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_
         Rows with `us` (microseconds), `dense_us`, `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error`
         (of the forward's output, in norm, against float64 with the same weights) and `first_call_s`.
     """
-    k, n, tokens = case.layer.in_features, case.layer.out_features, case.tokens
+    k, n = case.layer.in_features, case.layer.out_features
     x, grad = inputs(case, timer.device, dtype)
     measure = Measurement(case, timer, x, grad)
     dense = [torch.randn(n, k, device=timer.device, dtype=dtype) * k**-0.5]

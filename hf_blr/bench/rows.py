@@ -54,7 +54,13 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
     """
     tokens = request.tokens or shape.prefill
     groups = [(t,) for t in tokens] if shape.options else [tokens]
-    names = trained_names(shape)
+    try:
+        names = trained_names(shape)
+    except ImportError as error:
+        if request.stop_at_errors:
+            raise
+        yield {"model": name, "variant": "", "measurement": "build", "error": in_one_line(error)}
+        return
     for variant in variants:
         for group in groups:
             try:

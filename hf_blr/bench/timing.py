@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -30,11 +31,15 @@ class Timer:
     def __init__(self, device: str, seconds: float = 1.0, replays: int = 20):
         self.device, self.seconds, self.replays = torch.device(device), seconds, replays
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if self.on_gpu else 0
-        self.flush = torch.empty(self.l2, device=self.device)
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @functools.cached_property
+    def larger_than_l2(self) -> torch.Tensor:
+        """Four times L2 in bytes; not made before it is needed, so that it is in no other peak of memory."""
+        return torch.zeros(self.l2, device=self.device)
 
     def __call__(self, function: Callable, weights: list, flush: bool) -> float:
         """Microseconds of one call of `function(w)`, which is called with each of `weights` in one graph."""
@@ -82,8 +87,7 @@ class Timer:
 
     def events(self, run: Callable, flush: bool):
         if flush:
-            # four times L2 in bytes
-            self.flush.add_(1)
+            self.larger_than_l2.add_(1)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
