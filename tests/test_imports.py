@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_blr"
 #: from the top of the house to its ground: a file imports from rooms further down, or from its own
 FLOORS = [
     ["cli", "__main__", "__init__"],
-    ["bench"],
     ["results"],
+    ["bench"],
     ["integration", "compression"],
     ["evaluation", "finetune"],
     ["report", "integration.record", "integration.alignment"],
@@ -24,7 +24,7 @@ FLOORS = [
     ["linear"],
     ["dense"],
     ["ops"],
-    ["structures", "environment"],
+    ["structures", "environment", "results.files"],
 ]
 MAY_IMPORT_TRANSFORMERS = ("config", "dense", "integration", "finetune", "evaluation", "bench", "cli")
 
