@@ -9,7 +9,8 @@ from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.tables import compared, kind_of
 
 COLOURS = {"dense": "#444444", "low_rank": "#1f77b4", "monarch": "#2ca02c", "blast": "#d62728"}
-SIZE = (7, 4.2)
+#: inches; small, so that letters stay readable on a phone
+SIZE = (5.5, 3.8)
 
 
 def pyplot():
@@ -93,19 +94,23 @@ def bars(plt, lines: list[dict], measurement: str):
     variants = list(dict.fromkeys(line["variant"] for line in lines))
     # groups differ by orders of magnitude, so dense is one in each
     times = {(group_of(r), r["variant"]): 1 / r["speed over dense"] for r in lines if r["speed over dense"]}
-    figure, axes = plt.subplots(figsize=(SIZE[0], 1 + 0.22 * len(groups) * (len(variants) + 1)), layout="constrained")
+    shown = {(group_of(r), r["variant"]): r["ms"] for r in lines}
+    figure, axes = plt.subplots(figsize=(SIZE[0], 1.6 + 0.22 * len(groups) * (len(variants) + 1)), layout="constrained")
     shades: dict[str, int] = {}
     for index, variant in enumerate(variants):
         structure = variant.partition(":")[0]
         shade = shades[structure] = shades.get(structure, -1) + 1
         heights = [times.get((group, variant), 0) for group in groups]
         places = [i * (len(variants) + 1) + index for i in range(len(groups))]
-        axes.barh(places, heights, color=COLOURS[structure], alpha=1 - 0.25 * min(shade, 3), label=variant)
+        drawn = axes.barh(places, heights, color=COLOURS[structure], alpha=1 - 0.25 * min(shade, 3), label=variant)
+        labels = [f"{shown[group, variant]:.3g} ms" if (group, variant) in shown else "" for group in groups]
+        axes.bar_label(drawn, labels, fontsize=7, padding=2)
     axes.set_yticks([i * (len(variants) + 1) + (len(variants) - 1) / 2 for i in range(len(groups))], groups, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color=COLOURS["dense"], linewidth=1)
     axes.set(xlabel=f"{measurement} time, dense = 1")
-    axes.legend(fontsize=8)
+    axes.margins(x=0.15)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
