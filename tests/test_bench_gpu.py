@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import measure, rows
-from hf_blr.bench.forms import StepGraph, compiled, pieces_without_cache
+from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
 from hf_blr.bench.models import Variant, build_model
 from hf_blr.bench.timing import Timer
 
@@ -24,8 +24,8 @@ def test_a_captured_step_generates_the_same_text(pieces):
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 9}
     plain = model.generate(ids, **settings)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    step = StepGraph(model.__call__, model.device)
-    with compiled(pieces(model), "default"), measure.stepping_by(model, step):
+    step = StepGraph(with_compiled_pieces(model.__call__, pieces(model), "default"), model.device)
+    with measure.stepping_by(model, step):
         for _ in range(2):
             cache.reset()
             assert model.generate(ids, past_key_values=cache, **settings).tolist() == plain.tolist()

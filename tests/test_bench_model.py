@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import measure, models, rows
-from hf_blr.bench.forms import StepGraph, compiled, pieces_without_cache, repeated_blocks
+from hf_blr.bench.forms import StepGraph, compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES, Variant, build_model
 from hf_blr.bench.timing import Timer
 from hf_blr.cli import main
@@ -26,6 +26,8 @@ from hf_blr.results.files import ResultFile, read_result
         # 12 blocks of 192 * (768 + 2304 + 36 + 2 * (768 + 3072 + 36)) and a dense 768 x 768, embeddings, biases, norms
         ("GPT2-S", "blast:paper", 12 * (192 * 10860 + 768 * 768 + 6912) + 51281 * 768 + 25 * 1536),
         ("ViT-B/16", "dense", 86.6e6),
+        ("Llama-3-8B", "dense", 8.030e9),
+        ("Qwen3-4B", "dense", 4.022e9),
     ],
 )
 def test_sizes_of_the_papers_models(name, variant, parameters):
@@ -102,7 +104,8 @@ def test_equal_pieces_are_compiled_once(pieces, cached, compilations):
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=cached).logits
         graphs = []
-        with compiled(pieces(model), "default", lambda graph, inputs: graphs.append(graph) or graph):
+        calls = compile_pieces(pieces(model), "default", lambda graph, inputs: graphs.append(graph) or graph)
+        with switched_on(pieces(model), calls):
             out = model(input_ids=ids, use_cache=cached).logits
         model(input_ids=ids[:, :3], use_cache=cached)
     assert len(graphs) == compilations

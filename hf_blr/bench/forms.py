@@ -41,19 +41,44 @@ def pieces_without_cache(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm", "MLP"))]
 
 
-@contextlib.contextmanager
-def compiled(modules: list[nn.Module], mode: str, backend: str | Callable = "inductor"):
-    """Within this context the modules run compiled; equal ones share one compilation."""
-    # what was compiled for other shapes counts towards the limit after which torch gives up in silence
-    torch._dynamo.reset()
+def compile_pieces(modules: list[nn.Module], mode: str, backend: str | Callable = "inductor") -> list[Callable]:
+    """The compiled call of each module, for `switched_on`; equal modules share one compilation."""
+    forget_compiled()
     mode = {} if backend != "inductor" else {"mode": INNER_MODES[mode]}
+    calls = []
     for module in modules:
         module.compile(dynamic=False, backend=backend, **mode)
+        calls.append(module._compiled_call_impl)
+        module._compiled_call_impl = None
+    return calls
+
+
+def forget_compiled():
+    """What was compiled for other shapes counts towards the limit after which torch.compile gives up in silence."""
+    torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def switched_on(modules: list[nn.Module], calls: list[Callable]):
+    """Within this context the modules run compiled."""
+    for module, call in zip(modules, calls, strict=True):
+        module._compiled_call_impl = call
     try:
         yield
     finally:
         for module in modules:
             module._compiled_call_impl = None
+
+
+def with_compiled_pieces(call: Callable, modules: list[nn.Module], mode: str) -> Callable:
+    """`call`, during which the modules run compiled, and outside of which they do not."""
+    calls = compile_pieces(modules, mode)
+
+    def switched(**inputs):
+        with switched_on(modules, calls):
+            return call(**inputs)
+
+    return switched
 
 
 class StepGraph:

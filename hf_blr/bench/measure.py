@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_blr.bench.forms import WHOLE_MODES, StepGraph, compiled, pieces_without_cache, repeated_blocks
+from hf_blr.bench.forms import (
+    WHOLE_MODES,
+    StepGraph,
+    forget_compiled,
+    pieces_without_cache,
+    repeated_blocks,
+    with_compiled_pieces,
+)
 from hf_blr.bench.timing import Timer, seconds_of, synchronize
 
 MEASUREMENTS = ("prefill", "decode", "training", "storage")
@@ -26,13 +33,16 @@ CAUSAL_SDPA = "hf_blr_causal_sdpa"
 def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mode: str, timer: Timer) -> dict:
     """{"ms", "peak_bytes"} of one forward over `[batch, tokens]`; for text the logits of the last token alone."""
     inputs = forward_inputs(model, kind, batch, tokens, timer.device)
-    call = torch.compile(model, mode=WHOLE_MODES[mode], dynamic=False) if form == "whole" else model
+    call = model
+    if form == "compiled":
+        call = with_compiled_pieces(model, repeated_blocks(model), mode)
+    if form == "whole":
+        forget_compiled()
+        call = torch.compile(model, mode=WHOLE_MODES[mode], dynamic=False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if kind == "text":
             stack.enter_context(maskless_attention(model))
-        if form == "compiled":
-            stack.enter_context(compiled(repeated_blocks(model), mode))
         forget_peak(timer.device)
         if form in ("graph", "compiled"):
             run = timer.captured(lambda: call(**inputs))
@@ -90,23 +100,27 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
         settings["compile_config"] = CompileConfig(mode=WHOLE_MODES[mode], dynamic=False, fullgraph=False)
         # without it, generate() compiles on GPUs only
         settings["compile_config"]._compile_all_devices = True
-    with contextlib.ExitStack() as stack:
-        if form == "compiled":
-            stack.enter_context(compiled(pieces_without_cache(model), mode))
-        if form in ("graph", "compiled"):
-            stack.enter_context(stepping_by(model, StepGraph(model.__call__, device)))
+    step = contextlib.nullcontext()
+    if form == "whole":
+        forget_compiled()
+    if form == "graph":
+        step = stepping_by(model, StepGraph(model.__call__, device))
+    if form == "compiled":
+        call = with_compiled_pieces(model.__call__, pieces_without_cache(model), mode)
+        step = stepping_by(model, StepGraph(call, device))
 
-        def generate(count, clock):
-            cache.reset()
-            return model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                max_new_tokens=count,
-                stopping_criteria=[clock],
-                **settings,
-            )
+    def generate(count, clock):
+        cache.reset()
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=count,
+            stopping_criteria=[clock],
+            **settings,
+        )
 
+    with step:
         forget_peak(device)
         generate(min(6, new_tokens), StepClock(device))
         clock = StepClock(device)

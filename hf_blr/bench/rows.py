@@ -81,7 +81,9 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
                         raise
                     row["error"] = in_one_line(error)
                 yield row
-            del model, run
+            # the last function holds the model too
+            del model
+            run = None
             gc.collect()
 
 
