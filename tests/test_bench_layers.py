@@ -94,7 +94,10 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
 
     def call(function, device):
         seen.append((dict(Kernel.device_caches), os.environ["TRITON_CACHE_DIR"]))
-        (Path(os.environ["TRITON_CACHE_DIR"]) / "kernel").write_text("compiled now")
+        folder = Path(os.environ["TRITON_CACHE_DIR"]) / "hash"
+        folder.mkdir()
+        (folder / "kernel").write_text("compiled now")
+        (folder / "__grp__kernel.json").write_text(json.dumps({"child_paths": {"kernel": str(folder / "kernel")}}))
         return 1.5
 
     monkeypatch.setattr(timing, "loaded_kernels", lambda: [Kernel])
@@ -105,7 +108,10 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
     assert list(seconds.values()) == [1.5] * 3
     assert all(caches == {} and folder != "before" for caches, folder in seen)
     assert len({folder for _, folder in seen}) == 3
-    assert os.environ["TRITON_CACHE_DIR"] == "before" and (tmp_path / "kernel").read_text() == "compiled now"
+    assert os.environ["TRITON_CACHE_DIR"] == "before"
+    # the kept kernels are found where they are now
+    group = json.loads((tmp_path / "hash" / "__grp__kernel.json").read_text())
+    assert Path(group["child_paths"]["kernel"]).read_text() == "compiled now"
 
 
 def test_kept_results_are_still_read():

@@ -170,7 +170,8 @@ def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -
     device = torch.device(device)
     x, grad = inputs(case, device, dtype)
     # so that the libraries' own start is not counted
-    F.linear(x, torch.ones(case.layer.out_features, case.layer.in_features, device=device, dtype=dtype))
+    weight = torch.ones(case.layer.out_features, case.layer.in_features, device=device, dtype=dtype)
+    prepared_call(F.linear, x, grad, case.direction)([weight])
     seconds = {}
     for spec in case.specs:
         call = prepared_call(implementation(spec.structure, "hf_blr"), x, grad, case.direction)
