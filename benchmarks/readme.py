@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -85,14 +86,18 @@ def models_section() -> str:
 def roofline_section() -> str:
     """How well the predictions do on the layers that were measured."""
     rows = predictions(read_result(RESULTS / "layers_h100.json")["rows"], DEVICES["H100-measured"])
-    table = []
-    for tokens in sorted({row["tokens"] for row in rows}):
-        off = [abs(row["deviation"]) for row in rows if row["tokens"] == tokens]
-        close = sum(value <= 0.25 for value in off)
-        share = f"{close} of {len(off)}"
-        table.append(
-            {"tokens": tokens, "within 25 %": share, "median off": f"{100 * sorted(off)[len(off) // 2]:.0f} %"}
-        )
+    groups: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row["direction"], row["tokens"])):
+        name = f"{row['tokens']}" + (", training" if row["direction"] != "forward" else "")
+        groups.setdefault(name, []).append(abs(row["deviation"]))
+    table = [
+        {
+            "tokens": name,
+            "within 25 %": f"{sum(value <= 0.25 for value in off)} of {len(off)} layers",
+            "median off": f"{100 * statistics.median(off):.0f} %",
+        }
+        for name, off in groups.items()
+    ]
     return format_table(table)
 
 

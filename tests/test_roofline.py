@@ -10,6 +10,7 @@ from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions, spe
 from hf_blr.cli import main
 from hf_blr.evaluation.devices import DEVICES, Ceilings
 from hf_blr.evaluation.roofline import FORMS, bound_of, break_even, predict, stages
+from hf_blr.evaluation.training import training_stages
 from hf_blr.structures import Blast, LowRank, Monarch
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,30 @@ def test_what_is_launched_decides_the_stages():
         stages(BLAST, 1, "triton")
 
 
+@pytest.mark.parametrize("tokens", [33, 4096])
+@pytest.mark.parametrize("spec", [LOW_RANK, MONARCH, BLAST, Blast(4096, 4096, 1024, (4, 4))], ids=str)
+def test_a_training_step_is_three_times_the_products(spec, tokens):
+    kernels = training_stages(spec, tokens)
+    s = spec.factor_shapes().get("s", (0, 0, 0))
+    mix = 2 * tokens * s[0] * s[1] * s[2]
+    # z again, dy and ds beside the forward's mix; the first product again where y was too large to keep
+    expected = 3 * (spec.flops(tokens) - mix) + 4 * mix
+    again = "project again" in [stage.name for stage in kernels]
+    assert again == (spec.num_blocks == (16, 16))
+    assert sum(stage.flops for stage in kernels) == expected + again * kernels[0].flops
+    dense = training_stages(spec, tokens, "dense")
+    assert sum(stage.flops for stage in dense) == 3 * 2 * tokens * 4096 * 4096
+
+
+def test_ds_of_few_pairs_of_blocks_comes_with_z_and_dy():
+    few, many = (training_stages(Blast(4096, 4096, 1024, (b, b)), 4096) for b in (4, 16))
+    assert [s.name for s in few[3:5]] == ["dz", "z, dy and ds"]
+    assert [s.name for s in many[4:8]] == ["dz", "z", "dy", "ds"]
+    assert few[4].bytes == 2 * (2 * 2 * 4 * 4096 * 1024 + 2 * 16 * 1024)
+    with pytest.raises(ValueError, match="dense or hf_blr"):
+        training_stages(BLAST, 4096, "paper")
+
+
 def test_an_intermediate_that_fits_half_of_l2_costs_no_memory():
     small, large = (Ceilings("", 1e12, 1e12, l2) for l2 in (1e6, 1e9))
     project = stages(BLAST, 1024)[0]
@@ -118,10 +143,12 @@ def test_predictions_against_the_kept_measurements():
     """The goal is 25 %; where single rows miss it, `hf-blr roofline --check` says by how much."""
     rows = json.loads((ROOT / "benchmarks/results/layers_h100.json").read_text())["rows"]
     predicted = predictions(rows, DEVICES["H100-measured"])
-    assert len(predicted) == 525
-    table = {(row["tokens"], row["structure"]): row for row in deviations(predicted)}
+    assert len(predicted) == 525 + 63
+    table = {(row["direction"], row["tokens"], row["structure"]): row for row in deviations(predicted)}
     for tokens in (1, 1024, 4096):
-        assert table[tokens, "all"]["median |off| %"] < 25
+        assert table["forward", tokens, "all"]["median |off| %"] < 25
+    for structure in ("dense", "low_rank", "monarch"):
+        assert table["forward+backward", 4096, structure]["median |off| %"] < 25
     row = next(r for r in predicted if r["structure"] == "blast" and r["tokens"] == 1024)
     assert row["deviation"] == row["predicted_us"] / row["us"] - 1
     # a row of an own shape carries its sizes

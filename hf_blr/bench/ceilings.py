@@ -10,6 +10,7 @@ from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.evaluation.devices import Ceilings
 from hf_blr.evaluation.roofline import bound_of, stages
+from hf_blr.evaluation.training import training_stages
 from hf_blr.structures import BLRSpec, LowRank, structure_class
 
 
@@ -57,16 +58,17 @@ def spec_of(row: dict) -> BLRSpec:
 
 
 def predictions(rows: list[dict], device: Ceilings) -> list[dict]:
-    """The forward rows of `bench layers` that ran dense or in the package's own form, with what was predicted.
+    """The rows of `bench layers` that ran dense or in the package's own form, with what was predicted.
 
     Returns:
         Those rows with `predicted_us`, `deviation` (predicted / measured - 1), `bound`, `flops` and `bytes`.
     """
     found = []
     for row in rows:
-        if row["direction"] != "forward" or row["impl"] not in ("cublas", "hf_blr"):
+        if row["impl"] not in ("cublas", "hf_blr"):
             continue
-        kernels = stages(spec_of(row), row["tokens"], "dense" if row["structure"] == "dense" else "hf_blr")
+        count = stages if row["direction"] == "forward" else training_stages
+        kernels = count(spec_of(row), row["tokens"], "dense" if row["structure"] == "dense" else "hf_blr")
         predicted = sum(stage.seconds(device) for stage in kernels) * 1e6
         more = {"predicted_us": predicted, "deviation": predicted / row["us"] - 1, "bound": bound_of(kernels, device)}
         sums = {"flops": sum(s.flops for s in kernels), "bytes": sum(s.bytes for s in kernels)}
@@ -75,13 +77,15 @@ def predictions(rows: list[dict], device: Ceilings) -> list[dict]:
 
 
 def deviations(predicted: list[dict]) -> list[dict]:
-    """How far off, by number of tokens and structure: median and worst of |deviation|, and the share within 25 %."""
+    """How far off, by direction, tokens and structure: median and worst of |deviation|, and the share within 25 %."""
     groups: dict[tuple, list[float]] = {}
     for row in predicted:
         for structure in (row["structure"], "all"):
-            groups.setdefault((row["tokens"], structure), []).append(row["deviation"])
+            key = row["direction"], row["tokens"], structure
+            groups.setdefault(key, []).append(row["deviation"])
     return [
         {
+            "direction": direction,
             "tokens": tokens,
             "structure": structure,
             "rows": len(values),
@@ -89,5 +93,5 @@ def deviations(predicted: list[dict]) -> list[dict]:
             "worst %": 100 * max(values, key=abs),
             "within 25 %": f"{100 * sum(abs(v) <= 0.25 for v in values) / len(values):.0f} %",
         }
-        for (tokens, structure), values in sorted(groups.items())
+        for (direction, tokens, structure), values in sorted(groups.items())
     ]

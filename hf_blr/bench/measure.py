@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -224,6 +225,8 @@ def storage(model: nn.Module, device: torch.device) -> dict:
 
 def forget_peak(device: torch.device):
     synchronize(device)
+    # graphs of the measurement before, in cycles
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -232,3 +235,8 @@ def forget_peak(device: torch.device):
 def peak(device: torch.device) -> int | None:
     """Bytes allocated at most since `forget_peak`, the model's own included; None where it is not counted."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes allocated now; 0 where it is not counted."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0

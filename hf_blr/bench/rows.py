@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_blr.bench import measure
+from hf_blr.bench.forms import forget_compiled
 from hf_blr.bench.models import Shape, Variant, build_model
 from hf_blr.bench.timing import Timer
 from hf_blr.targets import find_targets
@@ -63,6 +64,10 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
         return
     for variant in variants:
         for group in groups:
+            # what the model before left behind is not this one's
+            forget_compiled()
+            gc.collect()
+            before = measure.allocated(timer.device)
             try:
                 options = shape.options_for(group[0])
                 model = build_model(shape, variant, request.ratio, str(timer.device), request.dtype, **options)
@@ -76,15 +81,15 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
                 row = {**sizes, **settings}
                 try:
                     row |= run()
+                    if row.get("peak_bytes"):
+                        row["peak_bytes"] -= before
                 except Exception as error:
                     if request.stop_at_errors:
                         raise
                     row["error"] = in_one_line(error)
                 yield row
             # the last function holds the model too
-            del model
-            run = None
-            gc.collect()
+            model = run = None
 
 
 def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, request: Request, timer: Timer):

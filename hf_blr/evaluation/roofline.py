@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from hf_blr.evaluation.devices import Ceilings
 from hf_blr.ops.dispatch import FEW_TOKENS
@@ -70,18 +70,22 @@ def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2) 
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    many = tokens > FEW_TOKENS
     kernels = dense_stages if form == "dense" else blr_stages
+    found = in_bytes(kernels(spec, tokens, form), itemsize)
+    # few tokens leave even a product nothing but bytes to wait for
+    return found if tokens > FEW_TOKENS else [replace(stage, product=False) for stage in found]
+
+
+def in_bytes(kernels: Iterable[Stage], itemsize: int) -> list[Stage]:
+    """Stages counted in numbers, in bytes."""
     return [
-        Stage(
-            s.name,
-            s.flops,
-            s.outside * itemsize,
-            tuple(b * itemsize for b in s.between),
-            s.repeated * itemsize,
-            s.product and many,
+        replace(
+            stage,
+            outside=stage.outside * itemsize,
+            between=tuple(numbers * itemsize for numbers in stage.between),
+            repeated=stage.repeated * itemsize,
         )
-        for s in kernels(spec, tokens, form)
+        for stage in kernels
     ]
 
 
