@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_shape
 
-from hf_blr.bench import measure, rows
+from hf_blr.bench import generation, measure, rows
 from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
-from hf_blr.bench.models import Variant, build_model
 from hf_blr.bench.timing import Timer
+from hf_blr.bench.variants import Variant, build_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ def test_a_captured_step_generates_the_same_text(pieces):
     plain = model.generate(ids, **settings)
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = StepGraph(with_compiled_pieces(model.__call__, pieces(model), "default"), model.device)
-    with measure.stepping_by(model, step):
+    with generation.stepping_by(model, step):
         for _ in range(2):
             cache.reset()
             assert model.generate(ids, past_key_values=cache, **settings).tolist() == plain.tolist()

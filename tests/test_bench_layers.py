@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_blr.bench import layers, timing
+from hf_blr.bench import cases, layers, timing
 from hf_blr.bench.shapes import LAYERS, aligned_spec
 from hf_blr.cli import main
 from hf_blr.cli.bench import sizes
@@ -22,7 +22,7 @@ def test_the_cases_are_those_of_the_kept_results():
     kept = json.loads((ROOT / "benchmarks/results/layers_h100.json").read_text())["rows"]
     wanted = {
         (case.model, case.layer.name, case.tokens, case.direction, s.structure, s.num_blocks, s.rank)
-        for case in layers.paper_cases(LAYERS, layers.TOKENS, (layers.FORWARD, layers.TRAINING))
+        for case in cases.paper_cases(LAYERS, cases.TOKENS, (cases.FORWARD, cases.TRAINING))
         for s in case.specs
     }
     keys = ("model", "layer", "tokens", "direction", "structure")
@@ -74,15 +74,15 @@ def test_rows_from_the_command_line(tmp_path, capsys):
 def test_the_error_is_that_of_the_layer_measured(monkeypatch):
     """A wrong implementation shows in `rel_error`."""
     monkeypatch.setattr(layers.ops, "blast_linear", lambda x, u, s, v: 2 * layers.reference.blast_linear(x, u, s, v))
-    (case,) = layers.shape_cases([(32, 32)], [(4, 4)], 0.5, [3], ["forward"])
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [3], ["forward"])
     rows = layers.bench_case(case, timing.Timer("cpu", 0.01, 3), torch.float32, ("hf_blr",))
     errors = {row["structure"]: row["rel_error"] for row in rows}
     assert errors["blast"] == pytest.approx(1, rel=1e-5) and errors["monarch"] < 1e-5
 
 
 def test_compiled_rows_where_the_paper_has_them():
-    (case,) = layers.paper_cases(["GPT2-S"], [1], ["forward"])[:1]
-    wanted = {s.structure + str(s.num_blocks): layers.wanted_impls(case, s, layers.IMPLS) for s in case.specs}
+    (case,) = cases.paper_cases(["GPT2-S"], [1], ["forward"])[:1]
+    wanted = {s.structure + str(s.num_blocks): cases.wanted_impls(case, s, cases.IMPLS) for s in case.specs}
     assert wanted["blast(6, 6)"] == ["hf_blr", "eager", "compiled"] and wanted["blast(4, 4)"] == ["hf_blr"]
 
 
@@ -103,7 +103,7 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "loaded_kernels", lambda: [Kernel])
     monkeypatch.setattr(layers, "seconds_of", call)
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
-    (case,) = layers.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"])
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"])
     seconds = layers.first_call_seconds(case, "cpu", torch.float32, keep=tmp_path)
     assert list(seconds.values()) == [1.5] * 3
     assert all(caches == {} and folder != "before" for caches, folder in seen)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_blr.bench import measure
+from hf_blr.bench import generation, measure
 from hf_blr.bench.forms import forget_compiled
-from hf_blr.bench.models import Shape, Variant, build_model
-from hf_blr.bench.timing import Timer
+from hf_blr.bench.models import Shape
+from hf_blr.bench.timing import Timer, allocated
+from hf_blr.bench.variants import Variant, build_model
 from hf_blr.targets import find_targets
 
 
@@ -67,7 +68,7 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
             # what the model before left behind is not this one's
             forget_compiled()
             gc.collect()
-            before = measure.allocated(timer.device)
+            before = allocated(timer.device)
             try:
                 options = shape.options_for(group[0])
                 model = build_model(shape, variant, request.ratio, str(timer.device), request.dtype, **options)
@@ -110,7 +111,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 lengths = {"prompt": request.prompt, "new_tokens": request.new_tokens}
                 yield (
                     settings | lengths | mode_of(form, mode),
-                    lambda b=batch, f=form: measure.decode(
+                    lambda b=batch, f=form: generation.decode(
                         model, b, request.prompt, request.new_tokens, f, mode, timer.device
                     ),
                 )

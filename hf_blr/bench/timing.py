@@ -1,9 +1,10 @@
-"""Clocks: medians of CUDA-graph replays on a GPU, of plain calls on a CPU; and what a first call costs."""
+"""Clocks: medians of CUDA-graph replays on a GPU, of plain calls on a CPU; first calls; peaks of memory."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import os
 import shutil
@@ -116,6 +117,25 @@ def seconds_of(function: Callable, device: torch.device) -> float:
 def synchronize(device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def forget_peak(device: torch.device):
+    synchronize(device)
+    # graphs of the measurement before, in cycles
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes allocated at most since `forget_peak`, the model's own included; None where it is not counted."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes allocated now; 0 where it is not counted."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from hf_blr.bench import layers
+from hf_blr.bench import cases, layers
 from hf_blr.bench.forms import FORMS, MODES
 from hf_blr.bench.measure import MEASUREMENTS, PROTOCOL
-from hf_blr.bench.models import SHAPES, Variant
+from hf_blr.bench.models import SHAPES
 from hf_blr.bench.rows import Request, model_rows
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
+from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
 from hf_blr.environment import environment
 from hf_blr.results.files import ResultFile
@@ -68,10 +69,10 @@ def add_layers_arguments(parser):
     )
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(layers.TOKENS))
-    directions = (layers.FORWARD, layers.TRAINING)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS))
+    directions = (cases.FORWARD, cases.TRAINING)
     parser.add_argument("--directions", nargs="+", default=directions, choices=directions)
-    parser.add_argument("--impls", nargs="+", default=layers.IMPLS, choices=layers.IMPLS)
+    parser.add_argument("--impls", nargs="+", default=cases.IMPLS, choices=cases.IMPLS)
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile the kernels first")
     parser.add_argument(
         "--skip-first-call", action="store_true", help="do not measure first calls with nothing compiled before"
@@ -82,26 +83,26 @@ def add_layers_arguments(parser):
 def bench_layers(args):
     dtype = getattr(torch, args.dtype)
     if args.shapes:
-        cases = layers.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
+        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
     else:
-        cases = layers.paper_cases(args.models, args.tokens, args.directions)
+        todo = cases.paper_cases(args.models, args.tokens, args.directions)
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
-    first_calls = [{} for _ in cases]
+    first_calls = [{} for _ in todo]
     if args.device != "cpu" and not args.skip_first_call and "hf_blr" in args.impls:
-        first_calls = compile_first(cases, args, dtype)
+        first_calls = compile_first(todo, args, dtype)
     timer = Timer(args.device)
-    for case, seconds in zip(cases, first_calls, strict=True):
+    for case, seconds in zip(todo, first_calls, strict=True):
         rows = layers.bench_case(case, timer, dtype, args.impls, seconds)
         file.add(rows)
         for row in rows:
             print(layer_line(row), flush=True)
 
 
-def compile_first(cases, args, dtype) -> list[dict]:
+def compile_first(todo, args, dtype) -> list[dict]:
     """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(layers.first_call_seconds, case, args.device, dtype, cache) for case in cases]
+        jobs = [pool.submit(layers.first_call_seconds, case, args.device, dtype, cache) for case in todo]
         return [job.result() for job in jobs]
 
 
