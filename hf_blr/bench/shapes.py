@@ -90,5 +90,10 @@ LAYERS = {"Llama-7B": LLAMA_7B, "Llama-3.2-1B": LLAMA_1B, "GPT2-S": GPT2_S, "ViT
 # Transformers and diffusers hold q, k and v apart where the paper's code has one matrix of three times the outputs.
 # These ranks store at most as much as the paper's: 128 * (768 + 2304) >= 3 * 80 * (768 + 768), and
 # 384 * (1152 + 3456) = 3 * 256 * (1152 + 1152). Monarch's 80 over 4 blocks is 20 for each pair.
-VIT_B_SPLIT = (Layer("q,k,v", 768, 768, 80, (80, 4), 3, "[qkv]_proj|query|key|value"), *VIT_B[1:])
+VIT_B_SPLIT = (
+    Layer("q,k,v", 768, 768, 80, (80, 4), 3, "[qkv]_proj|query|key|value"),
+    # two spellings each, of recent and of older releases of Transformers
+    replace(VIT_B[1], modules=r"fc1|intermediate\.dense"),
+    replace(VIT_B[2], modules=r"fc2|\d+\.output\.dense"),
+)
 DIT_XL_2_SPLIT = (Layer("q,k,v", 1152, 1152, 256, None, 9, "to_[qkv]"), *DIT_XL_2[1:])
