@@ -12,6 +12,7 @@ from hf_blr.bench.models import SHAPES
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
+from hf_blr.cli.bench import usual_variants
 from hf_blr.integration import blr_modules
 from hf_blr.results.files import ResultFile, read_result
 
@@ -63,6 +64,12 @@ def test_variants_by_name():
     for text in ("dense:4x4", "blast:four", "butterfly", "blast:1x2x3"):
         with pytest.raises(ValueError, match="expected"):
             Variant.parse(text)
+
+
+def test_usual_variants_are_those_that_can_be_built():
+    usual = {name: list(map(str, usual_variants(shape))) for name, shape in SHAPES.items()}
+    assert len(usual["Llama-7B"]) == 8 and len(usual["Llama-3-8B"]) == 5
+    assert "blast:paper" in usual["DiT-XL/2"] and "monarch:paper" not in usual["DiT-XL/2"]
 
 
 def test_a_replayed_step_generates_the_same_text():

@@ -18,7 +18,7 @@ import torch
 from hf_blr.bench import cases, layers
 from hf_blr.bench.forms import FORMS, MODES
 from hf_blr.bench.measure import MEASUREMENTS, PROTOCOL
-from hf_blr.bench.models import SHAPES
+from hf_blr.bench.models import SHAPES, Shape
 from hf_blr.bench.rows import Request, model_rows
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
@@ -113,9 +113,9 @@ def add_model_arguments(parser):
         "--variants",
         nargs="+",
         type=variant,
-        default=list(map(variant, VARIANTS)),
         metavar="V",
-        help=f"dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks; {' '.join(VARIANTS)}",
+        help="dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks after it; "
+        f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
     parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
     parser.add_argument("--forms", nargs="+", default=request.forms, choices=FORMS, help="of forwards and generation")
@@ -151,9 +151,19 @@ def bench_model(args):
     file = ResultFile(args.json, head(args, PROTOCOL), args.append)
     timer = Timer(args.device, args.seconds)
     for name in args.models:
-        for row in model_rows(name, SHAPES[name], args.variants, request, timer):
+        for row in model_rows(name, SHAPES[name], args.variants or usual_variants(SHAPES[name]), request, timer):
             file.add([row])
             print(model_line(row), flush=True)
+
+
+def usual_variants(shape: Shape) -> list[Variant]:
+    """Those of `VARIANTS` that the model has."""
+    found = list(map(Variant.parse, VARIANTS))
+    if not shape.paper:
+        found = [v for v in found if not v.paper]
+    if any(layer.monarch is None for layer in shape.paper):
+        found.remove(Variant.parse("monarch:paper"))
+    return found
 
 
 def model_line(row: dict) -> str:
