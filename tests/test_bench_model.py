@@ -187,6 +187,14 @@ def test_one_failure_costs_one_row(monkeypatch):
     assert found[0]["error"] == "OutOfMemoryError: as large as that" and found[1]["ms"] > 0
 
 
+def test_a_picture_has_the_tokens_that_it_has():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = models.Shape("image", models.vit(**sizes, image_size=16, patch_size=8, num_labels=3), prefill=(5,))
+    request = rows.Request(tokens=(7,), batches=(2,), forms=("graph",), dtype=torch.float32, stop_at_errors=True)
+    found = list(rows.model_rows("vit", shape, [Variant("low_rank")], request, Timer("cpu", 0.01, 3)))
+    assert [(r["measurement"], r.get("tokens")) for r in found] == [("prefill", 5), ("training", 5), ("storage", None)]
+
+
 def test_diffusers_is_asked_for_by_name(monkeypatch):
     import sys
 

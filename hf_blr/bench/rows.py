@@ -23,7 +23,7 @@ class Request:
 
     Args:
         measurements: of `measure.MEASUREMENTS`.
-        tokens: of a forward; None takes the model's own list.
+        tokens: of a forward over text; None takes the model's own list.
         batches: of a forward.
         forms: of `forms.FORMS`, for forwards and generation.
         mode: of torch.compile, of `forms.MODES`.
@@ -54,7 +54,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
 
     A measurement that fails gives a row with `error`, and the others go on.
     """
-    tokens = request.tokens or shape.prefill
+    # the size of a picture is the model's, not the caller's
+    tokens = request.tokens if request.tokens and shape.kind == "text" else shape.prefill
     groups = [(t,) for t in tokens] if shape.options else [tokens]
     try:
         names = trained_names(shape)
