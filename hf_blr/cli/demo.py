@@ -16,7 +16,6 @@ import torch
 
 from hf_blr.cli import options
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
-from hf_blr.cli.finetune import train
 from hf_blr.cli.table import format_table
 
 STRUCTURES = ("low_rank", "monarch", "blast")
@@ -139,7 +138,7 @@ class Demo:
 
     def finetune(self, model) -> dict:
         """Trains the factors and measures again."""
-        from hf_blr.finetune import BLRCallback
+        from hf_blr.finetune import BLRCallback, train
 
         tokens = self.training.numel()
         print(f"fine-tuning the BLAST factors: {self.steps} steps, {tokens} tokens ...", flush=True)

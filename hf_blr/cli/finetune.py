@@ -29,7 +29,7 @@ def add_arguments(parser):
 
 def run(args):
     from hf_blr.evaluation import perplexity
-    from hf_blr.finetune import BLRCallback
+    from hf_blr.finetune import BLRCallback, train
     from hf_blr.text import load_text, sample_windows, tokenize
 
     options.check_output(args.output, args.overwrite)
@@ -60,28 +60,3 @@ def run(args):
     options.save(model, tokenizer, args.output)
     result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
     options.write_json(args.json, result)
-
-
-def train(model, windows, callback, **arguments) -> list[dict]:
-    """Trains on windows `[n, seqlen]` with the stock Trainer; returns its log history."""
-    from transformers import Trainer, TrainingArguments
-
-    from hf_blr.finetune import WindowDataset
-
-    settings = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, arguments["max_steps"] // 20),
-        # decaying two factors is not decaying their product
-        "weight_decay": 0.0,
-        "logging_steps": max(1, arguments["max_steps"] // 10),
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**{**settings, **arguments}),
-        train_dataset=WindowDataset(windows),
-        callbacks=[callback],
-    )
-    trainer.train()
-    return trainer.state.log_history

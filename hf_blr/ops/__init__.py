@@ -1,7 +1,7 @@
 """Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
 
 Each runs hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`),
-"triton" or "reference". `use_impl` sets it for a block of code.
+"triton", "reference" or "dense". `use_impl` sets it for a block of code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None,
         x: `[..., K]`.
         u, v: `[N, R]` and `[R, K]`.
         bias: `[N]`, or none.
-        impl: "auto", "triton", "reference", or None for what `use_impl` set.
+        impl: "auto", "triton", "reference", "dense", or None for what `use_impl` set.
 
     Returns:
         `[..., N]` in x's dtype, accumulated in float32.
@@ -31,9 +31,10 @@ def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None,
         RuntimeError: if "triton" was asked for and cannot run here.
     """
     check_shapes(x, x.shape[-1] == v.shape[-1] and u.shape[-1] == v.shape[0], u=u, v=v)
-    if resolve_impl(impl, "low_rank", x, u, v, bias) == "reference":
-        return reference.low_rank_linear(x, u, v, bias)
-    return library.low_rank(x, u, v, bias)
+    impl = resolve_impl(impl, "low_rank", x, u, v, bias)
+    if impl == "dense":
+        return reference.dense_linear(x, "low_rank", bias, u=u, v=v)
+    return (reference.low_rank_linear if impl == "reference" else library.low_rank)(x, u, v, bias)
 
 
 def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:
@@ -46,9 +47,10 @@ def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, 
     """
     fits = x.shape[-1] == v.shape[0] * v.shape[2] and v.shape[1] * v.shape[0] == u.shape[2] * u.shape[0]
     check_shapes(x, fits, u=u, v=v)
-    if resolve_impl(impl, "monarch", x, u, v, bias) == "reference":
-        return reference.monarch_linear(x, u, v, bias)
-    return library.monarch(x, u, v, bias)
+    impl = resolve_impl(impl, "monarch", x, u, v, bias)
+    if impl == "dense":
+        return reference.dense_linear(x, "monarch", bias, u=u, v=v)
+    return (reference.monarch_linear if impl == "reference" else library.monarch)(x, u, v, bias)
 
 
 def blast_linear(
@@ -63,9 +65,10 @@ def blast_linear(
     """
     (b1, r, p), b2 = v.shape, u.shape[0]
     check_shapes(x, x.shape[-1] == b1 * p and u.shape[2] == r and s.shape == (b2, b1, r), u=u, s=s, v=v)
-    if resolve_impl(impl, "blast", x, u, s, v, bias) == "reference":
-        return reference.blast_linear(x, u, s, v, bias)
-    return library.blast(x, u, s, v, bias)
+    impl = resolve_impl(impl, "blast", x, u, s, v, bias)
+    if impl == "dense":
+        return reference.dense_linear(x, "blast", bias, u=u, s=s, v=v)
+    return (reference.blast_linear if impl == "reference" else library.blast)(x, u, s, v, bias)
 
 
 def check_shapes(x: Tensor, fits: bool, **factors: Tensor):

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "triton", "reference")
+IMPLS = ("auto", "triton", "reference", "dense")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 #: up to here a layer is bound by reading its factors, and kernels made for that run
@@ -25,7 +25,7 @@ _default = "auto"
 
 @contextlib.contextmanager
 def use_impl(impl: str):
-    """Within this context, ops called without `impl` use this one: "auto", "triton" or "reference"."""
+    """Within this context, ops called without `impl` use this one: "auto", "triton", "reference" or "dense"."""
     global _default
     before, _default = _default, check_impl(impl)
     try:
@@ -40,11 +40,12 @@ def current_impl() -> str:
 
 
 def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
-    """The implementation to run, "triton" or "reference".
+    """The implementation to run, "triton", "reference" or "dense".
 
     The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU,
     except for low-rank with more than `FEW_TOKENS` tokens, or with more than one and a rank above 1024. It is
-    two plain matrix products, which cuBLAS does best there.
+    two plain matrix products, which cuBLAS does best there. "dense" multiplies the factors out and x by the
+    result, which only pays in training with many times more tokens than the rank; nothing chooses it by itself.
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.
@@ -56,7 +57,7 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
         RuntimeError: if "triton" is asked for and cannot run; it says why.
     """
     impl = _default if impl is None else check_impl(impl)
-    if impl == "reference":
+    if impl in ("reference", "dense"):
         return impl
     reason = why_not_triton(x, tensors)
     if impl == "triton":

@@ -55,6 +55,13 @@ def blast_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 DENSE = {"low_rank": low_rank_dense, "monarch": monarch_dense, "blast": blast_dense}
 
 
+def dense_linear(x: Tensor, structure: str, bias: Tensor | None = None, **factors: Tensor) -> Tensor:
+    """x `[..., K]` by the dense matrix of the factors, which is built in their own dtype whatever autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight = DENSE[structure](**factors)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def _project(x: Tensor, v: Tensor) -> Tensor:
     """x `[..., K]`, v `[B1, R, P]` -> y `[B1, R, T]`.
 

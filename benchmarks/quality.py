@@ -1,0 +1,203 @@
+"""Perplexity against size: baselines and ours on one protocol, in one process, to one file.
+
+    python benchmarks/quality.py --model FOLDER --gguf-file NAME --calibration valid.txt \
+        --evaluate wikitext2=test.txt ptb=ptb.txt
+
+Rows are written as soon as they are measured; a row that the file holds is skipped, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import baselines
+from protocol import PROTOCOL, Bench, read_texts
+
+from hf_blr import BLRConfig, compress
+from hf_blr.cli import options
+from hf_blr.environment import environment
+from hf_blr.finetune import refine
+from hf_blr.results.files import ResultFile
+
+OURS = "ours"
+REFINED = "ours, refined"
+OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
+#: what each switch gives, beside everything off and everything on
+LADDER = {
+    "activations": OFF,
+    "+ Fisher": {**OFF, "fisher": True},
+    "+ Fisher + shared budget": {"sequential": False},
+    "+ sequential": {**OFF, "sequential": True},
+}
+#: steps of BLAST's own descent
+DESCENT_STEPS = 100
+EPOCHS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method at one ratio; `kind` says how its model is made."""
+
+    method: str
+    structure: str
+    ratio: float
+    blocks: tuple[int, int] | None = None
+    kind: str = "compress"
+    settings: tuple = ()
+
+    @property
+    def label(self) -> str:
+        blocks = "" if self.blocks is None else " {}x{}".format(*self.blocks)
+        return f"{self.structure}{blocks} {self.ratio:g} {self.method}"
+
+
+def runs() -> list[Run]:
+    """All of them, the most telling first."""
+
+    def ours(structure, ratio, blocks=None, method=OURS, settings=None):
+        return Run(method, structure, ratio, blocks, settings=tuple((settings or {}).items()))
+
+    blast = [ours("blast", ratio, (4, 16)) for ratio in (0.8, 0.5)]
+    refined = [Run(REFINED, run.structure, run.ratio, run.blocks, "refine") for run in blast]
+    whitened = [ours("low_rank", ratio, method="whitened SVD", settings=OFF) for ratio in (0.8, 0.5)]
+    low_rank = [ours("low_rank", ratio) for ratio in (0.8, 0.5)]
+    ladder = [
+        ours(structure, ratio, blocks, method, settings)
+        for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
+        for ratio in (0.5, 0.8)
+        for method, settings in LADDER.items()
+        if (structure, method) != ("low_rank", "activations")
+    ]
+    sweep = [
+        ours(structure, ratio, blocks)
+        for ratio in (0.3, 0.9, 0.6, 0.7, 0.4)
+        for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
+    ]
+    shapes = [
+        ours(structure, ratio, blocks)
+        for structure, blocks in (
+            ("blast", (16, 16)),
+            ("auto", None),
+            ("monarch", (4, 4)),
+            ("blast", (4, 4)),
+            ("blast", (4, 32)),
+        )
+        for ratio in (0.5, 0.8)
+    ]
+    others = [
+        run
+        for ratio in (0.8, 0.5)
+        for run in (
+            Run("plain SVD", "low_rank", ratio, kind="weights"),
+            Run("SVD-LLM with update", "low_rank", ratio, kind="svd_llm"),
+            Run("blockwise SVD, no activations", "monarch", ratio, (4, 4), kind="weights"),
+            Run("BLAST's own descent", "blast", ratio, (16, 16), kind="descent"),
+        )
+    ]
+    interleaved = [run for pair in zip(blast, refined, strict=True) for run in pair]
+    return [
+        *whitened,
+        *interleaved,
+        *low_rank,
+        *ladder[:6],
+        *others[:2],
+        *shapes[:4],
+        *sweep,
+        *ladder[6:],
+        *shapes[4:],
+        *others[2:],
+    ]
+
+
+def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
+    """The compressed model and what its row says of the fit."""
+    tokens = bench.windows.numel()
+    if run.kind == "refine":
+        model = earlier.pop((run.structure, run.blocks, run.ratio), None)
+        if model is None:
+            model = make(bench, Run(OURS, run.structure, run.ratio, run.blocks), {})[0]
+        refine(model, bench.dense, bench.windows, epochs=EPOCHS)
+        return model, {"calibration_tokens": tokens, "finetune_tokens": EPOCHS * tokens}
+    elif run.kind == "svd_llm":
+        return baselines.svd_llm_updated(bench.dense, run.ratio, bench.statistics, bench.batches), {
+            "calibration_tokens": tokens
+        }
+    elif run.kind == "descent":
+        return baselines.blast_by_gradients(bench.dense, run.ratio, run.blocks, DESCENT_STEPS), {}
+    else:
+        model = copy.deepcopy(bench.dense)
+        config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, **dict(run.settings))
+        on_text = {"calibration": bench.batches if config.sequential else None, "statistics": bench.statistics}
+        report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
+        earlier[run.structure, run.blocks, run.ratio] = model
+        return model, {
+            "calibration_tokens": 0 if run.kind == "weights" else tokens,
+            "mean_rel_error": report.mean_rel_error,
+            "predicted_loss": report.predicted_loss,
+        }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or hub id of a causal language model")
+    options.add_loading(parser)
+    parser.set_defaults(dtype="float32")
+    parser.add_argument("--calibration", type=Path, help="text file to fit to")
+    parser.add_argument("--evaluate", nargs="+", default=[], metavar="NAME=FILE", help="text files to score")
+    parser.add_argument("--ids", type=Path, help="instead of texts: a torch file {valid: ids, NAME: ids, ...}")
+    parser.add_argument("--only", default="*", help="runs whose label matches, such as 'blast 4x16 0.5*'")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
+    parser.add_argument("--commit", help="of the source, where there is no checkout")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "quality.json")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    dense, tokenizer = options.load_model(args.model, args, tokenizer=args.ids is None)
+    evaluate = {name: Path(path) for name, _, path in (item.partition("=") for item in args.evaluate)}
+    name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
+    bench = Bench(name, dense.eval(), read_texts(args.calibration, evaluate, args.ids, tokenizer))
+    machine = environment()
+    head = {"protocol": PROTOCOL, "environment": {**machine, "commit": args.commit or machine["commit"]}}
+    file = ResultFile(args.json, head, append=True)
+    done = {(row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"]) for row in file.rows}
+    print(f"statistics took {bench.statistics_seconds:.0f} s; dense {bench.dense_ppl}", flush=True)
+    if ("dense", None, (), 1.0) not in done:
+        file.add(bench.rows(bench.dense, "dense", 1.0, statistics_seconds=bench.statistics_seconds))
+        if args.gguf_file:
+            size = (Path(args.model) / args.gguf_file).stat().st_size
+            file.add(bench.rows(bench.dense, "dense, its 4-bit GGUF file", 1.0, bytes=size))
+    earlier: dict[tuple, torch.nn.Module] = {}
+    for run in runs():
+        key = run.method, run.structure, tuple(run.blocks or ()), run.ratio
+        if key in done or not fnmatch(run.label, args.only) or time.perf_counter() - started > args.seconds:
+            continue
+        if run.kind != "refine":
+            earlier.clear()
+        fit = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        model, more = make(bench, run, earlier)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            more["peak_memory"] = torch.cuda.max_memory_allocated()
+        more["fit_seconds"] = time.perf_counter() - fit
+        shape = {"structure": run.structure, "blocks": list(run.blocks) if run.blocks else None}
+        rows = bench.rows(model, run.method, run.ratio, **shape, **more)
+        file.add(rows)
+        scores = ", ".join(f"{row['dataset']} {row['ppl']:.2f}" for row in rows)
+        print(
+            f"[{time.perf_counter() - started:.0f} s] {run.label}: {scores} ({more['fit_seconds']:.0f} s)", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

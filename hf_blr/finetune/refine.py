@@ -1,0 +1,85 @@
+"""Training all factors on windows of text with the stock `Trainer`."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_blr.finetune.callback import BLRCallback
+from hf_blr.finetune.dataset import WindowDataset
+from hf_blr.ops import current_impl, use_impl
+
+#: from this many tokens a step the factors are multiplied out once a step and training runs on the dense matrices: that
+#: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
+DENSE_STEP_TOKENS = 8192
+
+
+def train(model: nn.Module, windows: Tensor, callback: BLRCallback, **arguments) -> list[dict]:
+    """Trains on windows `[n, seqlen]`; returns the Trainer's log history.
+
+    arguments: of `TrainingArguments`, `max_steps` among them, over defaults that suit factors.
+    """
+    settings = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, arguments["max_steps"] // 20),
+        # decaying two factors is not decaying their product
+        "weight_decay": 0.0,
+        "logging_steps": max(1, arguments["max_steps"] // 10),
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **arguments}),
+        train_dataset=WindowDataset(windows),
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+def refine(
+    model: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    *,
+    epochs: int = 8,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    distill_weight: float = 0.5,
+    seed: int = 0,
+) -> list[dict]:
+    """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
+
+    The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
+    it computes in bfloat16 around float32 factors; give the model in float32.
+
+    Args:
+        model: compressed, a causal language model; it comes back in evaluation mode.
+        teacher: the dense model.
+        windows: token ids `[n, seqlen]`.
+        epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule and no weight decay.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
+    with tempfile.TemporaryDirectory() as folder, use_impl("dense" if dense else current_impl()):
+        history = train(
+            model,
+            windows,
+            BLRCallback(teacher=teacher, distill_weight=distill_weight),
+            output_dir=folder,
+            max_steps=epochs * -(-len(windows) // batch_size),
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            use_cpu=not on_gpu,
+            seed=seed,
+            disable_tqdm=True,
+        )
+    model.eval()
+    return history
