@@ -13,6 +13,7 @@ from hf_blr.cli import COMMANDS, main
 from hf_blr.cli.options import block_counts
 from hf_blr.cli.table import format_table
 from hf_blr.linear import BlastLinear
+from hf_blr.structures import spec_from_dict
 
 
 @pytest.fixture
@@ -83,6 +84,38 @@ def test_weights_alone_need_no_text(dense, tmp_path):
     )
     stored = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
     assert stored["dataset"] is None and stored["rank"] == 4
+
+
+@pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"]])
+def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
+    folder, text = dense
+    file = tmp_path / "plan.json"
+    on_text = ["--dataset", text, "--seqlen", "32", "--num-samples", "8"]
+    assert main(["plan", folder, str(file), "--structure", "auto", *budget, *on_text]) == 0
+    assert "Predicted rise of the loss" in capsys.readouterr().out
+    plan = json.loads(file.read_text())
+    assert plan["predicted_loss"] > 0
+    specs = {
+        name: spec_from_dict({k: v for k, v in layer.items() if k not in ("bias", "transposed")})
+        for name, layer in plan["layers"].items()
+    }
+    if budget[0] == "--parameters":
+        assert sum(spec.num_parameters for spec in specs.values()) <= 30000
+    dropped = next(iter(plan["layers"]))
+    del plan["layers"][dropped]
+    file.write_text(json.dumps(plan))
+    out = tmp_path / "out"
+    assert main(["compress", folder, str(out), "--plan", str(file), *on_text]) == 0
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["layers"] == plan["layers"]
+    assert main(["plan", folder, str(file), *budget, *on_text]) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    # layers this small are fastest dense
+    assert main(["plan", folder, str(tmp_path / "ms.json"), "--ms", "1", *on_text]) == 2
+    assert "best spent on the dense layers" in capsys.readouterr().err
+    file.write_text("{}")
+    assert main(["compress", folder, str(tmp_path / "none"), "--plan", str(file), *on_text]) == 2
+    assert "is no plan" in capsys.readouterr().err
 
 
 def test_an_output_that_holds_a_model_is_kept(dense, tmp_path, capsys):

@@ -30,10 +30,10 @@ def add_arguments(parser):
     parser.set_defaults(dtype="float32")
     parser.add_argument("--dataset", default="builtin", help="builtin, wikitext2, c4, a text file or a folder")
     parser.add_argument("--ratio", type=float, default=0.7, help="kept / dense parameters of the replaced layers")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of alternating solves at most")
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of alternating solves at most")
+    parser.add_argument("--calibration-tokens", type=int, default=12288)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
-    parser.add_argument("--finetune-steps", type=int, default=30)
+    parser.add_argument("--finetune-steps", type=int, default=24)
     parser.add_argument("--prompt", default="The for statement in Python is used to")
     parser.add_argument(
         "--quick", action="store_true", help=f"compress one decoder layer in {QUICK_STRIDE}, train a few steps"

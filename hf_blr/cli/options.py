@@ -33,9 +33,14 @@ def add_json(parser: argparse.ArgumentParser):
 
 
 def add_blr(parser: argparse.ArgumentParser):
-    """The options that make a BLRConfig."""
+    """The options that make a BLRConfig; returns the group of those that say how much is kept, for more of them."""
     group = parser.add_argument_group("what the layers become")
-    group.add_argument("--structure", choices=("low_rank", "monarch", "blast"), default="blast")
+    group.add_argument(
+        "--structure",
+        choices=("low_rank", "monarch", "blast", "auto"),
+        default="blast",
+        help="auto chooses one for each layer, its blocks too",
+    )
     size = group.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, help="kept / dense parameters of the replaced layers, 0 to 1")
     size.add_argument("--rank", type=int, help="rank of each replaced layer (Monarch: of each block pair)")
@@ -78,6 +83,7 @@ def add_blr(parser: argparse.ArgumentParser):
     fit.add_argument("--seqlen", type=int, default=2048, help="tokens in a calibration window")
     fit.add_argument("--rounds", type=int, default=16, help="rounds of alternating solves at most")
     fit.add_argument("--seed", type=int, default=0)
+    return size
 
 
 def blr_config(args) -> BLRConfig:

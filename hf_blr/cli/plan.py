@@ -1,0 +1,102 @@
+"""choose structure, blocks and rank for each layer under a budget, and write the plan
+
+The plan is a JSON file to look at and to edit: layers taken out of it stay dense. `hf-blr compress --plan
+FILE` follows it.
+
+Examples:
+  hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --ratio 0.6 --structure auto
+  hf-blr plan meta-llama/Llama-3.2-1B plan.json --ms 9 --device-name H100 --tokens 1024
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hf_blr.cli import options
+from hf_blr.cli.layer_table import rows_by_kind
+from hf_blr.cli.table import format_table
+
+
+def add_arguments(parser):
+    options.add_model(parser)
+    parser.add_argument("output", metavar="FILE", type=Path, help="where to write the plan")
+    parser.add_argument("--overwrite", action="store_true", help="write over a FILE that exists")
+    size = options.add_blr(parser)
+    size.add_argument("--parameters", type=float, help="what the replaced layers may keep together, in millions")
+    size.add_argument("--mb", type=float, help="their bytes in MB, at the dtype of the loaded weights")
+    size.add_argument("--ms", type=float, help="their time together in a forward, predicted from the roofline")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the forward that --ms speaks of")
+    parser.add_argument("--device-name", default="H100", help="the device that --ms speaks of, as in hf-blr roofline")
+    parser.add_argument("--floor", type=float, default=0.1, help="smallest ratio that a replaced layer may keep")
+    parser.add_argument("--ceiling", type=float, default=1.0, help="largest ratio of a layer that is not left dense")
+
+
+def run(args):
+    from hf_blr.budget import share_budget
+    from hf_blr.calibration import collect_statistics
+    from hf_blr.plan import layers_from_plan, resolve_plan
+
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists; choose another file, or pass --overwrite")
+    if args.no_fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
+        raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
+    given = args.ratio
+    # short fits compare structures at this size where the budget names none
+    args.ratio = 0.5 if given is None else given
+    config = options.blr_config(args)
+    model, tokenizer = options.load_model(args.model, args)
+    statistics = collect_statistics(model, config, tokenizer=tokenizer)
+    plan = resolve_plan(model, config)
+    chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
+    specs = {name: layer.spec for name, layer in chosen.items()}
+    if not specs:
+        raise ValueError("this budget is best spent on the dense layers as they are; give a smaller one")
+    print(format_table(rows_by_kind(specs)))
+    dense = sum(layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
+    kept = dense + sum(spec.num_parameters for spec in specs.values())
+    total = sum(layer.spec.dense_parameters for layer in plan.values())
+    left = [name for name in plan if name not in chosen]
+    print(
+        f"{len(chosen)} layers to replace, {len(left)} left dense{': ' if left else ''}{', '.join(left)}; together "
+        f"{kept / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({100 * kept / total:.1f} %). Predicted rise of "
+        f"the loss if fitted one-shot: {loss:.4f} nats a token; sequential fits do better"
+    )
+    args.output.write_text(
+        json.dumps({"model": args.model, "predicted_loss": loss, "layers": layers_from_plan(chosen)}, indent=1) + "\n"
+    )
+    print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
+
+
+def budget_of(args, model):
+    """The Budget that the options name."""
+    from hf_blr.budget import Budget
+    from hf_blr.evaluation.devices import DEVICES
+    from hf_blr.evaluation.roofline import predict
+
+    limits = {"floor": args.floor, "ceiling": args.ceiling}
+    if args.parameters is not None:
+        return Budget(args.parameters * 1e6, **limits)
+    if args.mb is not None:
+        return Budget(args.mb * 1e6 / next(model.parameters()).element_size(), **limits)
+    if args.ms is None:
+        return Budget(**limits)
+    if args.device_name not in DEVICES:
+        raise ValueError(f"--device-name must be one of {sorted(DEVICES)}, got {args.device_name!r}")
+    device = DEVICES[args.device_name]
+
+    def seconds(spec, dense):
+        return predict(spec, args.tokens, device, form="dense" if dense else "hf_blr")
+
+    return Budget(args.ms / 1e3, cost=seconds, **limits)
+
+
+def read_plan(path: Path) -> dict[str, dict]:
+    """The layers of a plan file. Raises ValueError if it is none."""
+    try:
+        layers = json.loads(path.read_text())["layers"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no plan that `hf-blr plan` wrote: {error!r}") from None
+    if not layers:
+        raise ValueError(f"{path} holds no layers, so there is nothing to compress")
+    return layers
