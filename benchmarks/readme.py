@@ -101,6 +101,31 @@ def roofline_section() -> str:
     return format_table(table)
 
 
+def quality_section() -> str:
+    """Perplexities of the quality benchmark, one line for each method and size, a column for each text."""
+    file = RESULTS / "quality.json"
+    if not file.exists():
+        return ""
+    result = read_result(file)
+    lines: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        blocks = "" if row["blocks"] is None else "{} x {}".format(*row["blocks"])
+        key = row["ratio"], row["structure"], blocks, row["method"]
+        line = {"kept": f"{100 * row['ratio']:.0f} %", "structure": row["structure"], "blocks": blocks}
+        line = lines.setdefault(key, {**line, "method": row["method"], "MB": row["bytes"] / 1e6})
+        line[f"{row['dataset']} ppl"] = row["ppl"]
+        line["seconds"] = row["fit_seconds"]
+    rows = [lines[key] for key in sorted(lines, key=lambda key: -key[0])]
+    # the texts of all rows: a run that was stopped may not have scored each
+    texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
+    columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
+    models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
+    return (
+        f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit. "
+        f"{machine(result['environment'])}."
+    )
+
+
 def machine(environment: dict) -> str:
     return (
         f"{environment['device']}, torch {environment['torch']}, commit {environment['commit'][:7]}, "
@@ -108,7 +133,13 @@ def machine(environment: dict) -> str:
     )
 
 
-SECTIONS = {"demo": demo_section, "speed": speed_section, "models": models_section, "roofline": roofline_section}
+SECTIONS = {
+    "demo": demo_section,
+    "quality": quality_section,
+    "speed": speed_section,
+    "models": models_section,
+    "roofline": roofline_section,
+}
 
 
 def updated(text: str) -> str:

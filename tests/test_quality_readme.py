@@ -1,0 +1,53 @@
+"""The README's table of perplexities, and refinement where `datasets` is not installed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import readme
+
+REFINE = """
+import copy, sys
+sys.modules["datasets"] = sys.modules["matplotlib"] = None
+import torch
+from tiny import tiny_llama
+from hf_blr import BLRConfig, compress
+from hf_blr.finetune import refine
+dense, windows = tiny_llama(), torch.arange(128).view(4, 32)
+model = copy.deepcopy(dense)
+compress(model, BLRConfig("low_rank", ratio=0.5), calibration=list(windows.split(2)), progress=False)
+refine(model, dense, windows, epochs=1, batch_size=2)
+"""
+
+
+def test_refinement_needs_no_datasets_package():
+    # in a process of its own: transformers remembers which packages it has seen
+    subprocess.run([sys.executable, "-c", REFINE], check=True, cwd=Path(__file__).parent)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_without_a_result_file_there_is_no_table(results):
+    assert readme.quality_section() == ""
+
+
+def test_each_method_has_one_line_with_all_texts(results):
+    shared = {"model": "tiny", "structure": "blast", "blocks": [4, 16], "method": "ours", "bytes": 2e6}
+    rows = [
+        {**shared, "ratio": ratio, "dataset": text, "ppl": ppl, "fit_seconds": 1.0}
+        for ratio, text, ppl in ((0.5, "test", 30.5), (0.5, "ptb", 80.25), (0.8, "test", 20.5))
+    ]
+    where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
+    (results / "quality.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
+    lines = [line for line in readme.quality_section().splitlines() if "blast" in line]
+    assert len(lines) == 2 and "80 %" in lines[0] and "50 %" in lines[1]
+    assert "30.5" in lines[1] and "80.25" in lines[1] and "4 x 16" in lines[1]
