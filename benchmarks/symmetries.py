@@ -2,8 +2,8 @@
 
     python benchmarks/symmetries.py wikitext2/valid.txt [--out benchmarks/results/symmetries.json]
 
-`reorder`: gate, up and down fitted with their shared channels in several orders. `storage`: the rank that the same number of
-stored values buys when a factor pair of rank r costs r (m + n) - r^2 instead of r (m + n).
+`reorder`: gate, up and down fitted with their shared channels in several orders. `storage`: the rank that the same
+number of stored values buys when a factor pair of rank r costs r (m + n) - r^2 instead of r (m + n).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.cli.options import environment
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import whole_model_grams
-from hf_blr.structures import make_spec
+from hf_blr.structures import make_spec, structure_class
 
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -46,7 +46,8 @@ def load(text_file):
 
 
 def error(weight, gram, structure, rank, blocks):
-    spec = make_spec(structure, weight.shape[1], weight.shape[0], rank=rank, num_blocks=blocks)
+    # not make_spec, which refuses a rank whose plain storage exceeds the dense matrix
+    spec = structure_class(structure)(weight.shape[1], weight.shape[0], rank, blocks)
     return factorize(weight, spec, gram, rounds=ROUNDS, tolerance=0).rel_error
 
 
@@ -107,14 +108,12 @@ def storage_rows(data, layer):
             for ratio in RATIOS:
                 rank = make_spec(structure, *reversed(weight.shape), ratio=ratio, num_blocks=blocks).rank
                 q, p = weight.shape[0] // blocks[1], weight.shape[1] // blocks[0]
-                # the largest r with r (p + q) - r^2 <= ratio p q; its plain storage may exceed the dense matrix
+                # the largest r with r (p + q) - r^2 <= ratio p q
                 pivoted = int(((p + q) - math.sqrt((p + q) ** 2 - 4 * ratio * p * q)) / 2)
                 row = {"layer": layer, "module": leaf, "structure": structure, "ratio": ratio, "rank": rank}
                 plain = error(weight, gram, structure, rank, blocks)
-                highest = make_spec(structure, *reversed(weight.shape), ratio=1 - 1e-6, num_blocks=blocks).rank
-                used = min(pivoted, highest)
-                better = error(weight, gram, structure, used, blocks)
-                yield {**row, "pivoted_rank": pivoted, "fitted_rank": used, "rel_error": plain, "pivoted": better}
+                better = error(weight, gram, structure, pivoted, blocks)
+                yield {**row, "pivoted_rank": pivoted, "rel_error": plain, "pivoted_rel_error": better}
 
 
 def free_numbers(b1, b2, p, q, r):
