@@ -51,6 +51,16 @@ def test_residual_writers_are_found_by_what_they_add(build):
         assert [len(group) for group in groups] == [3, 1, 2, 1]
 
 
+def test_targets_that_are_only_some_of_the_layers_are_grouped_among_themselves():
+    model = tiny_llama()
+    names = ["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"]
+    with evaluating(model):
+        chain = SequentialChain.trace(model, names, batches_for(model))
+    groups, writers = chain.survey(model.model.layers[0], "model.layers.0", names, chain.calls["model.layers.0"])
+    assert groups == [[name] for name in names]
+    assert writers == WRITERS[tiny_llama]
+
+
 def test_outputs_that_do_not_add_up_are_no_writers():
     outputs = {"a": torch.randn(2, 5, 4), "b": torch.randn(2, 5, 4), "narrow": torch.randn(2, 5, 2)}
     assert residual_writers(outputs["a"] + outputs["b"], outputs) == ["a", "b"]

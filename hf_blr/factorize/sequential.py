@@ -96,16 +96,18 @@ class SequentialChain(BlockChain):
         """The block's groups of layers with one input, and its residual writers, from the first batch."""
         groups: list[list[str]] = []
         outputs: dict[str, Tensor] = {}
-        latest = None
+        latest, sharing = None, None
 
         def see(name, x):
-            nonlocal latest
-            if name in names and not any(name in group for group in groups):
-                if x is latest:
-                    groups[-1].append(name)
-                else:
-                    groups.append([name])
-            latest = x
+            nonlocal latest, sharing
+            if x is not latest:
+                latest, sharing = x, None
+            if name not in names or any(name in group for group in groups):
+                return
+            if sharing is None:
+                sharing = []
+                groups.append(sharing)
+            sharing.append(name)
 
         dense = [name for name, module in block.named_modules(prefix=prefix) if is_dense_linear(module)]
         handles = [self.on_input(name, lambda x, name=name: see(name, x)) for name in dense]
