@@ -23,9 +23,11 @@ _HOMES = {
     "disable": "hf_blr.integration",
     "enable": "hf_blr.integration",
     "from_config": "hf_blr.integration",
+    "fuse": "hf_blr.siblings",
     "lora_targets": "hf_blr.integration",
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
+    "unfuse": "hf_blr.siblings",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: RUF022

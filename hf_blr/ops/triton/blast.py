@@ -30,6 +30,7 @@ def blast_expand_kernel(
     T,
     Q,
     R,
+    B2,
     stride_yj,
     stride_yt,
     stride_si,
@@ -47,11 +48,12 @@ def blast_expand_kernel(
 ):
     """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q].
 
-    y `[B1, T, R]`, u `[B2, Q, R]`.
+    y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]` and u `[S*B2, Q, R]`.
     """
     i_n, i_t = tl.program_id(0), tl.program_id(1)
     tiles_q = tl.cdiv(Q, BQ)
     i_i, i_q = i_n // tiles_q, i_n % tiles_q
+    o_y = (i_i // B2) * R
     acc = tl.zeros((BT, BQ), tl.float32)
     for step in range(0, tl.cdiv(R, BR)):
         o_r = step * BR + tl.arange(0, BR)
@@ -60,7 +62,7 @@ def blast_expand_kernel(
         b_z = tl.zeros((BT, BR), b_u.dtype)
         for j in tl.static_range(B1):
             b_s = tl.load(s_ptr + i_i * stride_si + j * stride_sj + o_r, mask=o_r < R, other=0.0)
-            b_y = load_tile(y, j, i_t * BT, step * BR, T, R, stride_yj, stride_yt, 1, BT, BR, TMA)
+            b_y = load_tile(y, j, i_t * BT, o_y + step * BR, T, o_y + R, stride_yj, stride_yt, 1, BT, BR, TMA)
             b_z += b_s[None, :] * b_y
         acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -72,12 +74,17 @@ def blast_expand_kernel(
 
 
 def blast_expand(y, u, s, bias, out):
-    """out `[T, N]` from y `[B1, T, R]`, the mix included."""
-    (b2, q, r), (b1, tokens, _) = u.shape, y.shape
+    """out `[T, N]` from y `[B1, T, R]`, the mix included.
+
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[S*B2, B1, R]`.
+    """
+    (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
     device = device_of(y)
     config = fused_mix_config(b1, y.element_size(), device)
-    tma = device.is_hopper and fits_tma(y) and fits_tma(u)
-    blast_expand_kernel[(b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
+    # a descriptor cuts off at the end of y, not of one layer's part of it
+    whole = width == r or r % config.bk == 0
+    tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
+    blast_expand_kernel[(blocks * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
         descriptor(y, config.bt, config.bk) if tma else y,
         descriptor(u, config.bn, config.bk) if tma else u,
         s,
@@ -86,6 +93,7 @@ def blast_expand(y, u, s, bias, out):
         tokens,
         q,
         r,
+        blocks * r // width,
         *y.stride()[:2],
         *s.stride()[:2],
         *u.stride()[:2],
@@ -107,25 +115,46 @@ def blast_fwd(x, u, s, v, bias, keep=False):
 
     u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
     """
-    tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
+    tokens, (b1, r, _), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
         return out, x.new_empty(b1, 0, r) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        z = x.new_empty(b2, tokens, r)
-        decode_project(x, v, s, z)
-        decode_expand(z, u, bias, out)
+        blast_decode(x, u, s, v, bias, out)
         return out, empty
-    fused = fuses_mix(b1, b2, q, r, tokens)
     # a y that is kept is laid out along r, and the kernel that adds a bias reads z along r
-    along_t = mixes_along_t(b1, b2) and not (fused or keep) and bias is None
+    along_t = mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None
+    y = blast_project(x, v, along_t)
+    blast_finish(y, u, s, bias, out)
+    return out, y if keep else empty
+
+
+def blast_decode(x, u, s, v, bias, out):
+    """out `[T, N]` at few tokens; for S layers that share x, out `[T, S*N]` from factors as in `blast_finish`."""
+    z = x.new_empty(u.shape[0], x.shape[0], u.shape[2])
+    decode_project(x, v, s, z)
+    decode_expand(z, u, bias, out)
+
+
+def blast_project(x, v, along_t):
+    """y `[B1, T, R]` from x `[T, K]` and v `[B1, R, P]`; `along_t`: with the tokens contiguous."""
+    tokens, (b1, r, p) = x.shape[0], v.shape
     y = stack_along_t(b1, tokens, r, x) if along_t else x.new_empty(b1, tokens, r)
     torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2), out=y)
-    if fused:
+    return y
+
+
+def blast_finish(y, u, s, bias, out):
+    """out `[T, N]` from y `[B1, T, R]`.
+
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[S*B2, B1, R]` and bias
+    `[S*N]`.
+    """
+    (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
+    if fuses_mix(b1, blocks * r // width, q, r, tokens):
         blast_expand(y, u, s, bias, out)
     else:
-        expand(blast_mix(y, s), u, bias, out.view(tokens, b2, q).transpose(0, 1))
-    return out, y if keep else empty
+        expand(blast_mix(y, s), u, bias, out.view(tokens, blocks, q).transpose(0, 1))
 
 
 def blast_bwd(grad, x, u, s, v, y, needs):

@@ -63,8 +63,9 @@ def decode_project_kernel(
     B1 parts.
 
     The B1 parts are a batch of the product, so that the warps share the work instead of all reading
-    everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
-    goes to z[i, t, g*G_ROWS + r]. P, R, G_ROWS, K and the strides come / VEC.
+    everything. With MIX the grid's second axis g names a layer of several that share x; s and z hold B2
+    blocks of each. Without, it names an input block of Monarch, whose row i*G_ROWS + r goes to z[i, t,
+    g*G_ROWS + r]. P, R, G_ROWS, K and the strides come / VEC.
     """
     i_r, i_g = tl.program_id(0), tl.program_id(1)
     o_t, o_j = tl.arange(0, BT), tl.arange(0, BJ)
@@ -78,6 +79,8 @@ def decode_project_kernel(
         prefetch_to_l2(v_ptr, o_v + o_l[None, None, :], m_l)
     wait_for_previous(PDL)
     if MIX:
+        s_ptr += i_g * (B2 * stride_si * VEC)
+        z_ptr += i_g.to(tl.int64) * (B2 * stride_zi * VEC)
         o_i = tl.arange(0, BI)
         m_i = o_i < B2
         o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
@@ -187,13 +190,18 @@ def decode_expand_kernel(
 def decode_project(x, v, s, z):
     """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank.
 
-    x `[T, K]`, v `[B1, rows, P]`.
+    x `[T, K]`, v `[B1, rows, P]`. For S layers of BLAST that share x: z `[S*B2, T, R]`, s `[S*B2, B1, R]`, v
+    `[B1, S*R, P]`.
     """
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
     b2 = z.shape[0]
+    all_rows = rows
     if mix:
-        groups, parts, part, xj, vj, xg, vg, g_rows, k = 1, b1, p, p, v.stride(0), 0, 0, rows, b1 * p
+        rows = s.shape[2]
+        groups = all_rows // rows
+        b2 //= groups
+        parts, part, xj, vj, xg, vg, g_rows, k = b1, p, p, v.stride(0), 0, rows * v.stride(1), rows, b1 * p
     else:
         # cut in four, so that four warps have a piece each
         parts, part = 4, triton.cdiv(triton.cdiv(p, 4), 16) * 16
@@ -204,7 +212,7 @@ def decode_project(x, v, s, z):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
-    config = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
+    config = project_config(parts, b1 * p if mix else p, all_rows, tokens, mix, x.element_size(), device)
     decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
         x,
         v,

@@ -24,6 +24,7 @@ def blast_mix_kernel(
     z_ptr,
     T,
     R,
+    stride_yg,
     stride_yj,
     stride_yt,
     stride_si,
@@ -45,9 +46,12 @@ def blast_mix_kernel(
 
     DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is:
     then stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor
-    cores.
+    cores. The grid's third axis names a layer of several that share x; s and z hold B2 blocks of each.
     """
-    i_r, i_t = tl.program_id(0), tl.program_id(1)
+    i_r, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    y_ptr += i_g * (stride_yg * VEC)
+    s_ptr += i_g * (B2 * stride_si * VEC)
+    z_ptr += i_g * (B2 * stride_zi * VEC)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
     m_r, m_t = o_r < R * VEC, o_t < T
@@ -207,15 +211,18 @@ def stack_along_t(blocks, tokens, width, like):
 
 
 def blast_mix(y, s):
-    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz."""
-    (b2, b1, r), tokens = s.shape, y.shape[1]
-    along_t = y.stride(2) > 1
-    z = stack_along_t(b2, tokens, r, y) if along_t else y.new_empty(b2, tokens, r)
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz.
+
+    For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[S*B2, B1, R]`.
+    """
+    (blocks, b1, r), tokens, layers = s.shape, y.shape[1], y.shape[2] // s.shape[2]
+    b2, along_t = blocks // layers, y.stride(2) > 1
+    z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
     config = mix_config(b1, b2, tokens, along_t, device_of(y))
     outer = 2 if along_t else 1
-    strides = (y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
+    strides = (r * y.stride(2), y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)
-    grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
+    grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt), layers)
     blast_mix_kernel[grid](
         y,
         s,
