@@ -27,6 +27,7 @@ _HOMES = {
     "lora_targets": "hf_blr.integration",
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
+    "tune": "hf_blr.tuning",
     "unfuse": "hf_blr.siblings",
 }
 

@@ -2,42 +2,14 @@
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, NAMES, factor_shapes
+from kernel_cases import FUNCTIONS, assert_siblings_within_budget, make_layers
 
 from hf_blr import ops
-from hf_blr.siblings import pack
 
 STRUCTURES = list(FUNCTIONS)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 #: (Q, R) of each layer
 EQUAL, GROUPED_QUERIES, ALL_DIFFERENT = [(10, 6)] * 3, [(12, 8), (5, 6), (5, 6)], [(9, 5), (6, 4), (3, 2)]
-
-
-def make_layers(structure, sizes, b1=2, b2=3, p=8, dtype=torch.float32, bias=True, packed=True, device="cpu"):
-    """[(factors, bias)] with outputs of order one, and the block count of x."""
-    generator = torch.Generator(device).manual_seed(0)
-    layers = []
-    for q, r in sizes:
-        shapes = [*factor_shapes(structure, b1, b2, p, q, r), (b2 * q,)]
-        tensors = [torch.randn(s, generator=generator, device=device) * s[-1] ** -0.5 for s in shapes]
-        layers.append(dict(zip(NAMES[structure][1:], (t.to(dtype) for t in tensors), strict=True)))
-    if packed:
-        pack(layers)
-    biases = [layer.pop("bias") for layer in layers]
-    biases = biases if bias else [None] * len(layers)
-    return [tuple(layer.values()) for layer in layers], biases
-
-
-def assert_siblings_within_budget(structure, tokens, sizes, **kwargs):
-    factors, biases = make_layers(structure, sizes, **kwargs)
-    k = kwargs.get("b1", 2) * kwargs.get("p", 8)
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).to(factors[0][0])
-    eager = FUNCTIONS[structure][1]
-    outs = ops.siblings_linear(structure, x, factors, biases, impl="triton")
-    for out, f, b in zip(outs, factors, biases, strict=True):
-        exact = eager(x.double(), *(t.double() for t in f), None if b is None else b.double())
-        allowed = 2 * (eager(x, *f, b) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
-        assert out.shape == exact.shape and (out - exact).norm() <= allowed
 
 
 @pytest.fixture(autouse=True)

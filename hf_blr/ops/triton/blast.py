@@ -18,6 +18,7 @@ from hf_blr.ops.triton.launch import (
 )
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -80,34 +81,38 @@ def blast_expand(y, u, s, bias, out):
     """
     (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
     device = device_of(y)
-    config = fused_mix_config(b1, y.element_size(), device)
-    # a descriptor cuts off at the end of y, not of one layer's part of it
-    whole = width == r or r % config.bk == 0
-    tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
-    blast_expand_kernel[(blocks * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
-        descriptor(y, config.bt, config.bk) if tma else y,
-        descriptor(u, config.bn, config.bk) if tma else u,
-        s,
-        bias,
-        out,
-        tokens,
-        q,
-        r,
-        blocks * r // width,
-        *y.stride()[:2],
-        *s.stride()[:2],
-        *u.stride()[:2],
-        out.stride(0),
-        B1=b1,
-        HAS_BIAS=bias is not None,
-        TMA=tma,
-        PRECISION=dot_precision(y.dtype),
-        BT=config.bt,
-        BQ=config.bn,
-        BR=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    rule = fused_mix_config(b1, y.element_size(), device)
+
+    def run(config):
+        # a descriptor cuts off at the end of y, not of one layer's part of it
+        whole = width == r or r % config.bk == 0
+        tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
+        blast_expand_kernel[(blocks * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
+            descriptor(y, config.bt, config.bk) if tma else y,
+            descriptor(u, config.bn, config.bk) if tma else u,
+            s,
+            bias,
+            out,
+            tokens,
+            q,
+            r,
+            blocks * r // width,
+            *y.stride()[:2],
+            *s.stride()[:2],
+            *u.stride()[:2],
+            out.stride(0),
+            B1=b1,
+            HAS_BIAS=bias is not None,
+            TMA=tma,
+            PRECISION=dot_precision(y.dtype),
+            BT=config.bt,
+            BQ=config.bn,
+            BR=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    launch(run, "blast_expand", rule, tokens, (b1, blocks, q, r, width), y)
 
 
 def blast_fwd(x, u, s, v, bias, keep=False):

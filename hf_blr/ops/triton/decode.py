@@ -19,6 +19,7 @@ from hf_blr.ops.triton.launch import (
     vector_width,
 )
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -212,34 +213,38 @@ def decode_project(x, v, s, z):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
-    config = project_config(parts, b1 * p if mix else p, all_rows, tokens, mix, x.element_size(), device)
-    decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
-        x,
-        v,
-        s,
-        z,
-        tokens,
-        *(n // vec for n in sizes),
-        B1=parts,
-        B2=b2,
-        LINES=pow2(triton.cdiv(part, line)),
-        LINE=line,
-        MIX=mix,
-        PDL=device.is_hopper,
-        PRECISION=dot_precision(x.dtype),
-        VEC=vec,
-        DOT=bt > 1,
-        DOT_MIX=bt > 1 and parts >= 16,
-        UNROLL=1 if bt > 1 else config.stages,
-        BJ=pow2(parts),
-        BI=pow2(b2),
-        BT=bt,
-        BR=config.rows,
-        BP=config.length,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({"launch_pdl": True} if device.is_hopper else {}),
-    )
+    rule = project_config(parts, b1 * p if mix else p, all_rows, tokens, mix, x.element_size(), device)
+
+    def run(config):
+        decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
+            x,
+            v,
+            s,
+            z,
+            tokens,
+            *(n // vec for n in sizes),
+            B1=parts,
+            B2=b2,
+            LINES=pow2(triton.cdiv(part, line)),
+            LINE=line,
+            MIX=mix,
+            PDL=device.is_hopper,
+            PRECISION=dot_precision(x.dtype),
+            VEC=vec,
+            DOT=bt > 1,
+            DOT_MIX=bt > 1 and parts >= 16,
+            UNROLL=1 if bt > 1 else config.stages,
+            BJ=pow2(parts),
+            BI=pow2(b2),
+            BT=bt,
+            BR=config.rows,
+            BP=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "decode_project", rule, bt, (parts, part, all_rows, groups, b2, mix), x)
 
 
 def decode_expand(z, u, bias, out):
@@ -250,28 +255,32 @@ def decode_expand(z, u, bias, out):
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
-    config = expand_config(r, tokens, z.element_size(), device)
-    decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
-        z,
-        u,
-        bias,
-        out,
-        tokens,
-        q,
-        *(n // vec for n in sizes),
-        out.stride(0),
-        HAS_BIAS=bias is not None,
-        LINES=pow2(triton.cdiv(r, line)),
-        LINE=line,
-        PDL=device.is_hopper,
-        PRECISION=dot_precision(z.dtype),
-        VEC=vec,
-        DOT=bt > 1,
-        UNROLL=1 if bt > 1 else config.stages,
-        BT=bt,
-        BQ=config.rows,
-        BR=config.length,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({"launch_pdl": True} if device.is_hopper else {}),
-    )
+    rule = expand_config(r, tokens, z.element_size(), device)
+
+    def run(config):
+        decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
+            z,
+            u,
+            bias,
+            out,
+            tokens,
+            q,
+            *(n // vec for n in sizes),
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            LINES=pow2(triton.cdiv(r, line)),
+            LINE=line,
+            PDL=device.is_hopper,
+            PRECISION=dot_precision(z.dtype),
+            VEC=vec,
+            DOT=bt > 1,
+            UNROLL=1 if bt > 1 else config.stages,
+            BT=bt,
+            BQ=config.rows,
+            BR=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "decode_expand", rule, bt, (b2, q, r), z)

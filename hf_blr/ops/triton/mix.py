@@ -15,6 +15,7 @@ from hf_blr.ops.triton.launch import (
     pow2,
     vector_width,
 )
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -218,31 +219,35 @@ def blast_mix(y, s):
     (blocks, b1, r), tokens, layers = s.shape, y.shape[1], y.shape[2] // s.shape[2]
     b2, along_t = blocks // layers, y.stride(2) > 1
     z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
-    config = mix_config(b1, b2, tokens, along_t, device_of(y))
+    rule = mix_config(b1, b2, tokens, along_t, device_of(y))
     outer = 2 if along_t else 1
     strides = (r * y.stride(2), y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)
-    grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt), layers)
-    blast_mix_kernel[grid](
-        y,
-        s,
-        z,
-        # along t the padding is mixed too: it reaches nothing but padding
-        triton.cdiv(tokens, 16) * 16 if along_t else tokens,
-        r // vec,
-        *(n // vec for n in strides),
-        B1=b1,
-        B2=b2,
-        DOT=config.dot,
-        ALONG_T=along_t,
-        PRECISION=dot_precision(y.dtype),
-        VEC=vec,
-        BJ=max(16, pow2(b1)),
-        BI=max(16, pow2(b2)),
-        BT=config.bt,
-        BR=config.br,
-        num_warps=config.warps,
-    )
+
+    def run(config):
+        grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt), layers)
+        blast_mix_kernel[grid](
+            y,
+            s,
+            z,
+            # along t the padding is mixed too: it reaches nothing but padding
+            triton.cdiv(tokens, 16) * 16 if along_t else tokens,
+            r // vec,
+            *(n // vec for n in strides),
+            B1=b1,
+            B2=b2,
+            DOT=config.dot,
+            ALONG_T=along_t,
+            PRECISION=dot_precision(y.dtype),
+            VEC=vec,
+            BJ=max(16, pow2(b1)),
+            BI=max(16, pow2(b2)),
+            BT=config.bt,
+            BR=config.br,
+            num_warps=config.warps,
+        )
+
+    launch(run, "blast_mix", rule, tokens, (b1, b2, r, layers, along_t), y)
     return z
 
 
