@@ -22,8 +22,8 @@ from layers import FUNCTIONS, PROTOCOL, Timer, one_row_a_line, relative_error
 
 from hf_blr import ops
 from hf_blr.cli.options import environment
+from hf_blr.fusion import pack
 from hf_blr.ops import reference
-from hf_blr.siblings import pack
 from hf_blr.structures import make_spec
 
 TOKENS = (1, 16, 1024, 4096)

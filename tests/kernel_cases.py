@@ -3,8 +3,8 @@
 import torch
 
 from hf_blr import ops
+from hf_blr.fusion import pack
 from hf_blr.ops import reference
-from hf_blr.siblings import pack
 
 FUNCTIONS = {
     "low_rank": (ops.low_rank_linear, reference.low_rank_linear),

@@ -19,6 +19,7 @@ FLOORS = [
     ["plan"],
     ["targets"],
     ["config"],
+    ["fusion", "siblings", "tuning"],
     ["linear"],
     ["dense"],
     ["ops"],
