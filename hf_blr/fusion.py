@@ -95,16 +95,16 @@ def run_together(modules: list[BLRLinear]):
 
 @torch.no_grad()
 def pack(layers: list[dict[str, Tensor]]):
-    """Move factors side by side, in place: all v along their ranks; the others, where neighbours have one shape.
+    """Move factors side by side, in place: v and s along their ranks; the others where neighbours have one shape.
 
     Args:
         layers: {"u", ("s",) "v", ("bias"): tensor} of each layer, in the order in which they run.
     """
     for name in layers[0]:
         tensors = [layer[name] for layer in layers]
-        if name == "v":
-            # [B1, rows, P], or low-rank's [rows, K]
-            move_together(tensors, tensors[0].dim() - 2)
+        if name in ("s", "v"):
+            # s [B2, B1, R]; v [B1, rows, P], or low-rank's [rows, K]
+            move_together(tensors, 2 if name == "s" else tensors[0].dim() - 2)
         else:
             for _, run in itertools.groupby(tensors, key=lambda t: t.shape):
                 move_together(list(run), 0)

@@ -86,12 +86,12 @@ def call_siblings(tokens, k, n, rank, b1, b2):
     """The launches of two layers on one input that differ from those of a wider layer; BLAST alone has such."""
     p, q = k // b1, n // b2
     x, out = torch.empty(tokens, k, dtype=torch.bfloat16), torch.empty(tokens, 2 * n, dtype=torch.bfloat16)
-    u, s, v = (x.new_empty(s) for s in ((2 * b2, q, rank), (2 * b2, b1, rank), (b1, 2 * rank, p)))
+    u, s, v = (x.new_empty(s) for s in ((2 * b2, q, rank), (b2, b1, 2 * rank), (b1, 2 * rank, p)))
     if tokens <= 32:
-        blast.blast_decode(x, u, s, v, None, out)
+        decode.decode_expand(blast.blast_decode(x, s, v), u, None, out)
     else:
         blast.blast_expand(x.new_empty(b1, tokens, 2 * rank), u, s, None, out)
-        mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s)
+        mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
 
 
 def main(capability: int):

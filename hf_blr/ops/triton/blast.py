@@ -49,12 +49,12 @@ def blast_expand_kernel(
 ):
     """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q].
 
-    y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]` and u `[S*B2, Q, R]`.
+    y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]`, s `[B2, B1, S*R]` and u `[S*B2, Q, R]`.
     """
     i_n, i_t = tl.program_id(0), tl.program_id(1)
     tiles_q = tl.cdiv(Q, BQ)
     i_i, i_q = i_n // tiles_q, i_n % tiles_q
-    o_y = (i_i // B2) * R
+    i_b, o_y = i_i % B2, (i_i // B2) * R
     acc = tl.zeros((BT, BQ), tl.float32)
     for step in range(0, tl.cdiv(R, BR)):
         o_r = step * BR + tl.arange(0, BR)
@@ -62,7 +62,7 @@ def blast_expand_kernel(
         # mixed in the factors' own dtype: float32 here costs a fifth of the whole kernel (H100, 4x16 blocks)
         b_z = tl.zeros((BT, BR), b_u.dtype)
         for j in tl.static_range(B1):
-            b_s = tl.load(s_ptr + i_i * stride_si + j * stride_sj + o_r, mask=o_r < R, other=0.0)
+            b_s = tl.load(s_ptr + i_b * stride_si + j * stride_sj + o_y + o_r, mask=o_r < R, other=0.0)
             b_y = load_tile(y, j, i_t * BT, o_y + step * BR, T, o_y + R, stride_yj, stride_yt, 1, BT, BR, TMA)
             b_z += b_s[None, :] * b_y
         acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
@@ -77,7 +77,7 @@ def blast_expand_kernel(
 def blast_expand(y, u, s, bias, out):
     """out `[T, N]` from y `[B1, T, R]`, the mix included.
 
-    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[S*B2, B1, R]`.
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[B2, B1, S*R]`.
     """
     (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
     device = device_of(y)
@@ -96,7 +96,7 @@ def blast_expand(y, u, s, bias, out):
             tokens,
             q,
             r,
-            blocks * r // width,
+            s.shape[0],
             *y.stride()[:2],
             *s.stride()[:2],
             *u.stride()[:2],
@@ -125,7 +125,7 @@ def blast_fwd(x, u, s, v, bias, keep=False):
     if tokens == 0:
         return out, x.new_empty(b1, 0, r) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        blast_decode(x, u, s, v, bias, out)
+        decode_expand(blast_decode(x, s, v), u, bias, out)
         return out, empty
     # a y that is kept is laid out along r, and the kernel that adds a bias reads z along r
     along_t = mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None
@@ -134,11 +134,11 @@ def blast_fwd(x, u, s, v, bias, keep=False):
     return out, y if keep else empty
 
 
-def blast_decode(x, u, s, v, bias, out):
-    """out `[T, N]` at few tokens; for S layers that share x, out `[T, S*N]` from factors as in `blast_finish`."""
-    z = x.new_empty(u.shape[0], x.shape[0], u.shape[2])
+def blast_decode(x, s, v):
+    """z `[B2, T, R]` at few tokens."""
+    z = x.new_empty(s.shape[0], x.shape[0], s.shape[2])
     decode_project(x, v, s, z)
-    decode_expand(z, u, bias, out)
+    return z
 
 
 def blast_project(x, v, along_t):
@@ -152,14 +152,14 @@ def blast_project(x, v, along_t):
 def blast_finish(y, u, s, bias, out):
     """out `[T, N]` from y `[B1, T, R]`.
 
-    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[S*B2, B1, R]` and bias
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[B2, B1, S*R]` and bias
     `[S*N]`.
     """
     (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
-    if fuses_mix(b1, blocks * r // width, q, r, tokens):
+    if fuses_mix(b1, s.shape[0], q, r, tokens):
         blast_expand(y, u, s, bias, out)
     else:
-        expand(blast_mix(y, s), u, bias, out.view(tokens, blocks, q).transpose(0, 1))
+        expand(blast_mix(y, s, width // r), u, bias, out.view(tokens, blocks, q).transpose(0, 1))
 
 
 def blast_bwd(grad, x, u, s, v, y, needs):

@@ -64,9 +64,8 @@ def decode_project_kernel(
     B1 parts.
 
     The B1 parts are a batch of the product, so that the warps share the work instead of all reading
-    everything. With MIX the grid's second axis g names a layer of several that share x; s and z hold B2
-    blocks of each. Without, it names an input block of Monarch, whose row i*G_ROWS + r goes to z[i, t,
-    g*G_ROWS + r]. P, R, G_ROWS, K and the strides come / VEC.
+    everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
+    goes to z[i, t, g*G_ROWS + r]. P, R, G_ROWS, K and the strides come / VEC.
     """
     i_r, i_g = tl.program_id(0), tl.program_id(1)
     o_t, o_j = tl.arange(0, BT), tl.arange(0, BJ)
@@ -80,8 +79,6 @@ def decode_project_kernel(
         prefetch_to_l2(v_ptr, o_v + o_l[None, None, :], m_l)
     wait_for_previous(PDL)
     if MIX:
-        s_ptr += i_g * (B2 * stride_si * VEC)
-        z_ptr += i_g.to(tl.int64) * (B2 * stride_zi * VEC)
         o_i = tl.arange(0, BI)
         m_i = o_i < B2
         o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
@@ -135,6 +132,7 @@ def decode_expand_kernel(
     out_ptr,
     T,
     Q,
+    B2,
     R,
     stride_zi,
     stride_zt,
@@ -153,7 +151,10 @@ def decode_expand_kernel(
     BQ: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC."""
+    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC.
+
+    Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`.
+    """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t = tl.arange(0, BT)
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -165,7 +166,7 @@ def decode_expand_kernel(
         prefetch_to_l2(u_ptr, o_u + o_l[None, :], m_q[:, None] & (o_l < R * VEC)[None, :])
     wait_for_previous(PDL)
     o_z = o_t[:, None] * (stride_zt * VEC)
-    z_ptr += i_i * (stride_zi * VEC)
+    z_ptr += (i_i % B2) * (stride_zi * VEC) + (i_i // B2) * (R * VEC)
     if DOT:
         acc = tl.zeros((BT, BQ), tl.float32)
     else:
@@ -191,18 +192,13 @@ def decode_expand_kernel(
 def decode_project(x, v, s, z):
     """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank.
 
-    x `[T, K]`, v `[B1, rows, P]`. For S layers of BLAST that share x: z `[S*B2, T, R]`, s `[S*B2, B1, R]`, v
-    `[B1, S*R, P]`.
+    x `[T, K]`, v `[B1, rows, P]`.
     """
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
     b2 = z.shape[0]
-    all_rows = rows
     if mix:
-        rows = s.shape[2]
-        groups = all_rows // rows
-        b2 //= groups
-        parts, part, xj, vj, xg, vg, g_rows, k = b1, p, p, v.stride(0), 0, rows * v.stride(1), rows, b1 * p
+        groups, parts, part, xj, vj, xg, vg, g_rows, k = 1, b1, p, p, v.stride(0), 0, 0, rows, b1 * p
     else:
         # cut in four, so that four warps have a piece each
         parts, part = 4, triton.cdiv(triton.cdiv(p, 4), 16) * 16
@@ -213,7 +209,7 @@ def decode_project(x, v, s, z):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
-    rule = project_config(parts, b1 * p if mix else p, all_rows, tokens, mix, x.element_size(), device)
+    rule = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
 
     def run(config):
         decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
@@ -244,12 +240,15 @@ def decode_project(x, v, s, z):
             **({"launch_pdl": True} if device.is_hopper else {}),
         )
 
-    launch(run, "decode_project", rule, bt, (parts, part, all_rows, groups, b2, mix), x)
+    launch(run, "decode_project", rule, bt, (parts, part, rows, groups, b2, mix), x)
 
 
 def decode_expand(z, u, bias, out):
-    """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`."""
-    (b2, q, r), tokens = u.shape, z.shape[1]
+    """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`.
+
+    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`.
+    """
+    (blocks, q, r), tokens = u.shape, z.shape[1]
     device = device_of(z)
     sizes = (r, *z.stride()[:2], *u.stride()[:2])
     vec = vector_width(*sizes)
@@ -258,13 +257,14 @@ def decode_expand(z, u, bias, out):
     rule = expand_config(r, tokens, z.element_size(), device)
 
     def run(config):
-        decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
+        decode_expand_kernel[(triton.cdiv(q, config.rows), blocks)](
             z,
             u,
             bias,
             out,
             tokens,
             q,
+            z.shape[0],
             *(n // vec for n in sizes),
             out.stride(0),
             HAS_BIAS=bias is not None,
@@ -283,4 +283,4 @@ def decode_expand(z, u, bias, out):
             **({"launch_pdl": True} if device.is_hopper else {}),
         )
 
-    launch(run, "decode_expand", rule, bt, (b2, q, r), z)
+    launch(run, "decode_expand", rule, bt, (blocks, q, r), z)

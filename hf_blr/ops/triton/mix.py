@@ -47,11 +47,11 @@ def blast_mix_kernel(
 
     DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is:
     then stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor
-    cores. The grid's third axis names a layer of several that share x; s and z hold B2 blocks of each.
+    cores. The grid's third axis names a layer of several that share x: y and s hold R ranks of each, z B2 blocks.
     """
     i_r, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     y_ptr += i_g * (stride_yg * VEC)
-    s_ptr += i_g * (B2 * stride_si * VEC)
+    s_ptr += i_g * (R * VEC)
     z_ptr += i_g * (B2 * stride_zi * VEC)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -211,13 +211,13 @@ def stack_along_t(blocks, tokens, width, like):
     return like.new_empty(width, blocks, padded)[:, :, :tokens].permute(1, 2, 0)
 
 
-def blast_mix(y, s):
+def blast_mix(y, s, layers=1):
     """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz.
 
-    For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[S*B2, B1, R]`.
+    For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[B2, B1, S*R]`.
     """
-    (blocks, b1, r), tokens, layers = s.shape, y.shape[1], y.shape[2] // s.shape[2]
-    b2, along_t = blocks // layers, y.stride(2) > 1
+    (b2, b1, width), tokens = s.shape, y.shape[1]
+    blocks, r, along_t = layers * b2, width // layers, y.stride(2) > 1
     z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
     rule = mix_config(b1, b2, tokens, along_t, device_of(y))
     outer = 2 if along_t else 1

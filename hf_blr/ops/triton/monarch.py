@@ -19,18 +19,19 @@ def monarch_fwd(x, u, v, bias, keep=False):
     if tokens == 0:
         return out, x.new_empty(b1, 0, rows) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        monarch_decode(x, u, v, bias, out)
+        decode_expand(monarch_decode(x, v, b2), u, bias, out)
         return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
     monarch_finish(y, u, bias, out)
     return out, y if keep else empty
 
 
-def monarch_decode(x, u, v, bias, out):
-    """out `[T, N]` at few tokens."""
-    z = x.new_empty(u.shape[0], x.shape[0], u.shape[2])
+def monarch_decode(x, v, b2):
+    """z `[B2, T, B1*r]` at few tokens."""
+    b1, rows, _ = v.shape
+    z = x.new_empty(b2, x.shape[0], b1 * rows // b2)
     decode_project(x, v, None, z)
-    decode_expand(z, u, bias, out)
+    return z
 
 
 def monarch_finish(y, u, bias, out):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
+from hf_blr.ops.triton.decode import decode_expand
 from hf_blr.ops.triton.launch import decodes, fuses_mix, mixes_along_t
 from hf_blr.ops.triton.monarch import monarch_decode, monarch_finish
 
@@ -24,16 +25,20 @@ def monarch_siblings_fwd(x, us, vs, biases):
         return out
     # low-rank: the same exception from the kernels for few tokens as in `dispatch`
     decoding = decodes(tokens, b1, us[0].shape[0]) and (b1 > 1 or tokens == 1 or us[0].shape[2] <= 1024)
-    for part in split(range(len(vs)), vs, dim=1):
+    for part in split(range(len(vs)), (vs, 1)):
+        v = joined(vs, part, 1)
         if not decoding:
-            v = joined(vs, part, dim=1)
             y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-        for run in split(part, us, biases):
-            u, bias, o = joined(us, run), joined(biases, run), columns(out, us, run)
-            if decoding:
-                monarch_decode(x, u, joined(vs, run, dim=1), bias, o)
-            else:
+        elif b1 == 1:
+            z = monarch_decode(x, v, 1)
+        for run in split(part, (us, 0), (biases, 0)):
+            u, bias, o = joined(us, run, 0), joined(biases, run, 0), columns(out, us, run)
+            if not decoding:
                 monarch_finish(ranks(y, vs, part, run), u, bias, o)
+            elif b1 == 1:
+                decode_expand(ranks(z, vs, part, run), u, bias, o)
+            else:
+                decode_expand(monarch_decode(x, joined(vs, run, 1), u.shape[0]), u, bias, o)
     return out
 
 
@@ -46,50 +51,51 @@ def blast_siblings_fwd(x, us, ss, vs, biases):
     decoding = decodes(tokens, b1, b2)
     fused = any(fuses_mix(b1, *u.shape, tokens) for u in us)
     along_t = mixes_along_t(b1, b2) and not fused and biases[0] is None
-    for part in split(range(len(vs)), vs, dim=1):
-        if not decoding:
-            y = blast_project(x, joined(vs, part, dim=1), along_t)
-        for run in split(part, us, ss, biases):
-            u, s, bias, o = joined(us, run), joined(ss, run), joined(biases, run), columns(out, us, run)
+    for part in split(range(len(vs)), (vs, 1), (ss, 2)):
+        v = joined(vs, part, 1)
+        if decoding:
+            z = blast_decode(x, joined(ss, part, 2), v)
+        else:
+            y = blast_project(x, v, along_t)
+        for run in split(part, (us, 0), (biases, 0)):
+            u, bias, o = joined(us, run, 0), joined(biases, run, 0), columns(out, us, run)
             if decoding:
-                blast_decode(x, u, s, joined(vs, run, dim=1), bias, o)
+                decode_expand(ranks(z, vs, part, run), u, bias, o)
             else:
-                blast_finish(ranks(y, vs, part, run), u, s, bias, o)
+                blast_finish(ranks(y, vs, part, run), u, joined(ss, run, 2), bias, o)
     return out
 
 
-def split(layers: range, *factors, dim=0) -> list[range]:
-    """Runs of neighbouring layers whose tensors each make one wider tensor; with `dim` 0 they have one shape."""
+def split(layers: range, *factors: tuple) -> list[range]:
+    """Runs of neighbouring layers whose (tensors, axis) each make one tensor that is longer along that axis."""
     found = []
     for i in layers:
-        if found and all(follows(f[i - 1], f[i], dim) for f in factors):
+        if found and all(follows(f[i - 1], f[i], axis) for f, axis in factors):
             found[-1] = range(found[-1].start, i + 1)
         else:
             found.append(range(i, i + 1))
     return found
 
 
-def follows(a, b, dim) -> bool:
-    """Whether b goes on where a ends along `dim`, in one buffer."""
+def follows(a, b, axis) -> bool:
+    """Whether b goes on where a ends along the axis, in one buffer; along the first, b must be as long as a."""
     if a is None:
         return b is None
-    size = a.shape[dim]
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        and b.storage_offset() == a.storage_offset() + size * a.stride(dim)
+        and b.storage_offset() == a.storage_offset() + a.shape[axis] * a.stride(axis)
         and a.stride() == b.stride()
-        # along the first axis whole layers follow each other, along the second rows of them
-        and (a.shape == b.shape if dim == 0 else a.shape[2] == b.shape[2])
+        and all(m == n for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if i != axis or axis == 0)
     )
 
 
-def joined(tensors, run: range, dim=0):
+def joined(tensors, run: range, axis):
     """The tensors of a run as one, without a copy; None if there are none."""
     first = tensors[run.start]
     if first is None or len(run) == 1:
         return first
     shape = list(first.shape)
-    shape[dim] = sum(tensors[i].shape[dim] for i in run)
+    shape[axis] = sum(tensors[i].shape[axis] for i in run)
     return first.as_strided(shape, first.stride())
 
 
@@ -102,6 +108,6 @@ def columns(out, us, run: range):
 
 
 def ranks(y, vs, part: range, run: range):
-    """The part of y `[B1, T, sum of ranks]` that belongs to a run within the part that y was computed for."""
+    """The part of y or z `[blocks, T, sum of ranks]` of a run within the part that it was computed for."""
     start = sum(vs[i].shape[1] for i in range(part.start, run.start))
     return y[:, :, start : start + sum(vs[i].shape[1] for i in run)]
