@@ -1,11 +1,16 @@
-"""Writes the README's result table from the result files; `--check` only says whether it is current."""
+"""Writes the README's result tables from the result files; `--check` only says whether they are current."""
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
+from hf_blr.bench.ceilings import predictions
 from hf_blr.cli.table import format_table
+from hf_blr.evaluation.devices import DEVICES
+from hf_blr.results.files import read_result
+from hf_blr.results.tables import compared
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +49,58 @@ def speed_section() -> str:
     )
 
 
+def models_section() -> str:
+    """Whole models: prefill, decoding, a training step."""
+    file = RESULTS / "models_h100.json"
+    if not file.exists():
+        return "No whole model has been measured on a GPU yet; `hf-blr bench model` does."
+    result = read_result(file)
+    good = [row for row in result["rows"] if "error" not in row]
+    rows = []
+    for measurement in ("prefill", "decode", "training"):
+        for line in compared(good, measurement):
+            size = f"{line['batch']} x {line['tokens']}" if "tokens" in line else str(line["batch"])
+            speed = line["speed over dense"]
+            rows.append(
+                {
+                    "": measurement,
+                    "model": line["model"],
+                    "layers": line["variant"],
+                    "batch x tokens": size,
+                    "ms": line["ms"],
+                    "speed": None if speed is None else f"{speed:.2f}x",
+                    "tokens/s": line.get("tokens/s"),
+                    "peak GB": line.get("peak GB"),
+                    "of dense": line.get("peak / dense"),
+                }
+            )
+    modes = sorted({row["mode"] for row in good if "mode" in row})
+    compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
+    return (
+        f"{format_table(rows)}\n\nEach in its fastest form among those measured, dense too{compiled}. "
+        f"{result['dtype']}, {result['protocol']}. `:paper` has the paper's ranks, the others keep half of each "
+        f"projection. {machine(result['environment'])}, transformers {result['environment']['transformers']}."
+    )
+
+
+def roofline_section() -> str:
+    """How well the predictions do on the layers that were measured."""
+    rows = predictions(read_result(RESULTS / "layers_h100.json")["rows"], DEVICES["H100-measured"])
+    groups: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row["direction"], row["tokens"])):
+        name = f"{row['tokens']}" + (", training" if row["direction"] != "forward" else "")
+        groups.setdefault(name, []).append(abs(row["deviation"]))
+    table = [
+        {
+            "tokens": name,
+            "within 25 %": f"{sum(value <= 0.25 for value in off)} of {len(off)} layers",
+            "median off": f"{100 * statistics.median(off):.0f} %",
+        }
+        for name, off in groups.items()
+    ]
+    return format_table(table)
+
+
 def machine(environment: dict) -> str:
     return (
         f"{environment['device']}, torch {environment['torch']}, commit {environment['commit'][:7]}, "
@@ -51,7 +108,7 @@ def machine(environment: dict) -> str:
     )
 
 
-SECTIONS = {"demo": demo_section, "speed": speed_section}
+SECTIONS = {"demo": demo_section, "speed": speed_section, "models": models_section, "roofline": roofline_section}
 
 
 def updated(text: str) -> str:

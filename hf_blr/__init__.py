@@ -18,7 +18,7 @@ _HOMES = {
     "CompressionReport": "hf_blr.report",
     "LowRank": "hf_blr.structures",
     "Monarch": "hf_blr.structures",
-    "collect_grams": "hf_blr.compression",
+    "collect_statistics": "hf_blr.calibration",
     "compress": "hf_blr.compression",
     "disable": "hf_blr.integration",
     "enable": "hf_blr.integration",

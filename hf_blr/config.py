@@ -15,6 +15,9 @@ QUANT_METHOD = "hf_blr"
 #: bump when a checkpoint written before cannot be read as it is
 FORMAT_VERSION = 1
 
+#: the structure that stands for the best one for each layer
+AUTO = "auto"
+ALLOCATIONS = ("loss", "uniform")
 OVERRIDE_KEYS = ("structure", "ratio", "rank", "num_blocks")
 
 
@@ -22,8 +25,10 @@ class BLRConfig(QuantizationConfigMixin):
     """How a model is compressed; saved in its `config.json` under `quantization_config`.
 
     Args:
-        structure: "low_rank", "monarch" or "blast".
-        ratio: kept / dense parameters of each replaced matrix, in (0, 1). Give this or `rank`.
+        structure: "low_rank", "monarch" or "blast"; or "auto", which takes for each layer the structure, blocks and
+            rank of the least predicted loss (it needs text, a `ratio` and `fisher`).
+        ratio: kept / dense parameters of the replaced matrices, in (0, 1): of all of them together, or of each with
+            `allocation="uniform"`. Give this or `rank`.
         rank: the rank of each replaced matrix; for Monarch, of each block pair.
         num_blocks: b or (input blocks, output blocks). Default: (4, 16) for BLAST, (4, 4) for Monarch.
         target_modules: which layers, in PEFT's vocabulary: a list of names or name endings, or a regular expression
@@ -34,6 +39,13 @@ class BLRConfig(QuantizationConfigMixin):
             that an ending of the module's name must match; the first that does is used.
         dataset: text to fit to. None fits the weights alone; "builtin" (Python's own documentation), "wikitext2",
             "c4", a text file or a folder of them, a list of strings, or a `datasets.Dataset` fit the outputs on it.
+        sequential: fit each layer on the inputs that the layers compressed before it give it, towards the dense
+            model's outputs, instead of on the dense model's inputs. Needs a model that is a chain of blocks.
+        fisher: weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over
+            the calibration text, and needs a model with logits.
+        allocation: "loss" shares `ratio` out over the layers so that the predicted loss is least, and may leave some
+            dense; "uniform" gives each its own `ratio`. None is "loss" where `fisher` weighs a calibrated fit of a
+            `ratio`, else "uniform".
         num_samples: calibration windows to take at most.
         seqlen: tokens in a calibration window.
         fit_rounds: rounds of alternating least squares (BLAST) or block descent (Monarch) at most.
@@ -59,6 +71,9 @@ class BLRConfig(QuantizationConfigMixin):
         modules_to_not_convert: str | list[str] | None = None,
         overrides: dict[str, dict] | None = None,
         dataset: Any = None,
+        sequential: bool = True,
+        fisher: bool = True,
+        allocation: str | None = None,
         num_samples: int = 128,
         seqlen: int = 2048,
         fit_rounds: int = 16,
@@ -89,6 +104,9 @@ class BLRConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = {pattern: dict(values) for pattern, values in (overrides or {}).items()}
         self.dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
+        self.sequential = sequential
+        self.fisher = fisher
+        self.allocation = allocation
         self.num_samples = num_samples
         self.seqlen = seqlen
         self.fit_rounds = fit_rounds
@@ -123,6 +141,18 @@ class BLRConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+        for name in ("sequential", "fisher"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.allocation not in (None, *ALLOCATIONS):
+            raise ValueError(f"allocation must be one of {ALLOCATIONS} or None, got {self.allocation!r}")
+        if self.structure == AUTO and (not self.shares_budget or self.num_blocks is not None):
+            raise ValueError(
+                'structure="auto" shares out a ratio by Fisher information and chooses the blocks: set ratio, leave '
+                "num_blocks out, and allocation and fisher as they are"
+            )
+        if self.allocation == "loss" and (self.ratio is None or not self.fisher):
+            raise ValueError('allocation="loss" shares out a ratio by Fisher information: set ratio, and fisher=True')
         texts = (
             self.dataset is None
             or isinstance(self.dataset, (str, list, tuple))
@@ -144,12 +174,19 @@ class BLRConfig(QuantizationConfigMixin):
         if override.get("structure", self.structure) != self.structure:
             # block counts of one structure mean little for another
             settings["num_blocks"] = None
-        return {**settings, **override}
+        settings |= override
+        # holds the layer's place in the plan until its structure is chosen; any size can be low-rank
+        return settings | ({"structure": "low_rank"} if settings["structure"] == AUTO else {})
 
     @property
     def calibrated(self) -> bool:
         """Whether the fit looks at activations."""
         return self.dataset is not None
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether a calibrated fit shares `ratio` out over the layers."""
+        return self.fisher and self.ratio is not None and self.allocation != "uniform"
 
     @property
     def fit_options(self) -> dict[str, Any]:
@@ -194,7 +231,8 @@ class BLRConfig(QuantizationConfigMixin):
 def check_budget(where: str, settings: dict):
     """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank, in range."""
     try:
-        structure_class(settings["structure"])
+        if settings["structure"] != AUTO or where != "BLRConfig":
+            structure_class(settings["structure"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     ratio, rank = settings["ratio"], settings["rank"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hf_blr.config import BLRConfig
-from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
 from hf_blr.targets import find_targets, override_for
@@ -98,6 +99,27 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
         raise ValueError(f"rank={config.rank} makes no module of this model smaller; use a lower rank or a ratio")
     warn_of_experts(model)
     return plan
+
+
+def check_plan(model: nn.Module, plan: Plan):
+    """Raises ValueError if a planned layer is not a dense layer of the planned size, or cannot be fitted."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    if {"cpu", "disk"} & {str(device) for device in placed.values()} and len(set(placed.values())) > 1:
+        raise ValueError(
+            "the model is partly offloaded to the CPU or disk, where its layers cannot be replaced; load it on one "
+            "device, or without device_map"
+        )
+    for name, layer in plan.items():
+        module = model.get_submodule(name)
+        if not is_dense_linear(module):
+            raise ValueError(f"{name}: expected an nn.Linear or Conv1D to replace, got {type(module).__name__}")
+        sizes = layer.spec.in_features, layer.spec.out_features
+        if feature_sizes(module) != sizes:
+            raise ValueError(f"{name}: the plan says {sizes} (in, out) features, the layer has {feature_sizes(module)}")
+        if module.weight.is_meta:
+            raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
+        if not torch.isfinite(module.weight).all():
+            raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged or overflowed its dtype")
 
 
 def warn_of_experts(model: nn.Module):

@@ -24,7 +24,9 @@ class CompressionReport:
 
     Counts are numbers stored in the whole model; bytes are those of its parameters. `fitted_to` is "activations" or
     "weights"; for the latter the errors are Frobenius errors. `calibration_tokens` counts the text that this
-    compression ran itself: none if it was given Gram matrices.
+    compression ran itself: none if it was given statistics and no text. `left_dense` holds the targets that the
+    allocation kept as they were, with their parameters, and `predicted_loss` is the rise of the loss in nats a token
+    that it predicted, to second order and without sequential fits; None if there was no allocation.
     """
 
     parameters_before: int
@@ -35,6 +37,8 @@ class CompressionReport:
     calibration_tokens: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    predicted_loss: float | None = None
+    left_dense: dict[str, int] = field(default_factory=dict)
 
     @property
     def mean_rel_error(self) -> float:
@@ -46,8 +50,10 @@ class CompressionReport:
 
     @property
     def ratio(self) -> float:
-        """Kept / dense parameters of the replaced layers together."""
-        return sum(x.spec.num_parameters for x in self.layers) / sum(x.spec.dense_parameters for x in self.layers)
+        """Kept / dense parameters of the targets together."""
+        dense = sum(self.left_dense.values())
+        kept = dense + sum(layer.spec.num_parameters for layer in self.layers)
+        return kept / (dense + sum(layer.spec.dense_parameters for layer in self.layers))
 
     def to_dict(self) -> dict:
         layers = [{**asdict(layer), "spec": layer.spec.to_dict()} for layer in self.layers]
@@ -56,8 +62,9 @@ class CompressionReport:
 
     def __str__(self):
         fitted = f"{self.calibration_tokens} tokens" if self.calibration_tokens else self.fitted_to
+        left = f", {len(self.left_dense)} left dense" if self.left_dense else ""
         return (
-            f"{len(self.layers)} layers at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
+            f"{len(self.layers)} layers{left}, at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
             f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "
             f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; "
             f"mean relative error {self.mean_rel_error:.4f}"

@@ -36,10 +36,11 @@ def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
     out, tuned = tmp_path / "out", tmp_path / "tuned"
     assert compress(dense, out, "--json", str(tmp_path / "c.json")) == 0
     result = json.loads((tmp_path / "c.json").read_text())
-    assert len(result["report"]["layers"]) == 14 and result["config"]["num_blocks"] == [4, 4]
+    report = result["report"]
+    assert len(report["layers"]) + len(report["left_dense"]) == 14 and result["config"]["num_blocks"] == [4, 4]
     assert result["environment"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert "2 x q_proj" in printed and "14 layers at" in printed
+    assert "2 x q_proj" in printed and f"{len(report['layers'])} layers" in printed
 
     evaluate = ["evaluate", folder, str(out), "--dataset", text, "--seqlen", "64", "--json", str(tmp_path / "e.json")]
     assert main(evaluate) == 0

@@ -5,11 +5,12 @@ import torch
 from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
 from torch import nn
 
-from hf_blr import BLRConfig, collect_grams, compress, to_dense
-from hf_blr.compression import batch_size
+from hf_blr import BLRConfig, collect_statistics, compress, to_dense
+from hf_blr.calibration import batch_size
 from hf_blr.dense import dense_weight, is_transposed
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import BlockChain, iterate_grams, whole_model_grams
+from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import resolve_plan
@@ -51,7 +52,8 @@ def test_grams_block_by_block_equal_those_of_a_whole_pass(build):
 
 def test_layers_with_one_input_share_one_gram():
     model = tiny_llama()
-    grams = collect_grams(model, BLRConfig("low_rank", ratio=0.5), calibration=token_batches())
+    config = BLRConfig("low_rank", ratio=0.5, fisher=False)
+    grams = collect_statistics(model, config, calibration=token_batches()).grams
     attention = [grams[f"model.layers.0.self_attn.{p}_proj"] for p in "qkvo"]
     assert attention[0] is attention[1] is attention[2] is not attention[3]
     assert grams["model.layers.0.mlp.gate_proj"] is grams["model.layers.0.mlp.up_proj"]
@@ -79,7 +81,8 @@ def test_later_blocks_are_fitted_to_the_dense_models_activations():
     rows = inputs_of(model, name, batches)
     spec = resolve_plan(model, BLRConfig("low_rank", ratio=0.4))[name].spec
     expected = factorize(dense_weight(model.get_submodule(name)), spec, rows.T @ rows)
-    report = compress(model, BLRConfig("low_rank", ratio=0.4), calibration=batches, progress=False)
+    config = BLRConfig("low_rank", ratio=0.4, sequential=False, fisher=False)
+    report = compress(model, config, calibration=batches, progress=False)
     assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(expected.rel_error, rel=1e-3)
 
 
@@ -93,7 +96,7 @@ def test_batches_that_cannot_be_replayed_take_the_whole_pass(mask):
     names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
     assert len(list(iterate_grams(model, names, batches))) == 1
     report = compress(model, BLRConfig("low_rank", ratio=0.5), calibration=batches, progress=False)
-    assert len(report.layers) == 14
+    assert len(report.layers) + len(report.left_dense) == 14
 
 
 def limit_rank(model, rank):
@@ -146,7 +149,8 @@ def test_report_counts_what_is_there():
     assert report.ratio <= 0.5
     assert [layer.name for layer in report.layers] == list(model.config.quantization_config.layers)
     assert report.to_dict()["layers"][0]["spec"]["structure"] == "blast"
-    assert "14 layers" in str(report)
+    assert len(report.layers) + len(report.left_dense) == 14
+    assert f"{len(report.layers)} layers" in str(report)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
@@ -165,16 +169,20 @@ def test_parameters_lie_where_products_round_alike(build, tmp_path):
         assert again.lm_head.weight is again.transformer.wte.weight
 
 
-def test_grams_serve_several_structures_and_equal_a_calibrated_run():
-    config = BLRConfig("blast", ratio=0.5, num_blocks=2)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_statistics_serve_several_structures_and_equal_a_calibrated_run(sequential):
+    config = BLRConfig("blast", ratio=0.5, num_blocks=2, sequential=sequential)
     batches = token_batches()
-    grams = collect_grams(tiny_llama(), config, calibration=batches)
-    one = compress(tiny_llama(), config, grams=grams, progress=False)
+    statistics = collect_statistics(tiny_llama(), config, calibration=batches)
+    given = {"calibration": batches} if sequential else {}
+    one = compress(tiny_llama(), config, statistics=statistics, **given, progress=False)
     two = compress(tiny_llama(), config, calibration=batches, progress=False)
     for a, b in zip(one.layers, two.layers, strict=True):
+        assert a.spec == b.spec
         assert a.rel_error == pytest.approx(b.rel_error, rel=2e-2)
-    with pytest.raises(ValueError, match="grams holds no matrix for model.layers.0.self_attn.q_proj"):
-        compress(tiny_llama(), config, grams={})
+    empty = Statistics({}, {}, 1)
+    with pytest.raises(ValueError, match="statistics.grams holds no matrix for model.layers.0.self_attn.q_proj"):
+        compress(tiny_llama(), config, statistics=empty)
 
 
 def test_a_stored_plan_is_taken_as_it_is():

@@ -33,7 +33,6 @@ def test_low_rank_reaches_the_optimum_in_the_metric_of_the_inputs(n, k, rank):
     u, v = low_rank_factors(weight, rank, gram)
     error = ((weight - u @ v) @ x.T).norm() / (weight @ x.T).norm()
     torch.testing.assert_close(error, whitened_svd(weight, x, rank), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))
 
 
 def test_low_rank_without_inputs_is_the_truncated_svd():

@@ -12,9 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "hf_blr"
 #: from the top of the house to its ground: a file imports from rooms further down, or from its own
 FLOORS = [
     ["cli", "__main__", "__init__"],
+    ["results"],
+    ["bench"],
     ["integration", "compression"],
     ["evaluation", "finetune"],
     ["report", "integration.record", "integration.alignment"],
+    ["budget", "calibration"],
+    ["allocation"],
     ["text", "factorize"],
     ["plan"],
     ["targets"],
@@ -23,9 +27,9 @@ FLOORS = [
     ["linear"],
     ["dense"],
     ["ops"],
-    ["structures"],
+    ["structures", "environment", "results.files"],
 ]
-MAY_IMPORT_TRANSFORMERS = ("config", "dense", "integration", "finetune", "evaluation", "cli")
+MAY_IMPORT_TRANSFORMERS = ("config", "dense", "integration", "finetune", "evaluation", "bench", "cli")
 
 
 def module_name(path):

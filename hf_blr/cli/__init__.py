@@ -1,4 +1,4 @@
-"""The command line: `hf-blr compress | evaluate | finetune | inspect | demo | run`."""
+"""The command line: `hf-blr compress | evaluate | finetune | inspect | bench | roofline | report | demo | run`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 
 import hf_blr
-from hf_blr.cli import compress, demo, evaluate, finetune, inspect, run
+from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, report, roofline, run
 
-COMMANDS = (compress, evaluate, finetune, inspect, demo, run)
+COMMANDS = (compress, evaluate, finetune, inspect, bench, roofline, report, demo, run)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Example: hf-blr compress HuggingFaceTB/SmolLM2-135M out --structure blast --rati
 from __future__ import annotations
 
 from hf_blr.cli import options
+from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.table import format_table
 
 
@@ -23,28 +24,19 @@ def run(args):
     config = options.blr_config(args)
     model, tokenizer = options.load_model(args.model, args)
     report = compress(model, config, tokenizer=tokenizer)
-    print(format_table(by_kind(report.layers)))
+    print(format_table(layer_rows(report.layers)))
     print(report)
     options.save(model, tokenizer, args.output)
     options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 
-def by_kind(layers) -> list[dict]:
-    """One row per layer name ending (q_proj, ...): sizes of the first, mean and worst error of all."""
-    kinds: dict[str, list] = {}
-    for layer in layers:
-        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    return [
-        {
-            "layers": f"{len(group)} x {kind}",
-            "in x out": f"{group[0].spec.in_features} x {group[0].spec.out_features}",
-            "structure": group[0].spec.structure,
-            "blocks": "{} x {}".format(*group[0].spec.num_blocks),
-            "rank": group[0].spec.rank,
-            "kept": group[0].spec.ratio,
-            "mean error": sum(layer.rel_error for layer in group) / len(group),
-            "worst error": max(layer.rel_error for layer in group),
-            "seconds": sum(layer.seconds for layer in group),
-        }
-        for kind, group in kinds.items()
-    ]
+def layer_rows(layers) -> list[dict]:
+    """One row for each kind of layer: what it became, mean and worst error, seconds."""
+    specs = {layer.name: layer.spec for layer in layers}
+    reports = {layer.name: layer for layer in layers}
+    rows = []
+    for row, names in zip(rows_by_kind(specs), by_kind(specs).values(), strict=True):
+        errors = [reports[name].rel_error for name in names]
+        fit = {"mean error": sum(errors) / len(errors), "worst error": max(errors)}
+        rows.append({**row, **fit, "seconds": sum(reports[name].seconds for name in names)})
+    return rows

@@ -30,9 +30,9 @@ def add_arguments(parser):
     options.add_loading(parser)
     parser.set_defaults(dtype="float32")
     parser.add_argument("--dataset", default="builtin", help="builtin, wikitext2, c4, a text file or a folder")
-    parser.add_argument("--ratio", type=float, default=0.7, help="kept / dense parameters of each replaced layer")
+    parser.add_argument("--ratio", type=float, default=0.7, help="kept / dense parameters of the replaced layers")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of alternating solves at most")
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--evaluation-tokens", type=int, default=8192)
     parser.add_argument("--finetune-steps", type=int, default=30)
     parser.add_argument("--prompt", default="The for statement in Python is used to")
@@ -120,19 +120,20 @@ class Demo:
         )
 
     def compare(self) -> tuple[list[dict], torch.nn.Module]:
-        """Rows for the dense model and each structure, and the BLAST model. All are fitted to one calibration run."""
-        from hf_blr.compression import collect_grams, compress
+        """Rows for the dense model and each structure, and the BLAST model. All share one run for the statistics."""
+        from hf_blr.calibration import collect_statistics
+        from hf_blr.compression import compress
 
         rows = [self.row("dense", self.dense)]
         print(f"reading {self.calibration.numel()} calibration tokens ...", flush=True)
         started = time.perf_counter()
-        batches = self.calibration.split(1)
-        grams = collect_grams(self.dense, self.config("blast"), calibration=[b.to(self.dense.device) for b in batches])
+        batches = [batch.to(self.dense.device) for batch in self.calibration.split(1)]
+        statistics = collect_statistics(self.dense, self.config("blast"), calibration=batches)
         self.calibration_seconds = time.perf_counter() - started
         for structure in STRUCTURES:
             print(f"fitting {structure} ...", flush=True)
             model = copy.deepcopy(self.dense)
-            report = compress(model, self.config(structure), grams=grams)
+            report = compress(model, self.config(structure), calibration=batches, statistics=statistics)
             rows.append(self.row(structure, model, report))
         return rows, model
 
@@ -177,7 +178,7 @@ class Demo:
             "MB": size / 1e6,
             "perplexity": result.ppl,
             "mean rel. error": None if report is None else report.mean_rel_error,
-            "seconds": None if report is None else report.fit_seconds,
+            "seconds": None if report is None else report.seconds,
         }
 
     def conditions(self, rows) -> str:
@@ -185,9 +186,10 @@ class Demo:
         layers = f"{len(self.layers)} of {self.all_layers}" if self.args.quick else f"all {self.all_layers}"
         saved = 1 - rows[-1]["parameters (M)"] / rows[0]["parameters (M)"]
         return (
-            f"{self.name}: {layers} decoder layers compressed, {100 * self.args.ratio:.0f} % of each projection kept, "
+            f"{self.name}: {layers} decoder layers compressed, {100 * self.args.ratio:.0f} % of the projections kept, "
             f"{100 * saved:.0f} % off the whole model (its embedding stays). "
-            f"Fitted to {self.calibration.numel()} tokens, which took {self.calibration_seconds:.0f} s to read; "
+            f"Fitted to {self.calibration.numel()} tokens; their pass through the dense model and back took "
+            f"{self.calibration_seconds:.0f} s more. Then "
             f"fine-tuned on {self.training.numel()} tokens. {self.protocol}."
         )
 

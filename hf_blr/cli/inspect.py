@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from hf_blr.cli import options
+from hf_blr.cli.layer_table import rows_by_kind
 from hf_blr.cli.table import format_table
 from hf_blr.dense import feature_sizes
 from hf_blr.plan import plan_from_layers
@@ -36,26 +37,11 @@ def run(args):
 
 
 def compressed_rows(stored: dict) -> tuple[list[dict], str]:
-    """One row per group of equal layers, and a summary."""
+    """One row per kind of layer, and a summary."""
     if stored.get("quant_method") != "hf_blr" or not stored.get("layers"):
         raise ValueError(f"this model is quantised with {stored.get('quant_method')!r}, not compressed by hf_blr")
     plan = plan_from_layers(stored["layers"])
-    groups: dict[tuple, int] = {}
-    for name, layer in plan.items():
-        key = name.rpartition(".")[2], layer.spec
-        groups[key] = groups.get(key, 0) + 1
-    rows = [
-        {
-            "layers": f"{count} x {kind}",
-            "in x out": f"{spec.in_features} x {spec.out_features}",
-            "structure": spec.structure,
-            "blocks": "{} x {}".format(*spec.num_blocks),
-            "rank": spec.rank,
-            "kept": spec.ratio,
-            "parameters (M)": count * spec.num_parameters / 1e6,
-        }
-        for (kind, spec), count in groups.items()
-    ]
+    rows = rows_by_kind({name: layer.spec for name, layer in plan.items()})
     kept = sum(layer.spec.num_parameters for layer in plan.values())
     dense = sum(layer.spec.dense_parameters for layer in plan.values())
     fitted = f"activations on {stored['dataset']}" if stored.get("dataset") else "weights"

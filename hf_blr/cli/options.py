@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
 from pathlib import Path
 
 import torch
 
-import hf_blr
-from hf_blr.config import BLRConfig
+from hf_blr.config import ALLOCATIONS, BLRConfig
+from hf_blr.environment import environment
 
 
 def add_model(parser: argparse.ArgumentParser, help="a folder or hub id of a causal language model"):
@@ -39,7 +37,7 @@ def add_blr(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("what the layers become")
     group.add_argument("--structure", choices=("low_rank", "monarch", "blast"), default="blast")
     size = group.add_mutually_exclusive_group(required=True)
-    size.add_argument("--ratio", type=float, help="kept / dense parameters of each replaced layer, 0 to 1")
+    size.add_argument("--ratio", type=float, help="kept / dense parameters of the replaced layers, 0 to 1")
     size.add_argument("--rank", type=int, help="rank of each replaced layer (Monarch: of each block pair)")
     group.add_argument(
         "--num-blocks",
@@ -60,6 +58,22 @@ def add_blr(parser: argparse.ArgumentParser):
         help='text to fit to: builtin, wikitext2, c4, a text file or a folder; "none" fits the weights alone',
         default="builtin",
     )
+    fit.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="fit each layer to the dense model's activations, not to those of the layers compressed before it: faster",
+    )
+    fit.add_argument(
+        "--no-fisher",
+        action="store_true",
+        help="weigh all outputs of a layer alike: saves a backward pass over the calibration text",
+    )
+    fit.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        help="loss: share the ratio out over the layers by what the model's loss feels (the default where it can be); "
+        "uniform: the same ratio for each",
+    )
     fit.add_argument("--num-samples", type=int, default=128, help="calibration windows at most")
     fit.add_argument("--seqlen", type=int, default=2048, help="tokens in a calibration window")
     fit.add_argument("--rounds", type=int, default=16, help="rounds of alternating solves at most")
@@ -75,6 +89,9 @@ def blr_config(args) -> BLRConfig:
         target_modules=args.target_modules,
         modules_to_not_convert=args.keep_dense,
         dataset=None if args.dataset == "none" else args.dataset,
+        sequential=not args.one_shot,
+        fisher=not args.no_fisher,
+        allocation=args.allocation,
         num_samples=args.num_samples,
         seqlen=args.seqlen,
         fit_rounds=args.rounds,
@@ -127,43 +144,6 @@ def write_json(path: Path | None, result: dict):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result, "environment": environment()}, indent=1) + "\n")
     print(f"numbers written to {path}")
-
-
-def environment() -> dict:
-    """Where and with what a result was measured."""
-    import transformers
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": gpu or f"{processor_name()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_blr": hf_blr.__version__,
-        "commit": commit(),
-    }
-
-
-def processor_name() -> str:
-    """The CPU's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str | None:
-    """The source checkout's commit, with a + if files were changed since; None outside a checkout."""
-    import subprocess
-
-    root = Path(hf_blr.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def default_device() -> str:

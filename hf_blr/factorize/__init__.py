@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_blr.factorize.als import fit_blast
+from hf_blr.factorize.balance import balanced
 from hf_blr.factorize.gram import damped
+from hf_blr.factorize.metric import OutputMetric
 from hf_blr.factorize.monarch import fit_monarch, squared_error
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.reference import DENSE
@@ -35,6 +37,7 @@ def factorize(
     weight: Tensor,
     spec: BLRSpec,
     gram: Tensor | None = None,
+    output_gram: Tensor | None = None,
     *,
     rounds: int = 16,
     tolerance: float = 3e-3,
@@ -46,7 +49,9 @@ def factorize(
     Args:
         weight: W `[N, K]`, any float dtype; the fit runs in float32 on its device.
         spec: structure and sizes.
-        gram: X X^T `[K, K]` of the layer's inputs, up to a factor. None weighs all inputs alike.
+        gram: H = X X^T `[K, K]` of the layer's inputs, up to a factor. None weighs all inputs alike.
+        output_gram: G = sum of g g^T over the gradients g of the loss by the layer's outputs, as diagonal blocks
+            `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike.
         rounds, tolerance, damping, seed: as in `BLRConfig`.
 
     Raises:
@@ -67,12 +72,17 @@ def factorize(
     if gram is not None:
         gram = damped(gram.to(weight), damping)
         gram = gram / gram.diagonal().mean()
+    metric = None if output_gram is None else OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
+    image = weight if metric is None else metric.whiten(weight)
     if isinstance(spec, LowRank):
-        tensors, losses = dict(zip(("u", "v"), low_rank_factors(weight, spec.rank, gram), strict=True)), []
+        tensors, losses = dict(zip(("u", "v"), low_rank_factors(image, spec.rank, gram), strict=True)), []
     elif isinstance(spec, Monarch):
-        tensors, losses = fit_monarch(weight, spec, gram, rounds=rounds, tolerance=tolerance)
+        tensors, losses = fit_monarch(image, spec, gram, rounds=rounds, tolerance=tolerance)
     else:
-        tensors, losses = fit_blast(weight, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
+        tensors, losses = fit_blast(image, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
+    if metric is not None:
+        tensors["u"] = metric.restore(tensors["u"])
+    tensors = balanced(spec, tensors)
     error = relative_error(weight, DENSE[spec.structure](**tensors), gram)
     root = scale.sqrt()
     tensors = {name: (t if name == "s" else t * root).contiguous() for name, t in tensors.items()}

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.gram import solve_psd
+from hf_blr.factorize.gram import cholesky, solve_psd
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.structures import Blast
 
@@ -53,7 +53,7 @@ def fit_blast(weight, spec: Blast, gram=None, *, rounds, tolerance, seed) -> tup
         losses.append(state.loss)
         if gain < tolerance:
             break
-    return balanced(state), losses
+    return {"u": state.u, "s": state.s, "v": state.v}, losses
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class BlastProblem:
         self.energy = (image.double() * weight.double()).sum()
         self.h = gram.view(b1, p, -1)
         self.h_block = gram.view(b1, p, b1, p).transpose(1, 2)  # [B1, B1, P, P]
+        diagonal = torch.arange(b1, device=gram.device)
+        self.h_root = cholesky(self.h_block[diagonal, diagonal])  # [B1, P, P]
         self.wh_rows = image.view(b2, q, -1)  # [B2, Q, K]
         self.wh_columns = image.view(-1, b1, p).transpose(0, 1).contiguous()  # [B1, N, P]
 
@@ -147,7 +149,7 @@ class BlastProblem:
             pulls = torch.bmm(e[j], torch.bmm(v, self.h_block[:, j]))  # [B1, R, P]
             rhs = target[j] - pulls.sum(0) + pulls[j]
             half = solve_psd(e[j, j], rhs)
-            v[j] = solve_psd(self.h_block[j, j], half.mT).mT
+            v[j] = torch.cholesky_solve(half.mT, self.h_root[j]).mT
         return v
 
 
@@ -159,13 +161,3 @@ def starting_point(weight, spec: Blast, gram, seed) -> tuple[Tensor, Tensor]:
     noise = torch.randn(spec.factor_shapes()["s"], generator=torch.Generator().manual_seed(seed))
     s = 1 + START_NOISE * noise.to(weight)
     return s, v.view(spec.rank, b1, p).transpose(0, 1).contiguous()
-
-
-def balanced(state: State) -> dict[str, Tensor]:
-    """The same matrix with s of unit mean square and, for each r, equal norms in u and v: fine-tuning wants that."""
-    u, s, v = state.u, state.s, state.v
-    tiny = torch.finfo(u.dtype).tiny
-    scale = s.square().mean(1, keepdim=True).sqrt().clamp_min(tiny)  # [B2, 1, R]
-    u, s = u * scale, s / scale
-    share = (u.norm(dim=(0, 1)) / v.norm(dim=(0, 2)).clamp_min(tiny)).clamp_min(tiny).sqrt()  # [R]
-    return {"u": u / share, "s": s, "v": v * share.unsqueeze(-1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,9 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> I
         names: dense linear layers, in the model's order.
         batches: keyword arguments of the model's forward, on its device.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            chain = BlockChain.trace(model, names, batches)
-            yield from chain.run() if chain is not None else [whole_model_grams(model, names, batches)]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        chain = BlockChain.trace(model, names, batches)
+        yield from chain.run() if chain is not None else [whole_model_grams(model, names, batches)]
 
 
 def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
@@ -41,6 +37,17 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
         for batch in batches:
             run(body, batch)
     return collector.grams
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode; back in training mode afterwards if it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def run(model: nn.Module, batch: Batch):
@@ -65,6 +72,7 @@ class BlockChain:
         self.groups, self.model, self.hidden, self.calls = groups, model, hidden, calls
 
     @classmethod
+    @torch.no_grad()
     def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> BlockChain | None:
         """Runs the first batch through and checks that each block's output is the next one's input, else None."""
         groups = group_by_block(names)

@@ -14,7 +14,7 @@ def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> t
     gram `[..., K, K]` is X X^T; without one the norm is Frobenius'. The best u spans the leading left singular vectors
     U of W X, and the best v for it is U^T W, whatever X is: no inverse of the Gram or of its root is needed, so a
     singular one does no harm. (Same optimum as the whitened SVD of SVD-LLM, arXiv 2403.07378.)
-    The two factors come out balanced: column r of u and row r of v have the same norm.
+    The columns of u are orthonormal.
     """
     n, k = weight.shape[-2:]
     # squaring W X halves the digits; float64 keeps enough of them
@@ -30,10 +30,7 @@ def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> t
         # directions that the inputs never excite have no left vector
         inverse = torch.where(sigma > 1e-7 * sigma[..., :1], 1 / sigma, torch.zeros_like(sigma))
         basis = image @ vectors * inverse.unsqueeze(-2)
-    v = basis.mT @ wide
-    norms = v.norm(dim=-1).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
-    u, v = basis * norms.unsqueeze(-2), v / norms.unsqueeze(-1)
-    return u.to(weight.dtype), v.to(weight.dtype)
+    return basis.to(weight.dtype), (basis.mT @ wide).to(weight.dtype)
 
 
 def leading_eigenvectors(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from hf_blr.config import BLRConfig
+from hf_blr.config import AUTO, BLRConfig
 from hf_blr.integration.headers import check_files
 from hf_blr.integration.layout import match_plan, swap_in
 from hf_blr.integration.loading import to_dense
@@ -44,6 +44,8 @@ class BLRHfQuantizer(HfQuantizer):
                 "streams in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense "
                 "model and call hf_blr.compress(model, config, tokenizer=tokenizer)"
             )
+        if not self.pre_quantized and self.quantization_config.structure == AUTO:
+            raise ValueError('structure="auto" needs text to compare structures on: set dataset, or name a structure')
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         refuse_tensor_parallel(getattr(model.config, "distributed_config", None))

@@ -1,0 +1,105 @@
+"""Choosing one option for each layer under one budget, and the loss that an option is predicted to cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.factorize.metric import OutputMetric
+from hf_blr.structures import BLRSpec
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that a layer can become: a spec, or None for staying dense, at a cost, with its predicted loss."""
+
+    spec: BLRSpec | None
+    cost: float
+    loss: float
+
+
+def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
+    """{layer: the option taken}: the smallest total loss found whose total cost is at most `budget`.
+
+    Lagrange's multiplier by bisection, so only options on each layer's lower convex hull of (cost, loss) are seen;
+    what is then left of the budget goes to the steps that lower the loss most for their cost.
+
+    Raises:
+        ValueError: if even the cheapest options cost more than the budget.
+    """
+    costs = {name: torch.tensor([o.cost for o in layer], dtype=torch.float64) for name, layer in options.items()}
+    losses = {name: torch.tensor([o.loss for o in layer], dtype=torch.float64) for name, layer in options.items()}
+    least = sum(cost.min().item() for cost in costs.values())
+    if least > budget:
+        raise ValueError(f"the budget is {budget:.4g}, the smallest options cost {least:.4g} together")
+
+    def take(price: float) -> dict[str, int]:
+        return {name: int((losses[name] + price * costs[name]).argmin()) for name in options}
+
+    def total(taken: dict[str, int]) -> float:
+        return sum(costs[name][i].item() for name, i in taken.items())
+
+    # at a price of 0 nothing is too dear; at the highest, every layer takes its cheapest option
+    spread = max((loss.max() - loss.min()).item() for loss in losses.values())
+    steps = torch.cat([cost.diff().abs() for cost in costs.values()])
+    step = steps[steps > 0].min().item() if (steps > 0).any() else 1.0
+    low, high = 0.0, 2 * spread / step + 1e-300
+    if total(take(low)) <= budget:
+        high = low
+    for _ in range(100):
+        middle = (low + high) / 2
+        if total(take(middle)) <= budget:
+            high = middle
+        else:
+            low = middle
+    taken = take(high)
+    spend_rest(taken, costs, losses, budget - total(taken))
+    return {name: options[name][i] for name, i in taken.items()}
+
+
+def spend_rest(taken: dict[str, int], costs, losses, rest: float):
+    """Moves layers to dearer options, best loss for its cost first, while any fits into the rest."""
+    while True:
+        best, gain = None, 0.0
+        for name, i in taken.items():
+            more, better = costs[name] - costs[name][i], losses[name][i] - losses[name]
+            rate = torch.where((more > 0) & (more <= rest), better / more.clamp_min(1e-300), 0)
+            if rate.max() > gain:
+                best, gain = (name, int(rate.argmax())), rate.max().item()
+        if best is None:
+            return
+        name, i = best
+        rest -= (costs[name][i] - costs[name][taken[name]]).item()
+        taken[name] = i
+
+
+def loss_curve(weight: Tensor, gram: Tensor, output_gram: Tensor, tokens: int, damping: float) -> Tensor:
+    """Predicted rise of the loss, in nats a token, for the best low-rank matrix of each rank: `[min(N, K) + 1]`.
+
+    Half the squared singular values of G^1/2 W H^1/2 beyond the rank, over T^2; see `factorize/fisher.py`.
+    """
+    metric = OutputMetric(output_gram, len(output_gram))
+    scale = output_gram.double().diagonal(dim1=-2, dim2=-1).mean()
+    image = metric.whiten(weight.double()) @ cholesky(damped(gram, damping).double())
+    square = image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image
+    energy = torch.linalg.eigvalsh(square).clamp_min(0) * scale / (2 * tokens**2)
+    # eigenvalues rise: the sum of the smallest, for every number of kept ones
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0).cpu()
+
+
+def predicted_loss(change: Tensor, gram: Tensor, output_gram: Tensor, tokens: int) -> float:
+    """Predicted rise of the loss, in nats a token, for W' = W + change `[N, K]`; see `factorize/fisher.py`."""
+    blocks, size, _ = output_gram.shape
+    image = (output_gram @ change.view(blocks, size, -1)).view(change.shape)
+    return (image.double() * (change @ gram).double()).sum().item() / (2 * tokens**2)
+
+
+def interpolate(curve: Tensor, rank: float) -> float:
+    """The curve between two ranks; zero beyond its end."""
+    low = int(rank)
+    if low + 1 >= len(curve):
+        return 0.0
+    return (curve[low] + (rank - low) * (curve[low + 1] - curve[low])).item()

@@ -1,0 +1,1 @@
+"""Speed: of one layer (`layers`) and of whole models (`measure`), dense and compressed, in one run."""

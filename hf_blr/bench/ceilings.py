@@ -1,0 +1,97 @@
+"""The ceilings of the device at hand: a copy and a product reach them. And how far predictions from them are off."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from hf_blr.bench.shapes import LAYERS
+from hf_blr.bench.timing import Timer
+from hf_blr.evaluation.devices import Ceilings
+from hf_blr.evaluation.roofline import bound_of, stages
+from hf_blr.evaluation.training import training_stages
+from hf_blr.structures import BLRSpec, LowRank, structure_class
+
+
+def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 << 30) -> Ceilings:
+    """The ceilings of the device at hand.
+
+    Args:
+        device: "cuda", or "cpu" for a try.
+        size: of the large square product.
+        copied_bytes: of the large copy.
+    """
+    timer = Timer(device)
+    dtype = torch.bfloat16 if timer.on_gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    flops = 2 * size**3 / timer.median(timer.captured(lambda: a @ b))
+    source = torch.randn(copied_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * copied_bytes / timer.median(timer.captured(lambda: target.copy_(source)))
+    # what is left of a middling product when its arithmetic is taken away, and one of many tiny kernels in a row
+    side, groups = min(1024, size // 8), 4
+    x, y = (torch.randn(groups, side, side, device=device, dtype=dtype) for _ in range(2))
+    product = timer.median(timer.captured(lambda: x @ y)) - 2 * groups * side**3 / flops
+    tiny = torch.zeros(1024, device=device)
+
+    def tiny_kernels():
+        for _ in range(100):
+            tiny.add_(1)
+
+    kernel = timer.median(timer.captured(tiny_kernels)) / 100
+    name = torch.cuda.get_device_name() if timer.on_gpu else "cpu"
+    return Ceilings(name, flops, bandwidth, timer.l2, None, max(product, 0.0), kernel)
+
+
+def spec_of(row: dict) -> BLRSpec:
+    """The sizes behind a row of `bench layers`. A dense row gives a spec of its features, for `form="dense"`."""
+    layers = {(model, layer.name): layer for model, layers in LAYERS.items() for layer in layers}
+    if "in_features" in row:
+        k, n = row["in_features"], row["out_features"]
+    else:
+        layer = layers[row["model"], row["layer"]]
+        k, n = layer.in_features, layer.out_features
+    if row["structure"] == "dense":
+        return LowRank(k, n, 1)
+    return structure_class(row["structure"])(k, n, row["rank"], tuple(row["blocks"]))
+
+
+def predictions(rows: list[dict], device: Ceilings) -> list[dict]:
+    """The rows of `bench layers` that ran dense or in the package's own form, with what was predicted.
+
+    Returns:
+        Those rows with `predicted_us`, `deviation` (predicted / measured - 1), `bound`, `flops` and `bytes`.
+    """
+    found = []
+    for row in rows:
+        if row["impl"] not in ("cublas", "hf_blr"):
+            continue
+        count = stages if row["direction"] == "forward" else training_stages
+        kernels = count(spec_of(row), row["tokens"], "dense" if row["structure"] == "dense" else "hf_blr")
+        predicted = sum(stage.seconds(device) for stage in kernels) * 1e6
+        more = {"predicted_us": predicted, "deviation": predicted / row["us"] - 1, "bound": bound_of(kernels, device)}
+        sums = {"flops": sum(s.flops for s in kernels), "bytes": sum(s.bytes for s in kernels)}
+        found.append({**row, **more, **sums})
+    return found
+
+
+def deviations(predicted: list[dict]) -> list[dict]:
+    """How far off, by direction, tokens and structure: median and worst of |deviation|, and the share within 25 %."""
+    groups: dict[tuple, list[float]] = {}
+    for row in predicted:
+        for structure in (row["structure"], "all"):
+            key = row["direction"], row["tokens"], structure
+            groups.setdefault(key, []).append(row["deviation"])
+    return [
+        {
+            "direction": direction,
+            "tokens": tokens,
+            "structure": structure,
+            "rows": len(values),
+            "median |off| %": 100 * statistics.median(map(abs, values)),
+            "worst %": 100 * max(values, key=abs),
+            "within 25 %": f"{100 * sum(abs(v) <= 0.25 for v in values) / len(values):.0f} %",
+        }
+        for (direction, tokens, structure), values in sorted(groups.items())
+    ]

@@ -1,0 +1,134 @@
+"""The forms in which a model runs: as it is, as a CUDA graph, compiled.
+
+Dense and compressed models get the same forms. torch.compile of a whole decoder takes half a minute for each shape
+of the input; compiling one repeated block, or its norms and MLPs, takes seconds, and the graph around it takes away
+what launches cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+#: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks (decoding: norms and MLPs) under
+#: torch.compile in a CUDA graph. whole: torch.compile of the whole model with its own CUDA graphs
+FORMS = ("eager", "graph", "compiled", "whole")
+MODES = ("default", "max-autotune")
+#: inside a graph of ours inductor must not make its own
+INNER_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+WHOLE_MODES = {"default": "reduce-overhead", "max-autotune": "max-autotune"}
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of layers."""
+    found = []
+    for name, module in model.named_modules():
+        *outer, last = name.split(".")
+        if last.isdigit() and not any(part.isdigit() for part in outer):
+            found.append(module)
+    return found
+
+
+def pieces_without_cache(model: nn.Module) -> list[nn.Module]:
+    """Norms and MLPs: what the blocks hold that one compiled piece can serve in all of them.
+
+    A whole block reads its own number to find its keys and values, and would be compiled once for every block.
+    """
+    return [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm", "MLP"))]
+
+
+def compile_pieces(modules: list[nn.Module], mode: str, backend: str | Callable = "inductor") -> list[Callable]:
+    """The compiled call of each module, for `switched_on`; equal modules share one compilation."""
+    forget_compiled()
+    mode = {} if backend != "inductor" else {"mode": INNER_MODES[mode]}
+    calls = []
+    for module in modules:
+        module.compile(dynamic=False, backend=backend, **mode)
+        calls.append(module._compiled_call_impl)
+        module._compiled_call_impl = None
+    return calls
+
+
+def forget_compiled():
+    """What was compiled for other shapes counts towards the limit after which torch.compile gives up in silence."""
+    torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def switched_on(modules: list[nn.Module], calls: list[Callable]):
+    """Within this context the modules run compiled."""
+    for module, call in zip(modules, calls, strict=True):
+        module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def with_compiled_pieces(call: Callable, modules: list[nn.Module], mode: str) -> Callable:
+    """`call`, during which the modules run compiled, and outside of which they do not."""
+    calls = compile_pieces(modules, mode)
+
+    def switched(**inputs):
+        with switched_on(modules, calls):
+            return call(**inputs)
+
+    return switched
+
+
+class StepGraph:
+    """One decoding step of a model as a CUDA graph: inputs are copied in, and the graph is replayed.
+
+    The first call runs as it is and warms up, the second captures. Cache objects are captured by address: a
+    `StaticCache` may be reset between two texts, not replaced. On a CPU the step itself runs, on the copied inputs.
+    """
+
+    def __init__(self, call: Callable, device: torch.device):
+        self.call, self.device = call, device
+        self.warm, self.inputs, self.replay, self.cache = False, None, None, None
+
+    def __call__(self, **inputs):
+        cache = inputs.get("past_key_values")
+        if not self.warm or cache is not self.cache:
+            self.warm, self.cache, self.inputs = True, cache, None
+            return self.call(**inputs)
+        if self.inputs is None:
+            self.inputs = {name: copied(value) for name, value in inputs.items()}
+            self.replay = self.capture()
+        for name, value in inputs.items():
+            copy_into(self.inputs[name], value)
+        return self.replay()
+
+    def capture(self) -> Callable:
+        if self.device.type != "cuda":
+            return lambda: self.call(**self.inputs)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = self.call(**self.inputs)
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay
+
+
+def copied(value):
+    """Tensors cloned, also inside a dict of them; everything else as it is."""
+    if isinstance(value, (torch.Tensor, dict)):
+        return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
+    return value
+
+
+def copy_into(target, value):
+    if isinstance(value, torch.Tensor):
+        target.copy_(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            copy_into(target[key], entry)

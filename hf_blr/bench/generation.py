@@ -1,0 +1,94 @@
+"""Generation: `generate()` itself, its steps replayed from a CUDA graph, and a clock that does not hold it up."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch import nn
+
+from hf_blr.bench.forms import WHOLE_MODES, StepGraph, forget_compiled, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.inputs import forward_inputs
+from hf_blr.bench.timing import forget_peak, peak
+
+
+def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device) -> dict:
+    """{"tokens_per_second", "ms", "peak_bytes"} of `generate()`, over the whole batch; ms is that of one step.
+
+    Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures.
+    """
+    from transformers import CompileConfig, StaticCache
+
+    device = torch.device(device)
+    ids = forward_inputs(model, "text", batch, prompt, device)["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
+    settings = {"do_sample": False, "disable_compile": form == "eager"}
+    if form != "eager":
+        settings["compile_config"] = CompileConfig(mode=WHOLE_MODES[mode], dynamic=False, fullgraph=False)
+        # without it, generate() compiles on GPUs only
+        settings["compile_config"]._compile_all_devices = True
+    step = contextlib.nullcontext()
+    if form == "whole":
+        forget_compiled()
+    if form == "graph":
+        step = stepping_by(model, StepGraph(model.__call__, device))
+    if form == "compiled":
+        call = with_compiled_pieces(model.__call__, pieces_without_cache(model), mode)
+        step = stepping_by(model, StepGraph(call, device))
+
+    def generate(count, clock):
+        cache.reset()
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=count,
+            stopping_criteria=[clock],
+            **settings,
+        )
+
+    with step:
+        forget_peak(device)
+        generate(min(6, new_tokens), StepClock(device))
+        clock = StepClock(device)
+        generate(new_tokens, clock)
+        seconds = clock.seconds_per_step()
+    return {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device)}
+
+
+@contextlib.contextmanager
+def stepping_by(model: nn.Module, step: StepGraph):
+    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model."""
+    model.get_compiled_call = lambda compile_config=None: step
+    try:
+        yield
+    finally:
+        del model.get_compiled_call
+
+
+class StepClock:
+    """A stopping criterion that never stops and notes when each step was done, without waiting for the device."""
+
+    #: the prompt's step and the first after it are not counted
+    skipped = 2
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append(mark)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def seconds_per_step(self) -> float:
+        first, last = self.marks[self.skipped - 1], self.marks[-1]
+        steps = len(self.marks) - self.skipped
+        if self.device.type != "cuda":
+            return (last - first) / steps
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3 / steps

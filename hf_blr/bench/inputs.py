@@ -1,0 +1,33 @@
+"""Random inputs of the models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def forward_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device: torch.device) -> dict:
+    """Random inputs of one forward."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    if kind == "text":
+        ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device, generator=generator)
+        return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    if kind == "image":
+        size = model.config.image_size
+        shape = (batch, model.config.num_channels, size, size)
+        return {"pixel_values": torch.randn(shape, device=device, dtype=dtype, generator=generator)}
+    size = model.config.sample_size
+    latents = torch.randn(batch, 4, size, size, device=device, dtype=dtype, generator=generator)
+    label = torch.ones(batch, device=device, dtype=torch.long)
+    return {"hidden_states": latents, "timestep": label, "class_labels": label, "return_dict": False}
+
+
+def training_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device: torch.device) -> dict:
+    """Inputs with labels. Raises NotImplementedError for diffusion models."""
+    if kind == "diffusion":
+        raise NotImplementedError("training steps are measured for text and image models")
+    inputs = forward_inputs(model, kind, batch, tokens, device)
+    if kind == "text":
+        return {"input_ids": inputs["input_ids"], "labels": inputs["input_ids"], "use_cache": False}
+    return {**inputs, "labels": torch.zeros(batch, device=device, dtype=torch.long)}

@@ -1,0 +1,155 @@
+"""Time of one layer, dense and compressed, with its error against float64 beside each time.
+
+All of a layer's rows come from one process. A time is the median over replays of a CUDA graph. Up to 32 tokens the
+graph runs the layer once with each of several weight copies, more than the L2 cache holds, and the time is per copy;
+above, the graph runs it once and L2 is overwritten before each replay. On a CPU the calls are timed one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_blr import ops
+from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
+from hf_blr.bench.timing import Timer, cold_caches, seconds_of
+from hf_blr.ops import reference
+from hf_blr.ops.dispatch import FEW_TOKENS
+from hf_blr.structures import BLRSpec
+
+PROTOCOL = (
+    "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
+    "above, L2 is flushed before each replay"
+)
+FUNCTIONS = {"low_rank": "low_rank_linear", "monarch": "monarch_linear", "blast": "blast_linear"}
+
+
+def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_calls: dict | None = None) -> list:
+    """The rows of one case: dense, then each spec in each implementation.
+
+    Args:
+        first_calls: {(spec, impl): seconds} from `first_call_seconds`; rows without an entry say None.
+
+    Returns:
+        Rows with `us` (microseconds), `dense_us`, `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error`
+        (of the forward's output, in norm, against float64 with the same weights) and `first_call_s`.
+    """
+    k, n = case.layer.in_features, case.layer.out_features
+    x, grad = inputs(case, timer.device, dtype)
+    measure = Measurement(case, timer, x, grad)
+    dense = [torch.randn(n, k, device=timer.device, dtype=dtype) * k**-0.5]
+    rows = [measure.row("dense", (1, 1), min(k, n), "cublas" if timer.on_gpu else "eager", F.linear, dense, F.linear)]
+    for spec in case.specs:
+        weights = random_factors(spec, timer.device, dtype)
+        exact = getattr(reference, FUNCTIONS[spec.structure])
+        for impl in wanted_impls(case, spec, impls):
+            function = implementation(spec.structure, impl)
+            row = measure.row(spec.structure, spec.num_blocks, spec.rank, impl, function, weights, exact)
+            rows.append(row | {"first_call_s": (first_calls or {}).get((spec, impl))})
+    dense_us = rows[0]["us"]
+    low_rank = [r["us"] for r in rows if r["structure"] == "low_rank" and r["impl"] == "eager"]
+    compared = {"dense_us": dense_us, "lowrank_us": low_rank[0] if low_rank else None}
+    return [row | compared | {"speedup_vs_dense": dense_us / row["us"]} for row in rows]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What the rows of one case share."""
+
+    case: Case
+    timer: Timer
+    x: Tensor
+    grad: Tensor
+
+    def row(self, structure, blocks, rank, impl, function, weights, exact) -> dict:
+        case, few = self.case, self.case.tokens <= FEW_TOKENS
+        call = prepared_call(function, self.x, self.grad, case.direction)
+        microseconds = self.timer(call, self.timer.copies(weights, case.tokens), flush=not few)
+        return {
+            "model": case.model,
+            "layer": case.layer.name,
+            "in_features": case.layer.in_features,
+            "out_features": case.layer.out_features,
+            "tokens": case.tokens,
+            "direction": case.direction,
+            "structure": structure,
+            "blocks": list(blocks),
+            "rank": rank,
+            "impl": impl,
+            "us": microseconds,
+            "rel_error": relative_error(function(self.x, *weights), exact(*wide(self.x, *weights))),
+            "first_call_s": None,
+        }
+
+
+def implementation(structure: str, impl: str):
+    """The function `(x, *factors)` of a structure in one of `IMPLS`."""
+    if impl == "hf_blr":
+        return getattr(ops, FUNCTIONS[structure])
+    function = getattr(reference, FUNCTIONS[structure])
+    if impl == "eager":
+        return function
+    # torch.compile gives up, in silence, after eight shapes of one function
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -> dict:
+    """{(spec, "hf_blr"): seconds of a first call, nothing compiled before}, in a process that has used the device.
+
+    Args:
+        keep: a Triton cache folder that receives the compiled kernels.
+    """
+    device = torch.device(device)
+    x, grad = inputs(case, device, dtype)
+    # so that the libraries' own start is not counted
+    weight = torch.ones(case.layer.out_features, case.layer.in_features, device=device, dtype=dtype)
+    prepared_call(F.linear, x, grad, case.direction)([weight])
+    seconds = {}
+    for spec in case.specs:
+        call = prepared_call(implementation(spec.structure, "hf_blr"), x, grad, case.direction)
+        weights = random_factors(spec, device, dtype)
+        with cold_caches(keep):
+            seconds[spec, "hf_blr"] = seconds_of(lambda c=call, w=weights: c(w), device)
+    return seconds
+
+
+def prepared_call(function, x: Tensor, grad: Tensor, direction: str):
+    """`call(weights)`: the layer forward without autograd, or forward and backward to x and every factor."""
+    if direction == FORWARD:
+
+        def call(weights):
+            with torch.no_grad():
+                return function(x, *weights)
+
+        return call
+    x = x.detach().requires_grad_()
+
+    def step(weights):
+        weights = [w.detach().requires_grad_() for w in weights]
+        torch.autograd.grad(function(x, *weights), (x, *weights), grad)
+
+    return step
+
+
+def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x `[T, K]` and the gradient of the output `[T, N]`, the same for every call with the same case."""
+    torch.manual_seed(0)
+    sizes = (case.layer.in_features, case.layer.out_features)
+    return tuple(torch.randn(case.tokens, size, device=device, dtype=dtype) for size in sizes)
+
+
+def random_factors(spec: BLRSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Factors in the order in which the ops take them, scaled so that outputs stay near one."""
+    return [torch.randn(s, device=device, dtype=dtype) * s[-1] ** -0.5 for s in spec.factor_shapes().values()]
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return ((out.double() - exact).norm() / exact.norm()).item()

@@ -1,0 +1,107 @@
+"""What is measured of a whole model, generation apart: a forward, a training step, files and loading."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_blr.bench.forms import WHOLE_MODES, forget_compiled, repeated_blocks, with_compiled_pieces
+from hf_blr.bench.inputs import forward_inputs, training_inputs
+from hf_blr.bench.timing import Timer, forget_peak, peak, seconds_of
+
+MEASUREMENTS = ("prefill", "decode", "training", "storage")
+PROTOCOL = (
+    "random weights; prefill: median forward, logits of the last token; decode: generate() on a static cache, prompt "
+    "and first steps not counted; training: forward, backward, clipping and AdamW on the projections or factors "
+    "alone, the rest frozen; load: from files just written"
+)
+#: an attention function without a mask function: a mask built under graph capture would keep SDPA off its flash kernel
+CAUSAL_SDPA = "hf_blr_causal_sdpa"
+
+
+def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mode: str, timer: Timer) -> dict:
+    """{"ms", "peak_bytes"} of one forward over `[batch, tokens]`; for text the logits of the last token alone."""
+    inputs = forward_inputs(model, kind, batch, tokens, timer.device)
+    call = model
+    if form == "compiled":
+        call = with_compiled_pieces(model, repeated_blocks(model), mode)
+    if form == "whole":
+        forget_compiled()
+        call = torch.compile(model, mode=WHOLE_MODES[mode], dynamic=False)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if kind == "text":
+            stack.enter_context(maskless_attention(model))
+        forget_peak(timer.device)
+        if form in ("graph", "compiled"):
+            run = timer.captured(lambda: call(**inputs))
+        else:
+            run = lambda: call(**inputs)  # noqa: E731
+            for _ in range(3):
+                run()
+        return {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
+
+
+@contextlib.contextmanager
+def maskless_attention(model: nn.Module):
+    """Within this context the model attends causally by SDPA's own flag, without a mask in memory."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(CAUSAL_SDPA)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def training(model: nn.Module, kind: str, names: list[str], batch: int, tokens: int, timer: Timer) -> dict:
+    """{"ms", "peak_bytes", "trained_parameters"} of one step as the Trainer takes it: AdamW, norms clipped at one.
+
+    Args:
+        names: the modules that train, dense or compressed.
+    """
+    model.train().requires_grad_(False)
+    trained = [p for name in names for p in model.get_submodule(name).parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    inputs = training_inputs(model, kind, batch, tokens, timer.device)
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.0, fused=timer.on_gpu)
+    forget_peak(timer.device)
+
+    def step():
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    seconds = timer.median(step)
+    model.eval().requires_grad_(False)
+    return {
+        "ms": seconds * 1e3,
+        "peak_bytes": peak(timer.device),
+        "trained_parameters": sum(p.numel() for p in trained),
+    }
+
+
+def storage(model: nn.Module, device: torch.device) -> dict:
+    """{"disk_bytes", "save_s", "load_s"}: saved into a temporary folder and loaded onto the device from there."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_s = seconds_of(lambda: model.save_pretrained(folder), device)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        if not size:
+            raise ValueError(f"{type(model).__name__}.save_pretrained wrote no safetensors files")
+        dtype = next(model.parameters()).dtype
+
+        def load():
+            type(model).from_pretrained(folder, dtype=dtype, device_map={"": device})
+
+        return {"disk_bytes": size, "save_s": save_s, "load_s": seconds_of(load, device)}

@@ -1,0 +1,151 @@
+"""The rows of `bench model`: every variant of a model through every measurement asked for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_blr.bench import generation, measure
+from hf_blr.bench.forms import forget_compiled
+from hf_blr.bench.models import Shape
+from hf_blr.bench.timing import Timer, allocated
+from hf_blr.bench.variants import Variant, build_model
+from hf_blr.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Args:
+        measurements: of `measure.MEASUREMENTS`.
+        tokens: of a forward over text; None takes the model's own list.
+        batches: of a forward.
+        forms: of `forms.FORMS`, for forwards and generation.
+        mode: of torch.compile, of `forms.MODES`.
+        decode_batches, prompt, new_tokens: of generation.
+        training_batch, training_tokens: of a training step.
+        ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
+        dtype: of all parameters.
+        stop_at_errors: raise instead of writing the error into the row.
+    """
+
+    measurements: tuple[str, ...] = measure.MEASUREMENTS
+    tokens: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1, 8)
+    forms: tuple[str, ...] = ("compiled",)
+    mode: str = "max-autotune"
+    decode_batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 128
+    new_tokens: int = 64
+    training_batch: int = 1
+    training_tokens: int = 2048
+    ratio: float = 0.5
+    dtype: torch.dtype = torch.bfloat16
+    stop_at_errors: bool = False
+
+
+def model_rows(name: str, shape: Shape, variants: list[Variant], request: Request, timer: Timer) -> Iterator[dict]:
+    """One row for each variant, measurement, form, batch and number of tokens, as soon as it is measured.
+
+    A measurement that fails gives a row with `error`, and the others go on.
+    """
+    # the size of a picture is the model's, not the caller's
+    tokens = request.tokens if request.tokens and shape.kind == "text" else shape.prefill
+    groups = [(t,) for t in tokens] if shape.options else [tokens]
+    try:
+        names = trained_names(shape)
+    except ImportError as error:
+        if request.stop_at_errors:
+            raise
+        yield {"model": name, "variant": "", "measurement": "build", "error": in_one_line(error)}
+        return
+    for variant in variants:
+        for group in groups:
+            # what the model before left behind is not this one's
+            forget_compiled()
+            gc.collect()
+            before = allocated(timer.device)
+            try:
+                options = shape.options_for(group[0])
+                model = build_model(shape, variant, request.ratio, str(timer.device), request.dtype, **options)
+            except Exception as error:
+                if request.stop_at_errors:
+                    raise
+                yield {"model": name, "variant": str(variant), "measurement": "build", "error": in_one_line(error)}
+                continue
+            sizes = {"model": name, "variant": str(variant), **model_sizes(model, names)}
+            for settings, run in measurements(model, shape, names, group, request, timer):
+                row = {**sizes, **settings}
+                try:
+                    row |= run()
+                    if row.get("peak_bytes"):
+                        row["peak_bytes"] -= before
+                except Exception as error:
+                    if request.stop_at_errors:
+                        raise
+                    row["error"] = in_one_line(error)
+                yield row
+            # the last function holds the model too
+            model = run = None
+
+
+def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, request: Request, timer: Timer):
+    """(settings, function) of each measurement, in an order in which none disturbs the next."""
+    wanted, mode = request.measurements, request.mode
+    for form in request.forms if "prefill" in wanted else ():
+        for batch in request.batches:
+            for t in tokens:
+                settings = {"measurement": "prefill", "batch": batch, "tokens": t, "form": form}
+                yield (
+                    settings | mode_of(form, mode),
+                    lambda b=batch, t=t, f=form: measure.prefill(model, shape.kind, b, t, f, mode, timer),
+                )
+    if "decode" in wanted and shape.kind == "text":
+        for form in request.forms:
+            for batch in request.decode_batches:
+                settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": form}
+                lengths = {"prompt": request.prompt, "new_tokens": request.new_tokens}
+                yield (
+                    settings | lengths | mode_of(form, mode),
+                    lambda b=batch, f=form: generation.decode(
+                        model, b, request.prompt, request.new_tokens, f, mode, timer.device
+                    ),
+                )
+    if "training" in wanted and shape.kind != "diffusion":
+        batch, t = request.training_batch, request.training_tokens if shape.kind == "text" else tokens[0]
+        yield (
+            {"measurement": "training", "batch": batch, "tokens": t, "form": "eager"},
+            lambda: measure.training(model, shape.kind, names, batch, t, timer),
+        )
+    if "storage" in wanted and shape.kind != "diffusion":
+        yield {"measurement": "storage", "form": "eager"}, lambda: measure.storage(model, timer.device)
+
+
+def mode_of(form: str, mode: str) -> dict:
+    return {"mode": mode} if form in ("compiled", "whole") else {}
+
+
+def trained_names(shape: Shape) -> list[str]:
+    """The modules that a compression replaces by default, and that a training step trains in every variant."""
+    with torch.device("meta"):
+        return find_targets(shape.build())
+
+
+def model_sizes(model: nn.Module, names: list[str]) -> dict:
+    """Parameters and bytes of the model, and the numbers that its projections hold."""
+    parameters = list(model.parameters())
+    projections = [p for name in names for p in model.get_submodule(name).parameters()]
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "projection_parameters": sum(p.numel() for p in projections),
+    }
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

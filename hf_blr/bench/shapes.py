@@ -1,0 +1,99 @@
+"""The layers and ranks of the paper's tables (arXiv 2512.20861), and the ones that our planner would choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hf_blr.structures import BLRSpec, as_block_pair, make_spec, structure_class
+
+#: our ranks: wide loads need multiples of 16, and Monarch's last stage multiples of 32 in each block pair
+RANK_MULTIPLE = {"low_rank": 16, "monarch": 32, "blast": 16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kind of layer of a model.
+
+    Args:
+        name: as the tables print it.
+        in_features, out_features: K and N.
+        rank: R of low-rank and BLAST in the paper.
+        monarch: the paper's (rank over all of a row of blocks, blocks); None where it has no Monarch.
+        blast_blocks: the paper's blocks on each side.
+        modules: regular expression for the endings of the module names in Transformers.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    monarch: tuple[int, int] | None
+    blast_blocks: int
+    modules: str
+
+    def paper_spec(self, structure: str) -> BLRSpec:
+        """The paper's sizes. Raises ValueError where it has none for this structure."""
+        if structure == "monarch":
+            if self.monarch is None:
+                raise ValueError(f"the paper has no Monarch layer for {self.name}")
+            total, blocks = self.monarch
+            rank = total // blocks
+        else:
+            rank, blocks = self.rank, 1 if structure == "low_rank" else self.blast_blocks
+        return structure_class(structure)(self.in_features, self.out_features, rank, as_block_pair(blocks))
+
+
+def aligned_spec(structure: str, in_features: int, out_features: int, ratio: float, num_blocks=None) -> BLRSpec:
+    """The spec of this budget with its rank cut to a multiple that the kernels like, where there is one.
+
+    Raises:
+        ValueError: as `make_spec`.
+    """
+    spec = make_spec(structure, in_features, out_features, ratio=ratio, num_blocks=num_blocks)
+    return align_rank(spec)
+
+
+def align_rank(spec: BLRSpec) -> BLRSpec:
+    multiple = RANK_MULTIPLE[spec.structure]
+    return replace(spec, rank=spec.rank // multiple * multiple or spec.rank)
+
+
+LLAMA_7B = (
+    Layer("q,k,v,o", 4096, 4096, 1024, (1024, 16), 16, "[qkvo]_proj"),
+    Layer("gate,up", 4096, 11008, 1488, (1536, 16), 16, "(gate|up)_proj"),
+    Layer("down", 11008, 4096, 1488, (1536, 16), 16, "down_proj"),
+)
+LLAMA_1B = (
+    Layer("q,o", 2048, 2048, 256, (256, 16), 16, "[qo]_proj"),
+    Layer("gate", 2048, 8192, 512, (512, 16), 16, "gate_proj"),
+    Layer("up", 2048, 8192, 768, (768, 16), 16, "up_proj"),
+    Layer("down", 8192, 2048, 768, (768, 16), 16, "down_proj"),
+)
+GPT2_S = (
+    Layer("c_attn", 768, 2304, 192, (192, 4), 6, "c_attn"),
+    Layer("c_fc", 768, 3072, 192, (192, 4), 6, "c_fc"),
+    Layer("mlp.c_proj", 3072, 768, 192, (192, 4), 6, r"mlp\.c_proj"),
+)
+VIT_B = (
+    Layer("qkv", 768, 2304, 128, (128, 4), 3, "qkv"),
+    Layer("fc1", 768, 3072, 128, (128, 4), 3, "fc1"),
+    Layer("fc2", 3072, 768, 128, (128, 4), 3, "fc2"),
+)
+DIT_XL_2 = (
+    Layer("qkv", 1152, 3456, 384, None, 9, "qkv"),
+    Layer("fc1", 1152, 4608, 256, None, 9, r"ff\.net\.0\.proj"),
+    Layer("adaLN", 1152, 6912, 256, None, 9, r"norm1\.linear"),
+)
+#: {model: its layers}, as the paper's table lists them
+LAYERS = {"Llama-7B": LLAMA_7B, "Llama-3.2-1B": LLAMA_1B, "GPT2-S": GPT2_S, "ViT-B": VIT_B, "DiT-XL/2": DIT_XL_2}
+
+# Transformers and diffusers hold q, k and v apart where the paper's code has one matrix of three times the outputs.
+# These ranks store at most as much as the paper's: 128 * (768 + 2304) >= 3 * 80 * (768 + 768), and
+# 384 * (1152 + 3456) = 3 * 256 * (1152 + 1152). Monarch's 80 over 4 blocks is 20 for each pair.
+VIT_B_SPLIT = (
+    Layer("q,k,v", 768, 768, 80, (80, 4), 3, "[qkv]_proj|query|key|value"),
+    # two spellings each, of recent and of older releases of Transformers
+    replace(VIT_B[1], modules=r"fc1|intermediate\.dense"),
+    replace(VIT_B[2], modules=r"fc2|\d+\.output\.dense"),
+)
+DIT_XL_2_SPLIT = (Layer("q,k,v", 1152, 1152, 256, None, 9, "to_[qkv]"), *DIT_XL_2[1:])

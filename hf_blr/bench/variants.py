@@ -1,0 +1,112 @@
+"""What becomes of a model's layers, with random factors: speed needs no others."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from hf_blr.bench.models import Shape
+from hf_blr.bench.shapes import align_rank
+from hf_blr.config import BLRConfig
+from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.integration import record_plan, swap_in
+from hf_blr.plan import LayerPlan, Plan, resolve_plan
+from hf_blr.structures import as_block_pair
+from hf_blr.targets import find_targets
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a model's layers become: "dense", or a structure with the paper's ranks or with these blocks."""
+
+    structure: str
+    paper: bool = False
+    blocks: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """`dense`, `low_rank`, `blast:4x4`, `monarch:paper`. Raises ValueError for anything else."""
+        structure, _, detail = text.partition(":")
+        if structure == "dense" and not detail:
+            return cls("dense")
+        if structure not in ("low_rank", "monarch", "blast"):
+            raise ValueError(f"expected dense, low_rank, monarch or blast (:paper or :B1xB2 after it), got {text!r}")
+        if detail in ("", "paper"):
+            return cls(structure, detail == "paper")
+        try:
+            numbers = [int(part) for part in detail.split("x")]
+            return cls(structure, blocks=as_block_pair(numbers[0] if len(numbers) == 1 else tuple(numbers)))
+        except ValueError:
+            raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
+
+    def __str__(self):
+        detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
+        return f"{self.structure}:{detail}".rstrip(":")
+
+
+def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype: torch.dtype, **options) -> nn.Module:
+    """The model in evaluation mode, its weights random, on the device.
+
+    Args:
+        shape: what to build.
+        variant: what its layers become. The factors are random too, nothing is fitted.
+        ratio: kept / dense parameters of each replaced layer, where the paper's ranks are not asked for.
+        device, dtype: of all parameters.
+        **options: for `shape.build`.
+
+    Raises:
+        ValueError: if the paper's ranks are asked for and it has none.
+    """
+    with torch.device(device), default_dtype(dtype):
+        model = shape.build(**options).eval()
+        if variant.structure == "dense":
+            return model
+        plan = plan_for(model, shape, variant, ratio)
+        swap_in(model, plan)
+    record_plan(model, BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks), plan)
+    return model
+
+
+def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> Plan:
+    """{module: sizes}: the paper's layers and ranks, or the default targets at `ratio` with ranks the kernels like."""
+    if not variant.paper:
+        config = BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks)
+        return {name: replace(p, spec=align_rank(p.spec)) for name, p in resolve_plan(model, config).items()}
+    return paper_plan(model, shape, variant.structure)
+
+
+def paper_plan(model: nn.Module, shape: Shape, structure: str) -> Plan:
+    """The paper's layers at the paper's ranks.
+
+    Raises:
+        ValueError: if it has none for this model or structure, or they are not in this model in their sizes.
+    """
+    if not shape.paper:
+        raise ValueError("the paper has no ranks for this model; leave :paper out")
+    plan, found = {}, set()
+    pattern = "|".join(f"({layer.modules})" for layer in shape.paper)
+    for name in find_targets(model, rf"(.*\.)?({pattern})"):
+        module = model.get_submodule(name)
+        layer = next(x for x in shape.paper if re.fullmatch(rf"(.*\.)?({x.modules})", name))
+        if feature_sizes(module) != (layer.in_features, layer.out_features):
+            raise ValueError(f"{name} is {feature_sizes(module)}, the paper's {layer.name} is not")
+        plan[name] = LayerPlan(layer.paper_spec(structure), module.bias is not None, is_transposed(module))
+        found.add(layer)
+    missing = [layer.name for layer in shape.paper if layer not in found]
+    if missing:
+        raise ValueError(f"this release of the model has no {', '.join(missing)} by the names known here")
+    return plan
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,180 @@
+"""Structure, blocks and rank for each layer, when all layers share one budget.
+
+The predicted loss of a low-rank matrix is known in closed form at every rank (`allocation.loss_curve`). Another
+structure is taken to do as well as low-rank with its parameters; where structures compete, times what a few short fits
+say.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from hf_blr.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
+from hf_blr.config import AUTO, BLRConfig
+from hf_blr.dense import dense_weight
+from hf_blr.factorize import factorize
+from hf_blr.factorize.fisher import Statistics
+from hf_blr.ops.reference import DENSE
+from hf_blr.plan import Plan
+from hf_blr.structures import BLRSpec, structure_class
+from hf_blr.targets import override_for
+
+logger = logging.getLogger(__name__)
+
+#: what structure="auto" chooses from; where the blocks do not divide a layer, it does without
+CANDIDATES = (("low_rank", (1, 1)), ("monarch", (4, 4)), ("blast", (4, 4)), ("blast", (4, 16)), ("blast", (16, 16)))
+#: rounds of the short fits that compare structures, and layers of each kind that are fitted so
+TRIAL_ROUNDS, TRIAL_LAYERS = 4, 2
+#: ranks are multiples of a power of two up to this, which kernels like
+LARGEST_STEP = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all free layers may cost together.
+
+    amount: in the unit of `cost`. None is the config's ratio of what the dense layers cost.
+    cost: (spec, dense) -> what a layer costs as this spec, or as the dense layer that it stands for; parameters if
+        None.
+    floor, ceiling: smallest and largest ratio that a replaced layer may keep.
+    """
+
+    amount: float | None = None
+    cost: Callable[[BLRSpec, bool], float] | None = None
+    # the prediction is local and says little about ruins
+    floor: float = 0.1
+    ceiling: float = 1.0
+
+    def of(self, spec: BLRSpec, dense: bool = False) -> float:
+        if self.cost is not None:
+            return self.cost(spec, dense)
+        return spec.dense_parameters if dense else spec.num_parameters
+
+
+def share_budget(
+    model: nn.Module, plan: Plan, statistics: Statistics, config: BLRConfig, budget: Budget | None = None
+) -> tuple[Plan, float]:
+    """The plan that the predicted loss likes best, and that loss in nats a token; layers best left dense are not in it.
+
+    Layers with a ratio or rank of their own in `config.overrides` keep it, and are not in the loss.
+
+    Raises:
+        ValueError: if the budget is smaller than the smallest options.
+    """
+    budget = budget or Budget()
+    fixed = {name for name in plan if {"ratio", "rank"} & set(override_for(name, config.overrides))}
+    free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
+    shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
+    layers = {name: Layer(model, name, statistics, config) for name in free}
+    factors = trial_factors(layers, free, shapes, config) if config.structure == AUTO else {}
+    options = {}
+    for name, spec in free.items():
+        curve = layers[name].curve()
+        options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
+        for shape in shapes[name]:
+            factor = factors.get((kind_of(name), shape.structure, shape.num_blocks), 1.0)
+            for candidate in at_ranks(shape, budget.floor, budget.ceiling):
+                loss = factor * interpolate(curve, equivalent_rank(candidate))
+                options[name].append(Option(candidate, budget.of(candidate), loss))
+    amount = budget.amount
+    if amount is None:
+        amount = config.ratio * sum(budget.of(spec, dense=True) for spec in free.values())
+    taken = allocate(options, amount)
+    dense = [name for name in taken if taken[name].spec is None]
+    if dense:
+        logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))
+    specs = {name: taken[name].spec if name in taken else layer.spec for name, layer in plan.items()}
+    chosen = {name: replace(layer, spec=specs[name]) for name, layer in plan.items() if specs[name] is not None}
+    return chosen, sum(option.loss for option in taken.values())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dense layer with its statistics, on the device where fits run."""
+
+    model: nn.Module
+    name: str
+    statistics: Statistics
+    config: BLRConfig
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W `[N, K]`, H `[K, K]` and the blocks of G."""
+        weight = dense_weight(self.model.get_submodule(self.name))
+        device = self.config.device_for(weight)
+        grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
+        return weight.to(device).float(), *(gram.to(device) for gram in grams)
+
+    def curve(self) -> Tensor:
+        return loss_curve(*self.matrices(), self.statistics.tokens, self.config.damping)
+
+    def trial(self, spec: BLRSpec) -> float:
+        """The predicted loss of a short fit."""
+        weight, gram, output_gram = self.matrices()
+        fitted = factorize(weight, spec, gram, output_gram, **{**self.config.fit_options, "rounds": TRIAL_ROUNDS})
+        return predicted_loss(
+            DENSE[spec.structure](**fitted.tensors) - weight, gram, output_gram, self.statistics.tokens
+        )
+
+
+def trial_factors(layers: dict[str, Layer], free: dict[str, BLRSpec], shapes, config: BLRConfig) -> dict[tuple, float]:
+    """{(kind of layer, structure, blocks): its loss over low-rank's at equal parameters}, from short fits of a few."""
+    kinds: dict[str, list[str]] = {}
+    for name in free:
+        kinds.setdefault(kind_of(name), []).append(name)
+    factors = {}
+    for kind, names in kinds.items():
+        tried = names[:: -(-len(names) // TRIAL_LAYERS)]
+        for shape in shapes[names[0]]:
+            logs = []
+            for name in tried if shape.structure != "low_rank" else ():
+                spec = at_ratio(shape, config.ratio)
+                low_rank = interpolate(layers[name].curve(), equivalent_rank(spec))
+                if low_rank > 0:
+                    logs.append(math.log(max(layers[name].trial(spec), 1e-30) / low_rank))
+            factors[kind, shape.structure, shape.num_blocks] = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return factors
+
+
+def kind_of(name: str) -> str:
+    """The name without the number of its block."""
+    return re.sub(r"\d+", "*", name)
+
+
+def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
+    """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto"."""
+    k, n = spec.in_features, spec.out_features
+    if config.structure != AUTO:
+        return [type(spec)(k, n, 1, spec.num_blocks)]
+    fitting = [(s, blocks) for s, blocks in CANDIDATES if k % blocks[0] == 0 and n % blocks[1] == 0]
+    shapes = [structure_class(structure)(k, n, 1, blocks) for structure, blocks in fitting]
+    return [shape for shape in shapes if shape.num_parameters < shape.dense_parameters]
+
+
+def at_ranks(shape: BLRSpec, floor: float, ceiling: float) -> list[BLRSpec]:
+    """The structure and blocks at the ranks worth considering, from the floor to almost dense."""
+    cost = shape.num_parameters // shape.rank
+    highest = min((shape.dense_parameters - 1) // cost, int(ceiling * shape.dense_parameters / cost))
+    step = 1
+    while step < LARGEST_STEP and 2 * step <= highest / 16:
+        step *= 2
+    lowest = max(step, -(-int(floor * shape.dense_parameters / cost) // step) * step)
+    return [replace(shape, rank=rank) for rank in range(lowest, highest + 1, step)]
+
+
+def at_ratio(shape: BLRSpec, ratio: float) -> BLRSpec:
+    """The structure and blocks at the rank that the ratio buys, of at least 1."""
+    cost = shape.num_parameters // shape.rank
+    return replace(
+        shape, rank=max(1, min(int(ratio * shape.dense_parameters / cost), (shape.dense_parameters - 1) // cost))
+    )
+
+
+def equivalent_rank(spec: BLRSpec) -> float:
+    """The rank of a low-rank matrix with as many parameters."""
+    return spec.num_parameters / (spec.in_features + spec.out_features)

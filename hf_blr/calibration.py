@@ -1,0 +1,93 @@
+"""The calibration text as batches, and what the dense model's layers do on it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from hf_blr.config import BLRConfig
+from hf_blr.factorize.blockwise import Batch, evaluating, whole_model_grams
+from hf_blr.factorize.fisher import NoLogits, Statistics, fisher_statistics
+from hf_blr.plan import Plan, check_plan, resolve_plan
+from hf_blr.text import load_text, sample_windows, tokenize
+
+logger = logging.getLogger(__name__)
+
+#: tokens of one calibration forward: enough to fill a GPU, and a small part of the model's own memory
+TOKENS_PER_FORWARD = 16384
+
+
+def collect_statistics(model: nn.Module, config: BLRConfig, *, tokenizer=None, calibration=None) -> Statistics:
+    """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
+
+    With `config.fisher` that takes a forward and a backward pass, else a forward. Arguments and errors as for
+    `compress`.
+    """
+    plan = resolve_plan(model, config)
+    check_plan(model, plan)
+    batches = calibration_batches(model, config, tokenizer, calibration)
+    if not batches:
+        raise ValueError("statistics need text: set BLRConfig(dataset=...) or pass calibration=")
+    return statistics_of(model, plan, batches, config)
+
+
+def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
+    """Those of the plan's layers; without Fisher matrices if the model has no logits and the config can do without."""
+    if config.fisher:
+        try:
+            return fisher_statistics(model, list(plan), batches, config.seed)
+        except NoLogits as error:
+            if config.allocation == "loss":
+                raise
+            logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
+    with evaluating(model):
+        grams = whole_model_grams(model, list(plan), batches)
+    return Statistics(grams, {}, token_count(batches))
+
+
+def check_statistics(statistics: Statistics, plan: Plan):
+    """Raises ValueError if a planned layer's matrices are not in the statistics."""
+    wanted = {"grams": statistics.grams}
+    if statistics.output_grams:
+        wanted["output_grams"] = statistics.output_grams
+    for field, matrices in wanted.items():
+        missing = [name for name in plan if name not in matrices]
+        if missing:
+            raise ValueError(
+                f"statistics.{field} holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
+                "collect them with this config"
+            )
+
+
+def calibration_batches(model, config: BLRConfig, tokenizer, calibration) -> list[Batch]:
+    """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
+    device = next(model.parameters()).device
+    if calibration is not None:
+        batches = [{"input_ids": b} if torch.is_tensor(b) else dict(b) for b in calibration]
+        if not batches:
+            raise ValueError("calibration= holds no batch; give at least one, or leave it out to fit the weights alone")
+    elif not config.calibrated:
+        return []
+    else:
+        if tokenizer is None:
+            raise ValueError(
+                f"fitting to dataset={config.to_dict()['dataset']!r} needs a tokenizer: pass tokenizer=, or set "
+                "dataset=None to fit the weights alone"
+            )
+        seqlen = min(config.seqlen, getattr(model.config, "max_position_embeddings", config.seqlen))
+        tokens = tokenize(tokenizer, load_text(config.dataset, "train"))
+        windows = sample_windows(tokens, seqlen, config.num_samples, config.seed)
+        batches = [{"input_ids": part} for part in windows.split(batch_size(len(windows), seqlen))]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+
+def batch_size(windows: int, seqlen: int) -> int:
+    """The largest divisor of `windows` within the token budget: batches of one shape can be replayed block by block."""
+    limit = max(1, TOKENS_PER_FORWARD // seqlen)
+    return max(size for size in range(1, limit + 1) if windows % size == 0)
+
+
+def token_count(batches: list[Batch]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

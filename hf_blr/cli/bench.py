@@ -1,0 +1,211 @@
+"""measure speed: `bench layers` one layer at a time, `bench model` whole models
+
+Both use random weights, print rows as they come, and with --json write them after every row.
+
+Example: hf-blr bench layers --models Llama-7B --tokens 1 1024 --json layers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from hf_blr.bench import cases, layers
+from hf_blr.bench.forms import FORMS, MODES
+from hf_blr.bench.measure import MEASUREMENTS, PROTOCOL
+from hf_blr.bench.models import SHAPES, Shape
+from hf_blr.bench.rows import Request, model_rows
+from hf_blr.bench.shapes import LAYERS
+from hf_blr.bench.timing import Timer
+from hf_blr.bench.variants import Variant
+from hf_blr.cli import options
+from hf_blr.environment import environment
+from hf_blr.results.files import ResultFile
+
+#: the paper's ranks, and ours
+VARIANTS = (
+    "dense",
+    "low_rank:paper",
+    "monarch:paper",
+    "blast:paper",
+    "low_rank",
+    "monarch:4x4",
+    "blast:4x4",
+    "blast:4x16",
+)
+
+
+def add_arguments(parser):
+    what = parser.add_subparsers(dest="what", required=True, metavar="layers | model")
+    layers_parser = what.add_parser("layers", help="one layer", formatter_class=parser.formatter_class)
+    add_layers_arguments(layers_parser)
+    layers_parser.set_defaults(bench=bench_layers)
+    model_parser = what.add_parser("model", help="whole models", formatter_class=parser.formatter_class)
+    add_model_arguments(model_parser)
+    model_parser.set_defaults(bench=bench_model)
+
+
+def run(args):
+    args.bench(args)
+
+
+def add_common(parser):
+    parser.add_argument("--device", default=options.default_device(), help="where to run")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--append", action="store_true", help="keep the rows that the --json file holds already")
+    parser.add_argument("--commit", help="of the code measured; asked of git if left out")
+    options.add_json(parser)
+
+
+def add_layers_arguments(parser):
+    parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="of the paper's table")
+    parser.add_argument(
+        "--shapes", nargs="+", type=sizes, default=[], metavar="KxN", help="other layers, in x out features, instead"
+    )
+    parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
+    parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS))
+    directions = (cases.FORWARD, cases.TRAINING)
+    parser.add_argument("--directions", nargs="+", default=directions, choices=directions)
+    parser.add_argument("--impls", nargs="+", default=cases.IMPLS, choices=cases.IMPLS)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile the kernels first")
+    parser.add_argument(
+        "--skip-first-call", action="store_true", help="do not measure first calls with nothing compiled before"
+    )
+    add_common(parser)
+
+
+def bench_layers(args):
+    dtype = getattr(torch, args.dtype)
+    if args.shapes:
+        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
+    else:
+        todo = cases.paper_cases(args.models, args.tokens, args.directions)
+    file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
+    first_calls = [{} for _ in todo]
+    if args.device != "cpu" and not args.skip_first_call and "hf_blr" in args.impls:
+        first_calls = compile_first(todo, args, dtype)
+    timer = Timer(args.device)
+    for case, seconds in zip(todo, first_calls, strict=True):
+        rows = layers.bench_case(case, timer, dtype, args.impls, seconds)
+        file.add(rows)
+        for row in rows:
+            print(layer_line(row), flush=True)
+
+
+def compile_first(todo, args, dtype) -> list[dict]:
+    """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(layers.first_call_seconds, case, args.device, dtype, cache) for case in todo]
+        return [job.result() for job in jobs]
+
+
+def add_model_arguments(parser):
+    request = Request()
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=variant,
+        metavar="V",
+        help="dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks after it; "
+        f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
+    )
+    parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
+    parser.add_argument("--forms", nargs="+", default=request.forms, choices=FORMS, help="of forwards and generation")
+    parser.add_argument("--mode", default=request.mode, choices=MODES, help="of torch.compile")
+    parser.add_argument("--ratio", type=float, default=request.ratio, help="kept / dense parameters of a layer")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a forward over text; the usual ones if left out")
+    parser.add_argument("--batches", nargs="+", type=int, default=request.batches, help="of a forward")
+    parser.add_argument("--decode-batches", nargs="+", type=int, default=request.decode_batches)
+    parser.add_argument("--prompt", type=int, default=request.prompt, help="tokens before generation")
+    parser.add_argument("--new-tokens", type=int, default=request.new_tokens, help="tokens generated")
+    parser.add_argument("--training-batch", type=int, default=request.training_batch)
+    parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for the repetitions of one measurement")
+    add_common(parser)
+
+
+def bench_model(args):
+    request = Request(
+        measurements=tuple(args.measure),
+        tokens=args.tokens and tuple(args.tokens),
+        batches=tuple(args.batches),
+        forms=tuple(args.forms),
+        mode=args.mode,
+        decode_batches=tuple(args.decode_batches),
+        prompt=args.prompt,
+        new_tokens=args.new_tokens,
+        training_batch=args.training_batch,
+        training_tokens=args.training_tokens,
+        ratio=args.ratio,
+        dtype=getattr(torch, args.dtype),
+        stop_at_errors=args.traceback,
+    )
+    file = ResultFile(args.json, head(args, PROTOCOL), args.append)
+    timer = Timer(args.device, args.seconds)
+    for name in args.models:
+        for row in model_rows(name, SHAPES[name], args.variants or usual_variants(SHAPES[name]), request, timer):
+            file.add([row])
+            print(model_line(row), flush=True)
+
+
+def usual_variants(shape: Shape) -> list[Variant]:
+    """Those of `VARIANTS` that the model has."""
+    found = list(map(Variant.parse, VARIANTS))
+    if not shape.paper:
+        found = [v for v in found if not v.paper]
+    if any(layer.monarch is None for layer in shape.paper):
+        found.remove(Variant.parse("monarch:paper"))
+    return found
+
+
+def model_line(row: dict) -> str:
+    where = f"{row['model']:13} {row['variant']:14} {row['measurement']:9}"
+    if "error" in row:
+        return f"{where} {row['error']}"
+    if row["measurement"] == "storage":
+        return (
+            f"{where} {row['disk_bytes'] / 1e9:.3f} GB, saved in {row['save_s']:.1f} s, loaded in {row['load_s']:.1f} s"
+        )
+    form = f"{row['form']} ({row['mode']})" if "mode" in row else row["form"]
+    memory = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
+    speed = f"  {row['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in row else ""
+    return f"{where} {row['batch']:2} x {row['tokens']:<5} {form:23} {row['ms']:9.2f} ms{speed}{memory}"
+
+
+def variant(text: str) -> Variant:
+    try:
+        return Variant.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def layer_line(row: dict) -> str:
+    where = f"{row['model']:13} {row['layer']:10} {row['tokens']:5} {row['direction'][7:]:9}"
+    what = f"{row['structure']:8} {row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['impl']:8}"
+    first = "" if row["first_call_s"] is None else f"  first call {row['first_call_s']:.1f} s"
+    return f"{where} {what} {row['us']:9.1f} us {row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}{first}"
+
+
+def head(args, protocol: str) -> dict:
+    """What stands above the rows of a result file."""
+    where = environment() | ({"commit": args.commit} if args.commit else {})
+    return {"environment": where, "dtype": args.dtype, "protocol": protocol}
+
+
+def sizes(text: str) -> tuple[int, int]:
+    """`4096x11008`, or `4` for `4x4`."""
+    try:
+        numbers = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"expected two sizes such as 4096x11008, got {text!r}")
+    return numbers[0], numbers[-1]

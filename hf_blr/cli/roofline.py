@@ -1,0 +1,95 @@
+"""predict speed from sizes: arithmetic, traffic, the bound, and from how many tokens on a layer is faster than dense
+
+Exact counts for every kernel that runs, and a device's ceilings. --measure takes those of the GPU at hand, with a copy
+and a product; --check compares predictions with the rows of `hf-blr bench layers`.
+
+Example: hf-blr roofline --device H100-measured --shapes 4096x4096 --blocks 4x4 4x16 --tokens 1 1024
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from hf_blr.bench.shapes import aligned_spec
+from hf_blr.cli import options
+from hf_blr.cli.bench import sizes
+from hf_blr.cli.table import format_table
+from hf_blr.evaluation.devices import DEVICES
+from hf_blr.evaluation.roofline import FORMS, bound_of, break_even, predict, stages
+
+
+def add_arguments(parser):
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose ceilings")
+    device.add_argument("--measure", action="store_true", help="measure the ceilings of the GPU at hand")
+    parser.add_argument("--shapes", nargs="+", type=sizes, default=[(4096, 4096)], metavar="KxN")
+    parser.add_argument("--structures", nargs="+", default=["low_rank", "monarch", "blast"], metavar="S")
+    parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16), (16, 16)], metavar="B1xB2")
+    parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024, 4096])
+    parser.add_argument("--form", default="hf_blr", choices=FORMS[1:], help="the kernels that run")
+    parser.add_argument("--stages", action="store_true", help="one row for each kernel")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="measured rows to compare with")
+    options.add_json(parser)
+
+
+def run(args):
+    from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions
+    from hf_blr.results.files import read_result
+
+    device = measure_ceilings(options.default_device()) if args.measure else DEVICES[args.device]
+    result = {"device": asdict(device)}
+    print(
+        f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e9:.0f} GB/s, "
+        f"{device.product_seconds * 1e6:.1f} us a product and {device.kernel_seconds * 1e6:.1f} us a kernel to start"
+    )
+    if args.check:
+        rows = predictions(read_result(args.check)["rows"], device)
+        print(format_table(deviations(rows)))
+        result["rows"] = rows
+    else:
+        specs = [spec for shape in args.shapes for spec in wanted_specs(args, *shape)]
+        result["rows"] = [row for spec in specs for row in rows_of(spec, args, device)]
+        print(format_table(result["rows"]))
+        for spec in specs:
+            print(f"{title(spec)}: {in_words(break_even(spec, device, args.form))}")
+    options.write_json(args.json, result)
+
+
+def wanted_specs(args, k: int, n: int):
+    for structure in args.structures:
+        for blocks in [None] if structure == "low_rank" else args.blocks:
+            yield aligned_spec(structure, k, n, args.ratio, blocks)
+
+
+def rows_of(spec, args, device) -> list[dict]:
+    rows = []
+    for tokens in args.tokens:
+        kernels = stages(spec, tokens, args.form)
+        groups = [(s.name, [s]) for s in kernels] if args.stages else [("", kernels)]
+        dense = predict(spec, tokens, device, "dense")
+        for name, group in groups:
+            seconds = sum(s.seconds(device) for s in group)
+            row = {"layer": title(spec), "tokens": tokens}
+            if args.stages:
+                row["stage"] = name
+            row |= {
+                "MFLOP": sum(s.flops for s in group) / 1e6,
+                "MB": sum(s.bytes for s in group) / 1e6,
+                "us": seconds * 1e6,
+                "bound": bound_of(group, device),
+            }
+            rows.append(row if args.stages else {**row, "dense us": dense * 1e6, "speed-up": dense / seconds})
+    return rows
+
+
+def title(spec) -> str:
+    b1, b2 = spec.num_blocks
+    return f"{spec.in_features}x{spec.out_features} {spec.structure} {b1}x{b2} rank {spec.rank}"
+
+
+def in_words(changes: list[tuple[int, bool]]) -> str:
+    """`faster than dense from 1 token on, not from 93, faster from 412`."""
+    parts = [f"{'faster' if faster else 'slower'} than dense from {tokens} tokens on" for tokens, faster in changes]
+    return ", ".join(parts)

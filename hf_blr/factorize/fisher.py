@@ -1,0 +1,124 @@
+"""What the loss feels of each layer: Fisher information of its outputs, beside the Gram matrices of its inputs.
+
+To second order, replacing W by W' raises the model's loss (its KL divergence from itself) by half the mean of
+(g^T (W - W') x)^2 over tokens, with x the layer's input and g the gradient of the loss by its output, labels drawn from
+the model's own predictions. With x and g taken as independent, as K-FAC does (arXiv 1503.05671), and tokens too, that
+is tr(G (W - W') H (W - W')^T) / (2 T^2) for G = sum g g^T and H = sum x x^T over T tokens: one ruler for all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_blr.factorize.calibrate import GramCollector
+from hf_blr.factorize.metric import metric_blocks
+
+Batch = dict[str, Tensor]
+
+
+class NoLogits(ValueError):
+    """The model has no head, and so no loss."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the calibration text says about the dense model's layers.
+
+    grams: {layer: H = X X^T `[K, K]`}, float32; layers with one input share one tensor.
+    output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
+    tokens: T, the rows that were summed.
+    """
+
+    grams: dict[str, Tensor]
+    output_grams: dict[str, Tensor]
+    tokens: int
+
+
+def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> Statistics:
+    """Both kinds of matrices, from one forward and one backward a sequence.
+
+    Args:
+        model: in any dtype; its outputs must hold `logits` `[..., classes]`. Its parameters get no gradient.
+        names: dense linear layers.
+        batches: keyword arguments of the model's forward, on its device; positions that `attention_mask` hides are
+            not counted in the loss.
+        seed: of the labels drawn.
+
+    Raises:
+        NoLogits: if the model has no head.
+    """
+    output_grams: dict[str, Tensor] = {}
+    tokens = 0
+    modules = {name: model.get_submodule(name) for name in names}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    handles = [module.register_forward_hook(watch(name, output_grams)) for name, module in modules.items()]
+    model.eval().requires_grad_(False)
+    try:
+        with GramCollector(modules) as collector, torch.enable_grad():
+            for batch in rows_of(batches):
+                loss, count = sampled_loss(model, batch, seed + tokens)
+                tokens += count
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+    return Statistics(collector.grams, output_grams, tokens)
+
+
+def watch(name: str, output_grams: dict[str, Tensor]):
+    """A forward hook that adds the gradients by the layer's outputs to its matrix G."""
+
+    def hook(module, args, output):
+        # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
+        blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
+
+        def add(gradient):
+            g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
+            product = g.mT @ g
+            if name in output_grams:
+                output_grams[name] += product
+            else:
+                output_grams[name] = product
+
+        if not output.requires_grad:
+            # before the first watched layer nothing needs a gradient
+            output.requires_grad_(True)
+        output.register_hook(add)
+
+    return hook
+
+
+def rows_of(batches: list[Batch]):
+    """One sequence at a time: a backward keeps every layer's activations."""
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        for i in range(size):
+            yield {key: value[i : i + 1] if len(value) == size else value for key, value in batch.items()}
+
+
+def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int]:
+    """The summed loss of labels drawn from the model's own predictions, and how many there are."""
+    cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    logits = getattr(model(**{k: v for k, v in batch.items() if k != "labels"}, **cache), "logits", None)
+    if logits is None:
+        raise NoLogits(
+            f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "
+            '(AutoModelForCausalLM, ...), or set fisher=False and allocation="uniform"'
+        )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        logits = logits[mask.bool()]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    # drawn on the CPU's generator, so that every device sees the same labels up to rounding
+    threshold = torch.rand(len(flat), 1, generator=torch.Generator().manual_seed(seed)).to(flat.device)
+    with torch.no_grad():
+        labels = (flat.softmax(-1).cumsum(-1) < threshold).sum(-1).clamp_max(flat.shape[-1] - 1)
+    return F.cross_entropy(flat, labels, reduction="sum"), len(flat)

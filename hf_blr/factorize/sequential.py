@@ -1,0 +1,204 @@
+"""Fits that know about the errors before them.
+
+Layer by layer, in the order in which the model runs them, each is fitted on the inputs X~ that the model compressed so
+far gives it, towards what the dense model's layer puts out for its own inputs X. The best unconstrained answer is a
+regression, W* = T X~^T (X~ X~^T)^-1 for targets T, and the structure is fitted to W* in the metric of X~.
+
+Layers that write to the residual stream (`o_proj`, `down_proj`) get more than their own output as target: also the
+difference between the dense and the compressed stream that they write to. So each undoes what it can of all the errors
+before it, and errors stop piling up with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.dense import dense_weight, is_dense_linear
+from hf_blr.factorize.blockwise import BlockChain, ReachedBlock, first
+from hf_blr.factorize.gram import cholesky, damped
+
+#: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
+#: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
+READER_SHARE = 0.5
+#: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
+#: streams round by as much
+RESIDUAL_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer to fit: the Gram matrix `[K, K]` of its inputs, and the matrix to approximate if not its weight."""
+
+    gram: Tensor | None
+    target: Tensor | None = None
+
+
+@dataclass
+class DenseRun:
+    """What the dense block did, batch by batch, on its own inputs."""
+
+    entered: list[Tensor]
+    left: list[Tensor] = field(default_factory=list)
+    #: layers that were handed the same tensor, in the order of the calls
+    groups: list[list[str]] = field(default_factory=list)
+    #: {first layer of a group: its inputs}
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    #: {layer that adds its output to the residual stream: its outputs}, in the order of the calls
+    written: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+class SequentialChain(BlockChain):
+    """Runs the dense and the compressed model side by side through a chain of blocks."""
+
+    def problems(self, damping: float) -> Iterator[dict[str, Problem]]:
+        """{layer: Problem} for the layers that share an input, one such group after the other.
+
+        The caller must have replaced the layers of a group when it asks for the next.
+        """
+        compressed = list(self.hidden)
+        for prefix, names in self.groups.items():
+            block, call = self.model.get_submodule(prefix), self.calls.pop(prefix)
+            dense = self.run_dense(block, prefix, names, call)
+            for group in dense.groups:
+                yield self.group_problems(block, call, dense, group, compressed, damping)
+            dense.inputs.clear()
+            for i, hidden in enumerate(compressed):
+                compressed[i] = self.forward(block, hidden, call)
+            self.hidden = dense.left
+
+    @torch.no_grad()
+    def forward(self, block, hidden, call) -> Tensor:
+        args, kwargs = call
+        return first(block(hidden, *args, **kwargs))
+
+    def run_dense(self, block: nn.Module, prefix: str, names: list[str], call) -> DenseRun:
+        """Passes all batches through the still dense block."""
+        run = DenseRun(self.hidden)
+        run.groups, writers = self.survey(block, prefix, names, call)
+        run.inputs = {group[0]: [] for group in run.groups}
+        run.written = {name: [] for name in writers}
+        # copies, since what runs next may write into them
+        handles = [self.on_input(name, lambda x, to=to: to.append(x.clone())) for name, to in run.inputs.items()]
+        handles += [self.on_output(name, lambda x, to=to: to.append(x.clone())) for name, to in run.written.items()]
+        try:
+            for hidden in self.hidden:
+                run.left.append(self.forward(block, hidden, call))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return run
+
+    def survey(self, block, prefix, names, call) -> tuple[list[list[str]], list[str]]:
+        """The block's groups of layers with one input, and its residual writers, from the first batch."""
+        groups: list[list[str]] = []
+        outputs: dict[str, Tensor] = {}
+        latest = None
+
+        def see(name, x):
+            nonlocal latest
+            if name in names and not any(name in group for group in groups):
+                if x is latest:
+                    groups[-1].append(name)
+                else:
+                    groups.append([name])
+            latest = x
+
+        dense = [name for name, module in block.named_modules(prefix=prefix) if is_dense_linear(module)]
+        handles = [self.on_input(name, lambda x, name=name: see(name, x)) for name in dense]
+        handles += [self.on_output(name, lambda x, name=name: outputs.update({name: x.clone()})) for name in dense]
+        try:
+            entered = self.hidden[0]
+            left = self.forward(block, entered, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return groups, residual_writers(left.float() - entered.float(), outputs)
+
+    def group_problems(self, block, call, dense: DenseRun, group, compressed, damping) -> dict[str, Problem]:
+        """The regressions of one group, from all batches."""
+        writer = group[0] if group[0] in dense.written and len(group) == 1 else None
+        earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
+        inputs = dense.inputs[group[0]]
+        gram = cross = pull = None
+        for i, hidden in enumerate(compressed):
+            reached, written = self.inputs_of(block, group[0], hidden, call, earlier)
+            if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
+                # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
+                return dict.fromkeys(group, Problem(sum(flat(x).mT @ flat(x) for x in inputs)))
+            x, reached = flat(inputs[i]), flat(reached)
+            gram = add(gram, reached.mT @ reached)
+            cross = add(cross, x.mT @ reached)
+            if writer:
+                gap = dense.entered[i].float() - hidden.float()
+                for name in earlier:
+                    gap += dense.written[name][i].float() - written[name].float()
+                pull = add(pull, flat(gap).mT @ reached)
+        share = 1.0 if writer else READER_SHARE
+        return {name: self.problem(name, gram, cross, pull, share, damping) for name in group}
+
+    def problem(self, name, gram, cross, pull, share, damping) -> Problem:
+        """W* = W + (share W (X X~^T - X~ X~^T) + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
+        weight = dense_weight(self.model.get_submodule(name)).detach().double()
+        image = share * (weight @ (cross - gram).double())
+        if pull is not None:
+            image += pull.double()
+        root = cholesky(damped(gram, damping).double())
+        return Problem(gram, (weight + torch.cholesky_solve(image.mT, root).mT).float())
+
+    def inputs_of(self, block, name, hidden, call, outputs_of) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """What a layer is handed in the block as it is now, and what the named earlier layers put out."""
+        written: dict[str, Tensor] = {}
+
+        def stop(x):
+            raise ReachedBlock(x)
+
+        handles = [self.on_input(name, stop)]
+        handles += [self.on_output(key, lambda x, key=key: written.update({key: x.clone()})) for key in outputs_of]
+        try:
+            self.forward(block, hidden, call)
+        except ReachedBlock as reached:
+            return reached.hidden, written
+        finally:
+            for handle in handles:
+                handle.remove()
+        return None, written
+
+    def on_input(self, name: str, see: Callable[[Tensor], None]):
+        """Has `see` called with what the layer is handed; returns the handle to remove."""
+
+        def hook(module, args, kwargs):
+            see(args[0] if args else next(iter(kwargs.values())))
+
+        return self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def on_output(self, name: str, see: Callable[[Tensor], None]):
+        """Likewise with what it puts out."""
+        return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
+
+
+def residual_writers(added: Tensor, outputs: dict[str, Tensor]) -> list[str]:
+    """The layers whose outputs add up to what a block adds to the residual stream; none if no such set does.
+
+    args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers.
+    """
+    candidates = {name: out.float() for name, out in outputs.items() if out.shape == added.shape}
+    if not candidates:
+        return []
+    # regressed on all of them, the writers come out as one and the others as zero
+    columns = torch.stack([out.flatten() for out in candidates.values()], 1)
+    weights = torch.linalg.lstsq(columns.mT @ columns, columns.mT @ added.flatten()).solution
+    writers = [name for name, weight in zip(candidates, weights.tolist(), strict=True) if weight > 0.5]
+    unexplained = added - sum(candidates[name] for name in writers)
+    return writers if unexplained.norm() <= RESIDUAL_TOLERANCE * added.norm() else []
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part

@@ -1,0 +1,1 @@
+"""Result files: written by the benchmarks, read by the report."""

@@ -1,0 +1,273 @@
+"""What the loss feels of a layer, the metric that comes of it, and the budget shared out by it."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.allocation import Option, allocate, loss_curve, predicted_loss
+from hf_blr.budget import Budget, at_ranks, share_budget
+from hf_blr.factorize import factorize
+from hf_blr.factorize.fisher import fisher_statistics, sampled_loss
+from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
+from hf_blr.ops.reference import DENSE
+from hf_blr.plan import resolve_plan
+from hf_blr.structures import Blast, LowRank, Monarch, make_spec
+from tests.test_sequential import batches_for, divergence
+from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+
+CONFIG = BLRConfig("low_rank", ratio=0.5)
+
+
+def positive(n, seed=0):
+    root = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return root @ root.T
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert, tiny_vit])
+def test_fisher_matrices_are_sums_of_the_gradients_of_sampled_losses(build):
+    model = build()
+    batches = batches_for(model, count=1)
+    names = list(resolve_plan(model, CONFIG))
+    statistics = fisher_statistics(model, names, batches, seed=5)
+    name, tokens, expected = names[-1], 0, 0
+    for i in range(8):
+        batch = {key: value[i : i + 1] for key, value in batches[0].items()}
+        kept = {}
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, out, to=kept: to.update(out=out))
+        loss, count = sampled_loss(model, batch, 5 + tokens)
+        handle.remove()
+        (gradient,) = torch.autograd.grad(loss, kept["out"])
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        expected, tokens = expected + rows.T @ rows, tokens + count
+    torch.testing.assert_close(statistics.output_grams[name], expected[None], rtol=1e-3, atol=1e-5)
+    assert statistics.tokens == tokens
+    assert set(statistics.grams) == set(statistics.output_grams) == set(names)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_labels_are_drawn_from_the_models_predictions():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            self.logits = x.expand(20000, 3)
+            return self
+
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
+    loss, count = sampled_loss(Fixed(), {"x": logits}, seed=0)
+    entropy = -(logits.exp() * logits).sum().item()
+    # the mean loss of labels drawn from a distribution is its entropy
+    assert loss.item() / count == pytest.approx(entropy, rel=0.02)
+
+
+def test_predicted_loss_is_the_divergence_of_a_small_change():
+    dense = tiny_llama()
+    batches = batches_for(dense, count=8)
+    statistics = collect_statistics(dense, CONFIG, calibration=batches)
+    ratios = []
+    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
+        model = tiny_llama()
+        weight = model.get_submodule(name).weight
+        change = 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        weight.data += change
+        expected = predicted_loss(change, statistics.grams[name], statistics.output_grams[name], statistics.tokens)
+        ratios.append(divergence(dense, model, batches) / expected)
+    # inputs and gradients are not quite independent, nor are tokens, and labels are drawn once
+    assert all(0.6 < ratio < 1.6 for ratio in ratios), ratios
+
+
+def test_models_without_a_head_are_told(caplog):
+    body = tiny_llama().model
+    batches = batches_for(body)
+    report = compress(body, CONFIG, calibration=batches, progress=False)
+    assert "gives no logits" in caplog.text
+    assert not report.left_dense
+    with pytest.raises(ValueError, match="gives no logits.*AutoModelForCausalLM"):
+        compress(tiny_llama().model, BLRConfig("low_rank", ratio=0.5, allocation="loss"), calibration=batches)
+
+
+def test_regrouped_blocks_are_those_of_the_matrix():
+    gram = positive(12)
+    for blocks in (1, 2, 3, 4, 6, 12):
+        cut = torch.stack([gram[i : i + 12 // blocks, i : i + 12 // blocks] for i in range(0, 12, 12 // blocks)])
+        torch.testing.assert_close(regroup(gram[None], blocks), cut)
+        if 4 % blocks == 0:
+            quarters = torch.block_diag(*regroup(gram[None], 4))
+            torch.testing.assert_close(regroup(regroup(gram[None], 4), blocks), regroup(quarters[None], blocks))
+    thirds = regroup(regroup(gram[None], 3), 2)
+    torch.testing.assert_close(thirds, torch.stack([gram.diagonal()[:6].diag(), gram.diagonal()[6:].diag()]))
+
+
+def test_metric_blocks_bound_the_memory():
+    assert [metric_blocks(n) for n in (576, 2048, 4096, 11008)] == [1, 1, 2, 8]
+
+
+SPECS = [LowRank(32, 24, 6), Monarch(32, 24, 2, (2, 4)), Blast(32, 24, 6, (2, 4))]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+def test_output_weighting_lowers_the_error_it_weighs(spec):
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    gram, output_gram = positive(32, 2).float(), (positive(24, 3) * torch.logspace(0, 1, 24)).float()
+    output_gram = (output_gram + output_gram.T) / 2 + 30 * torch.eye(24)
+    blocks = regroup(output_gram[None], spec.num_blocks[1])
+    metric = torch.block_diag(*blocks)
+    errors = {}
+    for given in (None, output_gram[None]):
+        fitted = factorize(weight, spec, gram, given, rounds=30, tolerance=0.0, damping=0.0)
+        change = weight - DENSE[spec.structure](**fitted.tensors)
+        errors[given is not None] = ((metric @ change) * (change @ gram)).sum().item()
+    assert errors[True] < 0.97 * errors[False]
+
+
+def test_low_rank_is_optimal_in_the_metric_of_both_sides():
+    weight, gram, output_gram = torch.randn(24, 32), positive(32, 2), positive(24, 3)
+    fitted = factorize(weight, LowRank(32, 24, 6), gram.float(), output_gram[None].float(), damping=0.0)
+    damped = output_gram + OUTPUT_DAMPING * output_gram.diagonal().mean() * torch.eye(24)
+    left, right = torch.linalg.cholesky(damped), torch.linalg.cholesky(gram)
+    change = weight - fitted.tensors["u"] @ fitted.tensors["v"]
+    tail = torch.linalg.svdvals(left.T @ weight.double() @ right)[6:]
+    error = (left.T @ change.double() @ right).norm()
+    torch.testing.assert_close(error, tail.norm(), rtol=1e-3, atol=0.0)
+
+
+def test_a_metric_undoes_itself_and_bears_outputs_that_nothing_feels():
+    weight = torch.randn(12, 5)
+    metric = OutputMetric(positive(12).float()[None], 3)
+    torch.testing.assert_close(metric.restore(metric.whiten(weight)), weight, rtol=1e-4, atol=1e-5)
+    unfelt = OutputMetric(torch.zeros(1, 12, 12), 3)
+    torch.testing.assert_close(unfelt.whiten(weight), weight)
+    with pytest.raises(ValueError, match="gradients hold NaN"):
+        OutputMetric(torch.full((1, 12, 12), float("nan")), 3)
+
+
+def test_the_curve_is_the_loss_of_the_best_low_rank_matrix():
+    weight = torch.randn(24, 32)
+    gram, output_gram = positive(32, 2).float(), positive(24, 3).float()[None]
+    curve = loss_curve(weight, gram, output_gram, tokens=10, damping=0.0)
+    assert len(curve) == 25 and curve[-1] == 0 and (curve.diff() <= 0).all()
+    fitted = factorize(weight, LowRank(32, 24, 7), gram, output_gram, damping=0.0)
+    change = (weight - fitted.tensors["u"] @ fitted.tensors["v"]).double()
+    damped = output_gram[0] + OUTPUT_DAMPING * output_gram[0].diagonal().mean() * torch.eye(24)
+    loss = ((damped.double() @ change) * (change @ gram.double())).sum() / 2 / 10**2
+    torch.testing.assert_close(curve[7], loss, rtol=1e-3, atol=0.0)
+
+
+def random_options(seed, layers=5, count=6):
+    generator = torch.Generator().manual_seed(seed)
+    options = {}
+    for i in range(layers):
+        costs = torch.randint(1, 9, (count,), generator=generator).cumsum(0).tolist()
+        falls = torch.rand(count, generator=generator).sort().values.cumsum(0).flip(0).tolist()
+        options[f"layer{i}"] = [Option(None, cost, loss) for cost, loss in zip(costs, falls, strict=True)]
+    return options
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_is_near_the_best_of_all_choices(seed):
+    options = random_options(seed)
+    least, most = (sum(pick(o.cost for o in layer) for layer in options.values()) for pick in (min, max))
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        budget = least + share * (most - least)
+        taken = allocate(options, budget)
+        assert sum(option.cost for option in taken.values()) <= budget
+        best = min(
+            sum(option.loss for option in choice)
+            for choice in itertools.product(*options.values())
+            if sum(option.cost for option in choice) <= budget
+        )
+        worst = sum(layer[0].loss for layer in options.values())
+        assert sum(option.loss for option in taken.values()) <= best + 0.05 * (worst - best) + 1e-12
+    with pytest.raises(ValueError, match="the smallest options cost"):
+        allocate(options, least - 0.5)
+
+
+@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", (4, 4)), ("blast", (4, 16))])
+def test_candidates_span_the_ratios_in_ranks_that_kernels_like(structure, blocks):
+    specs = at_ranks(make_spec(structure, 4096, 4096, rank=1, num_blocks=blocks), 0.1, 1.0)
+    assert specs[0].ratio < 0.13 and 0.95 < specs[-1].ratio < 1
+    step = {spec.rank % 16 for spec in specs}
+    assert step == {0} or structure == "monarch"
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
+@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+def test_sharing_the_budget_and_weighing_outputs_pay(build, structure, blocks):
+    dense = build()
+    batches = batches_for(dense, count=6)
+    results = {}
+    for on in (False, True):
+        model = build()
+        config = BLRConfig(structure, ratio=0.5, num_blocks=blocks, fisher=on, sequential=False, fit_rounds=4)
+        report = compress(model, config, calibration=batches, progress=False)
+        assert report.ratio <= 0.5
+        results[on] = divergence(dense, model, batches)
+    assert results[True] < 0.9 * results[False]
+
+
+def test_auto_is_predicted_to_be_no_worse_than_any_one_structure():
+    dense = tiny_llama()
+    batches = batches_for(dense, count=6)
+    results, losses = {}, {}
+    for structure in ("auto", "low_rank", "monarch", "blast"):
+        model = tiny_llama()
+        config = BLRConfig(structure, ratio=0.4, fit_rounds=4)
+        report = compress(model, config, calibration=batches, progress=False)
+        assert report.ratio <= 0.4
+        results[structure], losses[structure] = divergence(dense, model, batches), report.predicted_loss
+        if structure == "auto":
+            assert len({layer.spec.structure for layer in report.layers}) > 1
+    assert losses["auto"] <= min(losses.values())
+    assert results["auto"] <= 1.05 * min(results.values())
+
+
+def test_a_budget_can_count_anything():
+    model = tiny_llama()
+    batches = batches_for(model)
+    statistics = collect_statistics(model, CONFIG, calibration=batches)
+    plan = resolve_plan(model, CONFIG)
+
+    # a unit of cost that only MLP layers pay
+    def cost(spec, dense):
+        size = spec.dense_parameters if dense else spec.num_parameters
+        return size if 96 in (spec.in_features, spec.out_features) else 0
+
+    budget = Budget(amount=0.3 * 6 * 64 * 96, cost=cost, floor=0.2, ceiling=0.6)
+    chosen, loss = share_budget(model, plan, statistics, CONFIG, budget)
+    assert loss > 0
+    assert {name.split(".")[3] for name in chosen} == {"mlp"}
+    assert sum(cost(layer.spec, False) for layer in chosen.values()) <= budget.amount
+    assert all(0.15 < layer.spec.ratio <= 0.6 for layer in chosen.values())
+
+
+def test_layers_left_dense_and_overrides_are_kept_through_a_checkpoint(tmp_path):
+    model = tiny_llama()
+    config = BLRConfig("low_rank", ratio=0.9, overrides={"q_proj": {"ratio": 0.3}})
+    report = compress(model, config, calibration=batches_for(model), progress=False)
+    assert report.left_dense and report.ratio <= 0.9
+    assert str(len(report.left_dense)) + " left dense" in str(report)
+    ranks = {layer.name: layer.spec.rank for layer in report.layers}
+    assert ranks["model.layers.0.self_attn.q_proj"] == make_spec("low_rank", 64, 64, ratio=0.3).rank
+    for name in report.left_dense:
+        torch.testing.assert_close(model.get_submodule(name).weight, tiny_llama().get_submodule(name).weight)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    batch = batches_for(model)[0]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"allocation": "even"}, r"allocation must be one of \('loss', 'uniform'\) or None, got 'even'"),
+        ({"allocation": "loss", "fisher": False}, "set ratio, and fisher=True"),
+        ({"allocation": "loss", "ratio": None, "rank": 4}, "set ratio, and fisher=True"),
+        ({"structure": "auto", "ratio": None, "rank": 4}, 'structure="auto" shares out a ratio'),
+        ({"structure": "auto", "num_blocks": 4}, 'structure="auto" shares out a ratio'),
+        ({"sequential": 1}, "sequential must be True or False"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BLRConfig(**{"structure": "low_rank", "ratio": 0.5, **settings})

@@ -1,0 +1,60 @@
+"""The whole-model forms on a GPU: every form says the same text, and none fails."""
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_shape
+
+from hf_blr.bench import generation, measure, rows
+from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.timing import Timer
+from hf_blr.bench.variants import Variant, build_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("pieces", [lambda model: [], pieces_without_cache], ids=["graph", "compiled"])
+def test_a_captured_step_generates_the_same_text(pieces):
+    from transformers import StaticCache
+
+    model = tiny_llama().to("cuda")
+    ids = torch.arange(10, device="cuda").view(2, 5)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 9}
+    plain = model.generate(ids, **settings)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    step = StepGraph(with_compiled_pieces(model.__call__, pieces(model), "default"), model.device)
+    with generation.stepping_by(model, step):
+        for _ in range(2):
+            cache.reset()
+            assert model.generate(ids, past_key_values=cache, **settings).tolist() == plain.tolist()
+    assert step.replay is not None
+
+
+@pytest.mark.parametrize("form", ["eager", "graph", "compiled", "whole"])
+@pytest.mark.parametrize("variant", ["dense", "low_rank", "monarch:4x4", "blast:4x4"])
+def test_every_measurement_in_every_form(variant, form):
+    request = rows.Request(
+        tokens=(64,),
+        batches=(2,),
+        forms=(form,),
+        mode="default",
+        decode_batches=(2,),
+        prompt=8,
+        new_tokens=12,
+        training_tokens=64,
+        stop_at_errors=True,
+    )
+    found = list(rows.model_rows("tiny", tiny_shape(), [Variant.parse(variant)], request, Timer("cuda", 0.05)))
+    assert [row["measurement"] for row in found] == list(measure.MEASUREMENTS)
+    assert all(row["peak_bytes"] >= row["weight_bytes"] for row in found[:3])
+
+
+def test_prefill_is_the_models_own_forward():
+    model = build_model(tiny_shape(), Variant("dense"), 0.5, "cuda", torch.bfloat16)
+    ids = torch.arange(12, device="cuda").view(2, 6)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with measure.maskless_attention(model):
+            torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=2e-2, atol=2e-2)

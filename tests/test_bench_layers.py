@@ -1,0 +1,125 @@
+"""`hf-blr bench layers`: shapes, rows, errors, and what is compiled before."""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_blr.bench import cases, layers, timing
+from hf_blr.bench.shapes import LAYERS, aligned_spec
+from hf_blr.cli import main
+from hf_blr.cli.bench import sizes
+from hf_blr.structures import Monarch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_cases_are_those_of_the_kept_results():
+    """The same rows can be measured again: layers, ranks, blocks, tokens, directions."""
+    kept = json.loads((ROOT / "benchmarks/results/layers_h100.json").read_text())["rows"]
+    wanted = {
+        (case.model, case.layer.name, case.tokens, case.direction, s.structure, s.num_blocks, s.rank)
+        for case in cases.paper_cases(LAYERS, cases.TOKENS, (cases.FORWARD, cases.TRAINING))
+        for s in case.specs
+    }
+    keys = ("model", "layer", "tokens", "direction", "structure")
+    assert wanted == {(*(r[k] for k in keys), tuple(r["blocks"]), r["rank"]) for r in kept if r["structure"] != "dense"}
+
+
+def test_paper_specs_halve_the_llama_layers():
+    for layer in LAYERS["Llama-7B"]:
+        for structure in ("low_rank", "monarch", "blast"):
+            assert 0.49 < layer.paper_spec(structure).ratio < 0.52
+    assert LAYERS["Llama-7B"][0].paper_spec("monarch") == Monarch(4096, 4096, 64, (16, 16))
+    with pytest.raises(ValueError, match="no Monarch"):
+        LAYERS["DiT-XL/2"][0].paper_spec("monarch")
+
+
+def test_our_ranks_are_multiples_that_the_kernels_like():
+    spec = aligned_spec("blast", 4096, 4096, 0.5, (4, 4))
+    assert spec.rank == 1008 and spec.ratio <= 0.5
+    assert aligned_spec("monarch", 4096, 4096, 0.5, (4, 4)).rank == 256
+    # below the multiple the rank stays as it is rather than vanish
+    assert aligned_spec("low_rank", 16, 16, 0.5).rank == 4
+
+
+def test_rows_from_the_command_line(tmp_path, capsys):
+    file = tmp_path / "layers.json"
+    arguments = ["bench", "layers", "--shapes", "32x48", "--blocks", "4", "--tokens", "2", "--device", "cpu"]
+    options = ["--dtype", "float32", "--impls", "hf_blr", "eager", "--commit", "abc", "--json", str(file)]
+    assert main([*arguments, *options]) == 0
+    result = json.loads(file.read_text())
+    assert result["environment"]["commit"] == "abc" and result["dtype"] == "float32" and result["protocol"]
+    forward = [row for row in result["rows"] if row["direction"] == "forward"]
+    assert [(r["structure"], r["impl"]) for r in forward] == [
+        ("dense", "eager"),
+        ("low_rank", "hf_blr"),
+        ("low_rank", "eager"),
+        ("monarch", "hf_blr"),
+        ("blast", "hf_blr"),
+    ]
+    for row in result["rows"]:
+        assert row["us"] > 0 and 0 < row["rel_error"] < 1e-5
+        assert row["speedup_vs_dense"] == row["dense_us"] / row["us"]
+    assert len(result["rows"]) == 10
+    assert capsys.readouterr().out.count("blast") == 2
+    # a second run adds to the first only when told to
+    assert main([*arguments, *options, "--append"]) == 0
+    assert len(json.loads(file.read_text())["rows"]) == 20
+
+
+def test_the_error_is_that_of_the_layer_measured(monkeypatch):
+    """A wrong implementation shows in `rel_error`."""
+    monkeypatch.setattr(layers.ops, "blast_linear", lambda x, u, s, v: 2 * layers.reference.blast_linear(x, u, s, v))
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [3], ["forward"])
+    rows = layers.bench_case(case, timing.Timer("cpu", 0.01, 3), torch.float32, ("hf_blr",))
+    errors = {row["structure"]: row["rel_error"] for row in rows}
+    assert errors["blast"] == pytest.approx(1, rel=1e-5) and errors["monarch"] < 1e-5
+
+
+def test_compiled_rows_where_the_paper_has_them():
+    (case,) = cases.paper_cases(["GPT2-S"], [1], ["forward"])[:1]
+    wanted = {s.structure + str(s.num_blocks): cases.wanted_impls(case, s, cases.IMPLS) for s in case.specs}
+    assert wanted["blast(6, 6)"] == ["hf_blr", "eager", "compiled"] and wanted["blast(4, 4)"] == ["hf_blr"]
+
+
+def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
+    class Kernel:
+        device_caches = {0: "compiled before"}
+
+    seen = []
+
+    def call(function, device):
+        seen.append((dict(Kernel.device_caches), os.environ["TRITON_CACHE_DIR"]))
+        folder = Path(os.environ["TRITON_CACHE_DIR"]) / "hash"
+        folder.mkdir()
+        (folder / "kernel").write_text("compiled now")
+        (folder / "__grp__kernel.json").write_text(json.dumps({"child_paths": {"kernel": str(folder / "kernel")}}))
+        return 1.5
+
+    monkeypatch.setattr(timing, "loaded_kernels", lambda: [Kernel])
+    monkeypatch.setattr(layers, "seconds_of", call)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"])
+    seconds = layers.first_call_seconds(case, "cpu", torch.float32, keep=tmp_path)
+    assert list(seconds.values()) == [1.5] * 3
+    assert all(caches == {} and folder != "before" for caches, folder in seen)
+    assert len({folder for _, folder in seen}) == 3
+    assert os.environ["TRITON_CACHE_DIR"] == "before"
+    # the kept kernels are found where they are now
+    group = json.loads((tmp_path / "hash" / "__grp__kernel.json").read_text())
+    assert Path(group["child_paths"]["kernel"]).read_text() == "compiled now"
+
+
+def test_kept_results_are_still_read():
+    module = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
+    assert "4 x 16" in module["speed_section"]()
+
+
+def test_sizes():
+    assert sizes("4096x11008") == (4096, 11008) and sizes("4") == (4, 4)
+    with pytest.raises(Exception, match="two sizes"):
+        sizes("1x2x3")

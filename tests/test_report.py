@@ -1,0 +1,200 @@
+"""`hf-blr report`: what the tables say, and the page in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_blr.cli import main
+from hf_blr.results.files import read_result, write_result
+from hf_blr.results.page import page
+from hf_blr.results.tables import Table, compared, conditions, kind_of, tables
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ENVIRONMENT = {"date": "2026-11-22", "device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "0123456789"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def model_row(variant, ms, form="graph", measurement="prefill", **more):
+    row = {"model": "Llama-7B", "variant": variant, "measurement": measurement, "batch": 1, "tokens": 1024}
+    sizes = {
+        "parameters": 7_000_000,
+        "weight_bytes": 14_000_000,
+        "peak_bytes": 20_000_000 if variant == "dense" else 10_000_000,
+    }
+    return {**row, **sizes, "form": form, "ms": ms, **more}
+
+
+MODELS = {
+    "environment": ENVIRONMENT,
+    "dtype": "bfloat16",
+    "protocol": "medians",
+    "rows": [
+        model_row("blast:4x4", 6.0),
+        model_row("dense", 10.0),
+        model_row("dense", 9.0, "compiled", mode="default"),
+        model_row("dense", 8.0, measurement="decode", tokens=1, tokens_per_second=125.0),
+        model_row("blast:4x4", 4.0, measurement="decode", tokens=1, tokens_per_second=250.0),
+        {"model": "Llama-7B", "variant": "dense", "measurement": "storage", "disk_bytes": 14e9, "load_s": 3.0},
+        {"model": "DiT-XL/2", "variant": "dense", "measurement": "build", "error": "ImportError: <b>diffusers</b>"},
+    ],
+}
+QUALITY = {
+    "environment": ENVIRONMENT,
+    "rows": [
+        {
+            "model": "m",
+            "dataset": "wikitext2",
+            "structure": s,
+            "ratio": r,
+            "ppl": p,
+            "dense_ppl": 17.6,
+            "bytes": int(r * 1e8),
+        }
+        for s, r, p in (("blast", 0.8, 31.0), ("blast", 0.5, 105.0), ("low_rank", 0.8, 40.0))
+    ],
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_result(tmp_path / "models.json", MODELS)
+    write_result(tmp_path / "quality.json", QUALITY)
+    return [str(RESULTS / "layers_h100.json"), str(RESULTS / "demo.json"), *map(str, sorted(tmp_path.glob("*.json")))]
+
+
+def test_each_variant_is_compared_with_denses_fastest_form():
+    dense, blast = compared(MODELS["rows"], "prefill")
+    assert (dense["variant"], dense["form"], dense["speed over dense"]) == ("dense", "compiled, default", 1)
+    assert blast["speed over dense"] == 1.5 and blast["peak / dense"] == 0.5
+    decode = compared(MODELS["rows"], "decode")[1]
+    assert decode["tokens/s"] == 250 and decode["speed over dense"] == 2 and "tokens" not in decode
+    # without a dense row there is nothing to compare with
+    assert compared(MODELS["rows"][:1], "prefill")[0]["speed over dense"] is None
+
+
+def test_kinds_of_files():
+    assert [kind_of(r) for r in (MODELS, QUALITY)] == ["models", "quality"]
+    assert kind_of(read_result(RESULTS / "layers_h100.json")) == "layers"
+    assert kind_of(read_result(RESULTS / "demo.json")) is None and kind_of({"rows": []}) is None
+    titles = [table.title for table in tables("x", MODELS)]
+    assert titles == ["Prefill of whole models", "Decoding of whole models", "Models on disk", "What failed"]
+    # what a file does not know is no column
+    assert tables("q", QUALITY)[0].columns == ["model", "text", "structure", "kept", "perplexity", "dense", "bytes"]
+
+
+def test_layer_tables_show_the_rows_of_the_file():
+    result = read_result(RESULTS / "layers_h100.json")
+    table = tables("layers", result)[0]
+    row = next(r for r in table.rows if (r["layer"], r["structure"], r["blocks"]) == ("q,k,v,o", "blast", "4 x 4"))
+    measured = [
+        r["speedup_vs_dense"]
+        for r in result["rows"]
+        if (r["model"], r["layer"], r["structure"], r["blocks"], r["tokens"], r["direction"], r["impl"])
+        == ("Llama-7B", "q,k,v,o", "blast", [4, 4], 1024, "forward", "hf_blr")
+    ]
+    assert row["1024 tokens"] == f"{measured[0]:.2f}x"
+
+
+def test_conditions_name_machine_versions_and_commit():
+    said = conditions(MODELS)
+    assert said == "bfloat16. medians. NVIDIA H100 80GB HBM3, torch 2.11.0, commit 0123456, 2026-11-22."
+
+
+def test_the_page_stands_alone_and_shows_text_as_text(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["report", *files, "--out", str(out), "--no-plots"]) == 0
+    text = (out / "report.html").read_text()
+    assert "<b>diffusers" not in text and "&lt;b&gt;diffusers" in text
+    assert not re.findall(r'(?:src|href)="|url\(|@import', text)
+    assert 'name="viewport"' in text and "commit 0123456" in text and "tables and 0 plots" in capsys.readouterr().out
+    lines = (out / "report.md").read_text().splitlines()
+    assert "## Prefill of whole models" in lines and any(line.startswith("| Llama-7B | blast:4x4 ") for line in lines)
+
+
+def test_plots_are_asked_for_by_name(files, tmp_path, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", *files, "--out", str(tmp_path / "out")]) == 2
+    assert "--no-plots" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_plots_of_every_kind(files, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert main(["report", *files, "--out", str(out)]) == 0
+    names = {"speed-up", "roofline", "prefill", "decode", "quality"}
+    assert {path.stem for path in out.glob("*.svg")} == {path.stem for path in out.glob("*.png")} == names
+    text = (out / "report.html").read_text()
+    assert text.count("<svg") == 5 and "blast 4x16" in text
+    # the same numbers give the same page
+    assert main(["report", *files, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "report.html").read_text() == text
+
+
+def test_what_is_no_result_file_is_said(tmp_path, capsys):
+    for content, message in (("{", "no JSON"), ('{"a": 1}', '"rows"')):
+        (tmp_path / "x.json").write_text(content)
+        assert main(["report", str(tmp_path / "x.json"), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def browse(path, tmp_path):
+    """(document after its scripts ran, messages on the console)."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [BROWSER, *options, profile, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+class TestInABrowser:
+    def test_it_opens_without_a_word_on_the_console(self, files, tmp_path):
+        assert main(["report", *files, "--out", str(tmp_path), "--no-plots"]) == 0
+        document, console = browse(tmp_path / "report.html", tmp_path)
+        assert "Prefill of whole models" in document and console == []
+
+    def test_a_mistake_would_show(self, tmp_path):
+        (tmp_path / "x.html").write_text("<p>shown</p><script>nonsense()</script>")
+        document, console = browse(tmp_path / "x.html", tmp_path)
+        assert "shown" in document and len(console) == 1
+
+    @pytest.mark.parametrize(
+        "column, clicks, order",
+        [("ms", 1, "bcad"), ("ms", 2, "acbd"), ("name", 2, "dcba"), ("speed", 1, "cbda")],
+    )
+    def test_a_table_sorts(self, tmp_path, column, clicks, order):
+        # as words 10 would come before 9, and 1e-05 after both; an empty cell is last either way
+        cells = {"a": (10.0, None), "b": (1e-05, "2.00x"), "c": (9, "1.90x"), "d": (None, "10.00x")}
+        rows = [{"name": name, "ms": ms, "speed": speed} for name, (ms, speed) in cells.items()]
+        text = page("Sorting", [Table("t", rows)], [], [])
+        click = f"""<script>
+            const header = [...document.querySelectorAll("th")].find(h => h.textContent === "{column}");
+            for (let i = 0; i < {clicks}; i++) header.click();
+            document.title = [...document.querySelectorAll("tbody tr")].map(r => r.cells[0].textContent).join("");
+        </script>"""
+        (tmp_path / "page.html").write_text(text.replace("</body>", click + "</body>"))
+        document, console = browse(tmp_path / "page.html", tmp_path)
+        assert f"<title>{order}</title>" in document and console == []
+        direction = "ascending" if clicks == 1 else "descending"
+        assert document.count(f'aria-sort="{direction}"') == 1
+
+
+def test_readme_script_reads_the_files_that_the_benchmark_writes(tmp_path, monkeypatch):
+    import runpy
+
+    module = runpy.run_path(str(RESULTS.parent / "readme.py"))
+    section = module["models_section"]
+    monkeypatch.setitem(section.__globals__, "RESULTS", tmp_path)
+    assert "No whole model" in section()
+    environment = {**ENVIRONMENT, "transformers": "5.17.0"}
+    write_result(tmp_path / "models_h100.json", {**MODELS, "environment": environment})
+    text = section()
+    assert "| prefill | Llama-7B | blast:4x4 | 1 x 1024       | 6.00 | 1.50x |" in text
+    assert "mode default" in text and "commit 0123456" in text and json.dumps("<b>") not in text

@@ -1,0 +1,156 @@
+"""Fits on the compressed model's own activations: who writes to the stream, what is regressed, what it buys."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_blr import BLRConfig, compress
+from hf_blr.dense import dense_weight
+from hf_blr.factorize.blockwise import evaluating
+from hf_blr.factorize.sequential import SequentialChain, residual_writers
+from hf_blr.plan import resolve_plan
+from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+
+CONFIG = BLRConfig("low_rank", ratio=0.5)
+
+
+def batches_for(model, count=3):
+    generator = torch.Generator().manual_seed(3)
+    if model.main_input_name == "pixel_values":
+        return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(count)]
+    return [{"input_ids": torch.randint(0, 256, (8, 24), generator=generator)} for _ in range(count)]
+
+
+def trace(model, batches):
+    with evaluating(model):
+        return SequentialChain.trace(model, list(resolve_plan(model, CONFIG)), batches)
+
+
+WRITERS = {
+    tiny_llama: ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"],
+    tiny_gpt2: ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"],
+    # normalises what it adds, so the sum of its outputs is not what it adds
+    tiny_bert: [],
+}
+
+
+@pytest.mark.parametrize("build", [*WRITERS, tiny_vit])
+def test_residual_writers_are_found_by_what_they_add(build):
+    model = build()
+    chain = trace(model, batches_for(model))
+    prefix, names = next(iter(chain.groups.items()))
+    groups, writers = chain.survey(model.get_submodule(prefix), prefix, names, chain.calls[prefix])
+    assert sorted(name for group in groups for name in group) == sorted(names)
+    if build is tiny_vit:
+        assert len(writers) == 2
+        assert len(groups[0]) == 3
+    else:
+        assert writers == WRITERS[build]
+    if build is tiny_llama:
+        assert [len(group) for group in groups] == [3, 1, 2, 1]
+
+
+def test_outputs_that_do_not_add_up_are_no_writers():
+    outputs = {"a": torch.randn(2, 5, 4), "b": torch.randn(2, 5, 4), "narrow": torch.randn(2, 5, 2)}
+    assert residual_writers(outputs["a"] + outputs["b"], outputs) == ["a", "b"]
+    assert residual_writers(outputs["a"], outputs) == ["a"]
+    assert residual_writers(0.2 * outputs["a"] + outputs["b"], outputs) == []
+    assert residual_writers(torch.randn(2, 5, 4), {"narrow": outputs["narrow"]}) == []
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit, tiny_bert])
+def test_targets_are_the_weights_while_nothing_is_compressed(build):
+    model = build()
+    chain = trace(model, batches_for(model))
+    seen = {}
+    for group in chain.problems(damping=1e-4):
+        for name, problem in group.items():
+            weight = dense_weight(model.get_submodule(name))
+            torch.testing.assert_close(problem.target, weight, rtol=1e-3, atol=1e-4)
+            seen[name] = problem
+    assert set(seen) == set(resolve_plan(model, CONFIG))
+
+
+def test_a_writers_target_mends_the_residual_stream():
+    dense, broken = tiny_llama(), tiny_llama()
+    batches = batches_for(dense)
+    chain = trace(broken, batches)
+    problems = chain.problems(damping=1e-6)
+    for group in problems:
+        name = next(iter(group))
+        if name.endswith("0.self_attn.o_proj"):
+            break
+        # as a coarse fit would leave them
+        for other in group:
+            weight = broken.get_submodule(other).weight
+            weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+
+    def stream_error():
+        ends = []
+        for model in (dense, broken):
+            handle = model.model.layers[0].post_attention_layernorm.register_forward_pre_hook(
+                lambda module, args: ends.append(args[0])
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+            handle.remove()
+        half = len(ends) // 2
+        return sum((a - b).square().sum() for a, b in zip(ends[:half], ends[half:], strict=True)).item()
+
+    before = stream_error()
+    weight = broken.get_submodule(name).weight
+    best = group[name].target
+    weight.data = best
+    mended = stream_error()
+    assert mended < 0.9 * before
+    # the regression's answer: every other matrix is worse
+    for seed in range(3):
+        nudge = torch.randn(best.shape, generator=torch.Generator().manual_seed(seed))
+        weight.data = best + 1e-2 * best.norm() * nudge / nudge.norm()
+        assert stream_error() > mended
+    problems.close()
+
+
+def divergence(dense, model, batches):
+    """Mean KL divergence of the model's predictions from the dense model's."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(**batch).logits.log_softmax(-1) for m in (dense, model))
+            total += (p.exp() * (p - q)).sum(-1).mean().item()
+    return total / len(batches)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
+@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+def test_sequential_fits_come_closer_to_the_dense_model(build, structure, blocks):
+    dense = build()
+    batches = batches_for(dense)
+    off = {"structure": structure, "ratio": 0.4, "num_blocks": blocks, "fisher": False, "fit_rounds": 4}
+    results = {}
+    for sequential in (False, True):
+        model = copy.deepcopy(dense)
+        config = BLRConfig(**off, sequential=sequential)
+        compress(model, config, calibration=batches, progress=False)
+        results[sequential] = divergence(dense, model, batches)
+    assert results[True] < 0.8 * results[False]
+
+
+def test_a_model_that_is_no_chain_falls_back_and_says_so(caplog):
+    model = tiny_llama()
+    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in batches_for(model)]
+    report = compress(model, CONFIG, calibration=batches, progress=False)
+    assert len(report.layers) + len(report.left_dense) == 14
+    assert "no plain chain of blocks" in caplog.text
+
+
+def test_modes_and_gradients_are_as_before():
+    model = tiny_llama().train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    compress(model, CONFIG, calibration=batches_for(model), progress=False)
+    assert all(module.training for module in model.modules())
+    assert not model.model.embed_tokens.weight.requires_grad
+    assert model.model.norm.weight.requires_grad
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
