@@ -61,11 +61,13 @@ def test_mix_inside_the_last_stage(monkeypatch):
     pytest.importorskip("triton")
     from hf_blr.ops.triton import blast, siblings
 
-    for module in (blast, siblings):
-        monkeypatch.setattr(module, "fuses_mix", lambda *_: True)
-    for dtype in (torch.float32, torch.float16):
-        assert_siblings_within_budget("blast", 35, EQUAL, dtype=dtype)
-        assert_siblings_within_budget("blast", 35, GROUPED_QUERIES, dtype=dtype, bias=False)
+    # in all layers, and in the first alone
+    for smallest in (0, 12):
+        for module in (blast, siblings):
+            monkeypatch.setattr(module, "fuses_mix", lambda b1, b2, q, r, t, smallest=smallest: q >= smallest)
+        for dtype in (torch.float32, torch.float16):
+            assert_siblings_within_budget("blast", 35, EQUAL, dtype=dtype)
+            assert_siblings_within_budget("blast", 35, GROUPED_QUERIES, dtype=dtype, bias=False)
 
 
 @interpreted

@@ -51,10 +51,11 @@ def blast_expand_kernel(
 
     y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]`, s `[B2, B1, S*R]` and u `[S*B2, Q, R]`.
     """
-    i_n, i_t = tl.program_id(0), tl.program_id(1)
+    # one layer after the other: y and u of all at once are more than L2 holds
+    i_n, i_t, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles_q = tl.cdiv(Q, BQ)
-    i_i, i_q = i_n // tiles_q, i_n % tiles_q
-    i_b, o_y = i_i % B2, (i_i // B2) * R
+    i_b, i_q = i_n // tiles_q, i_n % tiles_q
+    i_i, o_y = i_s * B2 + i_b, i_s * R
     acc = tl.zeros((BT, BQ), tl.float32)
     for step in range(0, tl.cdiv(R, BR)):
         o_r = step * BR + tl.arange(0, BR)
@@ -79,7 +80,7 @@ def blast_expand(y, u, s, bias, out):
 
     For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[B2, B1, S*R]`.
     """
-    (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
+    (_, q, r), (b1, tokens, width), b2 = u.shape, y.shape, s.shape[0]
     device = device_of(y)
     rule = fused_mix_config(b1, y.element_size(), device)
 
@@ -87,7 +88,8 @@ def blast_expand(y, u, s, bias, out):
         # a descriptor cuts off at the end of y, not of one layer's part of it
         whole = width == r or r % config.bk == 0
         tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
-        blast_expand_kernel[(blocks * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
+        grid = (b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt), width // r)
+        blast_expand_kernel[grid](
             descriptor(y, config.bt, config.bk) if tma else y,
             descriptor(u, config.bn, config.bk) if tma else u,
             s,
@@ -96,7 +98,7 @@ def blast_expand(y, u, s, bias, out):
             tokens,
             q,
             r,
-            s.shape[0],
+            b2,
             *y.stride()[:2],
             *s.stride()[:2],
             *u.stride()[:2],
@@ -112,7 +114,7 @@ def blast_expand(y, u, s, bias, out):
             num_stages=config.stages,
         )
 
-    launch(run, "blast_expand", rule, tokens, (b1, blocks, q, r, width), y)
+    launch(run, "blast_expand", rule, tokens, (b1, b2, q, r, width), y)
 
 
 def blast_fwd(x, u, s, v, bias, keep=False):

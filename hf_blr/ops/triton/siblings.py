@@ -49,14 +49,15 @@ def blast_siblings_fwd(x, us, ss, vs, biases):
     if tokens == 0:
         return out
     decoding = decodes(tokens, b1, b2)
-    fused = any(fuses_mix(b1, *u.shape, tokens) for u in us)
-    along_t = mixes_along_t(b1, b2) and not fused and biases[0] is None
-    for part in split(range(len(vs)), (vs, 1), (ss, 2)):
+    fused = [not decoding and fuses_mix(b1, *u.shape, tokens) for u in us]
+    along_t = mixes_along_t(b1, b2) and biases[0] is None
+    # those that mix inside the last stage want y along the ranks: they have a first stage of their own
+    for part in split(range(len(vs)), (vs, 1), (ss, 2), same=fused):
         v = joined(vs, part, 1)
         if decoding:
             z = blast_decode(x, joined(ss, part, 2), v)
         else:
-            y = blast_project(x, v, along_t)
+            y = blast_project(x, v, along_t and not fused[part.start])
         for run in split(part, (us, 0), (biases, 0)):
             u, bias, o = joined(us, run, 0), joined(biases, run, 0), columns(out, us, run)
             if decoding:
@@ -66,11 +67,15 @@ def blast_siblings_fwd(x, us, ss, vs, biases):
     return out
 
 
-def split(layers: range, *factors: tuple) -> list[range]:
-    """Runs of neighbouring layers whose (tensors, axis) each make one tensor that is longer along that axis."""
+def split(layers: range, *factors: tuple, same=None) -> list[range]:
+    """Runs of neighbouring layers whose (tensors, axis) each make one tensor that is longer along that axis.
+
+    `same`, if given, holds something for each layer that must not change within a run.
+    """
     found = []
     for i in layers:
-        if found and all(follows(f[i - 1], f[i], axis) for f, axis in factors):
+        joins = found and (same is None or same[i] == same[i - 1])
+        if joins and all(follows(f[i - 1], f[i], axis) for f, axis in factors):
             found[-1] = range(found[-1].start, i + 1)
         else:
             found.append(range(i, i + 1))
