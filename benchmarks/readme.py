@@ -49,6 +49,27 @@ def speed_section() -> str:
     )
 
 
+def groups_section() -> str:
+    """Projections with one input, one by one and together, over the faster of two ways to run the dense ones."""
+    result = read_result(RESULTS / "groups_h100.json")
+    table: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        if row["structure"] != "dense" and row["blocks"] in ([1, 1], [4, 4]):
+            key = row["group"], row["structure"], *row["blocks"]
+            table.setdefault(key, {})[row["tokens"], row["how"]] = f"{row['speedup_vs_dense']:.2f}x"
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    rows = [
+        {"group": group, "structure": s, "blocks": f"{b1} x {b2}"}
+        | {f"{t} tokens": f"{speed[t, 'apart']} -> {speed[t, 'together']}" for t in tokens}
+        for (group, s, b1, b2), speed in table.items()
+    ]
+    return (
+        f"{format_table(rows)}\n\nSpeed over dense at half the parameters, one by one -> together, bfloat16; dense is "
+        "the faster of one product for each projection and one with the concatenated weights. "
+        f"{result['protocol']}. {machine(result['environment'])}."
+    )
+
+
 def models_section() -> str:
     """Whole models: prefill, decoding, a training step."""
     file = RESULTS / "models_h100.json"
@@ -137,6 +158,7 @@ SECTIONS = {
     "demo": demo_section,
     "quality": quality_section,
     "speed": speed_section,
+    "groups": groups_section,
     "models": models_section,
     "roofline": roofline_section,
 }

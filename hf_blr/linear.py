@@ -27,6 +27,8 @@ class BLRLinear(nn.Module):
     """
 
     spec_class: type[BLRSpec]
+    #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
+    siblings: tuple | None = None
 
     def __init__(self, spec: BLRSpec, bias=True, transposed=False, device=None, dtype=None):
         super().__init__()
@@ -56,6 +58,15 @@ class BLRLinear(nn.Module):
         for name, value in (factors if bias is None else {**factors, "bias": bias}).items():
             setattr(module, name, nn.Parameter(value.detach()))
         return module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., K]` -> `[..., N]`."""
+        if self.siblings is not None:
+            group, index = self.siblings
+            out = group.output(index, x)
+            if out is not None:
+                return out
+        return self.function(x, **self.factors(), bias=self.bias)
 
     def reset_parameters(self):
         """Random factors whose product has the variance 1 / (3 K) of a fresh `nn.Linear`."""
@@ -108,6 +119,17 @@ class BLRLinear(nn.Module):
         """Numbers stored, the bias included."""
         return sum(p.numel() for p in self.parameters(recurse=False))
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.siblings is not None and not keep_vars:
+            # files want tensors that are contiguous and share no memory
+            for name in dict(self.named_parameters(recurse=False)):
+                destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+
+    def __getstate__(self):
+        # a copied or pickled module stands alone: its siblings are not copied with it
+        return {name: value for name, value in self.__dict__.items() if name != "siblings"}
+
     def extra_repr(self):
         spec, b = self.spec, self.spec.num_blocks
         blocks = "" if b == (1, 1) else f", num_blocks={b}"
@@ -121,27 +143,21 @@ class LowRankLinear(BLRLinear):
     """x v^T u^T + bias; see `structures.LowRank`."""
 
     spec_class = LowRank
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.low_rank_linear(x, self.u, self.v, self.bias)
+    function = staticmethod(ops.low_rank_linear)
 
 
 class MonarchLinear(BLRLinear):
     """Block (i, j) of the matrix is u_ij v_ij; see `structures.Monarch`."""
 
     spec_class = Monarch
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.monarch_linear(x, self.u, self.v, self.bias)
+    function = staticmethod(ops.monarch_linear)
 
 
 class BlastLinear(BLRLinear):
     """Block (i, j) of the matrix is u_i diag(s_ij) v_j; see `structures.Blast`."""
 
     spec_class = Blast
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.blast_linear(x, self.u, self.s, self.v, self.bias)
+    function = staticmethod(ops.blast_linear)
 
     def initial_std(self):
         # u sums R products of z, and z sums B1 of them

@@ -82,6 +82,18 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
     block_gemm.block_gemm(empty(b1, tokens, rank // b1 * b2), empty(b2, q, rank), blocks, swap=True)
 
 
+def call_siblings(tokens, k, n, rank, b1, b2):
+    """The launches of two layers on one input that differ from those of a wider layer; BLAST alone has such."""
+    p, q = k // b1, n // b2
+    x, out = torch.empty(tokens, k, dtype=torch.bfloat16), torch.empty(tokens, 2 * n, dtype=torch.bfloat16)
+    u, s, v = (x.new_empty(s) for s in ((2 * b2, q, rank), (b2, b1, 2 * rank), (b1, 2 * rank, p)))
+    if tokens <= 32:
+        decode.decode_expand(blast.blast_decode(x, s, v), u, None, out)
+    else:
+        blast.blast_expand(x.new_empty(b1, tokens, 2 * rank), u, s, None, out)
+        mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
+
+
 def main(capability: int):
     JITFunction.run = catch
     for module in (blast, block_gemm, decode, mix):
@@ -96,6 +108,8 @@ def main(capability: int):
         (bf16, 1024, (4096, 4096, 1024, 16, 16), True),
     ):
         call_ops(dtype, tokens, *sizes, backward)
+    call_siblings(1, 4096, 4096, 1024, 4, 4)
+    call_siblings(1024, 4096, 1024, 416, 4, 16)
     if capability == 86:
         # the tightest fit: the widest dtype, most decode tokens and least shared memory
         call_ops(torch.float32, 32, 768, 2304, 191, 6, 6, False)

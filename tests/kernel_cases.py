@@ -3,6 +3,7 @@
 import torch
 
 from hf_blr import ops
+from hf_blr.fusion import pack
 from hf_blr.ops import reference
 
 FUNCTIONS = {
@@ -66,3 +67,29 @@ def assert_within_budget(structure, tensors, gradients=True, **kwargs):
         size = truth.norm() + 1e-30
         error, allowed = (got - truth).norm() / size, (cheap - truth).norm() / size
         assert error <= 2 * allowed + rounding, f"{name}: error {error:.2e}, eager errs {allowed:.2e}"
+
+
+def make_layers(structure, sizes, b1=2, b2=3, p=8, dtype=torch.float32, bias=True, packed=True, device="cpu"):
+    """[factors], [bias] of layers with these (Q, R) on one input, scaled so that outputs are of order one."""
+    generator = torch.Generator(device).manual_seed(0)
+    layers = []
+    for q, r in sizes:
+        shapes = [*factor_shapes(structure, b1, b2, p, q, r), (b2 * q,)]
+        tensors = [torch.randn(s, generator=generator, device=device) * s[-1] ** -0.5 for s in shapes]
+        layers.append(dict(zip(NAMES[structure][1:], (t.to(dtype) for t in tensors), strict=True)))
+    if packed:
+        pack(layers)
+    biases = [layer.pop("bias") for layer in layers]
+    return [tuple(layer.values()) for layer in layers], biases if bias else [None] * len(layers)
+
+
+def assert_siblings_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu", **kwargs):
+    """As `assert_within_budget`, for each of several layers on one input."""
+    factors, biases = make_layers(structure, sizes, b1=b1, p=p, device=device, **kwargs)
+    x = torch.randn(tokens, b1 * p, generator=torch.Generator(device).manual_seed(1), device=device).to(factors[0][0])
+    eager = FUNCTIONS[structure][1]
+    outs = ops.siblings_linear(structure, x, factors, biases, impl="triton")
+    for out, f, b in zip(outs, factors, biases, strict=True):
+        exact = eager(x.double(), *(t.double() for t in f), None if b is None else b.double())
+        allowed = 2 * (eager(x, *f, b) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
+        assert out.shape == exact.shape and (out - exact).norm() <= allowed

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, assert_within_budget, make_inputs
+from kernel_cases import (
+    FUNCTIONS,
+    assert_siblings_within_budget,
+    assert_within_budget,
+    make_inputs,
+    make_layers,
+)
+from tiny import tiny_inputs, tiny_llama
 
+import hf_blr
 from hf_blr import ops
+from hf_blr.siblings import Siblings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -92,3 +101,50 @@ def test_training_builds_no_dense_weight():
     ops.blast_linear(*tensors).sum().backward()
     # the dense weight alone would be 32 MiB
     assert torch.cuda.max_memory_allocated() - before < 24 * 2**20
+
+
+@pytest.mark.parametrize("sizes", [[(256, 256)] * 3, [(512, 256), (128, 96), (128, 96)], [(43, 18)] * 2], ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 600])
+@pytest.mark.parametrize("structure", FUNCTIONS)
+def test_siblings_keep_the_error_budget(structure, tokens, sizes):
+    for blocks in ((4, 4), (4, 16), (16, 16)):
+        settings = {"b1": blocks[0], "b2": blocks[1], "p": 64, "dtype": torch.bfloat16, "device": "cuda"}
+        assert_siblings_within_budget(structure, tokens, sizes, bias=False, **settings)
+        if blocks == (4, 16):
+            assert_siblings_within_budget(structure, tokens, sizes, bias=True, **settings)
+
+
+@pytest.mark.parametrize("structure", FUNCTIONS)
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_siblings_run_in_a_cuda_graph(structure, tokens):
+    factors, _ = make_layers(structure, [(64, 32), (64, 32), (16, 16)], dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(tokens, 16, device="cuda", dtype=torch.bfloat16)
+    ops.siblings_linear(structure, x, factors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = ops.siblings_linear(structure, x, factors)
+    x.neg_()
+    graph.replay()
+    assert all(map(torch.equal, outs, ops.siblings_linear(structure, x, factors)))
+
+
+@pytest.mark.parametrize("structure", FUNCTIONS)
+def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeypatch):
+    model = tiny_llama()
+    hf_blr.compress(model, hf_blr.BLRConfig(structure, ratio=0.6, num_blocks=None if structure == "low_rank" else 4))
+    model.cuda()
+    inputs = {name: value.cuda() for name, value in tiny_inputs(model).items()}
+    expected = model(**inputs).logits
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    tokens = model.generate(inputs["input_ids"][:, :5], disable_compile=True, **settings)
+    assert len(hf_blr.fuse(model)) == 4
+    calls, compute = [], Siblings.compute
+    monkeypatch.setattr(Siblings, "compute", lambda self, x: calls.append(x) or compute(self, x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
+        assert len(calls) == 4
+        monkeypatch.undo()
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.generate(inputs["input_ids"][:, :5], **settings), tokens)

@@ -23,6 +23,7 @@ FLOORS = [
     ["plan"],
     ["targets"],
     ["config"],
+    ["fusion", "siblings", "tuning"],
     ["linear"],
     ["dense"],
     ["ops"],

@@ -1,7 +1,8 @@
 """Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
 
-Each runs hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`),
-"triton", "reference" or "dense". `use_impl` sets it for a block of code.
+`siblings_linear` runs several layers of one structure on one input. Each runs hand-written kernels or plain
+PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton", "reference" or "dense". `use_impl` sets it
+for a block of code.
 """
 
 from __future__ import annotations
@@ -10,8 +11,17 @@ from torch import Tensor
 
 from hf_blr.ops import library, reference
 from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
+from hf_blr.ops.siblings import siblings_linear
 
-__all__ = ["blast_linear", "current_impl", "few_tokens", "low_rank_linear", "monarch_linear", "use_impl"]
+__all__ = [
+    "blast_linear",
+    "current_impl",
+    "few_tokens",
+    "low_rank_linear",
+    "monarch_linear",
+    "siblings_linear",
+    "use_impl",
+]
 
 
 def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:

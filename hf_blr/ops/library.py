@@ -30,9 +30,9 @@ def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
 
 def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
     lead, dtype = x.shape[:-1], compute_dtype(x)
-    x = _rows(x.reshape(-1, x.shape[-1]), dtype)
-    factors = tuple(_rows(f, dtype) for f in factors)
-    bias = None if bias is None else _rows(bias, dtype)
+    x = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
+    factors = tuple(contiguous_rows(f, dtype) for f in factors)
+    bias = None if bias is None else contiguous_rows(bias, dtype)
     inputs = (x, *factors) if bias is None else (x, *factors, bias)
     # without a gradient to compute, decode is spared the Function: some 200 calls per token in a model
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -42,7 +42,7 @@ def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | N
     return out.view(*lead, out.shape[-1])
 
 
-def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+def contiguous_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in this dtype with contiguous rows; a view where it is so already."""
     t = t.to(dtype)
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -103,7 +103,7 @@ def _blocks(v: Tensor) -> int:
 
 def _gradients(ctx, op, grad: Tensor):
     *needs, need_bias = ctx.needs_input_grad
-    grad = _rows(grad, grad.dtype)
+    grad = contiguous_rows(grad, grad.dtype)
     grads = op(grad, *ctx.saved_tensors, needs) if any(needs) else (None,) * len(needs)
     dbias = grad.sum(0) if need_bias else None
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), dbias
@@ -174,11 +174,17 @@ _OPS = {
     f"blast_backward(Tensor grad, {_USV}, {_BACKWARD}, Tensor)": (_blast_backward, _backward_fake),
 }
 
-for _schema, (_run, _fake) in _OPS.items():
-    _name, _, _arguments = _schema.partition("(")
-    # a second import of the package in one process finds the ops there
-    if not hasattr(torch.ops.hf_blr, _name):
-        torch.library.define(f"hf_blr::{_name}", f"({_arguments}")
-        # the CPU is reached under Triton's interpreter only: `dispatch` sees to it
-        torch.library.impl(f"hf_blr::{_name}", ("cuda", "cpu"), _run)
-        torch.library.register_fake(f"hf_blr::{_name}", _fake)
+
+def define_ops(ops: dict[str, tuple]):
+    """Register {schema: (implementation, fake)} under `hf_blr`."""
+    for schema, (run, fake) in ops.items():
+        name, _, arguments = schema.partition("(")
+        # a second import of the package in one process finds the ops there
+        if not hasattr(torch.ops.hf_blr, name):
+            torch.library.define(f"hf_blr::{name}", f"({arguments}")
+            # the CPU is reached under Triton's interpreter only: `dispatch` sees to it
+            torch.library.impl(f"hf_blr::{name}", ("cuda", "cpu"), run)
+            torch.library.register_fake(f"hf_blr::{name}", fake)
+
+
+define_ops(_OPS)

@@ -18,6 +18,7 @@ from hf_blr.ops.triton.launch import (
 )
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def blast_expand_kernel(
     T,
     Q,
     R,
+    B2,
     stride_yj,
     stride_yt,
     stride_si,
@@ -47,11 +49,13 @@ def blast_expand_kernel(
 ):
     """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q].
 
-    y `[B1, T, R]`, u `[B2, Q, R]`.
+    y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]`, s `[B2, B1, S*R]` and u `[S*B2, Q, R]`.
     """
-    i_n, i_t = tl.program_id(0), tl.program_id(1)
+    # one layer after the other: y and u of all at once are more than L2 holds
+    i_n, i_t, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles_q = tl.cdiv(Q, BQ)
-    i_i, i_q = i_n // tiles_q, i_n % tiles_q
+    i_b, i_q = i_n // tiles_q, i_n % tiles_q
+    i_i, o_y = i_s * B2 + i_b, i_s * R
     acc = tl.zeros((BT, BQ), tl.float32)
     for step in range(0, tl.cdiv(R, BR)):
         o_r = step * BR + tl.arange(0, BR)
@@ -59,8 +63,8 @@ def blast_expand_kernel(
         # mixed in the factors' own dtype: float32 here costs a fifth of the whole kernel (H100, 4x16 blocks)
         b_z = tl.zeros((BT, BR), b_u.dtype)
         for j in tl.static_range(B1):
-            b_s = tl.load(s_ptr + i_i * stride_si + j * stride_sj + o_r, mask=o_r < R, other=0.0)
-            b_y = load_tile(y, j, i_t * BT, step * BR, T, R, stride_yj, stride_yt, 1, BT, BR, TMA)
+            b_s = tl.load(s_ptr + i_b * stride_si + j * stride_sj + o_y + o_r, mask=o_r < R, other=0.0)
+            b_y = load_tile(y, j, i_t * BT, o_y + step * BR, T, o_y + R, stride_yj, stride_yt, 1, BT, BR, TMA)
             b_z += b_s[None, :] * b_y
         acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
     o_t = i_t * BT + tl.arange(0, BT)
@@ -72,34 +76,45 @@ def blast_expand_kernel(
 
 
 def blast_expand(y, u, s, bias, out):
-    """out `[T, N]` from y `[B1, T, R]`, the mix included."""
-    (b2, q, r), (b1, tokens, _) = u.shape, y.shape
+    """out `[T, N]` from y `[B1, T, R]`, the mix included.
+
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[B2, B1, S*R]`.
+    """
+    (_, q, r), (b1, tokens, width), b2 = u.shape, y.shape, s.shape[0]
     device = device_of(y)
-    config = fused_mix_config(b1, y.element_size(), device)
-    tma = device.is_hopper and fits_tma(y) and fits_tma(u)
-    blast_expand_kernel[(b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt))](
-        descriptor(y, config.bt, config.bk) if tma else y,
-        descriptor(u, config.bn, config.bk) if tma else u,
-        s,
-        bias,
-        out,
-        tokens,
-        q,
-        r,
-        *y.stride()[:2],
-        *s.stride()[:2],
-        *u.stride()[:2],
-        out.stride(0),
-        B1=b1,
-        HAS_BIAS=bias is not None,
-        TMA=tma,
-        PRECISION=dot_precision(y.dtype),
-        BT=config.bt,
-        BQ=config.bn,
-        BR=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    rule = fused_mix_config(b1, y.element_size(), device)
+
+    def run(config):
+        # a descriptor cuts off at the end of y, not of one layer's part of it
+        whole = width == r or r % config.bk == 0
+        tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
+        grid = (b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt), width // r)
+        blast_expand_kernel[grid](
+            descriptor(y, config.bt, config.bk) if tma else y,
+            descriptor(u, config.bn, config.bk) if tma else u,
+            s,
+            bias,
+            out,
+            tokens,
+            q,
+            r,
+            b2,
+            *y.stride()[:2],
+            *s.stride()[:2],
+            *u.stride()[:2],
+            out.stride(0),
+            B1=b1,
+            HAS_BIAS=bias is not None,
+            TMA=tma,
+            PRECISION=dot_precision(y.dtype),
+            BT=config.bt,
+            BQ=config.bn,
+            BR=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    launch(run, "blast_expand", rule, tokens, (b1, b2, q, r, width), y)
 
 
 def blast_fwd(x, u, s, v, bias, keep=False):
@@ -107,25 +122,46 @@ def blast_fwd(x, u, s, v, bias, keep=False):
 
     u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
     """
-    tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
+    tokens, (b1, r, _), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
         return out, x.new_empty(b1, 0, r) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        z = x.new_empty(b2, tokens, r)
-        decode_project(x, v, s, z)
-        decode_expand(z, u, bias, out)
+        decode_expand(blast_decode(x, s, v), u, bias, out)
         return out, empty
-    fused = fuses_mix(b1, b2, q, r, tokens)
     # a y that is kept is laid out along r, and the kernel that adds a bias reads z along r
-    along_t = mixes_along_t(b1, b2) and not (fused or keep) and bias is None
+    along_t = mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None
+    y = blast_project(x, v, along_t)
+    blast_finish(y, u, s, bias, out)
+    return out, y if keep else empty
+
+
+def blast_decode(x, s, v):
+    """z `[B2, T, R]` at few tokens."""
+    z = x.new_empty(s.shape[0], x.shape[0], s.shape[2])
+    decode_project(x, v, s, z)
+    return z
+
+
+def blast_project(x, v, along_t):
+    """y `[B1, T, R]` from x `[T, K]` and v `[B1, R, P]`; `along_t`: with the tokens contiguous."""
+    tokens, (b1, r, p) = x.shape[0], v.shape
     y = stack_along_t(b1, tokens, r, x) if along_t else x.new_empty(b1, tokens, r)
     torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2), out=y)
-    if fused:
+    return y
+
+
+def blast_finish(y, u, s, bias, out):
+    """out `[T, N]` from y `[B1, T, R]`.
+
+    For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[B2, B1, S*R]` and bias
+    `[S*N]`.
+    """
+    (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
+    if fuses_mix(b1, s.shape[0], q, r, tokens):
         blast_expand(y, u, s, bias, out)
     else:
-        expand(blast_mix(y, s), u, bias, out.view(tokens, b2, q).transpose(0, 1))
-    return out, y if keep else empty
+        expand(blast_mix(y, s, width // r), u, bias, out.view(tokens, blocks, q).transpose(0, 1))
 
 
 def blast_bwd(grad, x, u, s, v, y, needs):

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hf_blr.ops.triton.launch import device_of, dot_precision, gemm_config
 from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -70,31 +71,35 @@ def block_gemm(a, b, c, bias=None, swap=False):
     chunks = a.shape[0] if swap else 1
     chunk = k // chunks
     device = device_of(c)
-    config = gemm_config(chunk if swap else 1 << 10, tokens, c.element_size(), device)
-    tma = device.is_hopper and fits_tma(a) and fits_tma(b) and not (swap and chunk % config.bk)
-    grid = (triton.cdiv(n, config.bn), triton.cdiv(tokens, config.bt), groups)
-    block_gemm_kernel[grid](
-        descriptor(a, config.bt, config.bk) if tma else a,
-        descriptor(b, config.bn, config.bk) if tma else b,
-        c,
-        bias,
-        tokens,
-        n,
-        chunk,
-        chunks,
-        *a.stride(),
-        *b.stride(),
-        *c.stride(),
-        SWAP=swap,
-        HAS_BIAS=bias is not None,
-        TMA=tma,
-        PRECISION=dot_precision(c.dtype),
-        BT=config.bt,
-        BN=config.bn,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    rule = gemm_config(chunk if swap else 1 << 10, tokens, c.element_size(), device)
+
+    def run(config):
+        tma = device.is_hopper and fits_tma(a) and fits_tma(b) and not (swap and chunk % config.bk)
+        grid = (triton.cdiv(n, config.bn), triton.cdiv(tokens, config.bt), groups)
+        block_gemm_kernel[grid](
+            descriptor(a, config.bt, config.bk) if tma else a,
+            descriptor(b, config.bn, config.bk) if tma else b,
+            c,
+            bias,
+            tokens,
+            n,
+            chunk,
+            chunks,
+            *a.stride(),
+            *b.stride(),
+            *c.stride(),
+            SWAP=swap,
+            HAS_BIAS=bias is not None,
+            TMA=tma,
+            PRECISION=dot_precision(c.dtype),
+            BT=config.bt,
+            BN=config.bn,
+            BK=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    launch(run, "block_gemm", rule, tokens, (groups, n, k, chunks), c)
 
 
 def expand(z, u, bias, out):

@@ -19,6 +19,7 @@ from hf_blr.ops.triton.launch import (
     vector_width,
 )
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -131,6 +132,7 @@ def decode_expand_kernel(
     out_ptr,
     T,
     Q,
+    B2,
     R,
     stride_zi,
     stride_zt,
@@ -149,7 +151,10 @@ def decode_expand_kernel(
     BQ: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC."""
+    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC.
+
+    Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`.
+    """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t = tl.arange(0, BT)
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -161,7 +166,7 @@ def decode_expand_kernel(
         prefetch_to_l2(u_ptr, o_u + o_l[None, :], m_q[:, None] & (o_l < R * VEC)[None, :])
     wait_for_previous(PDL)
     o_z = o_t[:, None] * (stride_zt * VEC)
-    z_ptr += i_i * (stride_zi * VEC)
+    z_ptr += (i_i % B2) * (stride_zi * VEC) + (i_i // B2) * (R * VEC)
     if DOT:
         acc = tl.zeros((BT, BQ), tl.float32)
     else:
@@ -204,66 +209,78 @@ def decode_project(x, v, s, z):
     vec = vector_width(*sizes)
     line = 128 // x.element_size()
     bt = decode_rows(tokens)
-    config = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
-    decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
-        x,
-        v,
-        s,
-        z,
-        tokens,
-        *(n // vec for n in sizes),
-        B1=parts,
-        B2=b2,
-        LINES=pow2(triton.cdiv(part, line)),
-        LINE=line,
-        MIX=mix,
-        PDL=device.is_hopper,
-        PRECISION=dot_precision(x.dtype),
-        VEC=vec,
-        DOT=bt > 1,
-        DOT_MIX=bt > 1 and parts >= 16,
-        UNROLL=1 if bt > 1 else config.stages,
-        BJ=pow2(parts),
-        BI=pow2(b2),
-        BT=bt,
-        BR=config.rows,
-        BP=config.length,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({"launch_pdl": True} if device.is_hopper else {}),
-    )
+    rule = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
+
+    def run(config):
+        decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
+            x,
+            v,
+            s,
+            z,
+            tokens,
+            *(n // vec for n in sizes),
+            B1=parts,
+            B2=b2,
+            LINES=pow2(triton.cdiv(part, line)),
+            LINE=line,
+            MIX=mix,
+            PDL=device.is_hopper,
+            PRECISION=dot_precision(x.dtype),
+            VEC=vec,
+            DOT=bt > 1,
+            DOT_MIX=bt > 1 and parts >= 16,
+            UNROLL=1 if bt > 1 else config.stages,
+            BJ=pow2(parts),
+            BI=pow2(b2),
+            BT=bt,
+            BR=config.rows,
+            BP=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "decode_project", rule, bt, (parts, part, rows, groups, b2, mix), x)
 
 
 def decode_expand(z, u, bias, out):
-    """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`."""
-    (b2, q, r), tokens = u.shape, z.shape[1]
+    """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`.
+
+    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`.
+    """
+    (blocks, q, r), tokens = u.shape, z.shape[1]
     device = device_of(z)
     sizes = (r, *z.stride()[:2], *u.stride()[:2])
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
-    config = expand_config(r, tokens, z.element_size(), device)
-    decode_expand_kernel[(triton.cdiv(q, config.rows), b2)](
-        z,
-        u,
-        bias,
-        out,
-        tokens,
-        q,
-        *(n // vec for n in sizes),
-        out.stride(0),
-        HAS_BIAS=bias is not None,
-        LINES=pow2(triton.cdiv(r, line)),
-        LINE=line,
-        PDL=device.is_hopper,
-        PRECISION=dot_precision(z.dtype),
-        VEC=vec,
-        DOT=bt > 1,
-        UNROLL=1 if bt > 1 else config.stages,
-        BT=bt,
-        BQ=config.rows,
-        BR=config.length,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({"launch_pdl": True} if device.is_hopper else {}),
-    )
+    rule = expand_config(r, tokens, z.element_size(), device)
+
+    def run(config):
+        decode_expand_kernel[(triton.cdiv(q, config.rows), blocks)](
+            z,
+            u,
+            bias,
+            out,
+            tokens,
+            q,
+            z.shape[0],
+            *(n // vec for n in sizes),
+            out.stride(0),
+            HAS_BIAS=bias is not None,
+            LINES=pow2(triton.cdiv(r, line)),
+            LINE=line,
+            PDL=device.is_hopper,
+            PRECISION=dot_precision(z.dtype),
+            VEC=vec,
+            DOT=bt > 1,
+            UNROLL=1 if bt > 1 else config.stages,
+            BT=bt,
+            BQ=config.rows,
+            BR=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "decode_expand", rule, bt, (blocks, q, r), z)

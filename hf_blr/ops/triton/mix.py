@@ -15,6 +15,7 @@ from hf_blr.ops.triton.launch import (
     pow2,
     vector_width,
 )
+from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def blast_mix_kernel(
     z_ptr,
     T,
     R,
+    stride_yg,
     stride_yj,
     stride_yt,
     stride_si,
@@ -45,9 +47,12 @@ def blast_mix_kernel(
 
     DOT does it as one small product per r on the tensor cores. r is contiguous in y and z, or, ALONG_T, t is:
     then stride_yt and stride_zt are the strides of r, and no tile changes its order on the way to the tensor
-    cores.
+    cores. The grid's third axis names a layer of several that share x: y and s hold R ranks of each, z B2 blocks.
     """
-    i_r, i_t = tl.program_id(0), tl.program_id(1)
+    i_r, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    y_ptr += i_g * (stride_yg * VEC)
+    s_ptr += i_g * (R * VEC)
+    z_ptr += i_g * (B2 * stride_zi * VEC)
     o_r = i_r * BR + tl.arange(0, BR)
     o_t = i_t * BT + tl.arange(0, BT)
     m_r, m_t = o_r < R * VEC, o_t < T
@@ -206,36 +211,43 @@ def stack_along_t(blocks, tokens, width, like):
     return like.new_empty(width, blocks, padded)[:, :, :tokens].permute(1, 2, 0)
 
 
-def blast_mix(y, s):
-    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz."""
-    (b2, b1, r), tokens = s.shape, y.shape[1]
-    along_t = y.stride(2) > 1
-    z = stack_along_t(b2, tokens, r, y) if along_t else y.new_empty(b2, tokens, r)
-    config = mix_config(b1, b2, tokens, along_t, device_of(y))
+def blast_mix(y, s, layers=1):
+    """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y; with s^T, dy from dz.
+
+    For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[B2, B1, S*R]`.
+    """
+    (b2, b1, width), tokens = s.shape, y.shape[1]
+    blocks, r, along_t = layers * b2, width // layers, y.stride(2) > 1
+    z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
+    rule = mix_config(b1, b2, tokens, along_t, device_of(y))
     outer = 2 if along_t else 1
-    strides = (y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
+    strides = (r * y.stride(2), y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)
-    grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt))
-    blast_mix_kernel[grid](
-        y,
-        s,
-        z,
-        # along t the padding is mixed too: it reaches nothing but padding
-        triton.cdiv(tokens, 16) * 16 if along_t else tokens,
-        r // vec,
-        *(n // vec for n in strides),
-        B1=b1,
-        B2=b2,
-        DOT=config.dot,
-        ALONG_T=along_t,
-        PRECISION=dot_precision(y.dtype),
-        VEC=vec,
-        BJ=max(16, pow2(b1)),
-        BI=max(16, pow2(b2)),
-        BT=config.bt,
-        BR=config.br,
-        num_warps=config.warps,
-    )
+
+    def run(config):
+        grid = (triton.cdiv(r, config.br), triton.cdiv(tokens, config.bt), layers)
+        blast_mix_kernel[grid](
+            y,
+            s,
+            z,
+            # along t the padding is mixed too: it reaches nothing but padding
+            triton.cdiv(tokens, 16) * 16 if along_t else tokens,
+            r // vec,
+            *(n // vec for n in strides),
+            B1=b1,
+            B2=b2,
+            DOT=config.dot,
+            ALONG_T=along_t,
+            PRECISION=dot_precision(y.dtype),
+            VEC=vec,
+            BJ=max(16, pow2(b1)),
+            BI=max(16, pow2(b2)),
+            BT=config.bt,
+            BR=config.br,
+            num_warps=config.warps,
+        )
+
+    launch(run, "blast_mix", rule, tokens, (b1, b2, r, layers, along_t), y)
     return z
 
 

@@ -14,22 +14,37 @@ def monarch_fwd(x, u, v, bias, keep=False):
 
     u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None.
     """
-    tokens, (b1, rows, p), (b2, q, inner) = x.shape[0], v.shape, u.shape
+    tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
         return out, x.new_empty(b1, 0, rows) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        z = x.new_empty(b2, tokens, inner)
-        decode_project(x, v, None, z)
-        decode_expand(z, u, bias, out)
+        decode_expand(monarch_decode(x, v, b2), u, bias, out)
         return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
+    monarch_finish(y, u, bias, out)
+    return out, y if keep else empty
+
+
+def monarch_decode(x, v, b2):
+    """z `[B2, T, B1*r]` at few tokens."""
+    b1, rows, _ = v.shape
+    z = x.new_empty(b2, x.shape[0], b1 * rows // b2)
+    decode_project(x, v, None, z)
+    return z
+
+
+def monarch_finish(y, u, bias, out):
+    """out `[T, N]` from y `[B1, T, B2*r]`."""
+    (b1, tokens, rows), (b2, q, _) = y.shape, u.shape
     blocks = out.view(tokens, b2, q).transpose(0, 1)
-    if reads_swapped(rows // b2):
+    if b1 == 1:
+        # nothing to swap: what is left is a stack of low-rank layers, whose products cuBLAS does best
+        expand(y[0].view(tokens, b2, rows // b2).transpose(0, 1), u, bias, blocks)
+    elif reads_swapped(rows // b2):
         block_gemm(y, u, blocks, bias=bias, swap=True)
     else:
         expand(swap_blocks(y, b2), u, bias, blocks)
-    return out, y if keep else empty
 
 
 def swap_blocks(y, b2):

@@ -1,0 +1,118 @@
+"""`fuse` and `unfuse`: projections that read the same input (q, k and v; gate and up) run together."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.linear import BLRLinear
+from hf_blr.siblings import Siblings
+
+#: names under which models keep projections that are handed one tensor
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+#: modules whose keys and values come from somewhere else than their queries
+CROSS_ATTENTION = re.compile(r"cross_?attention|cross_attn|encoder_attn|EncDecAttention", re.IGNORECASE)
+
+
+def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> list[tuple[str, ...]]:
+    """Run projections that share their input together, for faster inference on a GPU.
+
+    The model stays what it was: each module keeps its parameters, which now lie side by side in one buffer, without
+    a copy; saving, loading, adapters, training and `to_dense` work as before. The first of the projections that is
+    handed a tensor computes the outputs of all, the others pick theirs up. Moving or casting the model afterwards is
+    right but undoes the gain: call `fuse` again. Projections that turn out to read different tensors after all go back
+    to running alone.
+
+    Used without gradients only, and not in eager code under `torch.inference_mode`, where writes to a tensor cannot be
+    noticed: use `torch.no_grad` there. In code under `torch.compile`, nothing may write in place into the input between
+    the calls of the projections; no transformers model does.
+
+    Args:
+        model: holds BLR modules.
+        together: groups of names. Modules of these names in one parent that is no cross-attention run together,
+            as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias.
+
+    Returns:
+        The names of the modules of each group.
+
+    Raises:
+        ValueError: if the model has no BLR module.
+    """
+    if not any(isinstance(module, BLRLinear) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no BLR modules to fuse; compress it first")
+    found = []
+    for parent_name, parent in list(model.named_modules()):
+        if CROSS_ATTENTION.search(parent_name) or CROSS_ATTENTION.search(type(parent).__name__):
+            continue
+        children = dict(parent.named_children())
+        for names in together:
+            # PEFT keeps the layer under an adapter as base_layer
+            present = [name for name in names if name in children]
+            modules = {name: getattr(children[name], "base_layer", children[name]) for name in present}
+            for kind in dict.fromkeys(map(kind_of, modules.values())):
+                alike = {name: module for name, module in modules.items() if kind_of(module) == kind}
+                if kind is not None and len(set(alike.values())) > 1:
+                    run_together(list(alike.values()))
+                    found.append(tuple(f"{parent_name}.{name}".lstrip(".") for name in alike))
+    return found
+
+
+def unfuse(model: nn.Module):
+    """Undo `fuse`: each parameter gets memory of its own again."""
+    for module in model.modules():
+        if isinstance(module, BLRLinear) and module.siblings is not None:
+            module.siblings = None
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def kind_of(module: nn.Module) -> tuple | None:
+    """What layers must have in common to run together; None if the module cannot run with any."""
+    if not isinstance(module, BLRLinear) or module.v.is_meta:
+        return None
+    places = {(p.dtype, p.device) for p in module.parameters()}
+    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
+    return (*common, *places) if len(places) == 1 else None
+
+
+def run_together(modules: list[BLRLinear]):
+    """Make a group of modules of one kind."""
+    pack([dict(module.named_parameters(recurse=False)) for module in modules])
+    siblings = Siblings(modules)
+    for index, module in enumerate(modules):
+        module.siblings = siblings, index
+
+
+@torch.no_grad()
+def pack(layers: list[dict[str, Tensor]]):
+    """Move factors side by side, in place: v and s along their ranks; the others where neighbours have one shape.
+
+    Args:
+        layers: {"u", ("s",) "v", ("bias"): tensor} of each layer, in the order in which they run.
+    """
+    for name in layers[0]:
+        tensors = [layer[name] for layer in layers]
+        if name in ("s", "v"):
+            # s [B2, B1, R]; v [B1, rows, P], or low-rank's [rows, K]
+            move_together(tensors, 2 if name == "s" else tensors[0].dim() - 2)
+        else:
+            for _, run in itertools.groupby(tensors, key=lambda t: t.shape):
+                move_together(list(run), 0)
+
+
+def move_together(tensors: list[Tensor], dim: int):
+    """Give the tensors the parts of one buffer along `dim`, with the values they have."""
+    if len(tensors) > 1:
+        buffer = torch.cat([t.data for t in tensors], dim)
+        for tensor, part in zip(tensors, buffer.split([t.shape[dim] for t in tensors], dim), strict=True):
+            tensor.data = part

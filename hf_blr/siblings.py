@@ -1,0 +1,87 @@
+"""What layers that are handed one tensor, one after the other, share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_blr import ops
+from hf_blr.linear import BLRLinear
+from hf_blr.ops.dispatch import compute_dtype, resolve_impl
+
+#: where an input carries what its other siblings will ask for: it dies with the input, and no thread sees another's
+MARK = "_hf_blr_siblings"
+#: after so many inputs in a row that not every sibling was handed, a group has proven to be none
+PATIENCE = 8
+
+
+class Siblings:
+    """What the modules of a group share: the way to compute all of their outputs at once."""
+
+    def __init__(self, modules: list[BLRLinear]):
+        self.modules = modules
+        #: inputs since the last one that every sibling was handed
+        self.unclaimed = 0
+
+    def output(self, index: int, x: Tensor) -> Tensor | None:
+        """The output of module `index` on x `[..., K]`; None if it is better computed alone.
+
+        Outputs wait on x itself. They are used only if nothing that they depend on has changed since, and are gone
+        with x, or as soon as the last one is taken.
+        """
+        group, waiting = getattr(x, MARK, None) or (None, {})
+        if group is self and not self.wants_gradient(index, x):
+            out, state = waiting.pop(index, (None, None))
+            if not waiting:
+                self.close(x)
+            if out is not None and state == self.state(index, x):
+                return out
+        if not self.worthwhile(x):
+            return None
+        waiting = {i: (out, self.state(i, x)) for i, out in enumerate(self.compute(x))}
+        out, _ = waiting.pop(index)
+        setattr(x, MARK, (self, waiting))
+        if not torch.compiler.is_compiling():
+            self.unclaimed += 1
+        return out
+
+    def close(self, x: Tensor):
+        """The last sibling has taken its output."""
+        if torch.compiler.is_compiling():
+            # compiled code knows no delattr
+            setattr(x, MARK, None)
+        else:
+            # another thread may have been faster
+            x.__dict__.pop(MARK, None)
+            self.unclaimed = 0
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        factors = [tuple(module.factors().values()) for module in self.modules]
+        biases = [module.bias for module in self.modules]
+        return ops.siblings_linear(self.modules[0].spec.structure, x, factors, biases)
+
+    def worthwhile(self, x: Tensor) -> bool:
+        """Whether kernels run, no gradient is wanted, and a change of x would be noticed."""
+        if self.unclaimed >= PATIENCE or any(self.wants_gradient(i, x) for i in range(len(self.modules))):
+            return False
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return False
+        tensors = [t for module in self.modules for t in module._parameters.values()]
+        return resolve_impl(None, "siblings", x, *tensors) == "triton"
+
+    def wants_gradient(self, index: int, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad for p in self.modules[index].parameters(recurse=False))
+
+    def state(self, index: int, x: Tensor) -> list | None:
+        """What an output depends on, to be compared; compiled code has guards of its own."""
+        if torch.compiler.is_compiling():
+            return None
+        state = [x._version, compute_dtype(x), ops.current_impl()]
+        if x.is_cuda:
+            state.append(torch.cuda.current_stream(x.device).cuda_stream)
+        for p in self.modules[index]._parameters.values():
+            if p is not None:
+                state += p.data_ptr(), None if p.is_inference() else p._version
+        return state

@@ -1,0 +1,48 @@
+"""`tune`: measure launch settings for a model's layers on the card at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_blr.linear import BLRLinear
+from hf_blr.ops.dispatch import resolve_impl
+
+
+@torch.no_grad()
+def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
+    """Measure up to eight settings for each kind of kernel launch that the model's layers make, and keep the fastest.
+
+    Nobody has to: without it, launches follow rules that were measured on an H100. It takes some seconds for each kind
+    of layer and number of tokens. Later processes on the same kind of card read the results. Call it on a model in
+    the form it will run in, after `fuse`.
+
+    Args:
+        model: holds BLR modules, on a GPU.
+        tokens: numbers of rows to measure for; each stands for those down to the power of two below it.
+
+    Returns:
+        The file with the settings measured on this kind of card.
+
+    Raises:
+        ValueError: if no BLR module of the model runs on kernels.
+    """
+    modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
+    modules = [module for module in modules if resolve_impl(None, "siblings", module.v, module.u) == "triton"]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
+
+    from hf_blr.ops.triton.tuned import file_of, tuning
+
+    seen = set()
+    for module in modules:
+        group = [module] if module.siblings is None else module.siblings[0].modules
+        kind = (module.v.dtype, module.v.device, *((m.spec, m.bias is None) for m in group))
+        if kind not in seen:
+            seen.add(kind)
+            for count in tokens:
+                with tuning():
+                    module(torch.randn(count, module.in_features, dtype=module.v.dtype, device=module.v.device))
+    return file_of(modules[0].v.device)

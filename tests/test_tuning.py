@@ -1,0 +1,120 @@
+"""The tuner under Triton's interpreter: what it tries, keeps and reads again, with a clock of our own."""
+
+import json
+
+import pytest
+import torch
+from compile_targets import DEVICES
+from tiny import tiny_llama
+
+import hf_blr
+from hf_blr import ops
+from hf_blr.config import BLRConfig
+from hf_blr.ops.triton import launch, tuned
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures with a clock of its own, on the CPU")
+RULE = launch.MixConfig(16, 16, False, 4)
+OTHER = launch.MixConfig(32, 16, False, 4)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_BLR_CACHE", str(tmp_path))
+    tuned.table_of.cache_clear()
+    yield tmp_path
+    tuned.table_of.cache_clear()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """{setting: seconds}; one that is not listed takes a second. Filled by `run`."""
+    times, latest = {}, []
+    monkeypatch.setattr(tuned, "seconds", lambda call: call() or times.get(latest[-1], 1.0))
+    times["run"] = latest.append
+    return times
+
+
+def launched(times, tokens=100):
+    """The setting that a launch takes."""
+    used = []
+    tuned.launch(lambda c: times["run"](c) or used.append(c), "mix", RULE, tokens, (4, 4), torch.empty(1))
+    return used[-1]
+
+
+def test_the_rule_holds_unless_asked_to_tune(clock, folder):
+    clock[OTHER] = 0.1
+    assert launched(clock) == RULE and not list(folder.iterdir())
+
+
+def test_the_fastest_is_kept_and_read_by_later_processes(clock, folder):
+    clock[OTHER] = 0.5
+    with tuned.tuning():
+        assert launched(clock) == OTHER
+    tuned.table_of.cache_clear()
+    assert launched(clock, tokens=128) == OTHER
+    assert launched(clock, tokens=129) == RULE
+    (file,) = folder.iterdir()
+    assert json.loads(file.read_text()) == {"mix 128 4 4 4": [32, 16, False, 4]}
+
+
+def test_noise_does_not_replace_the_rule(clock):
+    clock[OTHER] = 0.99
+    with tuned.tuning():
+        assert launched(clock) == RULE
+
+
+def test_settings_that_do_not_fit_the_card_are_passed_over(monkeypatch):
+    def seconds(call):
+        if call() == OTHER:
+            raise tuned.triton.OutOfResources(1, 2, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tuned, "seconds", seconds)
+    assert tuned.fastest(lambda config: config, [RULE, OTHER]) == RULE
+
+
+def test_a_broken_file_is_reported_and_not_used(clock, folder, caplog):
+    tuned.file_of(torch.device("cpu")).write_text("{")
+    assert launched(clock) == RULE
+    assert "cannot be read" in caplog.text
+
+
+def test_saving_keeps_what_other_processes_added(folder):
+    path = tuned.file_of(torch.device("cpu"))
+    tuned.save({"a": [1]}, path)
+    tuned.save({"b": [2]}, path)
+    assert json.loads(path.read_text()) == {"a": [1], "b": [2]}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_at_most_eight_settings_are_tried(device):
+    rules = [
+        launch.gemm_config(1024, 1024, 2, device),
+        launch.mix_config(4, 4, 1024, False, device),
+        launch.mix_config(16, 16, 1024, True, device),
+        launch.project_config(4, 4096, 1024, 1, True, 2, device),
+        launch.expand_config(1024, 16, 2, device),
+    ]
+    for rule in rules:
+        found = tuned.candidates(rule)
+        assert found[0] == rule and 4 <= len(found) <= 8 and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("structure", ["monarch", "blast"])
+def test_a_model_is_tuned_for_each_kind_of_layer(structure, folder, monkeypatch):
+    model = tiny_llama()
+    hf_blr.compress(model, BLRConfig(structure, ratio=0.6, num_blocks=4))
+    with pytest.raises(ValueError, match="nothing to tune"):
+        hf_blr.tune(model)
+    measured = []
+    monkeypatch.setattr(tuned, "fastest", lambda run, configs: measured.append(run) or configs[0])
+    with ops.use_impl("triton"):
+        path = hf_blr.tune(model, tokens=(1, 40))
+        count = len(measured)
+        assert count == len(json.loads(path.read_text())) > 4
+        hf_blr.tune(model, tokens=(1, 40))
+        assert len(measured) == count
+        # layers that run together are launches of their own
+        hf_blr.fuse(model)
+        hf_blr.tune(model, tokens=(1,))
+        assert len(measured) > count
