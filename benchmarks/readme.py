@@ -141,8 +141,10 @@ def quality_section() -> str:
     texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
     columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
+    shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
     return (
-        f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit. "
+        f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit, or of the "
+        f"refinement; the statistics that all fits share took {shared:.0f} s. "
         f"{machine(result['environment'])}."
     )
 

@@ -1,8 +1,8 @@
 """Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
 
 `siblings_linear` runs several layers of one structure on one input. Each runs hand-written kernels or plain
-PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton", "reference" or "dense". `use_impl` sets it
-for a block of code.
+PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton", "reference" or "dense". `use_impl` sets
+it for a block of code.
 """
 
 from __future__ import annotations
