@@ -7,7 +7,6 @@ number of stored values buys when a factor pair of rank r costs r (m + n) - r^2 
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
-from hf_blr.cli.options import environment
+from hf_blr.environment import environment
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import whole_model_grams
+from hf_blr.results.files import ResultFile
 from hf_blr.structures import make_spec, structure_class
 
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)
@@ -132,17 +132,18 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "symmetries.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    protocol = {"layers": LAYERS, "tokens": WINDOWS * SEQLEN, "rounds": ROUNDS, "error": "on the calibration tokens"}
-    result = {"environment": environment(), "protocol": protocol, "blast": [], "storage": [], "reorder": []}
+    protocol = (
+        f"relative error on the {WINDOWS * SEQLEN} calibration tokens themselves, {ROUNDS} rounds, equal stored "
+        f"numbers; layers {', '.join(map(str, LAYERS))} as far as there are rows"
+    )
+    file = ResultFile(args.out, {"protocol": protocol, "environment": environment()})
     for sizes in ((2, 2, 8, 8, 4), (3, 4, 7, 6, 5), (4, 4, 6, 6, 3)):
         stored, free = free_numbers(*sizes)
-        result["blast"].append({"b1,b2,p,q,r": sizes, "stored": stored, "free": free})
+        file.add([{"study": "gauge", "structure": "blast", "b1,b2,p,q,r": sizes, "stored": stored, "free": free}])
     data = load(args.text)
     for layer in LAYERS:
-        result["storage"] += storage_rows(data, layer)
-        result["reorder"] += reorder_rows(data, layer)
-        # a run that is cut short leaves the layers that it finished
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        file.add([{"study": "storage", **row} for row in storage_rows(data, layer)])
+        file.add([{"study": "reorder", **row} for row in reorder_rows(data, layer)])
         print("layer", layer, flush=True)
 
 
