@@ -8,7 +8,8 @@ from hf_blr.bench.ceilings import predictions
 from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.tables import compared, kind_of
 
-COLOURS = {"dense": "#444444", "low_rank": "#1f77b4", "monarch": "#2ca02c", "blast": "#d62728"}
+COLOURS = {"dense": "#444444", "low_rank": "#1f77b4", "monarch": "#2ca02c", "blast": "#d62728", "auto": "#9467bd"}
+STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDP"
 #: inches; small, so that letters stay readable on a phone
 SIZE = (5.5, 3.8)
 
@@ -59,10 +60,9 @@ def speed_up(plt, rows: list[dict]):
             key = row["structure"], "{}x{}".format(*row["blocks"])
             lines.setdefault(key, []).append((row["tokens"], row["speedup_vs_dense"]))
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    styles = ["-", "--", ":", "-."]
     seen: dict[str, int] = {}
     for (structure, blocks), points in lines.items():
-        style = styles[seen.setdefault(structure, 0) % len(styles)]
+        style = STYLES[seen.setdefault(structure, 0) % len(STYLES)]
         seen[structure] += 1
         label = structure if structure == "low_rank" else f"{structure} {blocks}"
         axes.plot(*zip(*sorted(points), strict=True), style, marker="o", color=COLOURS[structure], label=label)
@@ -128,20 +128,26 @@ def quality(plt, rows: list[dict]):
     )
     for axes, panel in zip(grid[:, 0], panels, strict=True):
         mine = [row for row in rows if (row.get("model"), row.get("dataset")) == panel]
-        for structure in dict.fromkeys(row.get("structure") for row in mine):
-            for method in dict.fromkeys(row.get("method") for row in mine if row.get("structure") == structure):
-                points = sorted(
-                    (row["bytes"] / 1e6, row["ppl"])
-                    for row in mine
-                    if (row.get("structure"), row.get("method")) == (structure, method)
-                )
-                label = " ".join(part for part in (structure, method) if part)
-                axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS.get(structure), label=label)
+        seen: dict[str | None, int] = {}
+        for key in dict.fromkeys(quality_key(row) for row in mine):
+            structure, blocks, method = key
+            points = sorted((row["bytes"] / 1e6, row["ppl"]) for row in mine if quality_key(row) == key)
+            # one colour a structure; its methods differ in line and marker
+            number = seen[structure] = seen.get(structure, -1) + 1
+            look = {"linestyle": STYLES[number % len(STYLES)], "marker": MARKERS[number % len(MARKERS)]}
+            label = " ".join(part for part in (structure, blocks, method) if part)
+            axes.plot(*zip(*points, strict=True), **look, color=COLOURS[structure or "dense"], label=label)
         for ppl in {row["dense_ppl"] for row in mine if row.get("dense_ppl")}:
             axes.axhline(ppl, color=COLOURS["dense"], linewidth=1)
         axes.set(yscale="log", xlabel="MB", ylabel="perplexity", title=" on ".join(part for part in panel if part))
         axes.legend(fontsize=8)
     return figure
+
+
+def quality_key(row: dict) -> tuple[str | None, str, str | None]:
+    """What one line of the plot shows: structure, blocks, method."""
+    blocks = row.get("blocks")
+    return row.get("structure"), "{}x{}".format(*blocks) if blocks else "", row.get("method")
 
 
 def as_svg(figure) -> str:
