@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from hf_blr.compression import put_factors
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize.blockwise import evaluating
@@ -14,7 +15,6 @@ from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.gram import damped, solve_psd
 from hf_blr.factorize.sequential import SequentialChain
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.linear import LINEARS
 from hf_blr.ops.reference import blast_dense
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast
@@ -36,7 +36,7 @@ def svd_llm_updated(dense: nn.Module, ratio: float, statistics: Statistics, batc
                 _, v = low_rank_factors(weight, plan[name].spec.rank, damped(statistics.grams[name], config.damping))
                 image = v @ damped(problem.gram, config.damping)
                 u = solve_psd((image @ v.mT).double(), (image @ weight.mT).double()).mT.float()
-                put(model, name, plan[name], {"u": u, "v": v})
+                put_factors(model, name, plan[name], {"u": u, "v": v})
     return model
 
 
@@ -51,7 +51,7 @@ def blast_by_gradients(dense: nn.Module, ratio: float, num_blocks, steps: int) -
         weights = torch.stack([dense_weight(model.get_submodule(name)).float() for name in names])
         factors = preconditioned_descent(weights, spec, steps)
         for i, name in enumerate(names):
-            put(model, name, plan[name], {key: value[i] for key, value in factors.items()})
+            put_factors(model, name, plan[name], {key: value[i] for key, value in factors.items()})
     return model
 
 
@@ -84,12 +84,6 @@ def preconditioned_descent(weights: Tensor, spec: Blast, steps: int, delta: floa
         hessian = (u.mT @ u)[:, :, None] * (v @ v.mT)[:, None] + shift[:, :, None]
         s = s - size * solve_psd(hessian, gradient.unsqueeze(-1)).squeeze(-1)
     return {"u": u * scale[..., None], "s": s, "v": v}
-
-
-def put(model: nn.Module, name: str, layer, tensors: dict[str, Tensor]):
-    """Replaces the dense layer by one with these factors."""
-    bias = model.get_submodule(name).bias
-    model.set_submodule(name, LINEARS[type(layer.spec)].from_factors(layer.spec, tensors, bias, layer.transposed))
 
 
 def dense_of(factors: dict[str, Tensor]) -> Tensor:

@@ -72,15 +72,15 @@ def share_budget(
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
     shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}
-    factors = trial_factors(layers, free, shapes, config) if config.structure == AUTO else {}
+    curves = {name: layer.curve() for name, layer in layers.items()}
+    factors = trial_factors(layers, curves, shapes, config.ratio) if config.structure == AUTO else {}
     options = {}
     for name, spec in free.items():
-        curve = layers[name].curve()
         options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
             factor = factors.get((kind_of(name), shape.structure, shape.num_blocks), 1.0)
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
-                loss = factor * interpolate(curve, equivalent_rank(candidate))
+                loss = factor * interpolate(curves[name], equivalent_rank(candidate))
                 options[name].append(Option(candidate, budget.of(candidate), loss))
     amount = budget.amount
     if amount is None:
@@ -122,10 +122,10 @@ class Layer:
         )
 
 
-def trial_factors(layers: dict[str, Layer], free: dict[str, BLRSpec], shapes, config: BLRConfig) -> dict[tuple, float]:
+def trial_factors(layers: dict[str, Layer], curves: dict[str, Tensor], shapes, ratio: float) -> dict[tuple, float]:
     """{(kind of layer, structure, blocks): its loss over low-rank's at equal parameters}, from short fits of a few."""
     kinds: dict[str, list[str]] = {}
-    for name in free:
+    for name in layers:
         kinds.setdefault(kind_of(name), []).append(name)
     factors = {}
     for kind, names in kinds.items():
@@ -133,8 +133,8 @@ def trial_factors(layers: dict[str, Layer], free: dict[str, BLRSpec], shapes, co
         for shape in shapes[names[0]]:
             logs = []
             for name in tried if shape.structure != "low_rank" else ():
-                spec = at_ratio(shape, config.ratio)
-                low_rank = interpolate(layers[name].curve(), equivalent_rank(spec))
+                spec = at_ratio(shape, ratio)
+                low_rank = interpolate(curves[name], equivalent_rank(spec))
                 if low_rank > 0:
                     logs.append(math.log(max(layers[name].trial(spec), 1e-30) / low_rank))
             factors[kind, shape.structure, shape.num_blocks] = math.exp(sum(logs) / len(logs)) if logs else 1.0

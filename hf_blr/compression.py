@@ -19,7 +19,7 @@ from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.sequential import Problem, SequentialChain
 from hf_blr.integration.record import record_plan
 from hf_blr.linear import LINEARS
-from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
+from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.report import CompressionReport, LayerReport
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def compress(
 
     Raises:
         ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
-            is partly offloaded, there is too little calibration text, or `config.fisher` meets a model without logits.
+            is partly offloaded, there is too little calibration text, or a model without logits meets a config that
+            needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
@@ -142,10 +143,16 @@ def replace_layer(model, name, plan: Plan, problem: Problem, output_gram, config
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    tensors = {key: value.to(module.weight) for key, value in factors.tensors.items()}
-    fitted = LINEARS[type(spec)].from_factors(spec, tensors, module.bias, plan[name].transposed)
-    model.set_submodule(name, fitted.train(module.training))
+    put_factors(model, name, plan[name], factors.tensors)
     return LayerReport(name, spec, factors.rel_error, factors.rounds, time.perf_counter() - started)
+
+
+def put_factors(model: nn.Module, name: str, layer: LayerPlan, tensors: dict[str, Tensor]):
+    """Replaces a dense layer by one with these factors, in its dtype, device, mode and with its bias."""
+    module = model.get_submodule(name)
+    tensors = {key: value.to(module.weight) for key, value in tensors.items()}
+    fitted = LINEARS[type(layer.spec)].from_factors(layer.spec, tensors, module.bias, layer.transposed)
+    model.set_submodule(name, fitted.train(module.training))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

@@ -50,6 +50,16 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
+@contextmanager
+def hooked(handles: list):
+    """Takes the hooks behind these handles off again at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def run(model: nn.Module, batch: Batch):
     """A forward that fills no key-value cache."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
@@ -91,11 +101,8 @@ class BlockChain:
         handles = [
             model.get_submodule(prefix).register_forward_hook(record(prefix), with_kwargs=True) for prefix in groups
         ]
-        try:
+        with hooked(handles):
             run(body, batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
         order = list(groups)
         chained = list(calls) == order and all(args and torch.is_tensor(args[0]) for args, _ in calls.values())
         if not chained or any(outputs[a] is not calls[b][0][0] for a, b in zip(order, order[1:], strict=False)):
@@ -107,11 +114,17 @@ class BlockChain:
 
     def run(self) -> Iterator[dict[str, Tensor]]:
         for prefix, names in self.groups.items():
-            block, (args, kwargs) = self.model.get_submodule(prefix), self.calls.pop(prefix)
+            block, call = self.model.get_submodule(prefix), self.calls.pop(prefix)
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, hidden in enumerate(self.hidden):
-                    self.hidden[i] = first(block(hidden, *args, **kwargs))
+                    self.hidden[i] = self.forward(block, hidden, call)
             yield collector.grams
+
+    @torch.no_grad()
+    def forward(self, block: nn.Module, hidden: Tensor, call: tuple) -> Tensor:
+        """The block's hidden states, for those that enter it; `call` is what else it was called with."""
+        args, kwargs = call
+        return first(block(hidden, *args, **kwargs))
 
 
 def group_by_block(names: list[str]) -> dict[str, list[str]] | None:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_blr.factorize.blockwise import Batch, evaluating, hooked, run
 from hf_blr.factorize.calibrate import GramCollector
 from hf_blr.factorize.metric import metric_blocks
-
-Batch = dict[str, Tensor]
 
 
 class NoLogits(ValueError):
@@ -55,21 +54,17 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     tokens = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
     handles = [module.register_forward_hook(watch(name, output_grams)) for name, module in modules.items()]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        with GramCollector(modules) as collector, torch.enable_grad():
+        with evaluating(model), hooked(handles), GramCollector(modules) as collector, torch.enable_grad():
             for batch in rows_of(batches):
                 loss, count = sampled_loss(model, batch, seed + tokens)
                 tokens += count
                 loss.backward()
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-        model.train(was_training)
     return Statistics(collector.grams, output_grams, tokens)
 
 
@@ -106,8 +101,7 @@ def rows_of(batches: list[Batch]):
 
 def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int]:
     """The summed loss of labels drawn from the model's own predictions, and how many there are."""
-    cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    logits = getattr(model(**{k: v for k, v in batch.items() if k != "labels"}, **cache), "logits", None)
+    logits = getattr(run(model, {k: v for k, v in batch.items() if k != "labels"}), "logits", None)
     if logits is None:
         raise NoLogits(
             f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.dense import dense_weight, is_dense_linear
-from hf_blr.factorize.blockwise import BlockChain, ReachedBlock, first
+from hf_blr.factorize.blockwise import BlockChain, ReachedBlock, hooked
 from hf_blr.factorize.gram import cholesky, damped
 
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
@@ -70,11 +70,6 @@ class SequentialChain(BlockChain):
                 compressed[i] = self.forward(block, hidden, call)
             self.hidden = dense.left
 
-    @torch.no_grad()
-    def forward(self, block, hidden, call) -> Tensor:
-        args, kwargs = call
-        return first(block(hidden, *args, **kwargs))
-
     def run_dense(self, block: nn.Module, prefix: str, names: list[str], call) -> DenseRun:
         """Passes all batches through the still dense block."""
         run = DenseRun(self.hidden)
@@ -84,12 +79,9 @@ class SequentialChain(BlockChain):
         # copies, since what runs next may write into them
         handles = [self.on_input(name, lambda x, to=to: to.append(x.clone())) for name, to in run.inputs.items()]
         handles += [self.on_output(name, lambda x, to=to: to.append(x.clone())) for name, to in run.written.items()]
-        try:
+        with hooked(handles):
             for hidden in self.hidden:
                 run.left.append(self.forward(block, hidden, call))
-        finally:
-            for handle in handles:
-                handle.remove()
         return run
 
     def survey(self, block, prefix, names, call) -> tuple[list[list[str]], list[str]]:
@@ -112,12 +104,9 @@ class SequentialChain(BlockChain):
         dense = [name for name, module in block.named_modules(prefix=prefix) if is_dense_linear(module)]
         handles = [self.on_input(name, lambda x, name=name: see(name, x)) for name in dense]
         handles += [self.on_output(name, lambda x, name=name: outputs.update({name: x.clone()})) for name in dense]
-        try:
-            entered = self.hidden[0]
+        entered = self.hidden[0]
+        with hooked(handles):
             left = self.forward(block, entered, call)
-        finally:
-            for handle in handles:
-                handle.remove()
         return groups, residual_writers(left.float() - entered.float(), outputs)
 
     def group_problems(self, block, call, dense: DenseRun, group, compressed, damping) -> dict[str, Problem]:
@@ -161,12 +150,10 @@ class SequentialChain(BlockChain):
         handles = [self.on_input(name, stop)]
         handles += [self.on_output(key, lambda x, key=key: written.update({key: x.clone()})) for key in outputs_of]
         try:
-            self.forward(block, hidden, call)
+            with hooked(handles):
+                self.forward(block, hidden, call)
         except ReachedBlock as reached:
             return reached.hidden, written
-        finally:
-            for handle in handles:
-                handle.remove()
         return None, written
 
     def on_input(self, name: str, see: Callable[[Tensor], None]):
