@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.factorize.calibrate import GramCollector
+from hf_blr.factorize.precision import calibrating
 
 Batch = dict[str, Tensor]
 
@@ -61,9 +62,10 @@ def hooked(handles: list):
 
 
 def run(model: nn.Module, batch: Batch):
-    """A forward that fills no key-value cache."""
+    """A calibration forward, which fills no key-value cache."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return model(**batch, **cache)
+    with calibrating(model):
+        return model(**batch, **cache)
 
 
 def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Module:
@@ -124,7 +126,8 @@ class BlockChain:
     def forward(self, block: nn.Module, hidden: Tensor, call: tuple) -> Tensor:
         """The block's hidden states, for those that enter it; `call` is what else it was called with."""
         args, kwargs = call
-        return first(block(hidden, *args, **kwargs))
+        with calibrating(block):
+            return first(block(hidden, *args, **kwargs))
 
 
 def group_by_block(names: list[str]) -> dict[str, list[str]] | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_blr.factorize.blockwise import Batch, evaluating, hooked, run
 from hf_blr.factorize.calibrate import GramCollector
 from hf_blr.factorize.metric import metric_blocks
+from hf_blr.factorize.precision import exact
 
 
 class NoLogits(ValueError):
@@ -77,7 +78,8 @@ def watch(name: str, output_grams: dict[str, Tensor]):
 
         def add(gradient):
             g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
-            product = g.mT @ g
+            with exact(g):
+                product = g.mT @ g
             if name in output_grams:
                 output_grams[name] += product
             else:
