@@ -129,17 +129,18 @@ def test_attention_needs_no_mask_in_memory():
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with measure.maskless_attention(model):
+        with measure.maskless_attention(model, "text"):
             assert model.config._attn_implementation == measure.CAUSAL_SDPA
             torch.testing.assert_close(model(input_ids=ids).logits, plain)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_training_step_moves_the_projections_alone():
+@pytest.mark.parametrize("form", ["eager", "graph"])
+def test_a_training_step_moves_the_projections_alone(form):
     model = build_model(tiny_shape(), Variant.parse("monarch:4x4"), 0.5, "cpu", torch.float32)
     names = rows.trained_names(tiny_shape())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    row = measure.training(model, "text", names, 1, 8, Timer("cpu", 0.01, 3))
+    row = measure.training(model, "text", names, 1, 8, form, "default", Timer("cpu", 0.01, 3))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if name.endswith("_proj.u") or name.endswith("_proj.v")}
     assert row["trained_parameters"] == sum(before[name].numel() for name in moved) and row["ms"] > 0
@@ -164,12 +165,13 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert main([*arguments, *small, *options, "--json", str(file)]) == 0
     result = read_result(file)
     by = {(r["variant"], r["measurement"], r.get("form")): r for r in result["rows"]}
-    assert len(result["rows"]) == len(by) == 3 * 6 + 1
+    assert len(result["rows"]) == len(by) == 3 * 7 + 1
     assert "divisible" in by["monarch:7x7", "build", None]["error"]
     for variant in ("dense", "blast:4x4", "low_rank:paper"):
         for form in ("eager", "graph"):
             assert by[variant, "prefill", form]["ms"] > 0 and by[variant, "decode", form]["tokens_per_second"] > 0
-        assert by[variant, "training", "eager"]["ms"] > 0 and by[variant, "storage", "eager"]["load_s"] > 0
+            assert by[variant, "training", form]["ms"] > 0
+        assert by[variant, "decode", "graph"]["graph_ms"] > 0 and by[variant, "storage", "eager"]["load_s"] > 0
         assert not any("error" in row for key, row in by.items() if key[0] == variant)
     dense, blast = by["dense", "storage", "eager"], by["blast:4x4", "storage", "eager"]
     assert blast["disk_bytes"] < dense["disk_bytes"] and blast["weight_bytes"] < dense["weight_bytes"]
@@ -192,7 +194,12 @@ def test_a_picture_has_the_tokens_that_it_has():
     shape = models.Shape("image", models.vit(**sizes, image_size=16, patch_size=8, num_labels=3), prefill=(5,))
     request = rows.Request(tokens=(7,), batches=(2,), forms=("graph",), dtype=torch.float32, stop_at_errors=True)
     found = list(rows.model_rows("vit", shape, [Variant("low_rank")], request, Timer("cpu", 0.01, 3)))
-    assert [(r["measurement"], r.get("tokens")) for r in found] == [("prefill", 5), ("training", 5), ("storage", None)]
+    assert [(r["measurement"], r.get("tokens")) for r in found] == [
+        ("prefill", 5),
+        ("training", 5),
+        ("training", 5),
+        ("storage", None),
+    ]
 
 
 def test_diffusers_is_asked_for_by_name(monkeypatch):

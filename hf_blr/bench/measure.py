@@ -34,8 +34,7 @@ def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mod
         call = torch.compile(model, mode=WHOLE_MODES[mode], dynamic=False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if kind == "text":
-            stack.enter_context(maskless_attention(model))
+        stack.enter_context(maskless_attention(model, kind))
         forget_peak(timer.device)
         if form in ("graph", "compiled"):
             run = timer.captured(lambda: call(**inputs))
@@ -47,8 +46,15 @@ def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mod
 
 
 @contextlib.contextmanager
-def maskless_attention(model: nn.Module):
-    """Within this context the model attends causally by SDPA's own flag, without a mask in memory."""
+def maskless_attention(model: nn.Module, kind: str):
+    """Within this context a transformers model attends by SDPA without a mask in memory, text causally by its flag.
+
+    Masks that are not needed are left out, except under graph capture: there one would be built, and blocks be compiled
+    once more for it, which fails.
+    """
+    if kind == "diffusion":
+        yield
+        return
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -61,29 +67,41 @@ def maskless_attention(model: nn.Module):
         model.set_attn_implementation(before)
 
 
-def training(model: nn.Module, kind: str, names: list[str], batch: int, tokens: int, timer: Timer) -> dict:
+#: of a training step; torch.compile of a whole model with its loss takes minutes
+TRAINING_FORMS = ("eager", "graph", "compiled")
+
+
+def training(
+    model: nn.Module, kind: str, names: list[str], batch: int, tokens: int, form: str, mode: str, timer: Timer
+) -> dict:
     """{"ms", "peak_bytes", "trained_parameters"} of one step as the Trainer takes it: AdamW, norms clipped at one.
 
     Args:
         names: the modules that train, dense or compressed.
+        form: of `TRAINING_FORMS`; but for "eager" the whole step, the optimizer's part included, is one CUDA graph.
     """
     model.train().requires_grad_(False)
     trained = [p for name in names for p in model.get_submodule(name).parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
     inputs = training_inputs(model, kind, batch, tokens, timer.device)
-    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.0, fused=timer.on_gpu)
+    optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.0, fused=timer.on_gpu, capturable=timer.on_gpu)
+    call = with_compiled_pieces(model, repeated_blocks(model), mode) if form == "compiled" else model
     forget_peak(timer.device)
 
     def step():
-        model(**inputs).loss.backward()
+        call(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(2):
-        step()
-    seconds = timer.median(step)
+    with maskless_attention(model, kind):
+        if form == "eager":
+            for _ in range(2):
+                step()
+            seconds = timer.median(step)
+        else:
+            seconds = timer.median(timer.captured(step))
     model.eval().requires_grad_(False)
     return {
         "ms": seconds * 1e3,

@@ -25,7 +25,8 @@ class Request:
         measurements: of `measure.MEASUREMENTS`.
         tokens: of a forward over text; None takes the model's own list.
         batches: of a forward.
-        forms: of `forms.FORMS`, for forwards and generation.
+        forms: of `forms.FORMS`, for forwards and generation; those in `measure.TRAINING_FORMS` for training, beside
+            eager.
         mode: of torch.compile, of `forms.MODES`.
         decode_batches, prompt, new_tokens: of generation.
         training_batch, training_tokens: of a training step.
@@ -118,10 +119,12 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 )
     if "training" in wanted and shape.kind != "diffusion":
         batch, t = request.training_batch, request.training_tokens if shape.kind == "text" else tokens[0]
-        yield (
-            {"measurement": "training", "batch": batch, "tokens": t, "form": "eager"},
-            lambda: measure.training(model, shape.kind, names, batch, t, timer),
-        )
+        for form in (f for f in measure.TRAINING_FORMS if f in ("eager", *request.forms)):
+            settings = {"measurement": "training", "batch": batch, "tokens": t, "form": form}
+            yield (
+                settings | mode_of(form, mode),
+                lambda f=form: measure.training(model, shape.kind, names, batch, t, f, mode, timer),
+            )
     if "storage" in wanted and shape.kind != "diffusion":
         yield {"measurement": "storage", "form": "eager"}, lambda: measure.storage(model, timer.device)
 

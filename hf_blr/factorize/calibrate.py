@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_blr.factorize.precision import exact
-
 
 class GramCollector:
     """A context manager in which every forward adds the named layers' inputs to their Gram matrices.
@@ -54,8 +52,7 @@ class GramCollector:
                 self._close_group()
                 rows = x.detach().reshape(-1, x.shape[-1]).float()
                 # at once: what runs next may write into x
-                with exact(rows):
-                    self._input, self._gram = x, rows.mT @ rows
+                self._input, self._gram = x, rows.mT @ rows
             self._reached.append(name)
 
         return count

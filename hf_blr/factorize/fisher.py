@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from hf_blr.factorize.blockwise import Batch, evaluating, hooked, run
 from hf_blr.factorize.calibrate import GramCollector
 from hf_blr.factorize.metric import metric_blocks
-from hf_blr.factorize.precision import exact
+
+#: models of fewer parameters than this take so many sequences at once on a GPU; 2048 tokens of one with 135 M and 49152
+#: words need 5 GB in float32
+SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
 
 
 class NoLogits(ValueError):
@@ -59,7 +62,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     model.requires_grad_(False)
     try:
         with evaluating(model), hooked(handles), GramCollector(modules) as collector, torch.enable_grad():
-            for batch in rows_of(batches):
+            for batch in parts_of(batches, sequences_at_once(model)):
                 loss, count = sampled_loss(model, batch, seed + tokens)
                 tokens += count
                 loss.backward()
@@ -78,8 +81,7 @@ def watch(name: str, output_grams: dict[str, Tensor]):
 
         def add(gradient):
             g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
-            with exact(g):
-                product = g.mT @ g
+            product = g.mT @ g
             if name in output_grams:
                 output_grams[name] += product
             else:
@@ -93,12 +95,22 @@ def watch(name: str, output_grams: dict[str, Tensor]):
     return hook
 
 
-def rows_of(batches: list[Batch]):
-    """One sequence at a time: a backward keeps every layer's activations."""
+def sequences_at_once(model: nn.Module) -> int:
+    """How many go through one backward, which keeps every layer's activations: one, and more where they are small.
+
+    A GPU idles while one short sequence after the other is launched; a CPU does not.
+    """
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) < SMALL_MODEL
+    return SEQUENCES_OF_SMALL_MODELS if small and parameters[0].is_cuda else 1
+
+
+def parts_of(batches: list[Batch], count: int):
+    """The batches in parts of at most `count` sequences."""
     for batch in batches:
         size = len(next(iter(batch.values())))
-        for i in range(size):
-            yield {key: value[i : i + 1] if len(value) == size else value for key, value in batch.items()}
+        for i in range(0, size, count):
+            yield {key: value[i : i + count] if len(value) == size else value for key, value in batch.items()}
 
 
 def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int]:

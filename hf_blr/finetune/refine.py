@@ -49,7 +49,7 @@ def refine(
     epochs: int = 8,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
-    distill_weight: float = 0.5,
+    distill_weight: float = 0.9,
     seed: int = 0,
 ) -> list[dict]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -42,10 +43,11 @@ def current_impl() -> str:
 def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
     """The implementation to run, "triton", "reference" or "dense".
 
-    The rule of "auto", measured on an H100 (`benchmarks/NOTES.md`): kernels wherever they can run on a GPU,
-    except for low-rank with more than `FEW_TOKENS` tokens, or with more than one and a rank above 1024. It is
-    two plain matrix products, which cuBLAS does best there. "dense" multiplies the factors out and x by the
-    result, which only pays in training with many times more tokens than the rank; nothing chooses it by itself.
+    The rule of "auto", measured on an H100 and, in float32, on an H200 (`benchmarks/NOTES.md`): kernels wherever they
+    can run on a GPU, except in float32, where tensor cores are no help, and for low-rank with more than `FEW_TOKENS`
+    tokens, or with more than one and a rank above 1024: it is two plain matrix products, which cuBLAS does best there.
+    "dense" multiplies the factors out and x by the result, which only pays in training with many times more tokens than
+    the rank; nothing chooses it by itself.
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.
@@ -59,15 +61,23 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     impl = _default if impl is None else check_impl(impl)
     if impl in ("reference", "dense"):
         return impl
+    if impl == "auto" and not (x.is_cuda and worthwhile(structure, x, tensors)):
+        return "reference"
     reason = why_not_triton(x, tensors)
+    if reason is None:
+        return "triton"
     if impl == "triton":
-        if reason is not None:
-            raise RuntimeError(f'impl="triton" cannot run: {reason}; use impl="auto" or "reference"')
-        return impl
-    worth = x.is_cuda and reason is None
-    if worth and structure == "low_rank":
-        worth = few_tokens(x) and (x.numel() == x.shape[-1] or tensors[0].shape[-1] <= 1024)
-    return "triton" if worth else "reference"
+        raise RuntimeError(f'impl="triton" cannot run: {reason}; use impl="auto" or "reference"')
+    return "reference"
+
+
+def worthwhile(structure: str, x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether kernels that can run are faster than PyTorch's products."""
+    if compute_dtype(x) == torch.float32:
+        return False
+    if structure == "low_rank":
+        return few_tokens(x) and (x.numel() == x.shape[-1] or tensors[0].shape[-1] <= 1024)
+    return True
 
 
 def few_tokens(x: Tensor) -> bool:
@@ -80,7 +90,7 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
     if _TRITON_PROBLEM:
         return _TRITON_PROBLEM
     if x.is_cuda:
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
+        if capability(x.device.index) < (8, 0):
             return "the GPU is older than Ampere (compute capability 8.0)"
     elif not (_INTERPRETED and x.device.type == "cpu"):
         return f"the tensors are on {x.device.type}, not on a CUDA GPU"
@@ -93,6 +103,12 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t.dtype != dtype and compute_dtype(t) != dtype:
             return f"the factors have dtype {t.dtype} and the input {dtype}"
     return None
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """The GPU's compute capability; asked once, not for every layer of every token."""
+    return torch.cuda.get_device_capability(index)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
