@@ -21,10 +21,14 @@ SPEED_LAYER = ("Llama-7B", "q,k,v,o")
 def demo_section() -> str:
     """Perplexities of the demo, and the conditions."""
     result = json.loads((RESULTS / "demo.json").read_text())
+    on_gpu = json.loads((RESULTS / "demo_h200.json").read_text())
+    found = ", ".join(f"{row['model']} {row['perplexity']:.2f}" for row in on_gpu["rows"])
     return (
         f"{format_table(result['rows'])}\n\n{result['conditions']} `{result['command']}`, {result['seconds']:.0f} s in "
         f"all; {machine(result['environment'])}, Python {result['environment']['python']}, "
-        f"transformers {result['environment']['transformers']}. `seconds` are those of the fit."
+        f"transformers {result['environment']['transformers']}. `seconds` are those of the fit. "
+        f"On a GPU the same command takes {on_gpu['seconds']:.0f} s ({machine(on_gpu['environment'])}, Python "
+        f"{on_gpu['environment']['python']}, whose documentation is another: {found})."
     )
 
 
@@ -72,10 +76,7 @@ def groups_section() -> str:
 
 def models_section() -> str:
     """Whole models: prefill, decoding, a training step."""
-    file = RESULTS / "models_h100.json"
-    if not file.exists():
-        return "No whole model has been measured on a GPU yet; `hf-blr bench model` does."
-    result = read_result(file)
+    result = read_result(RESULTS / "models_h200.json")
     good = [row for row in result["rows"] if "error" not in row]
     rows = []
     for measurement in ("prefill", "decode", "training"):

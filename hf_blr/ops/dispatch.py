@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -90,7 +89,7 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
     if _TRITON_PROBLEM:
         return _TRITON_PROBLEM
     if x.is_cuda:
-        if capability(x.device.index) < (8, 0):
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
             return "the GPU is older than Ampere (compute capability 8.0)"
     elif not (_INTERPRETED and x.device.type == "cpu"):
         return f"the tensors are on {x.device.type}, not on a CUDA GPU"
@@ -103,12 +102,6 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
         if t is not None and t.dtype != dtype and compute_dtype(t) != dtype:
             return f"the factors have dtype {t.dtype} and the input {dtype}"
     return None
-
-
-@functools.cache
-def capability(index: int) -> tuple[int, int]:
-    """The GPU's compute capability; asked once, not for every layer of every token."""
-    return torch.cuda.get_device_capability(index)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
