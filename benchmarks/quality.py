@@ -31,6 +31,7 @@ from hf_blr.results.files import ResultFile
 
 OURS = "ours"
 REFINED = "ours, refined"
+BLOCK_JOINT = "ours, block-joint"
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
 #: what each switch gives, beside everything off and everything on
 LADDER = {
@@ -41,6 +42,8 @@ LADDER = {
 }
 #: steps of BLAST's own descent
 DESCENT_STEPS = 100
+#: gradient steps on each block by itself
+BLOCK_STEPS = 64
 EPOCHS = 8
 
 
@@ -71,6 +74,7 @@ def runs() -> list[Run]:
     refined = [Run(REFINED, run.structure, run.ratio, run.blocks, "refine") for run in blast]
     whitened = [ours("low_rank", ratio, method="whitened SVD", settings=OFF) for ratio in (0.8, 0.5)]
     low_rank = [ours("low_rank", ratio) for ratio in (0.8, 0.5)]
+    joint = [ours("blast", ratio, (4, 16), BLOCK_JOINT, {"block_steps": BLOCK_STEPS}) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
         for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
@@ -109,6 +113,7 @@ def runs() -> list[Run]:
         *whitened,
         *interleaved,
         *low_rank,
+        *joint,
         *ladder[:6],
         *others[:2],
         *shapes[:4],

@@ -16,6 +16,7 @@ from hf_blr.dense import dense_weight
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import Batch, evaluating, iterate_grams
 from hf_blr.factorize.fisher import Statistics
+from hf_blr.factorize.joint import refine_block
 from hf_blr.factorize.sequential import Problem, SequentialChain
 from hf_blr.integration.record import record_plan
 from hf_blr.linear import LINEARS
@@ -72,9 +73,9 @@ def compress(
     predicted = None
     if output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
-    layers = []
+    layers, blocks = [], []
     bar = tqdm(total=len(plan), desc="fitting", unit="layer", disable=not progress)
-    for group in problem_groups(model, plan, batches, statistics, config):
+    for group in problem_groups(model, plan, batches, statistics, config, blocks):
         for name, problem in group.items():
             layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
             bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
@@ -93,19 +94,20 @@ def compress(
         calibration_tokens=token_count(batches),
         seconds=time.perf_counter() - started,
         layers=layers,
+        blocks=blocks,
         predicted_loss=predicted,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
 
 
-def problem_groups(model, plan, batches, statistics, config) -> Iterator[dict[str, Problem]]:
-    """The layers to fit next, with what to fit, in the order in which they become ready."""
+def problem_groups(model, plan, batches, statistics, config, blocks: list) -> Iterator[dict[str, Problem]]:
+    """The layers to fit next, with what to fit, in the order in which they become ready; `blocks` gets reports."""
     if not batches:
         grams = dict.fromkeys(plan) if statistics is None else statistics.grams
         yield {name: Problem(grams[name]) for name in plan}
         return
     waiting = dict.fromkeys(plan)
-    for group in calibrated_groups(model, list(plan), batches, config):
+    for group in calibrated_groups(model, list(plan), batches, config, blocks):
         for name in group:
             waiting.pop(name)
         yield group
@@ -114,13 +116,19 @@ def problem_groups(model, plan, batches, statistics, config) -> Iterator[dict[st
         yield dict.fromkeys(waiting, Problem(None))
 
 
-def calibrated_groups(model, names, batches, config) -> Iterator[dict[str, Problem]]:
+def calibrated_groups(model, names, batches, config, blocks: list) -> Iterator[dict[str, Problem]]:
     """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
+
+    def refine(*block):
+        report = refine_block(*block, config.block_steps, config.seed)
+        if report is not None:
+            blocks.append(report)
+
     if config.sequential:
         with evaluating(model):
             chain = SequentialChain.trace(model, names, batches)
             if chain is not None:
-                yield from chain.problems(config.damping)
+                yield from chain.problems(config.damping, refine if config.block_steps else None)
                 return
         logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
     for grams in iterate_grams(model, names, batches):

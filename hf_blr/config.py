@@ -41,6 +41,8 @@ class BLRConfig(QuantizationConfigMixin):
             "c4", a text file or a folder of them, a list of strings, or a `datasets.Dataset` fit the outputs on it.
         sequential: fit each layer on the inputs that the layers compressed before it give it, towards the dense
             model's outputs, instead of on the dense model's inputs. Needs a model that is a chain of blocks.
+        block_steps: gradient steps that refine all factors of a block together once its layers are fitted; 0 for none.
+            Needs text, and `sequential`.
         fisher: weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over
             the calibration text, and needs a model with logits.
         allocation: "loss" shares `ratio` out over the layers so that the predicted loss is least, and may leave some
@@ -74,6 +76,7 @@ class BLRConfig(QuantizationConfigMixin):
         sequential: bool = True,
         fisher: bool = True,
         allocation: str | None = None,
+        block_steps: int = 0,
         num_samples: int = 128,
         seqlen: int = 2048,
         fit_rounds: int = 16,
@@ -107,6 +110,7 @@ class BLRConfig(QuantizationConfigMixin):
         self.sequential = sequential
         self.fisher = fisher
         self.allocation = allocation
+        self.block_steps = block_steps
         self.num_samples = num_samples
         self.seqlen = seqlen
         self.fit_rounds = fit_rounds
@@ -133,7 +137,7 @@ class BLRConfig(QuantizationConfigMixin):
             check_budget(f"overrides[{pattern!r}]", self.settings_with(values))
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
-        for name, least in (("num_samples", 1), ("seqlen", 2), ("fit_rounds", 1)):
+        for name, least in (("num_samples", 1), ("seqlen", 2), ("fit_rounds", 1), ("block_steps", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -144,6 +148,8 @@ class BLRConfig(QuantizationConfigMixin):
         for name in ("sequential", "fisher"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.block_steps and not self.sequential:
+            raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
         if self.allocation not in (None, *ALLOCATIONS):
             raise ValueError(f"allocation must be one of {ALLOCATIONS} or None, got {self.allocation!r}")
         if self.structure == AUTO and (not self.shares_budget or self.num_blocks is not None):

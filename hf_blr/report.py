@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from hf_blr.factorize.joint import BlockReport
 from hf_blr.structures import BLRSpec
 
 
@@ -26,7 +27,8 @@ class CompressionReport:
     "weights"; for the latter the errors are Frobenius errors. `calibration_tokens` counts the text that this
     compression ran itself: none if it was given statistics and no text. `left_dense` holds the targets that the
     allocation kept as they were, with their parameters, and `predicted_loss` is the rise of the loss in nats a token
-    that it predicted, to second order and without sequential fits; None if there was no allocation.
+    that it predicted, to second order and without sequential fits; None if there was no allocation. `blocks` is empty
+    unless blocks were refined.
     """
 
     parameters_before: int
@@ -37,6 +39,7 @@ class CompressionReport:
     calibration_tokens: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     predicted_loss: float | None = None
     left_dense: dict[str, int] = field(default_factory=dict)
 
@@ -63,9 +66,16 @@ class CompressionReport:
     def __str__(self):
         fitted = f"{self.calibration_tokens} tokens" if self.calibration_tokens else self.fitted_to
         left = f", {len(self.left_dense)} left dense" if self.left_dense else ""
+        refined = ""
+        if self.blocks:
+            before, after = (
+                sum(getattr(block, key) for block in self.blocks) / len(self.blocks)
+                for key in ("error_before", "error_after")
+            )
+            refined = f"; {len(self.blocks)} blocks refined, their outputs' squared error {before:.4f} -> {after:.4f}"
         return (
             f"{len(self.layers)} layers{left}, at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
             f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "
             f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; "
-            f"mean relative error {self.mean_rel_error:.4f}"
+            f"mean relative error {self.mean_rel_error:.4f}{refined}"
         )

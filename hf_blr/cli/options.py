@@ -79,6 +79,12 @@ def add_blr(parser: argparse.ArgumentParser):
         help="loss: share the ratio out over the layers by what the model's loss feels (the default where it can be); "
         "uniform: the same ratio for each",
     )
+    fit.add_argument(
+        "--block-steps",
+        type=int,
+        default=0,
+        help="gradient steps that refine the factors of each block together after their fits; 0: none",
+    )
     fit.add_argument("--num-samples", type=int, default=128, help="calibration windows at most")
     fit.add_argument("--seqlen", type=int, default=2048, help="tokens in a calibration window")
     fit.add_argument("--rounds", type=int, default=16, help="rounds of alternating solves at most")
@@ -98,6 +104,7 @@ def blr_config(args) -> BLRConfig:
         sequential=not args.one_shot,
         fisher=not args.no_fisher,
         allocation=args.allocation,
+        block_steps=args.block_steps,
         num_samples=args.num_samples,
         seqlen=args.seqlen,
         fit_rounds=args.rounds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -125,9 +125,13 @@ class BlockChain:
     @torch.no_grad()
     def forward(self, block: nn.Module, hidden: Tensor, call: tuple) -> Tensor:
         """The block's hidden states, for those that enter it; `call` is what else it was called with."""
+        return self.forward_as(block, block, hidden, call)
+
+    def forward_as(self, block: nn.Module, function: Callable, hidden: Tensor, call: tuple) -> Tensor:
+        """Likewise by a function in the block's place, with a graph for gradients where they are enabled."""
         args, kwargs = call
         with calibrating(block):
-            return first(block(hidden, *args, **kwargs))
+            return first(function(hidden, *args, **kwargs))
 
 
 def group_by_block(names: list[str]) -> dict[str, list[str]] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,14 @@ class DenseRun:
 class SequentialChain(BlockChain):
     """Runs the dense and the compressed model side by side through a chain of blocks."""
 
-    def problems(self, damping: float) -> Iterator[dict[str, Problem]]:
+    def problems(self, damping: float, after_block: Callable | None = None) -> Iterator[dict[str, Problem]]:
         """{layer: Problem} for the layers that share an input, one such group after the other.
 
         The caller must have replaced the layers of a group when it asks for the next.
+
+        Args:
+            damping: as in `BLRConfig`.
+            after_block: called once all layers of a block are replaced, as `refine_block` is, without the last two.
         """
         compressed = list(self.hidden)
         for prefix, names in self.groups.items():
@@ -66,9 +71,14 @@ class SequentialChain(BlockChain):
             for group in dense.groups:
                 yield self.group_problems(block, call, dense, group, compressed, damping)
             dense.inputs.clear()
+            if after_block is not None:
+                after_block(prefix, block, partial(self.run_as, block, call), compressed, dense.left)
             for i, hidden in enumerate(compressed):
                 compressed[i] = self.forward(block, hidden, call)
             self.hidden = dense.left
+
+    def run_as(self, block: nn.Module, call: tuple, function: Callable, hidden: Tensor) -> Tensor:
+        return self.forward_as(block, function, hidden, call)
 
     def run_dense(self, block: nn.Module, prefix: str, names: list[str], call) -> DenseRun:
         """Passes all batches through the still dense block."""

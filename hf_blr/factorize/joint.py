@@ -1,0 +1,108 @@
+"""All factors of one block refined together, by gradient steps towards what the dense block put out.
+
+Each layer of a block has been fitted by itself, as a linear problem. What stands between them (attention, the MLP's
+gate) lets the errors of one be undone by another, which only the whole block's output shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hf_blr.linear import BLRLinear
+
+#: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
+LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One refined block: the mean relative squared error of its output's tokens before and after."""
+
+    name: str
+    error_before: float
+    error_after: float
+
+
+def refine_block(
+    name: str,
+    block: nn.Module,
+    run: Callable[[Callable, Tensor], Tensor],
+    entered: list[Tensor],
+    wanted: list[Tensor],
+    steps: int,
+    seed: int = 0,
+) -> BlockReport | None:
+    """Refines the factors of the block's compressed layers, in place; None if it has none.
+
+    The loss is the squared error of each token's output over the squared size of what is wanted, so that the few tokens
+    on which a model stores its largest activations weigh like all others: what reads the stream normalises it. Works on
+    float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better.
+
+    Args:
+        name: of the block, for the report.
+        block: a decoder layer; none of its parameters gets a gradient.
+        run: (block or a function in its place, hidden states `[B, T, hidden]`) -> hidden states that leave.
+        entered: what the compressed model hands the block, batch by batch.
+        wanted: what should leave it.
+        steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
+        seed: of the order of the batches.
+    """
+    factors = {
+        f"{path}.{factor}": parameter
+        for path, module in block.named_modules()
+        if isinstance(module, BLRLinear)
+        for factor, parameter in module.factors().items()
+    }
+    if not factors:
+        return None
+    before = mean_error(block, run, entered, wanted)
+    old = {key: parameter.detach().clone() for key, parameter in factors.items()}
+    copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
+    sizes = [{"params": [p], "lr": LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in copies.values()]
+    optimizer = torch.optim.Adam(sizes, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
+    for i in order(len(entered), steps, seed):
+        with torch.enable_grad():
+            replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
+            out = run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i])
+            gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
+        for copy, gradient in zip(copies.values(), gradients, strict=True):
+            copy.grad = gradient
+        optimizer.step()
+        schedule.step()
+    put(factors, copies)
+    after = mean_error(block, run, entered, wanted)
+    if not after < before:
+        put(factors, old)
+        after = before
+    return BlockReport(name, before, after)
+
+
+def put(factors: dict[str, nn.Parameter], values: dict[str, Tensor]):
+    with torch.no_grad():
+        for key, parameter in factors.items():
+            parameter.copy_(values[key])
+
+
+def order(batches: int, steps: int, seed: int) -> list[int]:
+    """Batch numbers, all of them in a random order before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
+    return torch.cat(rounds)[:steps].tolist()
+
+
+@torch.no_grad()
+def mean_error(block, run, entered: list[Tensor], wanted: list[Tensor]) -> float:
+    return sum(error(run(block, x), y).item() for x, y in zip(entered, wanted, strict=True)) / len(entered)
+
+
+def error(out: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of |out - wanted|^2 / |wanted|^2."""
+    out, wanted = out.float(), wanted.float()
+    return ((out - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()

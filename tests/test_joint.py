@@ -1,0 +1,106 @@
+"""Factors of one block refined together: what falls, what stays, what is reported."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_blr import BLRConfig, compress
+from hf_blr.factorize import joint
+from tests.test_sequential import batches_for, divergence
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_vit
+
+SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
+
+
+def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float32, **more):
+    model = build().to(dtype)
+    batches = batches_for(model)
+    if model.main_input_name == "pixel_values":
+        batches = [{key: value.to(dtype) for key, value in batch.items()} for batch in batches]
+    config = BLRConfig(structure, num_blocks=blocks, block_steps=steps, **{**SETTINGS, **more})
+    return model, compress(model, config, calibration=batches, progress=False), batches
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
+@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks):
+    plain, without, batches = compressed(build, 0, structure, blocks)
+    model, report, _ = compressed(build, 30, structure, blocks)
+    assert without.blocks == [] and len(report.blocks) == 2
+    assert all(block.error_after < block.error_before for block in report.blocks)
+    assert sum(b.error_after for b in report.blocks) < 0.97 * sum(b.error_before for b in report.blocks)
+    dense = build()
+    assert divergence(dense, model, batches) < divergence(dense, plain, batches)
+
+
+def test_reported_errors_are_those_of_the_block():
+    dense = tiny_llama()
+    model, report, batches = compressed(tiny_llama, 10)
+    (first, _), found = report.blocks, []
+    outputs = {}
+    for key, m in (("dense", dense), ("model", model)):
+        m.model.layers[0].register_forward_hook(lambda module, args, out, key=key: outputs.update({key: out}))
+    with torch.no_grad():
+        for batch in batches:
+            dense(**batch)
+            model(**batch)
+            change = (outputs["model"] - outputs["dense"]).square().sum(-1) / outputs["dense"].square().sum(-1)
+            found.append(change.mean().item())
+    assert first.name == "model.layers.0"
+    assert first.error_after == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert report.to_dict()["blocks"][0]["error_before"] == first.error_before
+    assert "2 blocks refined" in str(report)
+
+
+def test_a_step_too_far_is_taken_back(monkeypatch):
+    plain, *_ = compressed(tiny_llama, 0)
+    monkeypatch.setattr(joint, "LEARNING_RATE", 10.0)
+    model, report, _ = compressed(tiny_llama, 3)
+    assert all(block.error_after == block.error_before for block in report.blocks)
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_same_seed_gives_the_same_factors():
+    states = [compressed(tiny_llama, 5, seed=seed)[0].state_dict() for seed in (1, 1, 2)]
+    same = [all(torch.equal(states[0][key], other[key]) for key in other) for other in states[1:]]
+    assert same == [True, False]
+
+
+def test_only_factors_move_and_nothing_keeps_a_gradient():
+    dense = tiny_llama().train()
+    dense.model.norm.weight.requires_grad_(False)
+    model = copy.deepcopy(dense)
+    config = BLRConfig("blast", num_blocks=(2, 4), block_steps=5, **SETTINGS)
+    compress(model, config, calibration=batches_for(model), progress=False)
+    state = model.state_dict()
+    for name, value in dense.state_dict().items():
+        assert name not in state or torch.equal(state[name], value), name
+    assert all(p.grad is None for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not model.model.norm.weight.requires_grad and model.model.embed_tokens.weight.requires_grad
+
+
+def test_a_bfloat16_model_is_refined_in_float32_and_stays_what_it_is():
+    model, report, _ = compressed(tiny_llama, 30, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(block.error_after < block.error_before for block in report.blocks)
+
+
+def test_a_block_left_dense_is_left_alone():
+    _, report, _ = compressed(tiny_llama, 5, target_modules=r".*layers\.1\..*proj")
+    assert [block.name for block in report.blocks] == ["model.layers.1"]
+
+
+def test_batches_all_come_before_any_comes_again():
+    numbers = joint.order(4, 10, seed=0)
+    assert sorted(numbers[:4]) == sorted(numbers[4:8]) == [0, 1, 2, 3] and len(numbers) == 10
+
+
+def test_settings_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match="block_steps refine"):
+        BLRConfig("blast", ratio=0.5, block_steps=4, sequential=False)
+    with pytest.raises(ValueError, match="block_steps must be an integer"):
+        BLRConfig("blast", ratio=0.5, block_steps=-1)
+    assert BLRConfig.from_dict(BLRConfig("blast", ratio=0.5, block_steps=7).to_dict()).block_steps == 7
