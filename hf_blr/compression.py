@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -12,16 +12,17 @@ from tqdm.auto import tqdm
 from hf_blr.budget import share_budget
 from hf_blr.calibration import calibration_batches, check_statistics, statistics_of, token_count
 from hf_blr.config import AUTO, BLRConfig
-from hf_blr.dense import dense_weight
+from hf_blr.dense import dense_weight, set_dense_weight
 from hf_blr.factorize import factorize
-from hf_blr.factorize.blockwise import Batch, evaluating, iterate_grams
+from hf_blr.factorize.blockwise import Batch
 from hf_blr.factorize.fisher import Statistics
-from hf_blr.factorize.joint import refine_block
-from hf_blr.factorize.sequential import Problem, SequentialChain
+from hf_blr.factorize.sequential import Problem
 from hf_blr.integration.record import record_plan
 from hf_blr.linear import LINEARS
 from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan
+from hf_blr.problems import problem_groups
 from hf_blr.report import CompressionReport, LayerReport
+from hf_blr.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ def compress(
     progress: bool = True,
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
+
+    Where fits are sequential, targets that stay dense because the budget is better spent elsewhere, or because a plan
+    leaves them out, get other weights: those that make up for the layers compressed before them.
 
     Args:
         model: any module tree with `nn.Linear` or `Conv1D` layers; for a transformers model the plan is also written
@@ -68,6 +72,11 @@ def compress(
         statistics = statistics_of(model, plan, batches, config)
     output_grams = statistics.output_grams if statistics is not None and config.fisher else {}
     targets = {name: layer.spec.dense_parameters for name, layer in plan.items()}
+    names = list(plan)
+    if config.layers:
+        # what a given plan leaves out of the targets stays dense, like what a budget leaves out
+        chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
+        names = [name for name, _ in model.named_modules() if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
         raise ValueError('structure="auto" needs calibration text and a model with logits; name a structure')
     predicted = None
@@ -75,8 +84,11 @@ def compress(
         plan, predicted = share_budget(model, plan, statistics, config)
     layers, blocks = [], []
     bar = tqdm(total=len(plan), desc="fitting", unit="layer", disable=not progress)
-    for group in problem_groups(model, plan, batches, statistics, config, blocks):
+    for group in problem_groups(model, names, plan, batches, statistics, config, blocks):
         for name, problem in group.items():
+            if name not in plan:
+                set_dense_weight(model.get_submodule(name), problem.target)
+                continue
             layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
             bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
             bar.update()
@@ -98,41 +110,6 @@ def compress(
         predicted_loss=predicted,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
-
-
-def problem_groups(model, plan, batches, statistics, config, blocks: list) -> Iterator[dict[str, Problem]]:
-    """The layers to fit next, with what to fit, in the order in which they become ready; `blocks` gets reports."""
-    if not batches:
-        grams = dict.fromkeys(plan) if statistics is None else statistics.grams
-        yield {name: Problem(grams[name]) for name in plan}
-        return
-    waiting = dict.fromkeys(plan)
-    for group in calibrated_groups(model, list(plan), batches, config, blocks):
-        for name in group:
-            waiting.pop(name)
-        yield group
-    if waiting:
-        logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
-        yield dict.fromkeys(waiting, Problem(None))
-
-
-def calibrated_groups(model, names, batches, config, blocks: list) -> Iterator[dict[str, Problem]]:
-    """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
-
-    def refine(*block):
-        report = refine_block(*block, config.block_steps, config.seed)
-        if report is not None:
-            blocks.append(report)
-
-    if config.sequential:
-        with evaluating(model):
-            chain = SequentialChain.trace(model, names, batches)
-            if chain is not None:
-                yield from chain.problems(config.damping, refine if config.block_steps else None)
-                return
-        logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
-    for grams in iterate_grams(model, names, batches):
-        yield {name: Problem(gram) for name, gram in grams.items()}
 
 
 def replace_layer(model, name, plan: Plan, problem: Problem, output_gram, config: BLRConfig) -> LayerReport:

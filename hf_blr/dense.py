@@ -28,6 +28,11 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     return weight.T if is_transposed(module) else weight
 
 
+def set_dense_weight(module: nn.Module, weight: torch.Tensor):
+    """Overwrites the weight, in place, by `[N, K]` in any float dtype."""
+    dense_weight(module).copy_(weight)
+
+
 def feature_sizes(module: nn.Module) -> tuple[int, int]:
     """(K, N)."""
     k, n = module.weight.shape if is_transposed(module) else reversed(module.weight.shape)

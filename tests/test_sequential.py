@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_blr import BLRConfig, compress
+from hf_blr import BLRConfig, compress, compression
 from hf_blr.dense import dense_weight
 from hf_blr.factorize.blockwise import evaluating
 from hf_blr.factorize.sequential import SequentialChain, residual_writers
@@ -146,6 +146,38 @@ def test_sequential_fits_come_closer_to_the_dense_model(build, structure, blocks
         compress(model, config, calibration=batches, progress=False)
         results[sequential] = divergence(dense, model, batches)
     assert results[True] < 0.8 * results[False]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_layers_left_dense_make_up_for_those_before_them(build, monkeypatch):
+    dense = build()
+    batches = batches_for(dense)
+    names = list(resolve_plan(dense, CONFIG))
+    # all of the first block, and of the second nothing
+    layers = {name: layer.to_dict() for name, layer in list(resolve_plan(dense, CONFIG).items())[: len(names) // 2]}
+    config = BLRConfig("low_rank", ratio=0.5, fisher=False, layers=layers)
+    results = {}
+    for moved in (False, True):
+        if not moved:
+            monkeypatch.setattr(compression, "set_dense_weight", lambda module, weight: None)
+        model = copy.deepcopy(dense)
+        compress(model, config, calibration=batches, progress=False)
+        monkeypatch.undo()
+        results[moved] = divergence(dense, model, batches)
+        for name in names[len(names) // 2 :]:
+            module, before = model.get_submodule(name), dense.get_submodule(name)
+            assert type(module) is type(before)
+            assert torch.equal(module.weight, before.weight) is not moved
+    assert results[True] < 0.8 * results[False]
+
+
+def test_layers_that_are_no_targets_keep_their_weights():
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    config = BLRConfig("low_rank", ratio=0.5, modules_to_not_convert=["down_proj"])
+    compress(model, config, calibration=batches_for(model), progress=False)
+    for one, other in zip(dense.model.layers, model.model.layers, strict=True):
+        assert torch.equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight)
 
 
 def test_a_model_that_is_no_chain_falls_back_and_says_so(caplog):

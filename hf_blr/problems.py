@@ -1,0 +1,68 @@
+"""What to fit next: the weights alone, dense Gram matrices, or regressions on the model compressed so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from torch import nn
+
+from hf_blr.config import BLRConfig
+from hf_blr.factorize.blockwise import Batch, evaluating, iterate_grams
+from hf_blr.factorize.fisher import Statistics
+from hf_blr.factorize.joint import BlockReport, refine_block
+from hf_blr.factorize.sequential import Problem, SequentialChain
+from hf_blr.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def problem_groups(
+    model: nn.Module,
+    names: list[str],
+    plan: Plan,
+    batches: list[Batch],
+    statistics: Statistics | None,
+    config: BLRConfig,
+    blocks: list[BlockReport],
+) -> Iterator[dict[str, Problem]]:
+    """{layer: Problem} for the layers to fit next, in the order in which they become ready.
+
+    The caller must have replaced them when it asks for more.
+
+    Args:
+        names: all target layers. Those that are not in the plan come too where there is something for them to make up
+            for: a problem with a target.
+        blocks: gets the reports of refined blocks.
+    """
+    if not batches:
+        grams = dict.fromkeys(plan) if statistics is None else statistics.grams
+        yield {name: Problem(grams[name]) for name in plan}
+        return
+    waiting = dict.fromkeys(plan)
+    for group in calibrated_groups(model, names, plan, batches, config, blocks):
+        for name in group:
+            waiting.pop(name, None)
+        yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
+    if waiting:
+        logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
+        yield dict.fromkeys(waiting, Problem(None))
+
+
+def calibrated_groups(model, names, plan, batches, config, blocks) -> Iterator[dict[str, Problem]]:
+    """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
+
+    def refine(*block):
+        report = refine_block(*block, config.block_steps, config.seed)
+        if report is not None:
+            blocks.append(report)
+
+    if config.sequential:
+        with evaluating(model):
+            chain = SequentialChain.trace(model, names, batches)
+            if chain is not None:
+                yield from chain.problems(config.damping, refine if config.block_steps else None)
+                return
+        logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
+    for grams in iterate_grams(model, list(plan), batches):
+        yield {name: Problem(gram) for name, gram in grams.items()}
