@@ -17,7 +17,7 @@ FLOORS = [
     ["integration", "compression"],
     ["evaluation", "finetune"],
     ["report", "integration.record", "integration.alignment"],
-    ["budget", "calibration"],
+    ["budget", "calibration", "problems"],
     ["allocation"],
     ["text", "factorize"],
     ["plan"],
