@@ -33,9 +33,11 @@ OURS = "ours"
 REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
+ACTIVATIONS = "activations"
+RATIOS = (0.5, 0.8, 0.3, 0.9, 0.6, 0.7, 0.4)
 #: what each switch gives, beside everything off and everything on
 LADDER = {
-    "activations": OFF,
+    ACTIVATIONS: OFF,
     "+ Fisher": {**OFF, "fisher": True},
     "+ Fisher + shared budget": {"sequential": False},
     "+ sequential": {**OFF, "sequential": True},
@@ -74,23 +76,34 @@ def runs() -> list[Run]:
     refined = [Run(REFINED, run.structure, run.ratio, run.blocks, "refine") for run in blast]
     whitened = [ours("low_rank", ratio, method="whitened SVD", settings=OFF) for ratio in (0.8, 0.5)]
     low_rank = [ours("low_rank", ratio) for ratio in (0.8, 0.5)]
+    pivoted = [ours("pivoted", ratio) for ratio in (0.8, 0.5)]
     joint = [ours("blast", ratio, (4, 16), BLOCK_JOINT, {"block_steps": BLOCK_STEPS}) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
         for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
         for ratio in (0.5, 0.8)
         for method, settings in LADDER.items()
-        if (structure, method) != ("low_rank", "activations")
+        if (structure, method) != ("low_rank", ACTIVATIONS)
     ]
     sweep = [
         ours(structure, ratio, blocks)
         for ratio in (0.3, 0.9, 0.6, 0.7, 0.4)
-        for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
+        for structure, blocks in (("low_rank", None), ("pivoted", None), ("blast", (4, 16)))
+    ]
+    # low-rank and square BLAST at every ratio and stage
+    stages = [
+        run
+        for ratio in RATIOS
+        for structure, blocks in (("low_rank", None), ("blast", (16, 16)))
+        for run in (
+            ours(structure, ratio, blocks, ACTIVATIONS if blocks else "whitened SVD", OFF),
+            ours(structure, ratio, blocks),
+            Run(REFINED, structure, ratio, blocks, "refine"),
+        )
     ]
     shapes = [
         ours(structure, ratio, blocks)
         for structure, blocks in (
-            ("blast", (16, 16)),
             ("auto", None),
             ("monarch", (4, 4)),
             ("blast", (4, 4)),
@@ -109,28 +122,33 @@ def runs() -> list[Run]:
         )
     ]
     interleaved = [run for pair in zip(blast, refined, strict=True) for run in pair]
-    return [
+    storage = [run for first in pivoted for run in (first, Run(REFINED, first.structure, first.ratio, kind="refine"))]
+    every = [
         *whitened,
         *interleaved,
         *low_rank,
+        *storage,
         *joint,
         *ladder[:6],
         *others[:2],
-        *shapes[:4],
+        *shapes[:2],
         *sweep,
+        *stages,
         *ladder[6:],
-        *shapes[4:],
+        *shapes[2:],
         *others[2:],
     ]
+    return list(dict.fromkeys(every))
 
 
-def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
+def make(bench: Bench, run: Run, earlier: dict[Run, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
     """The compressed model and what its row says of the fit."""
     tokens = bench.windows.numel()
     if run.kind == "refine":
-        model = earlier.pop((run.structure, run.blocks, run.ratio), None)
+        first = Run(OURS, run.structure, run.ratio, run.blocks)
+        model = earlier.pop(first, None)
         if model is None:
-            model = make(bench, Run(OURS, run.structure, run.ratio, run.blocks), {})[0]
+            model = make(bench, first, {})[0]
         refine(model, bench.dense, bench.windows, epochs=EPOCHS)
         return model, {"calibration_tokens": tokens, "finetune_tokens": EPOCHS * tokens}
     elif run.kind == "svd_llm":
@@ -144,7 +162,7 @@ def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple
         config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, **dict(run.settings))
         on_text = {"calibration": bench.batches if config.sequential else None, "statistics": bench.statistics}
         report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
-        earlier[run.structure, run.blocks, run.ratio] = model
+        earlier[run] = model
         return model, {
             "calibration_tokens": 0 if run.kind == "weights" else tokens,
             "mean_rel_error": report.mean_rel_error,
@@ -162,6 +180,7 @@ def main(argv=None):
     parser.add_argument("--ids", type=Path, help="instead of texts: a torch file {valid: ids, NAME: ids, ...}")
     parser.add_argument("--only", default="*", help="runs whose label matches, such as 'blast 4x16 0.5*'")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
+    parser.add_argument("--beside", type=int, default=0, help="other runs on the device: no seconds are taken then")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     args = parser.parse_args(argv)
@@ -180,7 +199,7 @@ def main(argv=None):
         if args.gguf_file:
             size = (Path(args.model) / args.gguf_file).stat().st_size
             file.add(bench.rows(bench.dense, "dense, its 4-bit GGUF file", 1.0, bytes=size))
-    earlier: dict[tuple, torch.nn.Module] = {}
+    earlier: dict[Run, torch.nn.Module] = {}
     for run in runs():
         key = run.method, run.structure, tuple(run.blocks or ()), run.ratio
         if key in done or not fnmatch(run.label, args.only) or time.perf_counter() - started > args.seconds:
@@ -194,14 +213,13 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             more["peak_memory"] = torch.cuda.max_memory_allocated()
-        more["fit_seconds"] = time.perf_counter() - fit
+        seconds = time.perf_counter() - fit
+        more["fit_seconds"] = None if args.beside else seconds
         shape = {"structure": run.structure, "blocks": list(run.blocks) if run.blocks else None}
         rows = bench.rows(model, run.method, run.ratio, **shape, **more)
         file.add(rows)
         scores = ", ".join(f"{row['dataset']} {row['ppl']:.2f}" for row in rows)
-        print(
-            f"[{time.perf_counter() - started:.0f} s] {run.label}: {scores} ({more['fit_seconds']:.0f} s)", flush=True
-        )
+        print(f"[{time.perf_counter() - started:.0f} s] {run.label}: {scores} ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ _HOMES = {
     "Blast": "hf_blr.structures",
     "CompressionReport": "hf_blr.report",
     "LowRank": "hf_blr.structures",
+    "Pivoted": "hf_blr.structures",
     "Monarch": "hf_blr.structures",
     "collect_statistics": "hf_blr.calibration",
     "compress": "hf_blr.compression",

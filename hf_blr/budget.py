@@ -28,7 +28,16 @@ from hf_blr.targets import override_for
 logger = logging.getLogger(__name__)
 
 #: what structure="auto" chooses from; where the blocks do not divide a layer, it does without
-CANDIDATES = (("low_rank", (1, 1)), ("monarch", (4, 4)), ("blast", (4, 4)), ("blast", (4, 16)), ("blast", (16, 16)))
+CANDIDATES = (
+    ("low_rank", (1, 1)),
+    ("pivoted", (1, 1)),
+    ("monarch", (4, 4)),
+    ("blast", (4, 4)),
+    ("blast", (4, 16)),
+    ("blast", (16, 16)),
+)
+#: their predicted loss needs no fit
+CLOSED_FORM = ("low_rank", "pivoted")
 #: rounds of the short fits that compare structures, and layers of each kind that are fitted so
 TRIAL_ROUNDS, TRIAL_LAYERS = 4, 2
 #: ranks are multiples of a power of two up to this, which kernels like
@@ -80,7 +89,7 @@ def share_budget(
         for shape in shapes[name]:
             factor = factors.get((kind_of(name), shape.structure, shape.num_blocks), 1.0)
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
-                loss = factor * interpolate(curves[name], equivalent_rank(candidate))
+                loss = factor * interpolate(curves[name], candidate.equivalent_rank)
                 options[name].append(Option(candidate, budget.of(candidate), loss))
     amount = budget.amount
     if amount is None:
@@ -132,9 +141,9 @@ def trial_factors(layers: dict[str, Layer], curves: dict[str, Tensor], shapes, r
         tried = names[:: -(-len(names) // TRIAL_LAYERS)]
         for shape in shapes[names[0]]:
             logs = []
-            for name in tried if shape.structure != "low_rank" else ():
+            for name in tried if shape.structure not in CLOSED_FORM else ():
                 spec = at_ratio(shape, ratio)
-                low_rank = interpolate(curves[name], equivalent_rank(spec))
+                low_rank = interpolate(curves[name], spec.equivalent_rank)
                 if low_rank > 0:
                     logs.append(math.log(max(layers[name].trial(spec), 1e-30) / low_rank))
             factors[kind, shape.structure, shape.num_blocks] = math.exp(sum(logs) / len(logs)) if logs else 1.0
@@ -158,23 +167,19 @@ def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
 
 def at_ranks(shape: BLRSpec, floor: float, ceiling: float) -> list[BLRSpec]:
     """The structure and blocks at the ranks worth considering, from the floor to almost dense."""
-    cost = shape.num_parameters // shape.rank
-    highest = min((shape.dense_parameters - 1) // cost, int(ceiling * shape.dense_parameters / cost))
+    dense, sizes = shape.dense_parameters, (shape.in_features, shape.out_features, shape.num_blocks)
+    highest = shape.rank_within(min(dense - 1, int(ceiling * dense)), *sizes)
     step = 1
     while step < LARGEST_STEP and 2 * step <= highest / 16:
         step *= 2
-    lowest = max(step, -(-int(floor * shape.dense_parameters / cost) // step) * step)
+    lowest = max(step, -(-shape.rank_within(int(floor * dense), *sizes) // step) * step)
     return [replace(shape, rank=rank) for rank in range(lowest, highest + 1, step)]
 
 
 def at_ratio(shape: BLRSpec, ratio: float) -> BLRSpec:
     """The structure and blocks at the rank that the ratio buys, of at least 1."""
-    cost = shape.num_parameters // shape.rank
-    return replace(
-        shape, rank=max(1, min(int(ratio * shape.dense_parameters / cost), (shape.dense_parameters - 1) // cost))
+    dense = shape.dense_parameters
+    within = shape.rank_within(
+        min(int(ratio * dense), dense - 1), shape.in_features, shape.out_features, shape.num_blocks
     )
-
-
-def equivalent_rank(spec: BLRSpec) -> float:
-    """The rank of a low-rank matrix with as many parameters."""
-    return spec.num_parameters / (spec.in_features + spec.out_features)
+    return replace(shape, rank=max(1, within))

@@ -17,7 +17,7 @@ from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import Batch
 from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.sequential import Problem
-from hf_blr.integration.record import record_plan
+from hf_blr.integration.record import blr_modules, record_plan
 from hf_blr.linear import LINEARS
 from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.problems import problem_groups
@@ -135,12 +135,17 @@ def replace_layer(model, name, plan: Plan, problem: Problem, output_gram, config
 def put_factors(model: nn.Module, name: str, layer: LayerPlan, tensors: dict[str, Tensor]):
     """Replaces a dense layer by one with these factors, in its dtype, device, mode and with its bias."""
     module = model.get_submodule(name)
-    tensors = {key: value.to(module.weight) for key, value in tensors.items()}
+    # indices stay integers
+    tensors = {
+        key: value.to(module.weight if value.is_floating_point() else module.weight.device)
+        for key, value in tensors.items()
+    }
     fitted = LINEARS[type(layer.spec)].from_factors(layer.spec, tensors, module.bias, layer.transposed)
     model.set_submodule(name, fitted.train(module.training))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:
-    """(numbers, bytes) in the model's parameters, shared ones counted once."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    """(numbers, bytes) in the model's parameters and its factors' indices, shared ones counted once."""
+    indices = [index for module in blr_modules(model).values() for index in module.indices().values()]
+    stored = [*model.parameters(), *indices]
+    return sum(t.numel() for t in stored), sum(t.numel() * t.element_size() for t in stored)

@@ -25,8 +25,8 @@ class BLRConfig(QuantizationConfigMixin):
     """How a model is compressed; saved in its `config.json` under `quantization_config`.
 
     Args:
-        structure: "low_rank", "monarch" or "blast"; or "auto", which takes for each layer the structure, blocks and
-            rank of the least predicted loss (it needs text, a `ratio` and `fisher`).
+        structure: "low_rank", "pivoted", "monarch" or "blast"; or "auto", which takes for each layer the structure,
+            blocks and rank of the least predicted loss (it needs text, a `ratio` and `fisher`).
         ratio: kept / dense parameters of the replaced matrices, in (0, 1): of all of them together, or of each with
             `allocation="uniform"`. Give this or `rank`.
         rank: the rank of each replaced matrix; for Monarch, of each block pair.

@@ -78,7 +78,7 @@ def unfuse(model: nn.Module):
 
 def kind_of(module: nn.Module) -> tuple | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
-    if not isinstance(module, BLRLinear) or module.v.is_meta:
+    if not isinstance(module, BLRLinear) or "v" not in module.spec.factor_names or module.v.is_meta:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
     common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)

@@ -10,7 +10,7 @@ from torch import nn
 from hf_blr import ops
 from hf_blr.dense import build_dense
 from hf_blr.ops import reference
-from hf_blr.structures import Blast, BLRSpec, LowRank, Monarch
+from hf_blr.structures import Blast, BLRSpec, LowRank, Monarch, Pivoted
 
 
 class BLRLinear(nn.Module):
@@ -39,6 +39,8 @@ class BLRLinear(nn.Module):
         self.transposed = transposed
         for name, shape in spec.factor_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        for name, shape in spec.index_shapes().items():
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=torch.int32))
         bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", bias_value)
         self.reset_parameters()
@@ -52,12 +54,17 @@ class BLRLinear(nn.Module):
     def from_factors(cls, spec, factors: dict[str, torch.Tensor], bias=None, transposed=False) -> BLRLinear:
         """A module holding these tensors. Raises ValueError where a factor is missing or misshapen."""
         shapes = {name: tuple(t.shape) for name, t in factors.items()}
-        if shapes != spec.factor_shapes():
-            raise ValueError(f"{spec.structure} factors must have the shapes {spec.factor_shapes()}, got {shapes}")
+        wanted = spec.factor_shapes() | spec.index_shapes()
+        if shapes != wanted:
+            raise ValueError(f"{spec.structure} factors must have the shapes {wanted}, got {shapes}")
         module = cls.from_spec(spec, bias=bias is not None, transposed=transposed, device="meta")
         for name, value in (factors if bias is None else {**factors, "bias": bias}).items():
-            setattr(module, name, nn.Parameter(value.detach()))
+            module.put(name, value.detach())
         return module
+
+    def put(self, name: str, value: torch.Tensor):
+        """Makes this the factor, index or bias of that name."""
+        setattr(self, name, value if name in self.spec.index_names else nn.Parameter(value))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., K]` -> `[..., N]`."""
@@ -66,12 +73,15 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
-        return self.function(x, **self.factors(), bias=self.bias)
+        return self.function(x, **self.tensors(), bias=self.bias)
 
     def reset_parameters(self):
         """Random factors whose product has the variance 1 / (3 K) of a fresh `nn.Linear`."""
-        if self.v.is_meta:
+        if self.u.is_meta:
             return
+        for name in self.spec.index_names:
+            index = getattr(self, name)
+            index.copy_(torch.arange(len(index)))
         std = self.initial_std()
         for name, value in self.factors().items():
             nn.init.normal_(value, std=std[name])
@@ -86,9 +96,17 @@ class BLRLinear(nn.Module):
         """{"u", ("s",) "v"}: the parameters in the order in which the ops take them."""
         return {name: getattr(self, name) for name in self.spec.factor_names}
 
+    def indices(self) -> dict[str, torch.Tensor]:
+        """The integers that belong to the factors, by name; most structures have none."""
+        return {name: getattr(self, name) for name in self.spec.index_names}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Factors and indices: all that the ops take."""
+        return {**self.factors(), **self.indices()}
+
     def dense_weight(self) -> torch.Tensor:
         """The dense matrix `[N, K]`, differentiable in the factors."""
-        return reference.DENSE[self.spec.structure](**self.factors())
+        return reference.DENSE[self.spec.structure](**self.tensors())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -109,7 +127,7 @@ class BLRLinear(nn.Module):
     def to_dense(self) -> nn.Module:
         """The `nn.Linear` (or `Conv1D`) with the same matrix, dtype and device; multiplied out in float32 or better."""
         wide = {n: f.detach().to(torch.promote_types(f.dtype, torch.float32)) for n, f in self.factors().items()}
-        weight = reference.DENSE[self.spec.structure](**wide).to(self.u.dtype)
+        weight = reference.DENSE[self.spec.structure](**wide, **self.indices()).to(self.u.dtype)
         dense = build_dense(weight, self.bias, self.transposed)
         dense.train(self.training)
         return dense.requires_grad_(self.u.requires_grad)
@@ -117,7 +135,7 @@ class BLRLinear(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Numbers stored, the bias included."""
-        return sum(p.numel() for p in self.parameters(recurse=False))
+        return sum(t.numel() for t in (*self.parameters(recurse=False), *self.indices().values()))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -146,6 +164,17 @@ class LowRankLinear(BLRLinear):
     function = staticmethod(ops.low_rank_linear)
 
 
+class PivotedLinear(BLRLinear):
+    """Low-rank with some inputs passed as they are; see `structures.Pivoted`."""
+
+    spec_class = Pivoted
+    function = staticmethod(ops.pivoted_linear)
+
+    def initial_std(self):
+        # what enters u has variance 2: an input, and c's sum of the others
+        return {"u": (1 / (6 * self.spec.rank)) ** 0.5, "c": max(1, self.c.shape[1]) ** -0.5}
+
+
 class MonarchLinear(BLRLinear):
     """Block (i, j) of the matrix is u_ij v_ij; see `structures.Monarch`."""
 
@@ -165,5 +194,5 @@ class BlastLinear(BLRLinear):
 
 
 LINEARS: dict[type[BLRSpec], type[BLRLinear]] = {
-    cls.spec_class: cls for cls in (LowRankLinear, MonarchLinear, BlastLinear)
+    cls.spec_class: cls for cls in (LowRankLinear, PivotedLinear, MonarchLinear, BlastLinear)
 }

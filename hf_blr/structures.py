@@ -1,12 +1,14 @@
 """What each structure stores: shapes, parameter counts, arithmetic, and the rank that a budget buys.
 
 Letters, used everywhere in the package: `T` tokens, `K` in features, `N` out features, `B1` / `B2` input / output
-blocks, `P = K / B1`, `Q = N / B2`, `R` rank. All three structures project each input block (`v`), mix, and expand
-each output block (`u`); they differ in the mix. No torch in this file: it is arithmetic on sizes.
+blocks, `P = K / B1`, `Q = N / B2`, `R` rank. All structures project each input block (`v`), mix, and expand
+each output block (`u`); they differ in the mix, and "pivoted" in how it stores the projection. No torch in this file:
+it is arithmetic on sizes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -35,6 +37,8 @@ class BLRSpec:
     default_blocks: ClassVar[tuple[int, int]] = (1, 1)
     #: the state-dict keys, in the order in which the ops take them
     factor_names: ClassVar[tuple[str, ...]] = ("u", "v")
+    #: buffers of integers that the ops take after the factors
+    index_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "num_blocks", as_block_pair(self.num_blocks))
@@ -57,8 +61,13 @@ class BLRSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers stored in the factors; a bias is not counted."""
-        return self.rank * self.parameters_per_rank(self.in_features, self.out_features, self.num_blocks)
+        """Numbers stored in the factors and indices; a bias is not counted."""
+        return self.parameters_at(self.rank, self.in_features, self.out_features, self.num_blocks)
+
+    @property
+    def equivalent_rank(self) -> float:
+        """The rank of a low-rank matrix that is taken to be as accurate: that with as many parameters."""
+        return self.num_parameters / (self.in_features + self.out_features)
 
     @property
     def ratio(self) -> float:
@@ -69,13 +78,27 @@ class BLRSpec:
         """{state-dict key: shape}, in the order of `factor_names`."""
         raise NotImplementedError
 
+    def index_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{state-dict key: shape}, in the order of `index_names`."""
+        return {}
+
     def flops(self, tokens: int) -> int:
         """Floating-point operations of one forward over `tokens` rows, a multiply-add as two."""
         raise NotImplementedError
 
+    @classmethod
+    def parameters_at(cls, rank: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
+        """Numbers stored at a rank; rises with it."""
+        return rank * cls.parameters_per_rank(in_features, out_features, num_blocks)
+
+    @classmethod
+    def rank_within(cls, parameters: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
+        """The largest rank that stores at most so many numbers; 0 if there is none."""
+        return max(0, parameters) // cls.parameters_per_rank(in_features, out_features, num_blocks)
+
     @staticmethod
     def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
-        """Every structure's parameter count is proportional to its rank; this is the factor."""
+        """What each rank stores, where that is the same for all of them."""
         raise NotImplementedError
 
     def to_dict(self) -> dict:
@@ -102,6 +125,57 @@ class LowRank(BLRSpec):
     @staticmethod
     def parameters_per_rank(in_features, out_features, num_blocks):
         return in_features + out_features
+
+
+class Pivoted(BLRSpec):
+    """Low-rank without its redundancy: W = u [I c] P, R (N + K - R) numbers for a matrix of rank R.
+
+    u `[N, R]`, c `[R, K - R]`, order `[K]` integers: the first R of the input features in this order pass as they are,
+    and c adds the others to them. A pair of factors (u, v) holds R^2 numbers that change nothing, as (u A, A^-1 v) is
+    the same matrix; here A makes R columns of v the identity. The form of PIFA (Zhao et al., ICML 2025, PMLR 267),
+    with pivots among the inputs. One block on each side.
+    """
+
+    structure = "pivoted"
+    factor_names = ("u", "c")
+    index_names = ("order",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_blocks != (1, 1):
+            raise ValueError(f"pivoted has one block, got num_blocks={self.num_blocks}; leave num_blocks out")
+
+    @property
+    def equivalent_rank(self):
+        return float(self.rank)
+
+    def factor_shapes(self):
+        # a rank as large as the matrix has no other features; it stores no less than the dense matrix
+        return {"u": (self.out_features, self.rank), "c": (self.rank, max(0, self.in_features - self.rank))}
+
+    def index_shapes(self):
+        return {"order": (self.in_features,)}
+
+    def flops(self, tokens):
+        return 2 * tokens * (self.num_parameters - self.in_features)
+
+    @classmethod
+    def parameters_at(cls, rank, in_features, out_features, num_blocks):
+        # beyond the smaller side a rank stores more and says no more
+        return rank * (out_features + max(0, in_features - rank)) + in_features
+
+    @classmethod
+    def rank_within(cls, parameters, in_features, out_features, num_blocks):
+        most, both = parameters - in_features, in_features + out_features
+        if most < both - 1:
+            return 0
+        # the smaller root of R^2 - (N + K) R + most, rounded down; with integers, as floats lose the last digits
+        root = both * both - 4 * most
+        rank = min(in_features, out_features) if root < 0 else (both - math.isqrt(root)) // 2
+        rank = min(rank, in_features, out_features)
+        while rank and cls.parameters_at(rank, in_features, out_features, num_blocks) > parameters:
+            rank -= 1
+        return rank
 
 
 class Monarch(BLRSpec):
@@ -149,7 +223,7 @@ class Blast(BLRSpec):
         return in_features + out_features + num_blocks[0] * num_blocks[1]
 
 
-STRUCTURES: dict[str, type[BLRSpec]] = {cls.structure: cls for cls in (LowRank, Monarch, Blast)}
+STRUCTURES: dict[str, type[BLRSpec]] = {cls.structure: cls for cls in (LowRank, Pivoted, Monarch, Blast)}
 
 
 def structure_class(structure: str) -> type[BLRSpec]:
@@ -171,11 +245,11 @@ def make_spec(structure, in_features, out_features, *, ratio=None, rank=None, nu
     if (ratio is None) == (rank is None):
         raise ValueError(f"give exactly one of ratio and rank, got ratio={ratio} and rank={rank}")
     dense = in_features * out_features
-    cost = cls.parameters_per_rank(in_features, out_features, blocks)
     if rank is None:
         # the small constant keeps 0.3 * 10 from becoming 2
-        rank = int(ratio * dense / cost + 1e-9)
+        rank = cls.rank_within(int(ratio * dense + 1e-6), in_features, out_features, blocks)
         if rank < 1:
+            cost = cls.parameters_at(1, in_features, out_features, blocks)
             # blocks that do not divide are the likelier mistake, so let the spec complain about them first
             cls(in_features, out_features, 1, blocks)
             raise ValueError(
@@ -197,7 +271,7 @@ def max_rank(structure, in_features, out_features, num_blocks=None) -> int:
     """The largest rank that stores fewer numbers than the dense matrix; 0 if there is none."""
     cls = structure_class(structure)
     blocks = as_block_pair(cls.default_blocks if num_blocks is None else num_blocks)
-    return (in_features * out_features - 1) // cls.parameters_per_rank(in_features, out_features, blocks)
+    return cls.rank_within(in_features * out_features - 1, in_features, out_features, blocks)
 
 
 def spec_from_dict(data: dict) -> BLRSpec:

@@ -192,7 +192,9 @@ def test_candidates_span_the_ratios_in_ranks_that_kernels_like(structure, blocks
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
-@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+@pytest.mark.parametrize(
+    "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", 2), ("blast", (2, 4))]
+)
 def test_sharing_the_budget_and_weighing_outputs_pay(build, structure, blocks):
     dense = build()
     batches = batches_for(dense, count=6)
@@ -210,7 +212,7 @@ def test_auto_is_predicted_to_be_no_worse_than_any_one_structure():
     dense = tiny_llama()
     batches = batches_for(dense, count=6)
     results, losses = {}, {}
-    for structure in ("auto", "low_rank", "monarch", "blast"):
+    for structure in ("auto", "low_rank", "pivoted", "monarch", "blast"):
         model = tiny_llama()
         config = BLRConfig(structure, ratio=0.4, fit_rounds=4)
         report = compress(model, config, calibration=batches, progress=False)

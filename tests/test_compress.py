@@ -108,7 +108,9 @@ def limit_rank(model, rank):
     return model
 
 
-@pytest.mark.parametrize("structure, tolerance", [("low_rank", 1e-3), ("monarch", 1e-3), ("blast", 0.05)])
+@pytest.mark.parametrize(
+    "structure, tolerance", [("low_rank", 1e-3), ("pivoted", 1e-3), ("monarch", 1e-3), ("blast", 0.05)]
+)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
 def test_a_model_that_is_low_rank_already_is_kept(structure, tolerance, build):
     model = limit_rank(build(), 4)
@@ -118,7 +120,7 @@ def test_a_model_that_is_low_rank_already_is_kept(structure, tolerance, build):
         inputs = {"pixel_values": torch.randn(2, model.config.num_channels, size, size)}
     with torch.no_grad():
         before = model(**inputs).logits
-        config = BLRConfig(structure, ratio=0.7, num_blocks=None if structure == "low_rank" else 2)
+        config = BLRConfig(structure, ratio=0.7, num_blocks=None if structure in ("low_rank", "pivoted") else 2)
         report = compress(model, config, progress=False)
         after = model(**inputs).logits
     assert report.fitted_to == "weights" and report.mean_rel_error < tolerance

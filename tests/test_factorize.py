@@ -150,7 +150,9 @@ def test_monarch_without_inputs_is_the_blockwise_svd():
     assert fitted.rel_error == pytest.approx((sum(tails) ** 0.5 / weight.norm()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", (4, 3)), ("blast", (4, 3))])
+@pytest.mark.parametrize(
+    "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", (4, 3)), ("blast", (4, 3))]
+)
 @pytest.mark.parametrize("kind", ["rank-deficient", "one-input", "dead-features", "ill-conditioned", "huge", "tiny"])
 def test_difficult_grams_give_finite_factors_and_a_small_error(structure, blocks, kind):
     weight, gram, x = random_problem()
@@ -171,11 +173,11 @@ def test_difficult_grams_give_finite_factors_and_a_small_error(structure, blocks
     assert relative_error(weight, dense, damped(gram, 1e-4)) == pytest.approx(fitted.rel_error, rel=1e-2, abs=1e-4)
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "monarch", "blast"])
 @pytest.mark.parametrize("scale", [0.0, 2.0**-40, 2.0**40])
 def test_any_scale_of_weight(structure, scale):
     weight, gram, _ = random_problem()
-    spec = make_spec(structure, 32, 24, ratio=0.6, num_blocks=None if structure == "low_rank" else 2)
+    spec = make_spec(structure, 32, 24, ratio=0.6, num_blocks=None if structure in ("low_rank", "pivoted") else 2)
     plain, scaled = factorize(weight, spec, gram), factorize(weight * scale, spec, gram)
     dense = DENSE[structure](**scaled.tensors)
     torch.testing.assert_close(dense, DENSE[structure](**plain.tensors) * scale)

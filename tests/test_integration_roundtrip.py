@@ -46,7 +46,7 @@ def test_sharded_save_and_plain_load_are_bit_exact(family, tmp_path):
     assert loaded.config.quantization_config == model.config.quantization_config
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "monarch", "blast"])
 def test_every_structure_survives_the_file(structure, tmp_path):
     model = compressed(tiny_llama(), tmp_path, BLRConfig(structure, ratio=0.5, fit_rounds=2))
     model.save_pretrained(tmp_path / "blr")

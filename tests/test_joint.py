@@ -23,7 +23,9 @@ def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
-@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+@pytest.mark.parametrize(
+    "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", 2), ("blast", (2, 4))]
+)
 def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks):
     plain, without, batches = compressed(build, 0, structure, blocks)
     model, report, _ = compressed(build, 30, structure, blocks)

@@ -6,10 +6,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_blr.dense import build_dense, dense_weight, feature_sizes, is_dense_linear
-from hf_blr.linear import BlastLinear, BLRLinear, LowRankLinear, MonarchLinear
-from hf_blr.structures import Blast, LowRank, Monarch
+from hf_blr.linear import BlastLinear, BLRLinear, LowRankLinear, MonarchLinear, PivotedLinear
+from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
-SPECS = [LowRank(12, 8, 3), Monarch(12, 8, 1, (3, 4)), Blast(12, 8, 4, (3, 4))]
+SPECS = [LowRank(12, 8, 3), Monarch(12, 8, 1, (3, 4)), Blast(12, 8, 4, (3, 4)), Pivoted(12, 8, 3)]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.structure)
@@ -30,14 +30,14 @@ def test_module_equals_its_dense_form(spec, transposed, bias):
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.structure)
 def test_fresh_factors_have_the_variance_of_a_fresh_linear(spec):
-    big = type(spec)(240, 320, 40, (1, 1) if isinstance(spec, LowRank) else (4, 8))
+    big = type(spec)(240, 320, 40, (1, 1) if isinstance(spec, (LowRank, Pivoted)) else (4, 8))
     torch.manual_seed(0)
     weight = BLRLinear.from_spec(big).weight
     assert weight.std().item() == pytest.approx((3 * 240) ** -0.5, rel=0.15)
 
 
 def test_from_spec_picks_the_class_and_constructors_check_it():
-    assert [type(BLRLinear.from_spec(s)) for s in SPECS] == [LowRankLinear, MonarchLinear, BlastLinear]
+    assert [type(BLRLinear.from_spec(s)) for s in SPECS] == [LowRankLinear, MonarchLinear, BlastLinear, PivotedLinear]
     with pytest.raises(TypeError, match="needs a Blast spec"):
         BlastLinear(SPECS[0])
 

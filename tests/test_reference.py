@@ -6,15 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_blr.ops import reference
-from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch
+from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, Pivoted
 
 OPS = {
     "low_rank": reference.low_rank_linear,
+    "pivoted": reference.pivoted_linear,
     "monarch": reference.monarch_linear,
     "blast": reference.blast_linear,
 }
 SPECS = [
     LowRank(7, 5, 3),
+    Pivoted(7, 5, 3),
+    Pivoted(3, 5, 3),
     Monarch(6, 10, 2, (3, 2)),
     Monarch(5, 4, 3, (1, 4)),
     Blast(6, 10, 4, (3, 5)),
@@ -28,7 +31,14 @@ def ids(spec):
 
 def random_factors(spec, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in spec.factor_shapes().values()]
+    factors = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in spec.factor_shapes().values()
+    ]
+    return factors + [torch.randperm(k, generator=generator).int() for (k,) in spec.index_shapes().values()]
+
+
+def differentiable(tensors):
+    return [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
 
 
 def dense_of(spec, factors):
@@ -36,6 +46,12 @@ def dense_of(spec, factors):
     (b1, b2), (p, q), r = spec.num_blocks, spec.block_shape, spec.rank
     if spec.structure == "low_rank":
         return factors[0] @ factors[1]
+    if spec.structure == "pivoted":
+        u, c, order = factors
+        dense = torch.empty(spec.out_features, spec.in_features, dtype=u.dtype)
+        for place, feature in enumerate(order.tolist()):
+            dense[:, feature] = u[:, place] if place < r else u @ c[:, place - r]
+        return dense
     out = torch.zeros(spec.out_features, spec.in_features, dtype=factors[0].dtype)
     for i in range(b2):
         for j in range(b1):
@@ -72,7 +88,8 @@ def test_op_is_multiplication_by_the_dense_matrix(spec, lead, bias):
     tokens=st.integers(0, 5),
 )
 def test_any_sizes(structure, p, q, b1, b2, rank, tokens):
-    blocks = (1, 1) if structure == "low_rank" else (b1, b2)
+    blocks = (1, 1) if structure in ("low_rank", "pivoted") else (b1, b2)
+    rank = min(rank, p, q) if structure == "pivoted" else rank
     spec = STRUCTURES[structure](p * blocks[0], q * blocks[1], rank, blocks)
     factors = random_factors(spec)
     dense = dense_of(spec, factors)
@@ -83,7 +100,7 @@ def test_any_sizes(structure, p, q, b1, b2, rank, tokens):
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_gradients(spec):
-    factors = [f.requires_grad_() for f in random_factors(spec)]
+    factors = differentiable(random_factors(spec))
     x = torch.randn(2, 3, spec.in_features, dtype=torch.float64, requires_grad=True)
     b = torch.randn(spec.out_features, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *a: OPS[spec.structure](*a[:-1], bias=a[-1]), (x, *factors, b))
@@ -94,7 +111,7 @@ def test_gradients(spec):
 def test_low_precision_stays_near_float64(spec, dtype):
     factors = random_factors(spec, dtype)
     x = torch.randn(5, spec.in_features).to(dtype)
-    exact = x.double() @ dense_of(spec, [f.double() for f in factors]).T
+    exact = x.double() @ dense_of(spec, [f.double() if f.is_floating_point() else f for f in factors]).T
     got = OPS[spec.structure](x, *factors)
     assert got.dtype == dtype
     # three roundings on the way: y, z and the result

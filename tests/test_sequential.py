@@ -134,7 +134,9 @@ def divergence(dense, model, batches):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])
-@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("monarch", 2), ("blast", (2, 4))])
+@pytest.mark.parametrize(
+    "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", 2), ("blast", (2, 4))]
+)
 def test_sequential_fits_come_closer_to_the_dense_model(build, structure, blocks):
     dense = build()
     batches = batches_for(dense)

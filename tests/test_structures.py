@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, make_spec, max_rank, spec_from_dict
+from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, Pivoted, make_spec, max_rank, spec_from_dict
 
 
 @pytest.mark.parametrize(
     "spec, shapes, parameters",
     [
         (LowRank(6, 10, 3), {"u": (10, 3), "v": (3, 6)}, 48),
+        (Pivoted(6, 10, 3), {"u": (10, 3), "c": (3, 3)}, 45),
         (Monarch(6, 10, 2, (3, 5)), {"u": (5, 2, 6), "v": (3, 10, 2)}, 120),
         (Blast(6, 10, 4, (3, 5)), {"u": (5, 2, 4), "s": (5, 3, 4), "v": (3, 4, 2)}, 124),
     ],
@@ -38,16 +39,17 @@ def test_half_of_a_llama_attention_layer_gives_the_published_ranks(structure, ra
     ratio=st.floats(0.05, 0.99),
 )
 def test_a_ratio_buys_the_largest_rank_that_fits(structure, p, q, b1, b2, ratio):
-    blocks = (1, 1) if structure == "low_rank" else (b1, b2)
+    blocks = (1, 1) if structure in ("low_rank", "pivoted") else (b1, b2)
     k, n = p * blocks[0], q * blocks[1]
-    cost = STRUCTURES[structure].parameters_per_rank(k, n, blocks)
-    if ratio * k * n < cost:
+    cls = STRUCTURES[structure]
+    if ratio * k * n < cls.parameters_at(1, k, n, blocks):
         with pytest.raises(ValueError, match="buys no"):
             make_spec(structure, k, n, ratio=ratio, num_blocks=blocks)
         return
     spec = make_spec(structure, k, n, ratio=ratio, num_blocks=blocks)
     assert spec.ratio <= ratio + 1e-9
-    assert (spec.rank + 1) * cost > ratio * k * n - 1e-6
+    if structure != "pivoted" or spec.rank < min(k, n):
+        assert cls.parameters_at(spec.rank + 1, k, n, blocks) > ratio * k * n - 1e-6
     assert spec_from_dict(spec.to_dict()) == spec
 
 
@@ -72,7 +74,11 @@ def test_max_rank_is_the_last_that_saves_anything(structure, k, n):
             r"out_features 30.*\[1, 2, 3",
         ),
         (dict(structure="low_rank", in_features=8, out_features=8, rank=1, num_blocks=2), "one block"),
-        (dict(structure="svd", in_features=8, out_features=8, rank=1), r"\['blast', 'low_rank', 'monarch'\]"),
+        (dict(structure="pivoted", in_features=8, out_features=8, rank=1, num_blocks=2), "one block"),
+        (
+            dict(structure="svd", in_features=8, out_features=8, rank=1),
+            r"\['blast', 'low_rank', 'monarch', 'pivoted'\]",
+        ),
         (dict(structure="blast", in_features=8, out_features=8, rank=0, num_blocks=2), "rank must be at least 1"),
         (dict(structure="blast", in_features=8, out_features=8, num_blocks=2), "exactly one of ratio and rank"),
         (dict(structure="blast", in_features=8, out_features=8, rank=1, num_blocks=(1, 2, 4)), "num_blocks"),

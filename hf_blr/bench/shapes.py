@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hf_blr.structures import BLRSpec, as_block_pair, make_spec, structure_class
 
 #: our ranks: wide loads need multiples of 16, and Monarch's last stage multiples of 32 in each block pair
-RANK_MULTIPLE = {"low_rank": 16, "monarch": 32, "blast": 16}
+RANK_MULTIPLE = {"low_rank": 16, "pivoted": 16, "monarch": 32, "blast": 16}
 
 
 @dataclass(frozen=True)

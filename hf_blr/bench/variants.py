@@ -15,7 +15,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
 from hf_blr.integration import record_plan, swap_in
 from hf_blr.plan import LayerPlan, Plan, resolve_plan
-from hf_blr.structures import as_block_pair
+from hf_blr.structures import STRUCTURES, as_block_pair
 from hf_blr.targets import find_targets
 
 
@@ -33,8 +33,10 @@ class Variant:
         structure, _, detail = text.partition(":")
         if structure == "dense" and not detail:
             return cls("dense")
-        if structure not in ("low_rank", "monarch", "blast"):
-            raise ValueError(f"expected dense, low_rank, monarch or blast (:paper or :B1xB2 after it), got {text!r}")
+        if structure not in STRUCTURES:
+            raise ValueError(
+                f"expected dense or one of {', '.join(STRUCTURES)} (:paper or :B1xB2 after it), got {text!r}"
+            )
         if detail in ("", "paper"):
             return cls(structure, detail == "paper")
         try:

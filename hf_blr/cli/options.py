@@ -37,7 +37,7 @@ def add_blr(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("what the layers become")
     group.add_argument(
         "--structure",
-        choices=("low_rank", "monarch", "blast", "auto"),
+        choices=("low_rank", "pivoted", "monarch", "blast", "auto"),
         default="blast",
         help="auto chooses one for each layer, its blocks too",
     )

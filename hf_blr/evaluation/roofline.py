@@ -99,11 +99,17 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
     t, k, n, r = tokens, spec.in_features, spec.out_features, spec.rank
     (b1, b2), (_, q) = spec.num_blocks, spec.block_shape
     shapes = spec.factor_shapes()
-    u, v = (size_of(shapes[name]) for name in ("u", "v"))
+    u, v = size_of(shapes["u"]), size_of(shapes["c" if spec.structure == "pivoted" else "v"])
     s = size_of(shapes["s"]) if "s" in shapes else 0
     # y and z are of one size in Monarch, where every pair of blocks has its own rank
     y, z = (b1 * b2 * r * t,) * 2 if spec.structure == "monarch" else (b1 * r * t, b2 * r * t)
     project, expand, mix = 2 * t * v, 2 * t * u, 2 * t * s
+    if spec.structure == "pivoted":
+        # plain PyTorch in every form, and each feature of x is read and written once more
+        yield Stage("order inputs", 0, 2 * t * k, product=False)
+        yield Stage("project", project, t * k + v, (y,))
+        yield Stage("expand", expand, u + t * n, (z,))
+        return
     if form == "hf_blr" and decodes(t, b1, b2):
         name = "project and mix" if s else "project"
         yield Stage(name, project + mix, t * k + v + s, (z,))

@@ -18,6 +18,8 @@ def training_stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: 
         form: "dense" or "hf_blr".
         itemsize: bytes of a number.
     """
+    if spec.structure == "pivoted" and form != "dense":
+        raise ValueError("training of the structure pivoted has no prediction: it has no kernels of ours")
     if form not in ("dense", "hf_blr"):
         raise ValueError(f"form must be dense or hf_blr, got {form!r}")
     backward = dense_backward if form == "dense" else blr_backward

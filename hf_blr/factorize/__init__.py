@@ -12,9 +12,10 @@ from hf_blr.factorize.balance import balanced
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OutputMetric
 from hf_blr.factorize.monarch import fit_monarch, squared_error
+from hf_blr.factorize.pivots import pivoted
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.reference import DENSE
-from hf_blr.structures import BLRSpec, LowRank, Monarch
+from hf_blr.structures import BLRSpec, LowRank, Monarch, Pivoted
 
 __all__ = ["Factors", "factorize"]
 
@@ -23,7 +24,7 @@ __all__ = ["Factors", "factorize"]
 class Factors:
     """The outcome of one fit.
 
-    tensors: {"u", ("s",) "v"} in the shapes of the spec, float32, on the weight's device.
+    tensors: factors in the shapes of the spec, float32, and indices, int32; on the weight's device.
     rel_error: ||(W - W') X|| / ||W X|| over the calibration inputs X; Frobenius, ||W - W'|| / ||W||, without a Gram.
     rounds: alternating rounds that were run; 0 for a closed form.
     """
@@ -67,6 +68,8 @@ def factorize(
     scale = weight.square().mean().sqrt()
     if scale == 0:
         zeros = {name: weight.new_zeros(shape) for name, shape in spec.factor_shapes().items()}
+        for name, (size,) in spec.index_shapes().items():
+            zeros[name] = torch.arange(size, dtype=torch.int32, device=weight.device)
         return Factors(zeros, 0.0, 0)
     weight = weight / scale
     if gram is not None:
@@ -74,7 +77,7 @@ def factorize(
         gram = gram / gram.diagonal().mean()
     metric = None if output_gram is None else OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
     image = weight if metric is None else metric.whiten(weight)
-    if isinstance(spec, LowRank):
+    if isinstance(spec, (LowRank, Pivoted)):
         tensors, losses = dict(zip(("u", "v"), low_rank_factors(image, spec.rank, gram), strict=True)), []
     elif isinstance(spec, Monarch):
         tensors, losses = fit_monarch(image, spec, gram, rounds=rounds, tolerance=tolerance)
@@ -82,10 +85,10 @@ def factorize(
         tensors, losses = fit_blast(image, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
     if metric is not None:
         tensors["u"] = metric.restore(tensors["u"])
-    tensors = balanced(spec, tensors)
+    tensors = pivoted(**tensors) if isinstance(spec, Pivoted) else balanced(spec, tensors)
     error = relative_error(weight, DENSE[spec.structure](**tensors), gram)
-    root = scale.sqrt()
-    tensors = {name: (t if name == "s" else t * root).contiguous() for name, t in tensors.items()}
+    share = {"u": scale} if isinstance(spec, Pivoted) else dict.fromkeys(("u", "v"), scale.sqrt())
+    tensors = {name: (t * share[name] if name in share else t).contiguous() for name, t in tensors.items()}
     return Factors(tensors, error, max(len(losses) - 1, 0))
 
 

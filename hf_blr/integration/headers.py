@@ -11,7 +11,7 @@ from hf_blr.integration.verify import describe
 from hf_blr.plan import Plan
 from hf_blr.structures import STRUCTURES
 
-FACTOR_NAMES = frozenset(name for spec in STRUCTURES.values() for name in spec.factor_names)
+FACTOR_NAMES = frozenset(name for spec in STRUCTURES.values() for name in spec.factor_names + spec.index_names)
 
 
 def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
@@ -37,7 +37,9 @@ def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
                 extra.append(f"{key} (the config's layers do not list this module)")
             continue
         spec = plan[name].spec
-        wanted = spec.factor_shapes() | ({"bias": (spec.out_features,)} if plan[name].bias else {})
+        wanted = (
+            spec.factor_shapes() | spec.index_shapes() | ({"bias": (spec.out_features,)} if plan[name].bias else {})
+        )
         if leaf not in wanted:
             extra.append(f"{key} (a {spec.structure} module has {', '.join(wanted)})")
         elif shape != wanted[leaf]:

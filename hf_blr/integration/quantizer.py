@@ -106,7 +106,7 @@ class BLRHfQuantizer(HfQuantizer):
             factors = fit_weight(name, module, weight.detach(), self.quantization_config)
             finish_placeholder(name, self.awaiting)
             for factor, tensor in factors.items():
-                setattr(module, factor, nn.Parameter(tensor))
+                module.put(factor, tensor)
                 mark_loaded(getattr(module, factor))
 
     def is_serializable(self, *args, **kwargs) -> bool:

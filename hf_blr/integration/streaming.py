@@ -84,7 +84,9 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
     # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which
     # multiply with other rounding than the same factors read back from a file
     return {
-        factor: tensor.to(weight.device, weight.dtype).clone(memory_format=torch.contiguous_format)
+        factor: tensor.to(weight.device, weight.dtype if tensor.is_floating_point() else tensor.dtype).clone(
+            memory_format=torch.contiguous_format
+        )
         for factor, tensor in fitted.tensors.items()
     }
 

@@ -12,14 +12,20 @@ import torch
 from torch import nn
 
 from hf_blr.integration.record import blr_modules
+from hf_blr.linear import BLRLinear
 from hf_blr.targets import keep_in_fp32_names
 
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 def expected_tensors(model: nn.Module) -> Expected:
-    """{parameter: (shape, dtype)} of a model that has its final modules and waits for its weights."""
-    return {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
+    """{parameter or index: (shape, dtype)} of a model that has its final modules and waits for its weights."""
+    indices = {
+        f"{name}.{leaf}": index
+        for name, module in blr_modules(model).items()
+        for leaf, index in module.indices().items()
+    }
+    return {name: (t.shape, t.dtype) for name, t in (*model.named_parameters(), *indices.items())}
 
 
 def check_loaded(model: nn.Module, expected: Expected, complete: bool):
@@ -38,7 +44,8 @@ def check_loaded(model: nn.Module, expected: Expected, complete: bool):
     compressed = blr_modules(model)
     body = body_pattern(model) if complete and saved_from_this_class(model) else None
     for owner_name, owner in model.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
+        indices = owner.indices() if isinstance(owner, BLRLinear) else {}
+        for leaf, parameter in (*owner.named_parameters(recurse=False), *indices.items()):
             name = f"{owner_name}.{leaf}".lstrip(".")
             if parameter.is_meta and hasattr(owner, "_hf_hook"):
                 # offloaded: accelerate brings it in for each forward
@@ -60,12 +67,12 @@ def check_loaded(model: nn.Module, expected: Expected, complete: bool):
     cast_parameters(model, expected)
 
 
-def mark_loaded(parameter: nn.Parameter):
+def mark_loaded(parameter: torch.Tensor):
     """As the loader marks what it read from the checkpoint or tied to it, and nothing else."""
     parameter._is_hf_initialized = True
 
 
-def is_loaded(parameter: nn.Parameter) -> bool:
+def is_loaded(parameter: torch.Tensor) -> bool:
     """Whether the loader has marked it."""
     return getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
 

@@ -1,4 +1,4 @@
-"""Functional form of the structures: `low_rank_linear`, `monarch_linear`, `blast_linear`.
+"""Functional form of the structures: `low_rank_linear`, `pivoted_linear`, `monarch_linear`, `blast_linear`.
 
 `siblings_linear` runs several layers of one structure on one input. Each runs hand-written kernels or plain
 PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton", "reference" or "dense". `use_impl` sets
@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_blr.ops import library, reference
-from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
+from hf_blr.ops.dispatch import check_impl, current_impl, few_tokens, resolve_impl, use_impl
 from hf_blr.ops.siblings import siblings_linear
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "few_tokens",
     "low_rank_linear",
     "monarch_linear",
+    "pivoted_linear",
     "siblings_linear",
     "use_impl",
 ]
@@ -45,6 +46,26 @@ def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None,
     if impl == "dense":
         return reference.dense_linear(x, "low_rank", bias, u=u, v=v)
     return (reference.low_rank_linear if impl == "reference" else library.low_rank)(x, u, v, bias)
+
+
+def pivoted_linear(
+    x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None, impl: str | None = None
+) -> Tensor:
+    """(x[order[:R]] + c x[order[R:]]) u^T + bias, for each row of x. No kernel of ours: plain PyTorch everywhere.
+
+    Args:
+        x: `[..., K]`.
+        u, c, order: `[N, R]`, `[R, K - R]` and `[K]`, a permutation as int32 or int64.
+        bias, impl: as in `low_rank_linear`, like what is returned and raised.
+    """
+    r = u.shape[-1]
+    check_shapes(x, order.shape == x.shape[-1:] and c.shape == (r, x.shape[-1] - r), u=u, c=c, order=order)
+    impl = current_impl() if impl is None else check_impl(impl)
+    if impl == "triton":
+        raise RuntimeError('impl="triton" cannot run: pivoted has no kernel; use impl="auto" or "reference"')
+    if impl == "dense":
+        return reference.dense_linear(x, "pivoted", bias, u=u, c=c, order=order)
+    return reference.pivoted_linear(x, u, c, order, bias)
 
 
 def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:

@@ -31,9 +31,22 @@ def blast_linear(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
     return _expand(z.transpose(0, 1), u, bias, x.shape[:-1])
 
 
+def pivoted_linear(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]`, u `[N, R]`, c `[R, K - R]`, order `[K]` -> `[..., N]`. PIFA, PMLR 267, pivots among the inputs."""
+    r = c.shape[0]
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).index_select(-1, order)
+    y = torch.addmm(rows[:, :r], rows[:, r:], c.mT)
+    return torch.nn.functional.linear(y, u, bias).view(*x.shape[:-1], u.shape[0])
+
+
 def low_rank_dense(u: Tensor, v: Tensor) -> Tensor:
     """The matrix `[N, K]` that `low_rank_linear` multiplies by."""
     return u @ v
+
+
+def pivoted_dense(u: Tensor, c: Tensor, order: Tensor) -> Tensor:
+    """The matrix `[N, K]` that `pivoted_linear` multiplies by."""
+    return torch.cat([u, u @ c], dim=1).index_select(1, order.argsort())
 
 
 def monarch_dense(u: Tensor, v: Tensor) -> Tensor:
@@ -52,7 +65,7 @@ def blast_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 #: {structure: its dense matrix from its factors, by name}
-DENSE = {"low_rank": low_rank_dense, "monarch": monarch_dense, "blast": blast_dense}
+DENSE = {"low_rank": low_rank_dense, "pivoted": pivoted_dense, "monarch": monarch_dense, "blast": blast_dense}
 
 
 def dense_linear(x: Tensor, structure: str, bias: Tensor | None = None, **factors: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ from hf_blr.bench.ceilings import predictions
 from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.tables import compared, kind_of
 
-COLOURS = {"dense": "#444444", "low_rank": "#1f77b4", "monarch": "#2ca02c", "blast": "#d62728", "auto": "#9467bd"}
+COLOURS = {
+    "dense": "#444444",
+    "low_rank": "#1f77b4",
+    "pivoted": "#17becf",
+    "monarch": "#2ca02c",
+    "blast": "#d62728",
+    "auto": "#9467bd",
+}
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDP"
 #: inches; small, so that letters stay readable on a phone
 SIZE = (5.5, 3.8)

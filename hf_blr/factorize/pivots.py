@@ -1,0 +1,43 @@
+"""A low-rank pair of factors, stored without the numbers that change nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: pivots are exchanged until no number of c is larger. Large ones are ill-conditioned: what bfloat16 rounds off c then
+#: counts more than what it rounds off u
+LARGEST = 2.0
+
+
+def pivoted(u: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """The same matrix u v as {"u" `[N, R]`, "c" `[R, K - R]`, "order" `[K]` int32}; see `structures.Pivoted`.
+
+    The first pivots are those of an LU decomposition of an orthonormal basis of v's rows; then each exchange of a pivot
+    for another feature enlarges the determinant of the pivots' block (maxvol, Goreinov et al. 2010). Float64 inside.
+
+    Args:
+        u, v: `[N, R]` and `[R, K]`, R at most K.
+    """
+    r, k = v.shape
+    # a row of zeros, where the inputs have fewer directions than the rank, needs a direction of its own all the same
+    basis, triangle = torch.linalg.qr(v.double().mT)  # [K, R], v = triangle^T basis^T
+    order = torch.arange(k, device=v.device)
+    for i, pivot in enumerate(torch.linalg.lu_factor(basis)[1].tolist()):
+        # LAPACK's row exchanges, counted from one
+        order[[i, pivot - 1]] = order[[pivot - 1, i]]
+    c = torch.linalg.solve(basis[order[:r]].mT, basis[order[r:]].mT)
+    for _ in range(r if r < k else 0):
+        row, column = divmod(int(c.abs().argmax()), k - r)
+        size = c[row, column].clone()
+        if size.abs() <= LARGEST:
+            break
+        # pivot `row` and feature `column` change places
+        left, above = c[:, column].clone(), c[row].clone()
+        left[row] -= 1
+        above[column] += 1
+        c -= torch.outer(left, above) / size
+        order[[row, r + column]] = order[[r + column, row]]
+    # u' = u times the pivots' block of v
+    pivots = triangle.mT @ basis[order[:r]].mT
+    return {"u": (u.double() @ pivots).to(u.dtype), "c": c.to(v.dtype), "order": order.int()}

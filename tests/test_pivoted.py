@@ -1,0 +1,137 @@
+"""Low-rank factors stored with pivots: the same matrix, fewer numbers, and integers that no cast may touch."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama, tiny_logits
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_blr
+from hf_blr import BLRConfig
+from hf_blr.factorize import factorize
+from hf_blr.factorize.pivots import LARGEST, pivoted
+from hf_blr.integration import blr_modules
+from hf_blr.linear import BLRLinear
+from hf_blr.ops import pivoted_linear, use_impl
+from hf_blr.ops.reference import pivoted_dense
+from hf_blr.structures import LowRank, Pivoted, make_spec
+
+
+def random_pair(n=24, k=32, r=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(n, r, generator=generator, dtype=torch.float64)
+    return u, torch.randn(r, k, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("r", [1, 9, 24, 32])
+def test_the_same_matrix_with_small_numbers(r):
+    u, v = random_pair(r=r)
+    # directions of very different size, and features of very different size
+    v = torch.logspace(0, -6, r, dtype=torch.float64)[:, None] * v * torch.logspace(3, -3, 32, dtype=torch.float64)
+    tensors = pivoted(u, v)
+    torch.testing.assert_close(pivoted_dense(**tensors), u @ v, rtol=1e-8, atol=1e-8)
+    assert sorted(tensors["order"].tolist()) == list(range(32)) and tensors["order"].dtype == torch.int32
+    assert r == 32 or tensors["c"].abs().max() <= LARGEST
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {"u": (24, r), "c": (r, 32 - r), "order": (32,)}
+
+
+def test_fewer_directions_than_rank():
+    u, v = random_pair()
+    v[4:] = 0
+    tensors = pivoted(u, v)
+    assert all(torch.isfinite(t).all() for t in tensors.values())
+    torch.testing.assert_close(pivoted_dense(**tensors), u @ v)
+
+
+def test_a_fit_is_low_rank_with_more_rank():
+    weight, x = torch.randn(48, 64), torch.randn(500, 64) * torch.logspace(1, -1, 64)
+    gram = x.T @ x
+    spec, plain = (make_spec(s, 64, 48, ratio=0.6) for s in ("pivoted", "low_rank"))
+    assert spec.rank >= 19 and plain.rank == 16 and spec.num_parameters <= 0.6 * 64 * 48
+    same = factorize(weight, LowRank(64, 48, spec.rank), gram)
+    fitted = factorize(weight, spec, gram)
+    assert fitted.rel_error == pytest.approx(same.rel_error, rel=1e-4)
+    assert fitted.rel_error < 0.9 * factorize(weight, plain, gram).rel_error
+
+
+@pytest.mark.parametrize("k, n", [(64, 48), (48, 64), (17, 17)])
+def test_every_budget_below_the_dense_matrix_buys_almost_all_of_it(k, n):
+    # unlike low-rank, whose factors of full rank are larger than the matrix
+    assert make_spec("pivoted", k, n, ratio=0.999).rank >= 0.7 * min(k, n)
+    assert Pivoted(k, n, min(k, n)).num_parameters <= k * n + k
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_files_keep_integers_whatever_the_dtype(make, tmp_path):
+    dense = make()
+    dense.save_pretrained(tmp_path / "dense")
+    config = BLRConfig("pivoted", ratio=0.6)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", blr_config=config, dtype=torch.bfloat16)
+    orders = {name: module.order for name, module in blr_modules(model).items()}
+    assert orders and all(order.dtype == torch.int32 for order in orders.values())
+    # not the order that a fresh module has
+    assert any(not torch.equal(order, torch.arange(len(order)).int()) for order in orders.values())
+    model.save_pretrained(tmp_path / "blr")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "blr", dtype=torch.float16)
+    for name, module in blr_modules(loaded).items():
+        assert torch.equal(module.order, orders[name]) and module.u.dtype == torch.float16
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "blr")
+    assert torch.equal(tiny_logits(again), tiny_logits(model))
+
+
+def test_a_file_without_the_order_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", blr_config=BLRConfig("pivoted", ratio=0.6))
+    model.save_pretrained(tmp_path / "blr")
+    file = tmp_path / "blr" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.up_proj.order"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj.order"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "blr")
+
+
+def test_casts_copies_and_dense_forms():
+    module = BLRLinear.from_spec(Pivoted(32, 24, 9), dtype=torch.float64)
+    module.order.copy_(torch.randperm(32))
+    x = torch.randn(3, 32, dtype=torch.float64)
+    expected = module(x)
+    half = copy.deepcopy(module).bfloat16()
+    assert half.order.dtype == torch.int32 and half.u.dtype == torch.bfloat16
+    torch.testing.assert_close(half(x.bfloat16()).double(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(module.to_dense()(x), expected)
+    assert {name for name, _ in module.named_parameters()} == {"u", "c", "bias"}
+
+
+def test_no_kernel_is_said_so():
+    spec = Pivoted(32, 24, 9)
+    module = BLRLinear.from_spec(spec)
+    with use_impl("triton"), pytest.raises(RuntimeError, match="pivoted"):
+        pivoted_linear(torch.randn(2, 32), module.u, module.c, module.order)
+
+
+def test_fuse_leaves_it_alone():
+    model = tiny_llama()
+    hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6), progress=False)
+    before = tiny_logits(model)
+    hf_blr.fuse(model)
+    assert all(module.siblings is None for module in blr_modules(model).values())
+    assert torch.equal(tiny_logits(model), before)
+
+
+def test_it_trains():
+    module = BLRLinear.from_spec(Pivoted(16, 12, 5))
+    target, x = nn.Linear(16, 12), torch.randn(64, 16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        loss = (module(x) - target(x).detach()).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
