@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 import hf_blr
 from hf_blr import BLRConfig
 from hf_blr.factorize import factorize
+from hf_blr.factorize.pairs import as_pairs
 from hf_blr.factorize.pivots import LARGEST, pivoted
+from hf_blr.finetune import refine
 from hf_blr.integration import blr_modules
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, LowRankLinear
 from hf_blr.ops import pivoted_linear, use_impl
 from hf_blr.ops.reference import pivoted_dense
 from hf_blr.structures import LowRank, Pivoted, make_spec
@@ -135,3 +137,35 @@ def test_it_trains():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_layers_are_pairs_while_they_are_trained():
+    model = tiny_gpt2()
+    hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6), progress=False)
+    before, first = copy.deepcopy(model), model.transformer.h[0].attn.c_attn
+    with as_pairs(model):
+        pair = model.transformer.h[0].attn.c_attn
+        assert isinstance(pair, LowRankLinear) and pair.spec.rank == first.spec.rank and pair.transposed
+        gram = pair.u.T @ pair.u
+        torch.testing.assert_close(gram, pair.v @ pair.v.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(tiny_logits(model), tiny_logits(before), rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            pair.v.add_(0.1 * torch.randn(pair.v.shape, generator=torch.Generator().manual_seed(0)))
+        moved = pair.dense_weight().detach()
+    assert model.transformer.h[0].attn.c_attn is first
+    torch.testing.assert_close(first.dense_weight(), moved, rtol=1e-4, atol=1e-5)
+    for (name, old), new in zip(before.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(old, new) != name.startswith("transformer.h.0.attn.c_attn") or name.endswith("bias"), name
+
+
+def test_refinement_trains_pairs():
+    model = tiny_llama()
+    hf_blr.compress(model, BLRConfig("pivoted", ratio=0.5), progress=False)
+    windows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+    history = refine(model, tiny_llama(), windows, epochs=10, batch_size=4, learning_rate=3e-3)
+    losses = [entry["lm_loss"] for entry in history if "lm_loss" in entry]
+    assert {type(module).__name__ for module in blr_modules(model).values()} == {"PivotedLinear"}
+    with torch.no_grad():
+        # what was trained is what the pivoted layers hold
+        assert losses[0] > model(windows, labels=windows).loss == pytest.approx(losses[-1], rel=2e-3)

@@ -26,8 +26,7 @@ def distillation_loss(
     """temperature^2 * KL(teacher || student), summed over positions and divided by `num_items`.
 
     Source: arXiv 1503.02531. Computed in float32 a few rows at a time, and once more in the backward pass, so
-        that memory holds no
-    float32 copy of the logits.
+    that memory holds no float32 copy of the logits.
 
     Args:
         student_logits, teacher_logits: `[..., vocabulary]`.

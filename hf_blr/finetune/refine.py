@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from hf_blr.factorize.pairs import as_pairs
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.ops import current_impl, use_impl
@@ -55,7 +56,8 @@ def refine(
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
-    it computes in bfloat16 around float32 factors; give the model in float32.
+    it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
+    trained as plain pairs of factors and get their pivots anew at the end.
 
     Args:
         model: compressed, a causal language model; it comes back in evaluation mode.
@@ -65,7 +67,8 @@ def refine(
     """
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
-    with tempfile.TemporaryDirectory() as folder, use_impl("dense" if dense else current_impl()):
+    impl = use_impl("dense" if dense else current_impl())
+    with tempfile.TemporaryDirectory() as folder, as_pairs(model), impl:
         history = train(
             model,
             windows,
