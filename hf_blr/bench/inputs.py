@@ -7,7 +7,13 @@ from torch import nn
 
 
 def forward_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device: torch.device) -> dict:
-    """Random inputs of one forward."""
+    """Random inputs of one forward.
+
+    Raises:
+        ValueError: if a text is longer than the model has positions, which on a GPU would end the process's use of it.
+    """
+    if kind == "text" and tokens > longest_text(model):
+        raise ValueError(f"{type(model).__name__} has {longest_text(model)} positions, got {tokens} tokens; use fewer")
     generator = torch.Generator(device).manual_seed(0)
     dtype = next(model.parameters()).dtype
     if kind == "text":
@@ -21,6 +27,11 @@ def forward_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device:
     latents = torch.randn(batch, 4, size, size, device=device, dtype=dtype, generator=generator)
     label = torch.ones(batch, device=device, dtype=torch.long)
     return {"hidden_states": latents, "timestep": label, "class_labels": label, "return_dict": False}
+
+
+def longest_text(model: nn.Module) -> int:
+    """The tokens of the longest text that a language model takes."""
+    return model.config.max_position_embeddings
 
 
 def training_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device: torch.device) -> dict:

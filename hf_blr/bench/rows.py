@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_blr.bench import generation, measure
 from hf_blr.bench.forms import forget_compiled
+from hf_blr.bench.inputs import longest_text
 from hf_blr.bench.models import Shape
 from hf_blr.bench.timing import Timer, allocated
 from hf_blr.bench.variants import Variant, build_model
@@ -29,7 +30,7 @@ class Request:
             eager.
         mode: of torch.compile, of `forms.MODES`.
         decode_batches, prompt, new_tokens: of generation.
-        training_batch, training_tokens: of a training step.
+        training_batch, training_tokens: of a training step; no more tokens than the model has positions.
         ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
         dtype: of all parameters.
         stop_at_errors: raise instead of writing the error into the row.
@@ -118,7 +119,9 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                     ),
                 )
     if "training" in wanted and shape.kind != "diffusion":
-        batch, t = request.training_batch, request.training_tokens if shape.kind == "text" else tokens[0]
+        batch, t = request.training_batch, tokens[0]
+        if shape.kind == "text":
+            t = min(request.training_tokens, longest_text(model))
         for form in (f for f in measure.TRAINING_FORMS if f in ("eager", *request.forms)):
             settings = {"measurement": "training", "batch": batch, "tokens": t, "form": form}
             yield (
