@@ -178,7 +178,7 @@ def main(argv=None):
     parser.add_argument("--calibration", type=Path, help="text file to fit to")
     parser.add_argument("--evaluate", nargs="+", default=[], metavar="NAME=FILE", help="text files to score")
     parser.add_argument("--ids", type=Path, help="instead of texts: a torch file {valid: ids, NAME: ids, ...}")
-    parser.add_argument("--only", default="*", help="runs whose label matches, such as 'blast 4x16 0.5*'")
+    parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
     parser.add_argument("--beside", type=int, default=0, help="other runs on the device: no seconds are taken then")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
@@ -202,7 +202,8 @@ def main(argv=None):
     earlier: dict[Run, torch.nn.Module] = {}
     for run in runs():
         key = run.method, run.structure, tuple(run.blocks or ()), run.ratio
-        if key in done or not fnmatch(run.label, args.only) or time.perf_counter() - started > args.seconds:
+        wanted = any(fnmatch(run.label, pattern) for pattern in args.only)
+        if key in done or not wanted or time.perf_counter() - started > args.seconds:
             continue
         if run.kind != "refine":
             earlier.clear()
