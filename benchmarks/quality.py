@@ -190,7 +190,8 @@ def main(argv=None):
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     bench = Bench(name, dense.eval(), read_texts(args.calibration, evaluate, args.ids, tokenizer))
     machine = environment()
-    head = {"protocol": PROTOCOL, "environment": {**machine, "commit": args.commit or machine["commit"]}}
+    commit = args.commit or machine["commit"]
+    head = {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}
     file = ResultFile(args.json, head, append=True)
     done = {(row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"]) for row in file.rows}
     print(f"statistics took {bench.statistics_seconds:.0f} s; dense {bench.dense_ppl}", flush=True)
@@ -216,8 +217,9 @@ def main(argv=None):
             more["peak_memory"] = torch.cuda.max_memory_allocated()
         seconds = time.perf_counter() - fit
         more["fit_seconds"] = None if args.beside else seconds
-        shape = {"structure": run.structure, "blocks": list(run.blocks) if run.blocks else None}
-        rows = bench.rows(model, run.method, run.ratio, **shape, **more)
+        blocks = list(run.blocks) if run.blocks else None
+        # a file grows over many runs, and commits
+        rows = bench.rows(model, run.method, run.ratio, structure=run.structure, blocks=blocks, commit=commit, **more)
         file.add(rows)
         scores = ", ".join(f"{row['dataset']} {row['ppl']:.2f}" for row in rows)
         print(f"[{time.perf_counter() - started:.0f} s] {run.label}: {scores} ({seconds:.0f} s)", flush=True)

@@ -76,7 +76,7 @@ def groups_section() -> str:
 
 def models_section() -> str:
     """Whole models: prefill, decoding, a training step."""
-    result = read_result(RESULTS / "models_h200.json")
+    result = read_result(RESULTS / "models_h100.json")
     good = [row for row in result["rows"] if "error" not in row]
     rows = []
     for measurement in ("prefill", "decode", "training"):
@@ -142,19 +142,19 @@ def quality_section() -> str:
     texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
     columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
+    commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in result["rows"]))
     shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
     return (
         f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit, or of the "
-        f"refinement; the statistics that all fits share took {shared:.0f} s. "
-        f"{machine(result['environment'])}."
+        f"refinement, and missing where two runs shared the GPU; the statistics that all fits share took "
+        f"{shared:.0f} s. {machine(result['environment'], commits)}."
     )
 
 
-def machine(environment: dict) -> str:
-    return (
-        f"{environment['device']}, torch {environment['torch']}, commit {environment['commit'][:7]}, "
-        f"{environment['date']}"
-    )
+def machine(environment: dict, commits: str = "") -> str:
+    """commits: where rows are of more than one."""
+    commits = commits or environment["commit"][:7]
+    return f"{environment['device']}, torch {environment['torch']}, commit {commits}, {environment['date']}"
 
 
 SECTIONS = {

@@ -43,11 +43,17 @@ def test_without_a_result_file_there_is_no_table(results):
 def test_each_method_has_one_line_with_all_texts(results):
     shared = {"model": "tiny", "structure": "blast", "blocks": [4, 16], "method": "ours", "bytes": 2e6}
     rows = [
-        {**shared, "ratio": ratio, "dataset": text, "ppl": ppl, "fit_seconds": 1.0}
-        for ratio, text, ppl in ((0.5, "test", 30.5), (0.5, "ptb", 80.25), (0.8, "test", 20.5))
+        {**shared, "ratio": ratio, "dataset": text, "ppl": ppl, "fit_seconds": 1.0, "commit": commit}
+        for ratio, text, ppl, commit in (
+            (0.5, "test", 30.5, "1234567890"),
+            (0.5, "ptb", 80.25, "1234567890"),
+            (0.8, "test", 20.5, "abcdef0123"),
+        )
     ]
     where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
     (results / "quality.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
-    lines = [line for line in readme.quality_section().splitlines() if "blast" in line]
+    section = readme.quality_section()
+    assert "commit 1234567, abcdef0, 2026-01-01" in section
+    lines = [line for line in section.splitlines() if "blast" in line]
     assert len(lines) == 2 and "80 %" in lines[0] and "50 %" in lines[1]
     assert "30.5" in lines[1] and "80.25" in lines[1] and "4 x 16" in lines[1]

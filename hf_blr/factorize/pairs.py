@@ -6,30 +6,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hf_blr.factorize import factorize
+from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.pivots import pivoted
 from hf_blr.linear import LowRankLinear, PivotedLinear
+from hf_blr.ops.reference import DENSE
 from hf_blr.structures import LowRank
 
 
+def pivoted_layers(root: nn.Module) -> dict[str, PivotedLinear]:
+    """{name below `root`: layer}."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, PivotedLinear)}
+
+
 @contextmanager
-def as_pairs(root: nn.Module) -> Iterator[None]:
+def as_pairs(root: nn.Module, statistics: Statistics | None = None) -> Iterator[None]:
     """Inside the `with`, each pivoted layer below `root` is a low-rank one of the same matrix and rank.
 
     Gradient steps on u and c go astray: u carries what the pivots carry, features of very different size that depend on
-    one another, where both factors of a pair can be orthogonal up to their sizes. At the end the matrix, then a
-    different one, gets pivots anew. The layers that left come back, so what holds them stays valid.
+    one another. Of all pairs (u A, A^-1 v) of one matrix, training gets that of its singular value decomposition in the
+    metric of the statistics. There u^T G u and v H v^T are diagonal: to second order a step along one index of the rank
+    does not disturb the others, which is what an optimizer that scales each number by itself takes for granted. At the
+    end the matrix, then a different one, gets pivots anew. The layers that left come back, so what holds them stays
+    valid.
+
+    Args:
+        root: a model or a part of one.
+        statistics: of the pivoted layers, by their names below `root`; None takes the plain metric.
     """
-    layers = [(name, module) for name, module in root.named_modules() if isinstance(module, PivotedLinear)]
-    pairs = {name: as_pair(module) for name, module in layers}
+    layers = pivoted_layers(root)
+    pairs = {name: as_pair(name, module, statistics) for name, module in layers.items()}
     before = {name: pair.v.detach().clone() for name, pair in pairs.items()}
     for name, pair in pairs.items():
         root.set_submodule(name, pair)
     try:
         yield
     finally:
-        for name, module in layers:
+        for name, module in layers.items():
             pair = pairs[name]
             # a pair that stands where it stood needs no new pivots, which would round it once more
             if not torch.equal(pair.v, before[name]):
@@ -43,27 +58,14 @@ def as_pairs(root: nn.Module) -> Iterator[None]:
             root.set_submodule(name, module)
 
 
-def as_pair(module: PivotedLinear) -> LowRankLinear:
+@torch.no_grad()
+def as_pair(name: str, module: PivotedLinear, statistics: Statistics | None) -> LowRankLinear:
     """A low-rank layer of its own with the same matrix, rank, bias, dtype and device."""
-    spec = module.spec
-    u, v = svd_pair(module.u.detach(), identity_and(module.c.detach(), module.order))
-    factors = {"u": u.to(module.u.dtype), "v": v.to(module.u.dtype)}
-    plain = LowRank(spec.in_features, spec.out_features, spec.rank)
-    pair = LowRankLinear.from_factors(plain, factors, module.bias, module.transposed)
+    spec = LowRank(module.in_features, module.out_features, module.spec.rank)
+    grams, output_grams = ({}, {}) if statistics is None else (statistics.grams, statistics.output_grams)
+    wide = {key: factor.float() for key, factor in module.factors().items()}
+    weight = DENSE["pivoted"](**wide, **module.indices())
+    fitted = factorize(weight, spec, grams.get(name), output_gram=output_grams.get(name))
+    factors = {key: factor.to(module.u.dtype) for key, factor in fitted.tensors.items()}
+    pair = LowRankLinear.from_factors(spec, factors, module.bias, module.transposed)
     return pair.train(module.training).requires_grad_(module.u.requires_grad)
-
-
-def identity_and(c: Tensor, order: Tensor) -> Tensor:
-    """v `[R, K]` = [I c] with its columns where the features stand."""
-    v = c.new_empty(len(c), len(order))
-    v[:, order.long()] = torch.cat([torch.eye(len(c), dtype=c.dtype, device=c.device), c], 1)
-    return v
-
-
-def svd_pair(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same u v, from its singular value decomposition, with half of each singular value on either side."""
-    left, a = torch.linalg.qr(u.double())
-    right, b = torch.linalg.qr(v.double().mT)
-    x, sizes, y = torch.linalg.svd(a @ b.mT)
-    root = sizes.sqrt()
-    return left @ (x * root), (y * root[:, None]) @ right.mT

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_blr.factorize.pairs import as_pairs
+from hf_blr.factorize.fisher import Statistics, fisher_statistics
+from hf_blr.factorize.pairs import as_pairs, pivoted_layers
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.ops import current_impl, use_impl
@@ -16,6 +17,9 @@ from hf_blr.ops import current_impl, use_impl
 #: from this many tokens a step the factors are multiplied out once a step and training runs on the dense matrices: that
 #: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
 DENSE_STEP_TOKENS = 8192
+
+#: what decides in which form a pivoted layer trains needs less text than a fit
+STATISTICS_TOKENS = 32768
 
 
 def train(model: nn.Module, windows: Tensor, callback: BLRCallback, **arguments) -> list[dict]:
@@ -68,7 +72,7 @@ def refine(
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
-    with tempfile.TemporaryDirectory() as folder, as_pairs(model), impl:
+    with tempfile.TemporaryDirectory() as folder, as_pairs(model, statistics_of_pivoted(model, windows)), impl:
         history = train(
             model,
             windows,
@@ -86,3 +90,12 @@ def refine(
         )
     model.eval()
     return history
+
+
+def statistics_of_pivoted(model: nn.Module, windows: Tensor) -> Statistics | None:
+    """Of the pivoted layers' inputs and outputs, on some of the windows; None without such layers."""
+    names = list(pivoted_layers(model))
+    if not names:
+        return None
+    some = windows[: max(1, STATISTICS_TOKENS // windows.shape[1])].to(next(model.parameters()).device)
+    return fisher_statistics(model, names, [{"input_ids": some}])
