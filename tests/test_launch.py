@@ -27,7 +27,7 @@ def test_decode_tiles_fit_shared_memory(device):
             bt = launch.decode_rows(tokens)
             stage = launch.pow2(parts) * c.length * (c.rows + bt) * itemsize
             assert c.length == 16 or c.stages * stage <= device.shared_memory
-        c = launch.expand_config(rank, tokens, itemsize, device)
+        c = launch.expand_config(rank, 4096, tokens, itemsize, device)
         assert c.stages * c.length * (c.rows + bt) * itemsize <= device.shared_memory
 
 
@@ -39,7 +39,7 @@ def test_small_cards_get_smaller_tiles():
 def test_token_count_changes_few_settings():
     settings = {launch.gemm_config(1024, tokens, 2, DEVICES[90]) for tokens in range(33, 5000)}
     settings |= {launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(1, 33)}
-    settings |= {launch.expand_config(1024, t, 2, DEVICES[90]) for t in range(1, 33)}
+    settings |= {launch.expand_config(1024, 4096, t, 2, DEVICES[90]) for t in range(1, 33)}
     assert len(settings) <= 8
 
 

@@ -93,7 +93,7 @@ def test_at_most_eight_settings_are_tried(device):
         launch.mix_config(4, 4, 1024, False, device),
         launch.mix_config(16, 16, 1024, True, device),
         launch.project_config(4, 4096, 1024, 1, True, 2, device),
-        launch.expand_config(1024, 16, 2, device),
+        launch.expand_config(1024, 4096, 16, 2, device),
     ]
     for rule in rules:
         found = tuned.candidates(rule)

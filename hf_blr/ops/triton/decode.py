@@ -1,7 +1,7 @@
 """The few-token kernels of all three structures: they stream each factor once and do little else.
 
-Two launches per layer. Each asks for its weights' cache lines before it waits for the kernel before it, so
-that the memory never idles between the two.
+Two launches per layer. Each loads as many of its weights as registers hold, and asks for the cache lines of the others,
+before it waits for the kernel before it, so that the memory never idles between the two.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from hf_blr.ops.triton.launch import (
     decode_rows,
     device_of,
     dot_precision,
+    early_steps,
     expand_config,
+    lines,
     pow2,
     project_config,
     vector_width,
 )
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
+
+
+@triton.jit
+def in_part(o_p, o_j, m_j, P, K):
+    """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
+    return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < K) & m_j[:, None]
 
 
 @triton.jit
@@ -54,6 +62,7 @@ def decode_project_kernel(
     DOT: tl.constexpr,
     DOT_MIX: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     BJ: tl.constexpr,
     BI: tl.constexpr,
     BT: tl.constexpr,
@@ -61,7 +70,7 @@ def decode_project_kernel(
     BP: tl.constexpr,
 ):
     """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into
-    B1 parts.
+    B1 parts. The first EARLY steps' weights are loaded before the wait.
 
     The B1 parts are a batch of the product, so that the warps share the work instead of all reading
     everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
@@ -73,8 +82,14 @@ def decode_project_kernel(
     m_t, m_r, m_j = o_t < T, o_r < R * VEC, o_j < B1
     v_ptr += i_g.to(tl.int64) * (stride_vg * VEC)
     o_v = o_j.to(tl.int64)[:, None, None] * (stride_vj * VEC) + o_r[None, :, None] * (stride_vr * VEC)
-    if PDL:
-        o_l = tl.arange(0, LINES) * LINE
+    o_jx = o_j * (stride_xj * VEC)
+    b_vs = ()
+    for step in tl.static_range(EARLY):
+        o_p = step * BP + tl.arange(0, BP)
+        m_v = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)[:, None, :] & m_r[None, :, None]
+        b_vs = b_vs + (tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_v, other=0.0),)
+    if PDL and LINES > 0:
+        o_l = EARLY * BP + tl.arange(0, LINES) * LINE
         m_l = m_j[:, None, None] & m_r[None, :, None] & (o_l < P * VEC)[None, None, :]
         prefetch_to_l2(v_ptr, o_v + o_l[None, None, :], m_l)
     wait_for_previous(PDL)
@@ -85,16 +100,24 @@ def decode_project_kernel(
         m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
     x_ptr += i_g * (stride_xg * VEC)
-    o_jx = o_j * (stride_xj * VEC)
     o_x = o_t[None, :, None] * (stride_xt * VEC) + o_jx[:, None, None]
+    b_xs = ()
+    for step in tl.static_range(EARLY):
+        o_p = step * BP + tl.arange(0, BP)
+        m_x = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)[:, None, :] & m_t[None, :, None]
+        b_xs = b_xs + (tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_x, other=0.0),)
     if DOT:
         acc = tl.zeros((BJ, BT, BR), tl.float32)
     else:
         acc = tl.zeros((BJ, BR, BP), tl.float32)
-    for step in tl.range(0, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
+    for step in tl.static_range(EARLY):
+        if DOT:
+            acc = tl.dot(b_xs[step], tl.permute(b_vs[step], (0, 2, 1)), acc, input_precision=PRECISION)
+        else:
+            acc += b_xs[step].to(tl.float32) * b_vs[step].to(tl.float32)
+    for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
-        # the last part of a product cut in parts may be shorter
-        m_p = (o_p < P * VEC)[None, :] & (o_jx[:, None] + o_p[None, :] < K * VEC) & m_j[:, None]
+        m_p = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)
         b_x = tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_p[:, None, :] & m_t[None, :, None], other=0.0)
         b_v = tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_p[:, None, :] & m_r[None, :, None], other=0.0)
         if DOT:
@@ -147,13 +170,15 @@ def decode_expand_kernel(
     VEC: tl.constexpr,
     DOT: tl.constexpr,
     UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
     BR: tl.constexpr,
 ):
     """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; R and the strides of z and u come / VEC.
 
-    Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`.
+    Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`. The
+    first EARLY steps' weights are loaded before the wait.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t = tl.arange(0, BT)
@@ -161,17 +186,30 @@ def decode_expand_kernel(
     m_t, m_q = o_t < T, o_q < Q
     u_ptr += i_i.to(tl.int64) * (stride_ui * VEC)
     o_u = o_q[:, None] * (stride_uq * VEC)
-    if PDL:
-        o_l = tl.arange(0, LINES) * LINE
+    b_us = ()
+    for step in tl.static_range(EARLY):
+        o_r = step * BR + tl.arange(0, BR)
+        b_us = b_us + (tl.load(u_ptr + o_u + o_r[None, :], mask=m_q[:, None] & (o_r < R * VEC)[None, :], other=0.0),)
+    if PDL and LINES > 0:
+        o_l = EARLY * BR + tl.arange(0, LINES) * LINE
         prefetch_to_l2(u_ptr, o_u + o_l[None, :], m_q[:, None] & (o_l < R * VEC)[None, :])
     wait_for_previous(PDL)
     o_z = o_t[:, None] * (stride_zt * VEC)
     z_ptr += (i_i % B2) * (stride_zi * VEC) + (i_i // B2) * (R * VEC)
+    b_zs = ()
+    for step in tl.static_range(EARLY):
+        o_r = step * BR + tl.arange(0, BR)
+        b_zs = b_zs + (tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & (o_r < R * VEC)[None, :], other=0.0),)
     if DOT:
         acc = tl.zeros((BT, BQ), tl.float32)
     else:
         acc = tl.zeros((BQ, BR), tl.float32)
-    for step in tl.range(0, tl.cdiv(R * VEC, BR), loop_unroll_factor=UNROLL):
+    for step in tl.static_range(EARLY):
+        if DOT:
+            acc = tl.dot(b_zs[step], b_us[step].T, acc, input_precision=PRECISION)
+        else:
+            acc += b_zs[step].to(tl.float32) * b_us[step].to(tl.float32)
+    for step in tl.range(EARLY, tl.cdiv(R * VEC, BR), loop_unroll_factor=UNROLL):
         o_r = step * BR + tl.arange(0, BR)
         m_r = o_r < R * VEC
         b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
@@ -212,6 +250,7 @@ def decode_project(x, v, s, z):
     rule = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
 
     def run(config):
+        early = early_steps(config, part)
         decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
             x,
             v,
@@ -221,7 +260,7 @@ def decode_project(x, v, s, z):
             *(n // vec for n in sizes),
             B1=parts,
             B2=b2,
-            LINES=pow2(triton.cdiv(part, line)),
+            LINES=lines(part - early * config.length, line),
             LINE=line,
             MIX=mix,
             PDL=device.is_hopper,
@@ -230,6 +269,7 @@ def decode_project(x, v, s, z):
             DOT=bt > 1,
             DOT_MIX=bt > 1 and parts >= 16,
             UNROLL=1 if bt > 1 else config.stages,
+            EARLY=early,
             BJ=pow2(parts),
             BI=pow2(b2),
             BT=bt,
@@ -254,9 +294,10 @@ def decode_expand(z, u, bias, out):
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
-    rule = expand_config(r, tokens, z.element_size(), device)
+    rule = expand_config(r, blocks * q, tokens, z.element_size(), device)
 
     def run(config):
+        early = early_steps(config, r)
         decode_expand_kernel[(triton.cdiv(q, config.rows), blocks)](
             z,
             u,
@@ -268,13 +309,14 @@ def decode_expand(z, u, bias, out):
             *(n // vec for n in sizes),
             out.stride(0),
             HAS_BIAS=bias is not None,
-            LINES=pow2(triton.cdiv(r, line)),
+            LINES=lines(r - early * config.length, line),
             LINE=line,
             PDL=device.is_hopper,
             PRECISION=dot_precision(z.dtype),
             VEC=vec,
             DOT=bt > 1,
             UNROLL=1 if bt > 1 else config.stages,
+            EARLY=early,
             BT=bt,
             BQ=config.rows,
             BR=config.length,

@@ -54,12 +54,17 @@ class MixConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Rows of weights per program and the length read at a time, from each of `parts` pieces of a row."""
+    """Rows of weights per program and the length read at a time, from each of `parts` pieces of a row.
+
+    early: of each piece, how much is loaded into registers before the wait for the kernel before; the rest is asked
+        for in L2.
+    """
 
     rows: int
     length: int
     warps: int
     stages: int
+    early: int = 0
 
 
 SMALLEST_GEMM = GemmConfig(16, 16, 16, 4, 1)
@@ -171,41 +176,56 @@ def project_config(
 ) -> DecodeConfig:
     """For `decode_project_kernel`; `rows` of `row` weights each, read in `parts` pieces at once."""
     if device == INTERPRETER:
-        return DecodeConfig(8, 16, 4, 1)
-    longest = pow2(-(-row // parts))
+        return DecodeConfig(8, 16, 4, 1, 32)
+    part = -(-row // parts)
+    longest = pow2(part)
     parts = pow2(parts)
-    if tokens == 1 and mix and rows <= 8 * device.sms:
-        # so many registers that each multiprocessor takes one program: with two on some and none on others,
-        # which a little less allows, 4x4 blocks took 11.2 us a layer instead of 8.8 (4096 x 4096, H100)
-        return DecodeConfig(8, max(16, min(longest, 2048 // parts)), 8, 2)
-    if tokens == 1 and mix:
-        return DecodeConfig(4, max(16, min(longest, 1024 // parts)), 8, 4)
+    few_rows = rows <= 8 * device.sms
     if tokens == 1:
-        # about 32 KB of weights for each program
-        tile = min(64, max(4, pow2(16384 // row)))
-        # Monarch 4096 x 4096: 8.2 us a layer unrolled four times, 9.6 twice; 11008 x 4096: 26 and 22
-        unroll = 4 if tile > 4 and rows <= 8 * device.sms else 2
-        return DecodeConfig(tile, max(16, min(longest, 8192 // (parts * tile))), 4, unroll)
-    tile = 8 if rows <= 8 * device.sms else 16
-    if not mix:
-        tile = min(32, max(tile, pow2(32768 // row)))
-    length = max(16, min(longest, 1024 // parts, 16384 // (parts * tile)))
+        tile = 4 if mix or few_rows or row > 2048 else 8
+        warps = 4 if row < 4096 else 8
+        # two programs fit on a multiprocessor at the greater length, three at the smaller: where there are more rows
+        # than those two take, the third is worth more (4096 x 11008, H100: 19.0 us a layer and 20.3)
+        width = 2048 if warps == 8 and (few_rows or row > 8192) else 1024
+        length = max(16, min(longest, width // parts))
+        # 32-bit registers of a thread that hold weights, and sums
+        held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
+        return DecodeConfig(tile, length, warps, 2, part if held <= 128 else 0)
+    # more programs than multiprocessors before longer rows
+    tile = 8 if mix or rows <= 2 * device.sms else min(16, pow2(32768 // row))
+    if not few_rows:
+        tile = 16
+    length = max(16, min(longest, (512 if rows <= 2 * device.sms else 1024) // parts, 16384 // (parts * tile)))
     stage = parts * length * (tile + decode_rows(tokens)) * itemsize
     while stage > device.shared_memory and length > 16:
         length, stage = length // 2, stage // 2
     return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
 
 
-def expand_config(rank: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
-    """For `decode_expand_kernel`."""
+def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `decode_expand_kernel`; `outputs` of all blocks and layers."""
     if device == INTERPRETER:
-        return DecodeConfig(16, 16, 4, 1)
-    long = rank > 1024
+        return DecodeConfig(16, 16, 4, 1, 32)
     if tokens == 1:
-        return DecodeConfig(8, 512, 8 if long else 4, 2)
-    config = DecodeConfig(32, 128, 4, 6) if long else DecodeConfig(16, 256, 2, 4)
+        return DecodeConfig(8, 256, 4, 2, min(rank, 4096 // itemsize))
+    if outputs <= 64 * device.sms:
+        # all programs at once on the card, so that all weights are on their way when z arrives
+        room = device.shared_memory // ((32 + decode_rows(tokens)) * itemsize)
+        config = DecodeConfig(32, 256, 4, 2, min(rank, 3072 // itemsize, room // 256 * 256))
+    else:
+        config = DecodeConfig(32, 128, 4, 6) if rank > 1024 else DecodeConfig(16, 256, 2, 4)
     stage = config.length * (config.rows + decode_rows(tokens)) * itemsize
     return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
+
+
+def early_steps(config: DecodeConfig, length: int) -> int:
+    """How many steps over a piece of this length have their weights loaded before the wait."""
+    return -(-min(config.early, length) // config.length)
+
+
+def lines(length: int, line: int) -> int:
+    """A power of two of cache lines that covers a length, none for none."""
+    return pow2(-(-length // line)) if length > 0 else 0
 
 
 def decode_rows(tokens: int) -> int:

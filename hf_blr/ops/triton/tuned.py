@@ -88,9 +88,9 @@ def candidates(rule) -> list:
     """The rule's setting and up to seven near it."""
     found = [rule]
     for change in CHANGES[type(rule)]:
-        config = replace(rule, **{name: int(getattr(rule, name) * factor) for name, factor in change.items()})
-        if min(value for value in astuple(config) if type(value) is int) >= 1:
-            found.append(config)
+        values = {name: int(getattr(rule, name) * factor) for name, factor in change.items()}
+        if min(values.values()) >= 1:
+            found.append(replace(rule, **values))
     return found
 
 
