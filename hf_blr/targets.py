@@ -24,32 +24,40 @@ def find_targets(model: nn.Module, target_modules=None, modules_to_not_convert=N
             its weight with another one.
     """
     dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
-    tied = tied_modules(model, dense)
-    if target_modules is None or target_modules == "all-linear":
-        left_out = tied | head_modules(model) | set(map(str, keep_in_fp32_names(model)))
-        chosen = [
-            name
-            for name in dense
-            if in_repeated_block(name) and left_out.isdisjoint((name, leaf(name))) and leaf(name) not in ROUTER_NAMES
-        ]
-    else:
+    if target_modules is not None and target_modules != "all-linear":
         matched = match(target_modules, dense, "target_modules")
-        shared = sorted(matched & tied)
+        shared = sorted(matched & tied_modules(model, dense))
         if shared:
             raise ValueError(
                 f"{shared[0]} shares its weight with another module and cannot be replaced alone; leave it out of "
                 "target_modules, or untie the model first"
             )
-        chosen = [name for name in dense if name in matched]
-    if modules_to_not_convert:
-        excluded = match(modules_to_not_convert, dense, "modules_to_not_convert", must_match=False)
-        chosen = [name for name in chosen if name not in excluded]
+    chosen = remaining_targets(model, target_modules, modules_to_not_convert)
     if not chosen:
         raise ValueError(
             f"no module of {type(model).__name__} is left to compress with target_modules={target_modules!r} and "
             f"modules_to_not_convert={modules_to_not_convert!r}; its linear layers end in "
             f"{sorted({leaf(name) for name in dense})}"
         )
+    return chosen
+
+
+def remaining_targets(model: nn.Module, target_modules=None, modules_to_not_convert=None) -> list[str]:
+    """The target layers that are dense now, in the model's order: of a compressed model those that were left so."""
+    dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+    if target_modules is None or target_modules == "all-linear":
+        left_out = tied_modules(model, dense) | head_modules(model) | set(map(str, keep_in_fp32_names(model)))
+        chosen = [
+            name
+            for name in dense
+            if in_repeated_block(name) and left_out.isdisjoint((name, leaf(name))) and leaf(name) not in ROUTER_NAMES
+        ]
+    else:
+        matched = match(target_modules, dense, "target_modules", must_match=False)
+        chosen = [name for name in dense if name in matched]
+    if modules_to_not_convert:
+        excluded = match(modules_to_not_convert, dense, "modules_to_not_convert", must_match=False)
+        chosen = [name for name in chosen if name not in excluded]
     return chosen
 
 

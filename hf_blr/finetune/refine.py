@@ -12,7 +12,9 @@ from hf_blr.factorize.fisher import Statistics, fisher_statistics
 from hf_blr.factorize.pairs import as_pairs, pivoted_layers
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
+from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.ops import current_impl, use_impl
+from hf_blr.targets import remaining_targets
 
 #: from this many tokens a step the factors are multiplied out once a step and training runs on the dense matrices: that
 #: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
@@ -22,9 +24,10 @@ DENSE_STEP_TOKENS = 8192
 STATISTICS_TOKENS = 32768
 
 
-def train(model: nn.Module, windows: Tensor, callback: BLRCallback, **arguments) -> list[dict]:
+def train(model: nn.Module, windows: Tensor, callback: BLRCallback, optimizer=None, **arguments) -> list[dict]:
     """Trains on windows `[n, seqlen]`; returns the Trainer's log history.
 
+    optimizer: None leaves the Trainer's own.
     arguments: of `TrainingArguments`, `max_steps` among them, over defaults that suit factors.
     """
     settings = {
@@ -41,6 +44,7 @@ def train(model: nn.Module, windows: Tensor, callback: BLRCallback, **arguments)
         args=TrainingArguments(**{**settings, **arguments}),
         train_dataset=WindowDataset(windows),
         callbacks=[callback],
+        optimizers=(optimizer, None),
     )
     trainer.train()
     return trainer.state.log_history
@@ -55,9 +59,12 @@ def refine(
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     distill_weight: float = 0.9,
+    dense_rate: float = 0.1,
     seed: int = 0,
 ) -> list[dict]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
+
+    So are the targets that the budget left dense, which costs no parameter.
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
     it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
@@ -68,20 +75,24 @@ def refine(
         teacher: the dense model.
         windows: token ids `[n, seqlen]`.
         epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule and no weight decay.
+        distill_weight: share of the divergence in the loss.
+        dense_rate: the learning rate of layers left dense, as a share of the factors'; 0 leaves them as they are.
     """
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
     with tempfile.TemporaryDirectory() as folder, as_pairs(model, statistics_of_pivoted(model, windows)), impl:
+        left = targets_left_dense(model) if dense_rate else []
+        mark_only_factors_trainable(model, also=left)
+        groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
         history = train(
             model,
             windows,
-            BLRCallback(teacher=teacher, distill_weight=distill_weight),
+            BLRCallback(teacher=teacher, distill_weight=distill_weight, train_also=left),
+            torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
             output_dir=folder,
             max_steps=epochs * -(-len(windows) // batch_size),
             per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            adam_beta2=0.95,
             max_grad_norm=1.0,
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
             use_cpu=not on_gpu,
@@ -90,6 +101,12 @@ def refine(
         )
     model.eval()
     return history
+
+
+def targets_left_dense(model: nn.Module) -> list[str]:
+    """The layers that the model's config targets and that are dense all the same."""
+    config = model.config.quantization_config
+    return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 
 def statistics_of_pivoted(model: nn.Module, windows: Tensor) -> Statistics | None:
