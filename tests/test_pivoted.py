@@ -35,6 +35,7 @@ def test_the_same_matrix_with_small_numbers(r):
     tensors = pivoted(u, v)
     torch.testing.assert_close(pivoted_dense(**tensors), u @ v, rtol=1e-8, atol=1e-8)
     assert sorted(tensors["order"].tolist()) == list(range(32)) and tensors["order"].dtype == torch.int32
+    assert all(part.equal(part.sort().values) for part in (tensors["order"][:r], tensors["order"][r:]))
     assert r == 32 or tensors["c"].abs().max() <= LARGEST
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {"u": (24, r), "c": (r, 32 - r), "order": (32,)}
 

@@ -62,6 +62,15 @@ class DecodeConfig:
     stages: int
 
 
+@dataclass(frozen=True)
+class ColumnConfig:
+    """Tiles over tokens and columns of a kernel that moves columns."""
+
+    bt: int
+    bc: int
+    warps: int
+
+
 SMALLEST_GEMM = GemmConfig(16, 16, 16, 4, 1)
 
 
@@ -206,6 +215,13 @@ def expand_config(rank: int, tokens: int, itemsize: int, device: Device) -> Deco
     config = DecodeConfig(32, 128, 4, 6) if long else DecodeConfig(16, 256, 2, 4)
     stage = config.length * (config.rows + decode_rows(tokens)) * itemsize
     return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
+
+
+def column_config(tokens: int, device: Device) -> ColumnConfig:
+    """For `columns_kernel`: some 16 numbers a thread under way, and the indices read once for the tokens of a tile."""
+    if device == INTERPRETER:
+        return ColumnConfig(4, 16, 4)
+    return ColumnConfig(min(8, pow2(tokens)), 256, 4)
 
 
 def decode_rows(tokens: int) -> int:

@@ -1,0 +1,264 @@
+"""Pivoted low-rank: what low-rank runs, behind a gather of the inputs into pivots and the rest."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from hf_blr.ops.dispatch import decodes_low_rank
+from hf_blr.ops.triton.decode import decode_expand
+from hf_blr.ops.triton.launch import (
+    column_config,
+    decode_rows,
+    device_of,
+    dot_precision,
+    pow2,
+    project_config,
+    vector_width,
+)
+from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tuned import launch
+
+#: pieces that a row of c is read in at once, one for each warp
+PARTS = 4
+
+
+@triton.jit
+def columns_kernel(
+    x_ptr,
+    order_ptr,
+    y_ptr,
+    rest_ptr,
+    T,
+    stride_xt,
+    R,
+    REST,
+    stride_yt,
+    stride_rt,
+    SCATTER: tl.constexpr,
+    VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back. All but T and stride_xt come / VEC.
+
+    Columns are the inner part of the grid: y and rest take x's cache lines from L2 one after the other.
+    """
+    pivot_tiles, tiles = tl.cdiv(R * VEC, BC), tl.cdiv(R * VEC, BC) + tl.cdiv(REST * VEC, BC)
+    i_t, i_c = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    # a tile lies in one of the two, so that its own side is read or written in wide pieces
+    is_rest = i_c >= pivot_tiles
+    part_ptr = tl.where(is_rest, rest_ptr, y_ptr)
+    width, stride = tl.where(is_rest, REST, R) * VEC, tl.where(is_rest, stride_rt, stride_yt) * VEC
+    order_ptr += tl.where(is_rest, R, 0) * VEC
+    first = tl.where(is_rest, i_c - pivot_tiles, i_c) * BC
+    o_t = (i_t * BT + tl.arange(0, BT)).to(tl.int64)
+    o_c = first + tl.arange(0, BC)
+    m_c = o_c < width
+    m = (o_t < T)[:, None] & m_c[None, :]
+    b_o = tl.load(order_ptr + o_c, mask=m_c, other=0)
+    x_ptr += o_t[:, None] * stride_xt + b_o[None, :]
+    part_ptr += o_t[:, None] * stride + o_c[None, :]
+    if SCATTER:
+        tl.store(x_ptr, tl.load(part_ptr, mask=m), mask=m)
+    else:
+        tl.store(part_ptr, tl.load(x_ptr, mask=m), mask=m)
+
+
+@triton.jit
+def pivoted_project_kernel(
+    x_ptr,
+    c_ptr,
+    order_ptr,
+    y_ptr,
+    T,
+    stride_xt,
+    P,
+    R,
+    REST,
+    stride_cr,
+    stride_yt,
+    LINES: tl.constexpr,
+    ORDER_LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    ORDER_LINE: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,
+    DOT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BJ: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """y[t,r] = x[t, order[r]] + sum_k x[t, order[R+k]] c[r,k], the sum cut into BJ parts of P.
+
+    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. All sizes and strides from P
+    on come / VEC.
+    """
+    i_r = tl.program_id(0)
+    o_t, o_j, o_b = tl.arange(0, BT), tl.arange(0, BJ), tl.arange(0, BR)
+    o_r = i_r * BR + o_b
+    m_t, m_r = o_t < T, o_r < R * VEC
+    c_ptr += tl.cast(i_r, tl.int64) * BR * (stride_cr * VEC)
+    o_jp = o_j * (P * VEC)
+    o_c = o_jp[:, None, None] + o_b[None, :, None] * (stride_cr * VEC)
+    if PDL:
+        # the indices too: x cannot be asked for before they are there
+        o_i = tl.arange(0, ORDER_LINES) * ORDER_LINE
+        prefetch_to_l2(order_ptr, o_i, o_i < (R + REST) * VEC)
+        o_l = tl.arange(0, LINES) * LINE
+        m_l = (o_l < P * VEC)[None, :] & (o_jp[:, None] + o_l[None, :] < REST * VEC)
+        prefetch_to_l2(c_ptr, o_c + o_l[None, None, :], m_l[:, None, :] & m_r[None, :, None])
+    wait_for_previous(PDL)
+    x_ptr += o_t[:, None] * stride_xt
+    m_tr = m_t[:, None] & m_r[None, :]
+    b_pivots = tl.load(x_ptr + tl.load(order_ptr + o_r, mask=m_r, other=0)[None, :], mask=m_tr, other=0.0)
+    if DOT:
+        acc = tl.zeros((BJ, BT, BR), tl.float32)
+    else:
+        acc = tl.zeros((BJ, BR, BP), tl.float32)
+    for step in tl.range(0, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
+        o_p = step * BP + tl.arange(0, BP)
+        o_k = o_jp[:, None] + o_p[None, :]
+        # the last part may be shorter
+        m_k = (o_p < P * VEC)[None, :] & (o_k < REST * VEC)
+        b_o = tl.load(order_ptr + R * VEC + o_k, mask=m_k, other=0)
+        b_x = tl.load(x_ptr[None, :, :] + b_o[:, None, :], mask=m_k[:, None, :] & m_t[None, :, None], other=0.0)
+        b_c = tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_k[:, None, :] & m_r[None, :, None], other=0.0)
+        if DOT:
+            acc = tl.dot(b_x, tl.permute(b_c, (0, 2, 1)), acc, input_precision=PRECISION)
+        else:
+            acc += b_x.to(tl.float32) * b_c.to(tl.float32)
+    if DOT:
+        b_y = tl.sum(acc, 0)
+    else:
+        b_y = tl.sum(tl.sum(acc, 2), 0)[None, :]
+    b_y += b_pivots.to(tl.float32)
+    o_y = o_t[:, None] * (stride_yt * VEC) + o_r[None, :]
+    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_tr)
+
+
+def pivoted_fwd(x, u, c, order, bias, keep=False):
+    """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
+
+    u `[N, R]`, c `[R, K - R]`, order `[K]`, bias `[N]` or None.
+    """
+    tokens, (n, r) = x.shape[0], u.shape
+    if tokens and not keep and decodes_low_rank(tokens, r):
+        out = x.new_empty(tokens, n)
+        decode_expand(pivoted_decode(x, c, order)[None], u[None], bias, out)
+        return out, x.new_empty(0)
+    y = project(x, c, order)
+    return F.linear(y, u, bias), y if keep else x.new_empty(0)
+
+
+def pivoted_bwd(grad, x, u, c, order, y, needs):
+    """(dx, du, dc); what `needs` does not ask for is empty, as y may be."""
+    need_x, need_u, need_c = needs
+    r = u.shape[1]
+    dx, du, dc = (x.new_empty(0) for _ in range(3))
+    if need_u:
+        du = grad.T @ (y if y.numel() else project(x, c, order))
+    if need_x or need_c:
+        dy = grad @ u
+        if need_x:
+            dx = scatter_columns(dy, dy @ c, order)
+        if need_c:
+            dc = dy.T @ gather_columns(x, order[r:], 0)[1]
+    return dx, du, dc
+
+
+def project(x, c, order):
+    """y `[T, R]`, the first stage of any number of tokens."""
+    y, rest = gather_columns(x, order, c.shape[0])
+    # in place: the pivots are what the product is added to
+    return y.addmm_(rest, c.T)
+
+
+def pivoted_decode(x, c, order):
+    """y `[T, R]` at few tokens."""
+    tokens, (r, rest) = x.shape[0], c.shape
+    y, device = x.new_empty(tokens, r), device_of(x)
+    part = triton.cdiv(triton.cdiv(rest, PARTS), 16) * 16
+    sizes = (part, r, rest, c.stride(0), y.stride(0))
+    vec = vector_width(*sizes)
+    line, order_line = 128 // x.element_size(), 128 // order.element_size()
+    bt = decode_rows(tokens)
+    rule = project_config(PARTS, max(1, rest), r, tokens, False, x.element_size(), device)
+
+    def run(config):
+        pivoted_project_kernel[(triton.cdiv(r, config.rows),)](
+            x,
+            c,
+            order,
+            y,
+            tokens,
+            x.stride(0),
+            *(n // vec for n in sizes),
+            LINES=pow2(triton.cdiv(part, line)),
+            ORDER_LINES=pow2(triton.cdiv(len(order), order_line)),
+            LINE=line,
+            ORDER_LINE=order_line,
+            PDL=device.is_hopper,
+            PRECISION=dot_precision(x.dtype),
+            VEC=vec,
+            DOT=bt > 1,
+            UNROLL=1 if bt > 1 else config.stages,
+            BJ=PARTS,
+            BT=bt,
+            BR=config.rows,
+            BP=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "pivoted_project", rule, bt, (part, r), x)
+    return y
+
+
+def gather_columns(x, order, r):
+    """y `[T, r]` = x[:, order[:r]] and rest `[T, len(order) - r]` = x[:, order[r:]], of x `[T, K]`.
+
+    Rows are not padded: where an odd size keeps cuBLAS from wide loads of these, it does so of u and c as well.
+    """
+    y, rest = x.new_empty(x.shape[0], r), x.new_empty(x.shape[0], len(order) - r)
+    move_columns(x, y, rest, order, scatter=False)
+    return y, rest
+
+
+def scatter_columns(y, rest, order):
+    """x `[T, K]` with x[:, order] = [y, rest], of y `[T, R]` and rest `[T, K - R]`."""
+    x = y.new_empty(y.shape[0], len(order))
+    move_columns(x, y, rest, order, scatter=True)
+    return x
+
+
+def move_columns(x, y, rest, order, scatter):
+    """Fill y and rest from x, or x from them with `scatter`."""
+    tokens, sizes = x.shape[0], (y.shape[1], rest.shape[1], y.stride(0), rest.stride(0))
+    if not x.numel() or not len(order):
+        return
+    vec = vector_width(*sizes)
+
+    def run(config):
+        tiles = sum(triton.cdiv(size, config.bc) for size in sizes[:2])
+        columns_kernel[(triton.cdiv(tokens, config.bt) * tiles,)](
+            x,
+            order,
+            y,
+            rest,
+            tokens,
+            x.stride(0),
+            *(n // vec for n in sizes),
+            SCATTER=scatter,
+            VEC=vec,
+            BT=config.bt,
+            BC=config.bc,
+            num_warps=config.warps,
+        )
+
+    launch(run, "columns", column_config(tokens, device_of(x)), tokens, (*sizes[:2], scatter), x)
