@@ -47,6 +47,20 @@ def test_auto_is_the_reference_on_a_cpu():
     assert dispatch.resolve_impl("auto", "monarch", x) == "reference"
 
 
+def test_what_auto_prefers_on_a_gpu():
+    u = torch.empty(8, 1025, device="meta", dtype=torch.bfloat16)
+    prefers = (
+        lambda s, tokens, r, t=torch.bfloat16: dispatch.worthwhile(  # noqa: E731
+            s, torch.empty(tokens, 64, device="meta", dtype=t), (u[:, :r],)
+        )
+    )
+    assert prefers("low_rank", 1, 1025) and prefers("low_rank", 32, 1024)
+    assert not prefers("low_rank", 2, 1025) and not prefers("low_rank", 33, 8)
+    # its op gathers the inputs whoever multiplies
+    assert prefers("pivoted", 2, 1025) and prefers("pivoted", 4096, 8)
+    assert not any(prefers(s, 1, 8, torch.float32) for s in FUNCTIONS)
+
+
 def test_use_impl_sets_and_restores():
     with ops.use_impl("reference"):
         assert ops.current_impl() == "reference"

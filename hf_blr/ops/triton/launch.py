@@ -205,6 +205,15 @@ def project_config(
     return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
 
 
+def pivoted_project_config(parts: int, row: int, rows: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
+    config = project_config(parts, max(1, row), rows, tokens, False, itemsize, device)
+    if tokens > 1 or device == INTERPRETER:
+        return config
+    # each step waits for its indices and then for x: few long steps, and programs enough for two to take turns
+    return DecodeConfig(4, max(16, min(512, pow2(-(-row // parts)))), 4, 2)
+
+
 def expand_config(rank: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
     """For `decode_expand_kernel`."""
     if device == INTERPRETER:

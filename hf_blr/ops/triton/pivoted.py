@@ -13,8 +13,8 @@ from hf_blr.ops.triton.launch import (
     decode_rows,
     device_of,
     dot_precision,
+    pivoted_project_config,
     pow2,
-    project_config,
     vector_width,
 )
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
@@ -187,7 +187,7 @@ def pivoted_decode(x, c, order):
     vec = vector_width(*sizes)
     line, order_line = 128 // x.element_size(), 128 // order.element_size()
     bt = decode_rows(tokens)
-    rule = project_config(PARTS, max(1, rest), r, tokens, False, x.element_size(), device)
+    rule = pivoted_project_config(PARTS, rest, r, tokens, x.element_size(), device)
 
     def run(config):
         pivoted_project_kernel[(triton.cdiv(r, config.rows),)](
