@@ -48,12 +48,11 @@ def test_auto_is_the_reference_on_a_cpu():
 
 
 def test_what_auto_prefers_on_a_gpu():
-    u = torch.empty(8, 1025, device="meta", dtype=torch.bfloat16)
-    prefers = (
-        lambda s, tokens, r, t=torch.bfloat16: dispatch.worthwhile(  # noqa: E731
-            s, torch.empty(tokens, 64, device="meta", dtype=t), (u[:, :r],)
-        )
-    )
+    u = torch.empty(8, 1025, dtype=torch.bfloat16)
+
+    def prefers(structure, tokens, rank, dtype=torch.bfloat16):
+        return dispatch.worthwhile(structure, torch.empty(tokens, 64, dtype=dtype), (u[:, :rank],))
+
     assert prefers("low_rank", 1, 1025) and prefers("low_rank", 32, 1024)
     assert not prefers("low_rank", 2, 1025) and not prefers("low_rank", 33, 8)
     # its op gathers the inputs whoever multiplies

@@ -95,8 +95,8 @@ def pivoted_project_kernel(
 ):
     """y[t,r] = x[t, order[r]] + sum_k x[t, order[R+k]] c[r,k], the sum cut into BJ parts of P.
 
-    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. All sizes and strides from P
-    on come / VEC.
+    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. Sizes and strides from P on
+    come / VEC.
     """
     i_r = tl.program_id(0)
     o_t, o_j, o_b = tl.arange(0, BT), tl.arange(0, BJ), tl.arange(0, BR)
