@@ -96,11 +96,11 @@ def test_pivoted_pays_low_ranks_stages_and_a_gather():
 
 
 @pytest.mark.parametrize("tokens", [1, 1024, 4096])
-def test_for_the_same_rank_pivoted_is_predicted_to_cost_less_time(tokens):
-    """So that a budget in milliseconds prefers it; at equal parameters the gather makes it a little slower."""
+def test_a_large_rank_is_predicted_to_cost_less_time_if_pivoted(tokens):
+    """So that a budget in milliseconds prefers it; at low-rank's parameters the gather makes it a little slower."""
     device = DEVICES["H100-measured"]
-    for rank in (1184, 2048):
-        assert predict(replace(PIVOTED, rank=rank), tokens, device) < predict(LowRank(4096, 4096, rank), tokens, device)
+    pivoted, low_rank = (predict(s(4096, 4096, 2048), tokens, device) for s in (Pivoted, LowRank))
+    assert pivoted < low_rank
     assert 0.95 < predict(PIVOTED, tokens, device) / predict(LOW_RANK, tokens, device) < 1.15
 
 
