@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_blr.ops.triton import blast, block_gemm, decode, low_rank, mix, monarch, pivoted
+from hf_blr.ops.triton import blast, block_gemm, columns, decode, low_rank, mix, monarch, pivoted
 from hf_blr.ops.triton.launch import Device
 
 #: multiprocessors and bytes of shared memory for one program
@@ -100,14 +100,14 @@ def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
     if tokens <= 32:
         pivoted.pivoted_fwd(x, u, c, order, None)
     else:
-        y, rest = pivoted.gather_columns(x, order, rank)
-        pivoted.gather_columns(x, order[rank:], 0)
-        pivoted.scatter_columns(y, rest, order)
+        y, rest = columns.gather_columns(x, order, rank)
+        columns.gather_columns(x, order[rank:], 0)
+        columns.scatter_columns(y, rest, order)
 
 
 def main(capability: int):
     JITFunction.run = catch
-    for module in (blast, block_gemm, decode, mix, pivoted):
+    for module in (blast, block_gemm, columns, decode, mix, pivoted):
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
