@@ -30,7 +30,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
         ValueError: if no BLR module of the model runs on kernels.
     """
     modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
-    modules = [module for module in modules if resolve_impl(None, "siblings", module.v, module.u) == "triton"]
+    modules = [module for module in modules if resolve_impl(None, "siblings", module.u) == "triton"]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
 
@@ -39,10 +39,10 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     seen = set()
     for module in modules:
         group = [module] if module.siblings is None else module.siblings[0].modules
-        kind = (module.v.dtype, module.v.device, *((m.spec, m.bias is None) for m in group))
+        kind = (module.u.dtype, module.u.device, *((m.spec, m.bias is None) for m in group))
         if kind not in seen:
             seen.add(kind)
             for count in tokens:
                 with tuning():
-                    module(torch.randn(count, module.in_features, dtype=module.v.dtype, device=module.v.device))
-    return file_of(modules[0].v.device)
+                    module(torch.randn(count, module.in_features, dtype=module.u.dtype, device=module.u.device))
+    return file_of(modules[0].u.device)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_blr.ops.triton import blast, block_gemm, decode, low_rank, mix, monarch
+from hf_blr.ops.triton import blast, block_gemm, columns, decode, low_rank, mix, monarch, pivoted
 from hf_blr.ops.triton.launch import Device
 
 #: multiprocessors and bytes of shared memory for one program
@@ -25,7 +25,7 @@ DEVICES = {
     87: Device((8, 7), 16, 166912),
     90: Device((9, 0), 132, 232448),
 }
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 launches = []
 
@@ -94,9 +94,20 @@ def call_siblings(tokens, k, n, rank, b1, b2):
         mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
 
 
+def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
+    x, u, c = (torch.empty(s, dtype=dtype) for s in ((tokens, k), (n, rank), (rank, k - rank)))
+    order = torch.arange(k, dtype=index)
+    if tokens <= 32:
+        pivoted.pivoted_fwd(x, u, c, order, None)
+    else:
+        y, rest = columns.gather_columns(x, order, rank)
+        columns.gather_columns(x, order[rank:], 0)
+        columns.scatter_columns(y, rest, order)
+
+
 def main(capability: int):
     JITFunction.run = catch
-    for module in (blast, block_gemm, decode, mix):
+    for module in (blast, block_gemm, columns, decode, mix, pivoted):
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
@@ -110,9 +121,16 @@ def main(capability: int):
         call_ops(dtype, tokens, *sizes, backward)
     call_siblings(1, 4096, 4096, 1024, 4, 4)
     call_siblings(1024, 4096, 1024, 416, 4, 16)
+    for tokens in (1, 32, 1024):
+        call_pivoted(bf16, tokens, 4096, 4096, 992)
+    # nothing that divides, one pivot, no others
+    call_pivoted(fp16, 1, 767, 2304, 191, torch.int64)
+    call_pivoted(bf16, 300, 768, 768, 1)
+    call_pivoted(bf16, 300, 768, 768, 768)
     if capability == 86:
         # the tightest fit: the widest dtype, most decode tokens and least shared memory
         call_ops(torch.float32, 32, 768, 2304, 191, 6, 6, False)
+        call_pivoted(torch.float32, 32, 768, 2304, 191)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)

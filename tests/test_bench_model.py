@@ -58,8 +58,18 @@ def test_what_cannot_be_built_is_said(name, variant, message):
         build_model(SHAPES[name], Variant.parse(variant), 0.5, "meta", torch.bfloat16)
 
 
+def test_pivoted_layers_gather_from_everywhere():
+    """A fresh module's order would read neighbours, and fits give no such."""
+    modules = blr_modules(build_model(tiny_shape(), Variant.parse("pivoted"), 0.5, "cpu", torch.float32)).values()
+    for module in modules:
+        fresh = torch.arange(module.in_features).int()
+        assert module.order.sort().values.equal(fresh) and not module.order.equal(fresh)
+    with pytest.raises(ValueError, match="no pivoted"):
+        build_model(tiny_shape(), Variant.parse("pivoted:paper"), 0.5, "meta", torch.float32)
+
+
 def test_variants_by_name():
-    for text in ("dense", "low_rank", "low_rank:paper", "monarch:4x4", "blast:4x16"):
+    for text in ("dense", "low_rank", "low_rank:paper", "pivoted", "monarch:4x4", "blast:4x16"):
         assert str(Variant.parse(text)) == text
     for text in ("dense:4x4", "blast:four", "butterfly", "blast:1x2x3"):
         with pytest.raises(ValueError, match="expected"):

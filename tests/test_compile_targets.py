@@ -26,6 +26,8 @@ def test_kernels_build_and_fit(capability):
         "blast_ds_kernel",
         "decode_project_kernel",
         "decode_expand_kernel",
+        "columns_kernel",
+        "pivoted_project_kernel",
     }
     for row in rows:
         assert row["shared"] <= row["limit"], row

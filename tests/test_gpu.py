@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_cases import (
     FUNCTIONS,
+    SIBLINGS,
     assert_siblings_within_budget,
     assert_within_budget,
     make_inputs,
@@ -105,7 +106,7 @@ def test_training_builds_no_dense_weight():
 
 @pytest.mark.parametrize("sizes", [[(256, 256)] * 3, [(512, 256), (128, 96), (128, 96)], [(43, 18)] * 2], ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 600])
-@pytest.mark.parametrize("structure", FUNCTIONS)
+@pytest.mark.parametrize("structure", SIBLINGS)
 def test_siblings_keep_the_error_budget(structure, tokens, sizes):
     for blocks in ((4, 4), (4, 16), (16, 16)):
         settings = {"b1": blocks[0], "b2": blocks[1], "p": 64, "dtype": torch.bfloat16, "device": "cuda"}
@@ -114,7 +115,7 @@ def test_siblings_keep_the_error_budget(structure, tokens, sizes):
             assert_siblings_within_budget(structure, tokens, sizes, bias=True, **settings)
 
 
-@pytest.mark.parametrize("structure", FUNCTIONS)
+@pytest.mark.parametrize("structure", SIBLINGS)
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_siblings_run_in_a_cuda_graph(structure, tokens):
     factors, _ = make_layers(structure, [(64, 32), (64, 32), (16, 16)], dtype=torch.bfloat16, device="cuda")
@@ -129,7 +130,7 @@ def test_siblings_run_in_a_cuda_graph(structure, tokens):
     assert all(map(torch.equal, outs, ops.siblings_linear(structure, x, factors)))
 
 
-@pytest.mark.parametrize("structure", FUNCTIONS)
+@pytest.mark.parametrize("structure", SIBLINGS)
 def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeypatch):
     model = tiny_llama()
     hf_blr.compress(model, hf_blr.BLRConfig(structure, ratio=0.6, num_blocks=None if structure == "low_rank" else 4))

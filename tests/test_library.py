@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, make_inputs
+from kernel_cases import FUNCTIONS, leaves, make_inputs
 
 from hf_blr import ops
 from hf_blr.ops import dispatch
@@ -22,7 +22,7 @@ def test_opcheck(structure, keep):
     torch.library.opcheck(getattr(torch.ops.hf_blr, structure), (*tensors, keep))
     grad = torch.randn(tensors[0].shape[0], 15)
     y = getattr(torch.ops.hf_blr, structure)(*tensors, keep)[1]
-    needs = [True, keep, *[True] * (len(tensors) - 3)]
+    needs = [True, keep, *[True] * (len(leaves(tensors)) - 3)]
     backward = getattr(torch.ops.hf_blr, structure + "_backward")
     torch.library.opcheck(backward, (grad, *tensors[:-1], y, needs))
 
@@ -35,8 +35,8 @@ def test_compiles_as_one_graph_with_its_backward(structure, tokens):
     tensors = make_inputs(structure, tokens, 2, 3, 4, 5, 6, torch.float32)
     with ops.use_impl("triton"):
         compiled = torch.compile(FUNCTIONS[structure][0], fullgraph=True, backend="aot_eager")
-        got = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
-    expected = torch.autograd.grad(FUNCTIONS[structure][1](*tensors).square().sum(), tensors)
+        got = torch.autograd.grad(compiled(*tensors).square().sum(), leaves(tensors))
+    expected = torch.autograd.grad(FUNCTIONS[structure][1](*tensors).square().sum(), leaves(tensors))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -45,6 +45,19 @@ def test_auto_is_the_reference_on_a_cpu():
     x = torch.randn(3, 12)
     assert dispatch.resolve_impl(None, "blast", x) == "reference"
     assert dispatch.resolve_impl("auto", "monarch", x) == "reference"
+
+
+def test_what_auto_prefers_on_a_gpu():
+    u = torch.empty(8, 1025, dtype=torch.bfloat16)
+
+    def prefers(structure, tokens, rank, dtype=torch.bfloat16):
+        return dispatch.worthwhile(structure, torch.empty(tokens, 64, dtype=dtype), (u[:, :rank],))
+
+    assert prefers("low_rank", 1, 1025) and prefers("low_rank", 32, 1024)
+    assert not prefers("low_rank", 2, 1025) and not prefers("low_rank", 33, 8)
+    # its op gathers the inputs whoever multiplies
+    assert prefers("pivoted", 2, 1025) and prefers("pivoted", 4096, 8)
+    assert not any(prefers(s, 1, 8, torch.float32) for s in FUNCTIONS)
 
 
 def test_use_impl_sets_and_restores():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kernel_cases import assert_within_budget, make_inputs, wide
 from tiny import tiny_gpt2, tiny_llama, tiny_logits
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,9 +17,11 @@ from hf_blr.factorize.pivots import LARGEST, pivoted
 from hf_blr.finetune import refine
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear, LowRankLinear
-from hf_blr.ops import pivoted_linear, use_impl
+from hf_blr.ops import pivoted_linear, reference
 from hf_blr.ops.reference import pivoted_dense
 from hf_blr.structures import LowRank, Pivoted, make_spec
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
 
 
 def random_pair(n=24, k=32, r=9, seed=0):
@@ -35,6 +38,7 @@ def test_the_same_matrix_with_small_numbers(r):
     tensors = pivoted(u, v)
     torch.testing.assert_close(pivoted_dense(**tensors), u @ v, rtol=1e-8, atol=1e-8)
     assert sorted(tensors["order"].tolist()) == list(range(32)) and tensors["order"].dtype == torch.int32
+    assert all(part.equal(part.sort().values) for part in (tensors["order"][:r], tensors["order"][r:]))
     assert r == 32 or tensors["c"].abs().max() <= LARGEST
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {"u": (24, r), "c": (r, 32 - r), "order": (32,)}
 
@@ -109,11 +113,46 @@ def test_casts_copies_and_dense_forms():
     assert {name for name, _ in module.named_parameters()} == {"u", "c", "bias"}
 
 
-def test_no_kernel_is_said_so():
-    spec = Pivoted(32, 24, 9)
-    module = BLRLinear.from_spec(spec)
-    with use_impl("triton"), pytest.raises(RuntimeError, match="pivoted"):
-        pivoted_linear(torch.randn(2, 32), module.u, module.c, module.order)
+@interpreted
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_any_order_of_any_integers_in_any_memory(tokens, index):
+    x, u, c, order, bias = make_inputs("pivoted", tokens, 1, 1, 30, 20, 7, torch.float32)
+    # every other feature of wider rows, and columns of wider factors
+    wide_x = torch.randn(tokens, 60)
+    apart = torch.stack([order, order], 1)[:, 0].to(index)
+    factors = [torch.cat([t, t], 1)[:, : t.shape[1]].detach().requires_grad_() for t in (u, c)]
+    got = pivoted_linear(wide_x[:, ::2], *factors, apart, bias, impl="triton")
+    exact = reference.pivoted_linear(*wide((wide_x[:, ::2], u, c)), order, bias.double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("k, n, r", [(17, 20, 1), (17, 20, 17), (17, 5, 16), (1, 3, 1), (96, 64, 32)])
+def test_edges_of_the_rank(k, n, r, tokens):
+    """One pivot; no other feature; one other; one input."""
+    assert_within_budget("pivoted", make_inputs("pivoted", tokens, 1, 1, k, n, r, torch.float32))
+
+
+@interpreted
+def test_more_tokens_than_the_rank_is_decoded_for(monkeypatch):
+    """cuBLAS multiplies then, behind the gather."""
+    from hf_blr.ops.triton import pivoted as kernels
+
+    monkeypatch.setattr(kernels, "pivoted_decode", None)
+    for tokens, r in ((2, 1025), (33, 9)):
+        assert_within_budget("pivoted", make_inputs("pivoted", tokens, 1, 1, r + 3, 4, r, torch.float32))
+
+
+@interpreted
+def test_the_backward_keeps_y_and_nothing_as_large_as_x():
+    tensors = make_inputs("pivoted", 40, 1, 1, 30, 20, 7, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        pivoted_linear(*tensors, impl="triton")
+    assert [tuple(t.shape) for t in saved] == [(40, 30), (20, 7), (7, 23), (30,), (40, 7)]
+    assert saved[0].data_ptr() == tensors[0].data_ptr()
 
 
 def test_fuse_leaves_it_alone():

@@ -11,13 +11,14 @@ from hf_blr.cli import main
 from hf_blr.evaluation.devices import DEVICES, Ceilings
 from hf_blr.evaluation.roofline import FORMS, bound_of, break_even, predict, stages
 from hf_blr.evaluation.training import training_stages
-from hf_blr.structures import Blast, LowRank, Monarch
+from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 #: q_proj of Llama-7B as the paper compresses it
 LOW_RANK = LowRank(4096, 4096, 1024)
 MONARCH = Monarch(4096, 4096, 64, (16, 16))
+PIVOTED = Pivoted(4096, 4096, 1184)
 BLAST = Blast(4096, 4096, 1024, (16, 16))
 
 
@@ -54,7 +55,7 @@ def test_bytes_of_one_layer(spec, form, mebibytes):
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("tokens", [1, 32, 33, 1024])
 @pytest.mark.parametrize(
-    "spec", [LOW_RANK, MONARCH, BLAST, Monarch(64, 96, 3, (4, 2)), Blast(96, 64, 7, (2, 8))], ids=str
+    "spec", [LOW_RANK, PIVOTED, MONARCH, BLAST, Monarch(64, 96, 3, (4, 2)), Blast(96, 64, 7, (2, 8))], ids=str
 )
 def test_arithmetic_is_that_of_the_spec(spec, tokens, form):
     assert sum(stage.flops for stage in stages(spec, tokens, form)) == spec.flops(tokens)
@@ -81,8 +82,30 @@ def test_what_is_launched_decides_the_stages():
         stages(BLAST, 1, "triton")
 
 
+def test_pivoted_pays_low_ranks_stages_and_a_gather():
+    t, k, r = 1024, 4096, 1184
+    gather, project, expand = stages(PIVOTED, t)
+    assert gather.flops == 0 and gather.bytes == 2 * (2 * t * k + k) and not gather.product
+    # c, what is gathered once more, and the result
+    assert project.bytes == 2 * (r * (k - r) + t * k + t * r) and expand == stages(LowRank(k, k, r), t)[1]
+    # one token reads each number that is stored once, whatever the rank
+    assert [s.name for s in stages(PIVOTED, 1)] == ["gather and project", "expand"]
+    assert total(stages(PIVOTED, 1)) == 2 * (PIVOTED.num_parameters + 2 * k + 2 * r)
+    assert [s.name for s in stages(PIVOTED, 2)] == [s.name for s in stages(PIVOTED, 1, "pytorch")]
+    assert [s.name for s in stages(replace(PIVOTED, rank=1024), 2)] == ["gather and project", "expand"]
+
+
+@pytest.mark.parametrize("tokens", [1, 1024, 4096])
+def test_a_large_rank_is_predicted_to_cost_less_time_if_pivoted(tokens):
+    """So that a budget in milliseconds prefers it; at low-rank's parameters the gather makes it a little slower."""
+    device = DEVICES["H100-measured"]
+    pivoted, low_rank = (predict(s(4096, 4096, 2048), tokens, device) for s in (Pivoted, LowRank))
+    assert pivoted < low_rank
+    assert 0.95 < predict(PIVOTED, tokens, device) / predict(LOW_RANK, tokens, device) < 1.15
+
+
 @pytest.mark.parametrize("tokens", [33, 4096])
-@pytest.mark.parametrize("spec", [LOW_RANK, MONARCH, BLAST, Blast(4096, 4096, 1024, (4, 4))], ids=str)
+@pytest.mark.parametrize("spec", [LOW_RANK, PIVOTED, MONARCH, BLAST, Blast(4096, 4096, 1024, (4, 4))], ids=str)
 def test_a_training_step_is_three_times_the_products(spec, tokens):
     kernels = training_stages(spec, tokens)
     s = spec.factor_shapes().get("s", (0, 0, 0))
@@ -165,7 +188,7 @@ def test_from_the_command_line(tmp_path, capsys):
     small = ["--shapes", "512x768", "--blocks", "4", "--tokens", "1", "64", "--device", "A40"]
     assert main(["roofline", *small, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
-    assert len(result["rows"]) == 6 and result["device"]["bandwidth"] == 696e9
+    assert len(result["rows"]) == 8 and result["device"]["bandwidth"] == 696e9
     assert "faster than dense from 1 tokens on" in capsys.readouterr().out
     assert main(["roofline", *small, "--stages", "--structures", "blast"]) == 0
     assert "project and mix" in capsys.readouterr().out

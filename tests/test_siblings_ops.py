@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, assert_siblings_within_budget, make_layers
+from kernel_cases import FUNCTIONS, SIBLINGS, assert_siblings_within_budget, make_layers
 
 from hf_blr import ops
 
-STRUCTURES = list(FUNCTIONS)
+STRUCTURES = list(SIBLINGS)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 #: (Q, R) of each layer
 EQUAL, GROUPED_QUERIES, ALL_DIFFERENT = [(10, 6)] * 3, [(12, 8), (5, 6), (5, 6)], [(9, 5), (6, 4), (3, 2)]

@@ -94,10 +94,20 @@ def test_at_most_eight_settings_are_tried(device):
         launch.mix_config(16, 16, 1024, True, device),
         launch.project_config(4, 4096, 1024, 1, True, 2, device),
         launch.expand_config(1024, 4096, 16, 2, device),
+        launch.column_config(device),
     ]
     for rule in rules:
         found = tuned.candidates(rule)
         assert found[0] == rule and 4 <= len(found) <= 8 and len(set(found)) == len(found)
+
+
+def test_pivoted_layers_are_tuned(folder, monkeypatch):
+    monkeypatch.setattr(tuned, "fastest", lambda run, configs: configs[0])
+    model = tiny_llama()
+    hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6))
+    with ops.use_impl("triton"):
+        kinds = {key.split()[0] for key in json.loads(hf_blr.tune(model, tokens=(1, 40)).read_text())}
+    assert kinds == {"columns", "pivoted_project", "decode_expand"}
 
 
 @pytest.mark.parametrize("structure", ["monarch", "blast"])

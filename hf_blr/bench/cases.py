@@ -40,9 +40,10 @@ def paper_cases(models, tokens, directions) -> list[Case]:
 
 
 def paper_and_other_blocks(layer: Layer, small: bool) -> list[BLRSpec]:
-    """The paper's blocks, and fewer or unequal ones, at the paper's rank."""
+    """The paper's blocks, and fewer or unequal ones, at the paper's rank; pivoted at low-rank's parameters."""
     k, n = layer.in_features, layer.out_features
     specs = [layer.paper_spec("low_rank")]
+    specs.append(aligned_spec("pivoted", k, n, specs[0].ratio))
     if layer.monarch:
         total, blocks = layer.monarch
         specs += [Monarch(k, n, total // b, (b, b)) for b in sorted({blocks, 4})]
@@ -55,7 +56,7 @@ def shape_cases(shapes, blocks, ratio, tokens, directions) -> list[Case]:
     """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2)."""
     cases = []
     for k, n in shapes:
-        specs = [aligned_spec("low_rank", k, n, ratio)]
+        specs = [aligned_spec(structure, k, n, ratio) for structure in ("low_rank", "pivoted")]
         specs += [aligned_spec(structure, k, n, ratio, pair) for structure in ("monarch", "blast") for pair in blocks]
         layer = Layer(f"{k}x{n}", k, n, specs[0].rank, None, 1, "")
         cases += [Case("", layer, tuple(specs), t, d) for d in directions for t in tokens]

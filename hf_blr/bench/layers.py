@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_blr import ops
 from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
+from hf_blr.bench.shapes import random_order
 from hf_blr.bench.timing import Timer, cold_caches, seconds_of
 from hf_blr.ops import reference
 from hf_blr.ops.dispatch import FEW_TOKENS
@@ -24,7 +25,7 @@ PROTOCOL = (
     "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
     "above, L2 is flushed before each replay"
 )
-FUNCTIONS = {"low_rank": "low_rank_linear", "monarch": "monarch_linear", "blast": "blast_linear"}
+FUNCTIONS = {name: f"{name}_linear" for name in ("low_rank", "pivoted", "monarch", "blast")}
 
 
 def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_calls: dict | None = None) -> list:
@@ -129,8 +130,9 @@ def prepared_call(function, x: Tensor, grad: Tensor, direction: str):
     x = x.detach().requires_grad_()
 
     def step(weights):
-        weights = [w.detach().requires_grad_() for w in weights]
-        torch.autograd.grad(function(x, *weights), (x, *weights), grad)
+        weights = [w.detach().requires_grad_(w.is_floating_point()) for w in weights]
+        leaves = [w for w in (x, *weights) if w.requires_grad]
+        torch.autograd.grad(function(x, *weights), leaves, grad)
 
     return step
 
@@ -143,12 +145,15 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
 
 
 def random_factors(spec: BLRSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Factors in the order in which the ops take them, scaled so that outputs stay near one."""
-    return [torch.randn(s, device=device, dtype=dtype) * s[-1] ** -0.5 for s in spec.factor_shapes().values()]
+    """Factors and indices in the order in which the ops take them, scaled so that outputs stay near one."""
+    shapes = spec.factor_shapes().values()
+    factors = [torch.randn(s, device=device, dtype=dtype) * max(1, s[-1]) ** -0.5 for s in shapes]
+    return factors + [random_order(spec, device) for _ in spec.index_names]
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    return [t.double() for t in tensors]
+    """In float64; indices as they are."""
+    return [t.double() if t.is_floating_point() else t for t in tensors]
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from hf_blr.structures import BLRSpec, as_block_pair, make_spec, structure_class
 
 #: our ranks: wide loads need multiples of 16, and Monarch's last stage multiples of 32 in each block pair
@@ -33,6 +35,8 @@ class Layer:
 
     def paper_spec(self, structure: str) -> BLRSpec:
         """The paper's sizes. Raises ValueError where it has none for this structure."""
+        if structure == "pivoted":
+            raise ValueError("the paper has no pivoted layers; leave :paper out")
         if structure == "monarch":
             if self.monarch is None:
                 raise ValueError(f"the paper has no Monarch layer for {self.name}")
@@ -56,6 +60,12 @@ def aligned_spec(structure: str, in_features: int, out_features: int, ratio: flo
 def align_rank(spec: BLRSpec) -> BLRSpec:
     multiple = RANK_MULTIPLE[spec.structure]
     return replace(spec, rank=spec.rank // multiple * multiple or spec.rank)
+
+
+def random_order(spec: BLRSpec, device) -> torch.Tensor:
+    """An order `[K]` of the kind that fits give: pivots anywhere, and both parts ascending."""
+    order = torch.randperm(spec.in_features, device=device).int()
+    return torch.cat([order[: spec.rank].sort().values, order[spec.rank :].sort().values])
 
 
 LLAMA_7B = (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_blr.bench.models import Shape
-from hf_blr.bench.shapes import align_rank
+from hf_blr.bench.shapes import align_rank, random_order
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
 from hf_blr.integration import record_plan, swap_in
@@ -68,7 +68,10 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
         if variant.structure == "dense":
             return model
         plan = plan_for(model, shape, variant, ratio)
-        swap_in(model, plan)
+        for module in swap_in(model, plan).values():
+            if "order" in module.spec.index_names and not module.order.is_meta:
+                # a fresh module's ascending order would make gathers cheaper than they are
+                module.order.copy_(random_order(module.spec, device))
     record_plan(model, BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks), plan)
     return model
 

@@ -24,7 +24,7 @@ def add_arguments(parser):
     device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose ceilings")
     device.add_argument("--measure", action="store_true", help="measure the ceilings of the GPU at hand")
     parser.add_argument("--shapes", nargs="+", type=sizes, default=[(4096, 4096)], metavar="KxN")
-    parser.add_argument("--structures", nargs="+", default=["low_rank", "monarch", "blast"], metavar="S")
+    parser.add_argument("--structures", nargs="+", default=["low_rank", "pivoted", "monarch", "blast"], metavar="S")
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16), (16, 16)], metavar="B1xB2")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024, 4096])
@@ -59,7 +59,7 @@ def run(args):
 
 def wanted_specs(args, k: int, n: int):
     for structure in args.structures:
-        for blocks in [None] if structure == "low_rank" else args.blocks:
+        for blocks in [None] if structure in ("low_rank", "pivoted") else args.blocks:
             yield aligned_spec(structure, k, n, args.ratio, blocks)
 
 

@@ -18,11 +18,10 @@ def training_stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: 
         form: "dense" or "hf_blr".
         itemsize: bytes of a number.
     """
-    if spec.structure == "pivoted" and form != "dense":
-        raise ValueError("training of the structure pivoted has no prediction: it has no kernels of ours")
     if form not in ("dense", "hf_blr"):
         raise ValueError(f"form must be dense or hf_blr, got {form!r}")
-    backward = dense_backward if form == "dense" else blr_backward
+    backward = pivoted_backward if spec.structure == "pivoted" else blr_backward
+    backward = dense_backward if form == "dense" else backward
     return stages(spec, tokens, form, itemsize) + in_bytes(backward(spec, tokens), itemsize)
 
 
@@ -30,6 +29,18 @@ def dense_backward(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
     t, k, n = tokens, spec.in_features, spec.out_features
     yield Stage("dx", 2 * t * k * n, t * (k + n) + k * n)
     yield Stage("dW", 2 * t * k * n, t * (k + n) + k * n)
+
+
+def pivoted_backward(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
+    """In numbers instead of bytes; y is kept by the forward, the inputs that c multiplies are gathered again."""
+    t, k, n, r = tokens, spec.in_features, spec.out_features, spec.rank
+    (u, c), y, rest = map(size_of, spec.factor_shapes().values()), t * r, t * (k - r)
+    yield Stage("du", 2 * t * u, t * n + u, (y,))
+    yield Stage("dy", 2 * t * u, t * n + u, (y,))
+    yield Stage("dy c", 2 * t * c, c, (y, rest))
+    yield Stage("scatter", 0, t * k + k, (y, rest), product=False)
+    yield Stage("gather again", 0, t * k + k - r, (rest,), product=False)
+    yield Stage("dc", 2 * t * c, c, (y, rest))
 
 
 def blr_backward(spec: BLRSpec, tokens: int) -> Iterator[Stage]:

@@ -14,7 +14,8 @@ def pivoted(u: Tensor, v: Tensor) -> dict[str, Tensor]:
     """The same matrix u v as {"u" `[N, R]`, "c" `[R, K - R]`, "order" `[K]` int32}; see `structures.Pivoted`.
 
     The first pivots are those of an LU decomposition of an orthonormal basis of v's rows; then each exchange of a pivot
-    for another feature enlarges the determinant of the pivots' block (maxvol, Goreinov et al. 2010). Float64 inside.
+    for another feature enlarges the determinant of the pivots' block (maxvol, Goreinov et al. 2010). Pivots and the
+    other features each come in ascending order, so that gathers read neighbours. Float64 inside.
 
     Args:
         u, v: `[N, R]` and `[R, K]`, R at most K.
@@ -38,6 +39,8 @@ def pivoted(u: Tensor, v: Tensor) -> dict[str, Tensor]:
         above[column] += 1
         c -= torch.outer(left, above) / size
         order[[row, r + column]] = order[[r + column, row]]
+    rows, columns = order[:r].argsort(), order[r:].argsort()
+    c, order = c[rows][:, columns], torch.cat([order[:r][rows], order[r:][columns]])
     # u' = u times the pivots' block of v
     pivots = triangle.mT @ basis[order[:r]].mT
     return {"u": (u.double() @ pivots).to(u.dtype), "c": c.to(v.dtype), "order": order.int()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_blr.ops import library, reference
-from hf_blr.ops.dispatch import check_impl, current_impl, few_tokens, resolve_impl, use_impl
+from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
 from hf_blr.ops.siblings import siblings_linear
 
 __all__ = [
@@ -51,7 +51,7 @@ def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None,
 def pivoted_linear(
     x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None, impl: str | None = None
 ) -> Tensor:
-    """(x[order[:R]] + c x[order[R:]]) u^T + bias, for each row of x. No kernel of ours: plain PyTorch everywhere.
+    """(x[order[:R]] + c x[order[R:]]) u^T + bias, for each row of x. Low-rank, PIFA's form of it (PMLR 267).
 
     Args:
         x: `[..., K]`.
@@ -60,12 +60,10 @@ def pivoted_linear(
     """
     r = u.shape[-1]
     check_shapes(x, order.shape == x.shape[-1:] and c.shape == (r, x.shape[-1] - r), u=u, c=c, order=order)
-    impl = current_impl() if impl is None else check_impl(impl)
-    if impl == "triton":
-        raise RuntimeError('impl="triton" cannot run: pivoted has no kernel; use impl="auto" or "reference"')
+    impl = resolve_impl(impl, "pivoted", x, u, c, order, bias)
     if impl == "dense":
         return reference.dense_linear(x, "pivoted", bias, u=u, c=c, order=order)
-    return reference.pivoted_linear(x, u, c, order, bias)
+    return (reference.pivoted_linear if impl == "reference" else library.pivoted)(x, u, c, order, bias)
 
 
 def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None, impl: str | None = None) -> Tensor:

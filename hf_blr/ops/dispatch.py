@@ -43,15 +43,16 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     """The implementation to run, "triton", "reference" or "dense".
 
     The rule of "auto", measured on an H100 and, in float32, on an H200 (`benchmarks/NOTES.md`): kernels wherever they
-    can run on a GPU, except in float32, where tensor cores are no help, and for low-rank with more than `FEW_TOKENS`
-    tokens, or with more than one and a rank above 1024: it is two plain matrix products, which cuBLAS does best there.
+    can run on a GPU, except in float32, where tensor cores are no help, and for low-rank where `decodes_low_rank` says
+    no: it is two plain matrix products, which cuBLAS does best there. Pivoted layers are the same two products behind a
+    gather of the inputs, for which there is a kernel; inside their op the same rule decides who multiplies.
     "dense" multiplies the factors out and x by the result, which only pays in training with many times more tokens than
     the rank; nothing chooses it by itself.
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.
-        structure: "low_rank", "monarch" or "blast".
-        x, tensors: the input, and the factors beginning with u.
+        structure: "low_rank", "pivoted", "monarch" or "blast".
+        x, tensors: the input, and the factors beginning with u; indices may be of any integer dtype.
 
     Raises:
         ValueError: for an unknown name.
@@ -75,8 +76,13 @@ def worthwhile(structure: str, x: Tensor, tensors: tuple[Tensor | None, ...]) ->
     if compute_dtype(x) == torch.float32:
         return False
     if structure == "low_rank":
-        return few_tokens(x) and (x.numel() == x.shape[-1] or tensors[0].shape[-1] <= 1024)
+        return decodes_low_rank(x.numel() // x.shape[-1], tensors[0].shape[-1])
     return True
+
+
+def decodes_low_rank(tokens: int, rank: int) -> bool:
+    """Whether the decode kernels multiply a low-rank or pivoted layer faster than cuBLAS."""
+    return tokens <= FEW_TOKENS and (tokens == 1 or rank <= 1024)
 
 
 def few_tokens(x: Tensor) -> bool:
@@ -99,7 +105,7 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
     for t in tensors:
         if t is not None and t.device != x.device:
             return f"the factors are on {t.device} and the input on {x.device}"
-        if t is not None and t.dtype != dtype and compute_dtype(t) != dtype:
+        if t is not None and t.is_floating_point() and t.dtype != dtype and compute_dtype(t) != dtype:
             return f"the factors have dtype {t.dtype} and the input {dtype}"
     return None
 

@@ -18,6 +18,11 @@ def low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return _call(_LowRank, torch.ops.hf_blr.low_rank, x, (u, v), bias)
 
 
+def pivoted(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[..., K]` -> `[..., N]`; differentiable in all but order."""
+    return _call(_Pivoted, torch.ops.hf_blr.pivoted, x, (u, c, order), bias)
+
+
 def monarch(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable."""
     return _call(_Monarch, torch.ops.hf_blr.monarch, x, (u, v), bias)
@@ -31,7 +36,8 @@ def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
 def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
     lead, dtype = x.shape[:-1], compute_dtype(x)
     x = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
-    factors = tuple(contiguous_rows(f, dtype) for f in factors)
+    # indices keep their dtype
+    factors = tuple(contiguous_rows(f, dtype if f.is_floating_point() else f.dtype) for f in factors)
     bias = None if bias is None else contiguous_rows(bias, dtype)
     inputs = (x, *factors) if bias is None else (x, *factors, bias)
     # without a gradient to compute, decode is spared the Function: some 200 calls per token in a model
@@ -52,6 +58,7 @@ def contiguous_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
 #   dz[i] = g[i] u[i]          du[i] = g[i]^T z[i]
 #   dy    = mix^T(dz)          ds[i,j] = sum over t of dz[i] * y[j]    (BLAST; else dy is dz, blocks swapped)
 #   dx[j] = dy[j] v[j]         dv[j] = dy[j]^T x[j]
+# Pivoted: dx[order] = [dy, dy c] and dc = dy^T x[order[R:]].
 
 
 class _LowRank(torch.autograd.Function):
@@ -63,6 +70,23 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return _gradients(ctx, torch.ops.hf_blr.low_rank_backward, grad)
+
+
+class _Pivoted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, u, c, order, bias):
+        # y is never larger than x, so by the rule of `_forward` it is kept; the inputs that c multiplies are as good
+        # as x itself, which is kept anyway: gathering them again is one pass over memory
+        out, y = torch.ops.hf_blr.pivoted(x, u, c, order, bias, not few_tokens(x))
+        ctx.save_for_backward(x, u, c, order, y)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *needs, _, need_bias = ctx.needs_input_grad
+        dx, du, dc, dbias = _gradients(ctx, torch.ops.hf_blr.pivoted_backward, grad, (*needs, need_bias))
+        return dx, du, dc, None, dbias
 
 
 class _Monarch(torch.autograd.Function):
@@ -101,8 +125,8 @@ def _blocks(v: Tensor) -> int:
     return 1 if v.dim() == 2 else v.shape[0]
 
 
-def _gradients(ctx, op, grad: Tensor):
-    *needs, need_bias = ctx.needs_input_grad
+def _gradients(ctx, op, grad: Tensor, needs_grad: tuple[bool, ...] | None = None):
+    *needs, need_bias = ctx.needs_input_grad if needs_grad is None else needs_grad
     grad = contiguous_rows(grad, grad.dtype)
     grads = op(grad, *ctx.saved_tensors, needs) if any(needs) else (None,) * len(needs)
     dbias = grad.sum(0) if need_bias else None
@@ -116,10 +140,18 @@ def _forward_fake(x, u, *others):
     return out, y
 
 
+def _pivoted_fake(x, u, c, order, bias, keep):
+    return _forward_fake(x, u, c, bias, keep)
+
+
 def _backward_fake(grad, *inputs):
     *tensors, _, needs = inputs
     pairs = zip(tensors, needs, strict=True)
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in pairs)
+
+
+def _pivoted_backward_fake(grad, x, u, c, order, y, needs):
+    return _backward_fake(grad, x, u, c, y, needs)
 
 
 def _low_rank(x, u, v, bias, keep):
@@ -132,6 +164,18 @@ def _low_rank_backward(grad, x, u, v, y, needs):
     from hf_blr.ops.triton.low_rank import low_rank_bwd
 
     return low_rank_bwd(grad, x, u, v, y, needs)
+
+
+def _pivoted(x, u, c, order, bias, keep):
+    from hf_blr.ops.triton.pivoted import pivoted_fwd
+
+    return pivoted_fwd(x, u, c, order, bias, keep)
+
+
+def _pivoted_backward(grad, x, u, c, order, y, needs):
+    from hf_blr.ops.triton.pivoted import pivoted_bwd
+
+    return pivoted_bwd(grad, x, u, c, order, y, needs)
 
 
 def _monarch(x, u, v, bias, keep):
@@ -161,15 +205,18 @@ def _blast_backward(grad, x, u, s, v, y, needs):
 # `keep`: also return the first stage's result y for the backward; without it y comes back empty.
 # `needs` says which gradients are wanted; an unwanted one comes back empty, as y does where it was not kept.
 _UV, _USV = "Tensor x, Tensor u, Tensor v", "Tensor x, Tensor u, Tensor s, Tensor v"
+_UC = "Tensor x, Tensor u, Tensor c, Tensor order"
 _FORWARD, _BACKWARD = (
     "Tensor? bias, bool keep) -> (Tensor, Tensor)",
     "Tensor y, bool[] needs) -> (Tensor, Tensor, Tensor",
 )
 _OPS = {
     f"low_rank({_UV}, {_FORWARD}": (_low_rank, _forward_fake),
+    f"pivoted({_UC}, {_FORWARD}": (_pivoted, _pivoted_fake),
     f"monarch({_UV}, {_FORWARD}": (_monarch, _forward_fake),
     f"blast({_USV}, {_FORWARD}": (_blast, _forward_fake),
     f"low_rank_backward(Tensor grad, {_UV}, {_BACKWARD})": (_low_rank_backward, _backward_fake),
+    f"pivoted_backward(Tensor grad, {_UC}, {_BACKWARD})": (_pivoted_backward, _pivoted_backward_fake),
     f"monarch_backward(Tensor grad, {_UV}, {_BACKWARD})": (_monarch_backward, _backward_fake),
     f"blast_backward(Tensor grad, {_USV}, {_BACKWARD}, Tensor)": (_blast_backward, _backward_fake),
 }

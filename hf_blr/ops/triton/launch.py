@@ -67,6 +67,15 @@ class DecodeConfig:
     early: int = 0
 
 
+@dataclass(frozen=True)
+class ColumnConfig:
+    """Tiles over tokens and columns of a kernel that moves columns."""
+
+    bt: int
+    bc: int
+    warps: int
+
+
 SMALLEST_GEMM = GemmConfig(16, 16, 16, 4, 1)
 
 
@@ -182,11 +191,11 @@ def project_config(
     parts = pow2(parts)
     few_rows = rows <= 8 * device.sms
     if tokens == 1:
-        tile = 4 if mix or few_rows or row > 2048 else 8
+        tile = 4 if mix or row >= 2048 else 8
         warps = 4 if row < 4096 else 8
         # two programs fit on a multiprocessor at the greater length, three at the smaller: where there are more rows
         # than those two take, the third is worth more (4096 x 11008, H100: 19.0 us a layer and 20.3)
-        width = 2048 if warps == 8 and (few_rows or row > 8192) else 1024
+        width = 2048 if warps == 8 and (few_rows or row > 8192) else 1024 if row >= 2048 else 512
         length = max(16, min(longest, width // parts))
         # 32-bit registers of a thread that hold weights, and sums
         held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
@@ -200,6 +209,15 @@ def project_config(
     while stage > device.shared_memory and length > 16:
         length, stage = length // 2, stage // 2
     return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
+
+
+def pivoted_project_config(parts: int, row: int, rows: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
+    config = project_config(parts, max(1, row), rows, tokens, False, itemsize, device)
+    if tokens > 1 or device == INTERPRETER:
+        return config
+    # each step waits for its indices and then for x: few long steps, and programs enough for two to take turns
+    return DecodeConfig(4, max(16, min(512, pow2(-(-row // parts)))), 4, 2)
 
 
 def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
@@ -226,6 +244,17 @@ def early_steps(config: DecodeConfig, length: int) -> int:
 def lines(length: int, line: int) -> int:
     """A power of two of cache lines that covers a length, none for none."""
     return pow2(-(-length // line)) if length > 0 else 0
+
+
+def column_config(device: Device) -> ColumnConfig:
+    """For `columns_kernel`.
+
+    Long tiles of one token each: 1024 x 4096, H100, us of the gather and of the scatter 11.5 and 13.1, with 8 tokens to
+    a tile of 256 columns 12.3 and 25.6; a copy of x takes 10.3.
+    """
+    if device == INTERPRETER:
+        return ColumnConfig(4, 16, 4)
+    return ColumnConfig(1, 1024, 4)
 
 
 def decode_rows(tokens: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
 from hf_blr.ops.triton.decode import decode_expand
 from hf_blr.ops.triton.launch import decodes, fuses_mix, mixes_along_t
@@ -24,7 +25,7 @@ def monarch_siblings_fwd(x, us, vs, biases):
     if tokens == 0:
         return out
     # low-rank: the same exception from the kernels for few tokens as in `dispatch`
-    decoding = decodes(tokens, b1, us[0].shape[0]) and (b1 > 1 or tokens == 1 or us[0].shape[2] <= 1024)
+    decoding = decodes(tokens, b1, us[0].shape[0]) and (b1 > 1 or decodes_low_rank(tokens, us[0].shape[2]))
     for part in split(range(len(vs)), (vs, 1)):
         v = joined(vs, part, 1)
         if not decoding:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from hf_blr.ops.triton.launch import DecodeConfig, GemmConfig, MixConfig, pow2
+from hf_blr.ops.triton.launch import ColumnConfig, DecodeConfig, GemmConfig, MixConfig, pow2
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ CHANGES = {
         {"bk": 0.5},
     ),
     MixConfig: ({"bt": 2}, {"bt": 0.5}, {"br": 2}, {"br": 0.5}, {"warps": 2}, {"warps": 0.5}),
+    ColumnConfig: ({"bt": 2}, {"bt": 0.5}, {"bc": 2}, {"bc": 0.5}, {"warps": 2}, {"warps": 0.5}),
     DecodeConfig: (
         {"rows": 2},
         {"rows": 0.5},
