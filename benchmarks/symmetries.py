@@ -26,7 +26,18 @@ STRUCTURES = (("monarch", (4, 4)), ("blast", (4, 16)))
 
 
 def load(text_file):
-    """{(layer, leaf): (weight, Gram)} of the chosen layers; windows are spread over the first 200 000 characters."""
+    """{(layer, leaf): (weight, Gram)} of the chosen layers."""
+    names = {(layer, leaf): layer_name(layer, leaf) for layer in LAYERS for leaf in ATTENTION + MLP}
+    model, grams = model_and_grams(text_file, list(names.values()))
+    return {key: (model.get_submodule(name).weight.detach(), grams[name]) for key, name in names.items()}
+
+
+def layer_name(layer, leaf):
+    return f"model.layers.{layer}.{'mlp' if leaf in MLP else 'self_attn'}.{leaf}"
+
+
+def model_and_grams(text_file, names):
+    """The model, and {name: Gram} of these layers; windows are spread over the first 200 000 characters."""
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32).eval()
@@ -36,13 +47,7 @@ def load(text_file):
     ids = tokenizer(text[:200_000], return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN)
     windows = windows[:: len(windows) // WINDOWS][:WINDOWS]
-    names = {
-        (layer, leaf): f"model.layers.{layer}.{'mlp' if leaf in MLP else 'self_attn'}.{leaf}"
-        for layer in LAYERS
-        for leaf in ATTENTION + MLP
-    }
-    grams = whole_model_grams(model, list(names.values()), [{"input_ids": part} for part in windows.split(2)])
-    return {key: (model.get_submodule(name).weight.detach(), grams[name]) for key, name in names.items()}
+    return model, whole_model_grams(model, names, [{"input_ids": part} for part in windows.split(2)])
 
 
 def error(weight, gram, structure, rank, blocks):
