@@ -9,6 +9,8 @@ from tiny import tiny_llama, tiny_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import model_symmetries as symmetries  # noqa: E402
+from model_symmetries import changed  # noqa: E402
+from rotation_choices import fitted_rotation, log_error  # noqa: E402
 
 K, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
 
@@ -80,3 +82,22 @@ def test_gram_follows_the_weight():
     new_weight, new_gram = symmetries.changed(weight, x @ x.T, (left, right))
     torch.testing.assert_close(new_gram, (right @ x) @ (right @ x).T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(new_weight @ (right @ x), left @ (weight @ x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fitted_rotation_finds_most_of_a_hidden_one():
+    generator = torch.Generator().manual_seed(9)
+    # half of the numbers buys blocks of rank 4, which these are until they are turned
+    blocks = torch.randn(2, 2, 16, 4, generator=generator) @ torch.randn(2, 2, 4, 16, generator=generator)
+    turn = torch.randn(32, 32, generator=generator)
+    turn = torch.linalg.matrix_exp(0.02 * (turn - turn.T))
+    data = {"v_proj": (turn @ blocks.transpose(1, 2).reshape(32, 32), torch.eye(32))}
+
+    def change_of(rotation):
+        return {"v_proj": (rotation, None)}
+
+    def squared_error(rotation):
+        return log_error(*changed(*data["v_proj"], (rotation, None)), "monarch", (2, 2), 4).exp().item()
+
+    rotation = fitted_rotation([data], change_of, (32, 32), "monarch", (2, 2), steps=60, rate=0.01, rounds=2)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(32), rtol=1e-4, atol=1e-4)
+    assert squared_error(rotation) < 0.1 * squared_error(torch.eye(32))
