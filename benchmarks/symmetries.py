@@ -4,6 +4,7 @@
 
 `reorder`: gate, up and down fitted with their shared channels in several orders. `storage`: the rank that the same
 number of stored values buys when a factor pair of rank r costs r (m + n) - r^2 instead of r (m + n).
+Order of heads, rotations of values and of the residual stream: `rotations.py`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.environment import environment
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import whole_model_grams
-from hf_blr.results.files import ResultFile
+from hf_blr.results.files import ResultFile, read_result
 from hf_blr.structures import make_spec, structure_class
 
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)
@@ -141,7 +142,10 @@ def main():
         f"relative error on the {WINDOWS * SEQLEN} calibration tokens themselves, {ROUNDS} rounds, equal stored "
         f"numbers; layers {', '.join(map(str, LAYERS))} as far as there are rows"
     )
-    file = ResultFile(args.out, {"protocol": protocol, "environment": environment()})
+    before = read_result(args.out) if args.out.exists() else {}
+    file = ResultFile(args.out, {**before, "protocol": protocol, "environment": environment()}, append=True)
+    # the rows of rotations.py stay
+    file.rows = [row for row in file.rows if row["study"] == "rotate"]
     for sizes in ((2, 2, 8, 8, 4), (3, 4, 7, 6, 5), (4, 4, 6, 6, 3)):
         stored, free = free_numbers(*sizes)
         file.add([{"study": "gauge", "structure": "blast", "b1,b2,p,q,r": sizes, "stored": stored, "free": free}])
