@@ -4,6 +4,7 @@
 
 `reorder`: gate, up and down fitted with their shared channels in several orders. `storage`: the rank that the same
 number of stored values buys when a factor pair of rank r costs r (m + n) - r^2 instead of r (m + n).
+Order of heads, rotations of values and of the residual stream: `rotations.py`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.environment import environment
 from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import whole_model_grams
-from hf_blr.results.files import ResultFile
+from hf_blr.results.files import ResultFile, read_result
 from hf_blr.structures import make_spec, structure_class
 
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)
@@ -26,7 +27,18 @@ STRUCTURES = (("monarch", (4, 4)), ("blast", (4, 16)))
 
 
 def load(text_file):
-    """{(layer, leaf): (weight, Gram)} of the chosen layers; windows are spread over the first 200 000 characters."""
+    """{(layer, leaf): (weight, Gram)} of the chosen layers."""
+    names = {(layer, leaf): layer_name(layer, leaf) for layer in LAYERS for leaf in ATTENTION + MLP}
+    model, grams = model_and_grams(text_file, list(names.values()))
+    return {key: (model.get_submodule(name).weight.detach(), grams[name]) for key, name in names.items()}
+
+
+def layer_name(layer, leaf):
+    return f"model.layers.{layer}.{'mlp' if leaf in MLP else 'self_attn'}.{leaf}"
+
+
+def model_and_grams(text_file, names):
+    """The model, and {name: Gram} of these layers; windows are spread over the first 200 000 characters."""
     folder = demo_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32).eval()
@@ -36,13 +48,7 @@ def load(text_file):
     ids = tokenizer(text[:200_000], return_tensors="pt").input_ids[0]
     windows = ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN)
     windows = windows[:: len(windows) // WINDOWS][:WINDOWS]
-    names = {
-        (layer, leaf): f"model.layers.{layer}.{'mlp' if leaf in MLP else 'self_attn'}.{leaf}"
-        for layer in LAYERS
-        for leaf in ATTENTION + MLP
-    }
-    grams = whole_model_grams(model, list(names.values()), [{"input_ids": part} for part in windows.split(2)])
-    return {key: (model.get_submodule(name).weight.detach(), grams[name]) for key, name in names.items()}
+    return model, whole_model_grams(model, names, [{"input_ids": part} for part in windows.split(2)])
 
 
 def error(weight, gram, structure, rank, blocks):
@@ -136,7 +142,10 @@ def main():
         f"relative error on the {WINDOWS * SEQLEN} calibration tokens themselves, {ROUNDS} rounds, equal stored "
         f"numbers; layers {', '.join(map(str, LAYERS))} as far as there are rows"
     )
-    file = ResultFile(args.out, {"protocol": protocol, "environment": environment()})
+    before = read_result(args.out) if args.out.exists() else {}
+    file = ResultFile(args.out, {**before, "protocol": protocol, "environment": environment()}, append=True)
+    # the rows of rotations.py stay
+    file.rows = [row for row in file.rows if row["study"] == "rotate"]
     for sizes in ((2, 2, 8, 8, 4), (3, 4, 7, 6, 5), (4, 4, 6, 6, 3)):
         stored, free = free_numbers(*sizes)
         file.add([{"study": "gauge", "structure": "blast", "b1,b2,p,q,r": sizes, "stored": stored, "free": free}])
