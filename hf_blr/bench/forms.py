@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-#: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks (decoding, where blocks cannot share
-#: one compilation: norms and MLPs) under torch.compile in a CUDA graph. whole: torch.compile of the whole model with its own
-#: CUDA graphs
+#: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks under torch.compile in a CUDA
+#: graph (decoding, where blocks cannot share one compilation: norms and MLPs). whole: torch.compile of the whole model
+#: with its own CUDA graphs
 FORMS = ("eager", "graph", "compiled", "whole")
 MODES = ("default", "max-autotune")
 #: inside a graph of ours inductor must not make its own

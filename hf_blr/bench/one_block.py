@@ -11,7 +11,6 @@ import contextlib
 import copy
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from hf_blr.bench.forms import cache_of, compile_pieces, repeated_blocks, switched_on

@@ -71,7 +71,7 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
         **options: for `shape.build`.
 
     Raises:
-        ValueError: if the paper's ranks are asked for and it has none, or no layers of a fused variant can run together.
+        ValueError: if the paper's ranks are asked for and it has none, or no layers of a fused variant fit together.
     """
     with torch.device(device), default_dtype(dtype):
         model = shape.build(**options).eval()
