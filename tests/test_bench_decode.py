@@ -37,7 +37,7 @@ def fused(**kw):
     return model
 
 
-def generated(model, ids, step, texts=2, new_tokens=9):
+def generated(model, ids, step, texts=2, new_tokens=9, **inputs):
     """What `generate()` says, its steps taken by `step`, on one cache that is reset between the texts."""
     config = CompileConfig()
     config._compile_all_devices = True
@@ -45,7 +45,7 @@ def generated(model, ids, step, texts=2, new_tokens=9):
     with generation.stepping_by(model, StepGraph(step, torch.device("cpu"))):
         for _ in range(texts):
             cache.reset()
-            settings = {"compile_config": config, "max_new_tokens": new_tokens, **SETTINGS}
+            settings = {"compile_config": config, "max_new_tokens": new_tokens, **SETTINGS, **inputs}
             yield model.generate(ids, past_key_values=cache, **settings).tolist()
 
 
@@ -132,6 +132,17 @@ def test_why_blocks_cannot_share(make, kw, reason):
     model = make(**kw)
     said = why_not_one_block(model, StaticCache(config=model.config, max_cache_len=16))
     assert said is None if reason is None else reason in said
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_texts_of_different_lengths_are_masked_alike():
+    model = tiny_llama(num_hidden_layers=LAYERS)
+    ids, mask = torch.arange(10).view(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=9, **SETTINGS).tolist()
+    unmasked = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, **SETTINGS).tolist()
+    step = with_one_block(model, "default", "eager")
+    assert list(generated(model, ids, step, 2, attention_mask=mask)) == [plain, plain] != [unmasked, unmasked]
+    assert "create_masks_for_generate" not in vars(model)
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

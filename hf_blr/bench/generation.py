@@ -6,9 +6,17 @@ import contextlib
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from hf_blr.bench.forms import WHOLE_MODES, StepGraph, forget_compiled, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.forms import (
+    WHOLE_MODES,
+    StepGraph,
+    cache_of,
+    forget_compiled,
+    pieces_without_cache,
+    with_compiled_pieces,
+)
 from hf_blr.bench.inputs import forward_inputs
 from hf_blr.bench.one_block import why_not_one_block, with_one_block
 from hf_blr.bench.timing import Timer, forget_peak, peak
@@ -73,12 +81,25 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
 
 @contextlib.contextmanager
 def stepping_by(model: nn.Module, step: StepGraph):
-    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model."""
+    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model.
+
+    The step builds its own mask, as it does on other caches, instead of being handed one: models may have a method that
+    says so.
+    """
     model.get_compiled_call = lambda compile_config=None: step
+    model.create_masks_for_generate = mask_for_step
     try:
         yield
     finally:
-        del model.get_compiled_call
+        del model.get_compiled_call, model.create_masks_for_generate
+
+
+def mask_for_step(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **others) -> torch.Tensor | None:
+    """The mask `[batch, tokens seen]` that a step makes the rest of, at the cache's length where one token is new."""
+    if attention_mask is None or inputs_embeds.shape[1] > 1:
+        return attention_mask
+    length = max(layer.max_cache_len for layer in cache_of(others).layers)
+    return F.pad(attention_mask, (0, length - attention_mask.shape[1]))
 
 
 class StepClock:
