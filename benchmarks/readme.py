@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hf_blr.bench.ceilings import predictions
+from hf_blr.bench.model_ceilings import model_predictions
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.files import read_result
@@ -106,21 +107,25 @@ def models_section() -> str:
 
 
 def roofline_section() -> str:
-    """How well the predictions do on the layers that were measured."""
-    rows = predictions(read_result(RESULTS / "layers_h100.json")["rows"], DEVICES["H100-measured"])
+    """How well the predictions do on the layers and whole models that were measured."""
+    device = DEVICES["H100-measured"]
+    rows = predictions(read_result(RESULTS / "layers_h100.json")["rows"], device)
     groups: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["direction"], row["tokens"])):
         name = f"{row['tokens']}" + (", training" if row["direction"] != "forward" else "")
         groups.setdefault(name, []).append(abs(row["deviation"]))
-    table = [
-        {
-            "tokens": name,
-            "within 25 %": f"{sum(value <= 0.25 for value in off)} of {len(off)} layers",
-            "median off": f"{100 * statistics.median(off):.0f} %",
-        }
-        for name, off in groups.items()
-    ]
+    table = [off_by(name, "layers", off) for name, off in groups.items()]
+    models = model_predictions(read_result(RESULTS / "models_h100.json")["rows"], device)
+    for measurement, name in (("prefill", "whole models, prefill"), ("decode", "whole models, decoding")):
+        off = [abs(row["deviation"]) for row in models if row["measurement"] == measurement]
+        table.append(off_by(name, "rows", off))
     return format_table(table)
+
+
+def off_by(name: str, what: str, off: list[float]) -> dict:
+    """off: |predicted / measured - 1| of each."""
+    within = f"{sum(value <= 0.25 for value in off)} of {len(off)} {what}"
+    return {"tokens": name, "within 25 %": within, "median off": f"{100 * statistics.median(off):.0f} %"}
 
 
 def quality_section() -> str:

@@ -17,11 +17,12 @@ TOGETHER = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
 #: modules whose keys and values come from somewhere else than their queries
-CROSS_ATTENTION = re.compile(r"cross_?attention|cross_attn|encoder_attn|EncDecAttention", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"cross_?attention|cross_attn|encoder_attn|EncDecAttention|attn2", re.IGNORECASE)
 
 
 def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> list[tuple[str, ...]]:

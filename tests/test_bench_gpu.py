@@ -6,6 +6,7 @@ from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import generation, measure, rows
 from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.one_block import with_one_block
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 
@@ -15,8 +16,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("pieces", [lambda model: [], pieces_without_cache], ids=["graph", "compiled"])
-def test_a_captured_step_generates_the_same_text(pieces):
+STEPS = {
+    "graph": lambda model: model.__call__,
+    "norms and MLPs": lambda model: with_compiled_pieces(model.__call__, pieces_without_cache(model), "default"),
+    "one block": lambda model: with_one_block(model, "default"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_captured_step_generates_the_same_text(step):
     from transformers import StaticCache
 
     model = tiny_llama().to("cuda")
@@ -24,7 +32,7 @@ def test_a_captured_step_generates_the_same_text(pieces):
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 9}
     plain = model.generate(ids, **settings)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    step = StepGraph(with_compiled_pieces(model.__call__, pieces(model), "default"), model.device)
+    step = StepGraph(STEPS[step](model), model.device)
     with generation.stepping_by(model, step):
         for _ in range(2):
             cache.reset()
@@ -33,7 +41,7 @@ def test_a_captured_step_generates_the_same_text(pieces):
 
 
 @pytest.mark.parametrize("form", ["eager", "graph", "compiled", "whole"])
-@pytest.mark.parametrize("variant", ["dense", "low_rank", "pivoted", "monarch:4x4", "blast:4x4"])
+@pytest.mark.parametrize("variant", ["dense", "low_rank", "pivoted", "monarch:4x4", "blast:4x4", "blast:4x4+fused"])
 def test_every_measurement_in_every_form(variant, form):
     request = rows.Request(
         tokens=(64,),
@@ -56,5 +64,5 @@ def test_prefill_is_the_models_own_forward():
     ids = torch.arange(12, device="cuda").view(2, 6)
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with measure.maskless_attention(model):
+        with measure.maskless_attention(model, "text"):
             torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=2e-2, atol=2e-2)

@@ -303,8 +303,9 @@ def test_what_does_not_fit_together_is_left_alone():
     model.model.layers[1].self_attn.q_proj.double()
     groups = hf_blr.fuse(model)
     assert ("model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj") in groups and len(groups) == 3
-    cross = nn.Module()
-    cross.encoder_attn = compressed().model.layers[0].self_attn
-    assert hf_blr.fuse(cross) == []
+    for name in ("encoder_attn", "attn2"):
+        cross = nn.Module()
+        cross.add_module(name, compressed().model.layers[0].self_attn)
+        assert hf_blr.fuse(cross) == []
     with pytest.raises(ValueError, match="has no BLR modules"):
         hf_blr.fuse(tiny_llama())

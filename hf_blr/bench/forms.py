@@ -2,7 +2,7 @@
 
 Dense and compressed models get the same forms. torch.compile of a whole decoder takes half a minute for each shape
 of the input; compiling one repeated block, or its norms and MLPs, takes seconds, and the graph around it takes away
-what launches cost.
+what launches cost. `one_block` compiles the block of a decoding step.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-#: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks (decoding: norms and MLPs) under
-#: torch.compile in a CUDA graph. whole: torch.compile of the whole model with its own CUDA graphs
+#: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks under torch.compile in a CUDA
+#: graph (decoding, where blocks cannot share one compilation: norms and MLPs). whole: torch.compile of the whole model
+#: with its own CUDA graphs
 FORMS = ("eager", "graph", "compiled", "whole")
 MODES = ("default", "max-autotune")
 #: inside a graph of ours inductor must not make its own
@@ -36,18 +37,32 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def pieces_without_cache(model: nn.Module) -> list[nn.Module]:
     """Norms and MLPs: what the blocks hold that one compiled piece can serve in all of them.
 
-    A whole block reads its own number to find its keys and values, and would be compiled once for every block.
+    What decodes where whole blocks cannot share one (`one_block.why_not_one_block`).
     """
     return [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm", "MLP"))]
 
 
-def compile_pieces(modules: list[nn.Module], mode: str, backend: str | Callable = "inductor") -> list[Callable]:
-    """The compiled call of each module, for `switched_on`; equal modules share one compilation."""
-    forget_compiled()
+def compile_pieces(
+    modules: list[nn.Module],
+    mode: str,
+    backend: str | Callable = "inductor",
+    fullgraph: bool = False,
+    forget: bool = True,
+) -> list[Callable]:
+    """The compiled call of each module, for `switched_on`; equal modules share one compilation.
+
+    Args:
+        mode: of `MODES`.
+        backend: of torch.compile; modes are inductor's alone.
+        fullgraph: fail where Python has to run between two graphs.
+        forget: what was compiled before.
+    """
+    if forget:
+        forget_compiled()
     mode = {} if backend != "inductor" else {"mode": INNER_MODES[mode]}
     calls = []
     for module in modules:
-        module.compile(dynamic=False, backend=backend, **mode)
+        module.compile(dynamic=False, backend=backend, fullgraph=fullgraph, **mode)
         calls.append(module._compiled_call_impl)
         module._compiled_call_impl = None
     return calls
@@ -93,7 +108,7 @@ class StepGraph:
         self.warm, self.inputs, self.replay, self.cache = False, None, None, None
 
     def __call__(self, **inputs):
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if not self.warm or cache is not self.cache:
             self.warm, self.cache, self.inputs = True, cache, None
             return self.call(**inputs)
@@ -117,6 +132,11 @@ class StepGraph:
             return out
 
         return replay
+
+
+def cache_of(inputs: dict):
+    """The cache among a model's inputs; transformers 5.17 and 5.23 have two names for it."""
+    return inputs.get("cache", inputs.get("past_key_values"))
 
 
 def copied(value):

@@ -6,10 +6,19 @@ import contextlib
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from hf_blr.bench.forms import WHOLE_MODES, StepGraph, forget_compiled, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.forms import (
+    WHOLE_MODES,
+    StepGraph,
+    cache_of,
+    forget_compiled,
+    pieces_without_cache,
+    with_compiled_pieces,
+)
 from hf_blr.bench.inputs import forward_inputs
+from hf_blr.bench.one_block import why_not_one_block, with_one_block
 from hf_blr.bench.timing import Timer, forget_peak, peak
 
 
@@ -17,7 +26,8 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
     """{"tokens_per_second", "ms", "peak_bytes"} of `generate()`, over the whole batch; ms is that of one step.
 
     Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures. Where a
-    graph of ours is replayed, "graph_ms" is what the device takes for it; the rest of ms is `generate()`'s own.
+    graph of ours is replayed, "graph_ms" is what the device takes for it; the rest of ms is `generate()`'s own. In the
+    form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -34,8 +44,15 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
     graph = None
     if form == "graph":
         graph = StepGraph(model.__call__, device)
+    pieces = {}
     if form == "compiled":
-        graph = StepGraph(with_compiled_pieces(model.__call__, pieces_without_cache(model), mode), device)
+        reason = why_not_one_block(model, cache)
+        if reason is None:
+            pieces["pieces"], step = "one block", with_one_block(model, mode)
+        else:
+            pieces["pieces"] = f"norms and MLPs: {reason}"
+            step = with_compiled_pieces(model.__call__, pieces_without_cache(model), mode)
+        graph = StepGraph(step, device)
 
     def generate(count, clock):
         cache.reset()
@@ -54,7 +71,7 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
         clock = StepClock(device)
         generate(new_tokens, clock)
         seconds = clock.seconds_per_step()
-    row = {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device)}
+    row = {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device), **pieces}
     if graph and graph.replay:
         # its steps write on from where the cache stands
         cache.reset()
@@ -64,12 +81,25 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
 
 @contextlib.contextmanager
 def stepping_by(model: nn.Module, step: StepGraph):
-    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model."""
+    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model.
+
+    The step builds its own mask, as it does on other caches, instead of being handed one: models may have a method that
+    says so.
+    """
     model.get_compiled_call = lambda compile_config=None: step
+    model.create_masks_for_generate = mask_for_step
     try:
         yield
     finally:
-        del model.get_compiled_call
+        del model.get_compiled_call, model.create_masks_for_generate
+
+
+def mask_for_step(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **others) -> torch.Tensor | None:
+    """The mask `[batch, tokens seen]` that a step makes the rest of, at the cache's length where one token is new."""
+    if attention_mask is None or inputs_embeds.shape[1] > 1:
+        return attention_mask
+    length = max(layer.max_cache_len for layer in cache_of(others).layers)
+    return F.pad(attention_mask, (0, length - attention_mask.shape[1]))
 
 
 class StepClock:
@@ -79,7 +109,7 @@ class StepClock:
     skipped = 2
 
     def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
+        self.device, self.marks, self.never = device, [], None
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.device.type == "cuda":
@@ -88,7 +118,9 @@ class StepClock:
         else:
             mark = time.perf_counter()
         self.marks.append(mark)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if self.never is None:
+            self.never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return self.never
 
     def seconds_per_step(self) -> float:
         first, last = self.marks[self.skipped - 1], self.marks[-1]

@@ -15,9 +15,9 @@ from hf_blr.bench.timing import Timer, forget_peak, peak, seconds_of
 
 MEASUREMENTS = ("prefill", "decode", "training", "storage")
 PROTOCOL = (
-    "random weights; prefill: median forward, logits of the last token; decode: generate() on a static cache, prompt "
-    "and first steps not counted; training: forward, backward, clipping and AdamW on the projections or factors "
-    "alone, the rest frozen; load: from files just written"
+    "random weights; prefill: median forward, logits of the last token; decode: generate() on a static cache, masks "
+    "built in the step, prompt and first steps not counted; training: forward, backward, clipping and AdamW on the "
+    "projections or factors alone, the rest frozen; load: from files just written"
 )
 #: an attention function without a mask function: a mask built under graph capture would keep SDPA off its flash kernel
 CAUSAL_SDPA = "hf_blr_causal_sdpa"

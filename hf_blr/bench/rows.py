@@ -81,6 +81,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
                 yield {"model": name, "variant": str(variant), "measurement": "build", "error": in_one_line(error)}
                 continue
             sizes = {"model": name, "variant": str(variant), **model_sizes(model, names)}
+            if variant.structure != "dense" and not variant.paper:
+                sizes["ratio"] = request.ratio
             for settings, run in measurements(model, shape, names, group, request, timer):
                 row = {**sizes, **settings}
                 try:

@@ -13,6 +13,7 @@ from hf_blr.bench.models import Shape
 from hf_blr.bench.shapes import align_rank, random_order
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.fusion import fuse
 from hf_blr.integration import record_plan, swap_in
 from hf_blr.plan import LayerPlan, Plan, resolve_plan
 from hf_blr.structures import STRUCTURES, as_block_pair
@@ -21,16 +22,24 @@ from hf_blr.targets import find_targets
 
 @dataclass(frozen=True)
 class Variant:
-    """What a model's layers become: "dense", or a structure with the paper's ranks or with these blocks."""
+    """What a model's layers become: "dense", or a structure with the paper's ranks or with these blocks.
+
+    Args:
+        fused: projections with one input run together (`hf_blr.fuse`).
+    """
 
     structure: str
     paper: bool = False
     blocks: tuple[int, int] | None = None
+    fused: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`dense`, `low_rank`, `blast:4x4`, `monarch:paper`. Raises ValueError for anything else."""
-        structure, _, detail = text.partition(":")
+        """`dense`, `low_rank+fused`, `blast:4x4`, `monarch:paper`. Raises ValueError for anything else."""
+        layers, plus, ending = text.partition("+")
+        if plus and (ending != "fused" or layers == "dense"):
+            raise ValueError(f"expected nothing or +fused after a structure and its blocks, got {text!r}")
+        structure, _, detail = layers.partition(":")
         if structure == "dense" and not detail:
             return cls("dense")
         if structure not in STRUCTURES:
@@ -38,16 +47,17 @@ class Variant:
                 f"expected dense or one of {', '.join(STRUCTURES)} (:paper or :B1xB2 after it), got {text!r}"
             )
         if detail in ("", "paper"):
-            return cls(structure, detail == "paper")
+            return cls(structure, detail == "paper", fused=bool(plus))
         try:
             numbers = [int(part) for part in detail.split("x")]
-            return cls(structure, blocks=as_block_pair(numbers[0] if len(numbers) == 1 else tuple(numbers)))
+            blocks = as_block_pair(numbers[0] if len(numbers) == 1 else tuple(numbers))
+            return cls(structure, blocks=blocks, fused=bool(plus))
         except ValueError:
             raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
 
     def __str__(self):
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
-        return f"{self.structure}:{detail}".rstrip(":")
+        return f"{self.structure}:{detail}".rstrip(":") + "+fused" * self.fused
 
 
 def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype: torch.dtype, **options) -> nn.Module:
@@ -61,7 +71,7 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
         **options: for `shape.build`.
 
     Raises:
-        ValueError: if the paper's ranks are asked for and it has none.
+        ValueError: if the paper's ranks are asked for and it has none, or no layers of a fused variant fit together.
     """
     with torch.device(device), default_dtype(dtype):
         model = shape.build(**options).eval()
@@ -72,6 +82,8 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
             if "order" in module.spec.index_names and not module.order.is_meta:
                 # a fresh module's ascending order would make gathers cheaper than they are
                 module.order.copy_(random_order(module.spec, device))
+    if variant.fused and device != "meta" and not fuse(model):
+        raise ValueError(f"no layers of {type(model).__name__} can run together as {variant.structure}")
     record_plan(model, BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks), plan)
     return model
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hf_blr.bench import cases, layers
+from hf_blr.bench.compile_first import compile_first
 from hf_blr.bench.forms import FORMS, MODES
 from hf_blr.bench.measure import MEASUREMENTS, PROTOCOL
 from hf_blr.bench.models import SHAPES, Shape
@@ -89,7 +90,7 @@ def bench_layers(args):
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
     first_calls = [{} for _ in todo]
     if args.device != "cpu" and not args.skip_first_call and "hf_blr" in args.impls:
-        first_calls = compile_first(todo, args, dtype)
+        first_calls = compile_kernels(todo, args, dtype)
     timer = Timer(args.device)
     for case, seconds in zip(todo, first_calls, strict=True):
         rows = layers.bench_case(case, timer, dtype, args.impls, seconds)
@@ -98,7 +99,7 @@ def bench_layers(args):
             print(layer_line(row), flush=True)
 
 
-def compile_first(todo, args, dtype) -> list[dict]:
+def compile_kernels(todo, args, dtype) -> list[dict]:
     """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -114,7 +115,8 @@ def add_model_arguments(parser):
         nargs="+",
         type=variant,
         metavar="V",
-        help="dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks after it; "
+        help="dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks after it, and +fused where "
+        "projections with one input are to run together; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
     parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
@@ -129,6 +131,7 @@ def add_model_arguments(parser):
     parser.add_argument("--training-batch", type=int, default=request.training_batch)
     parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repetitions of one measurement")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, with --mode default")
     add_common(parser)
 
 
@@ -149,9 +152,12 @@ def bench_model(args):
         stop_at_errors=args.traceback,
     )
     file = ResultFile(args.json, head(args, PROTOCOL), args.append)
+    variants = {name: args.variants or usual_variants(SHAPES[name]) for name in args.models}
+    if args.jobs:
+        compile_first([(name, v) for name in variants for v in variants[name]], request, args.device, args.jobs)
     timer = Timer(args.device, args.seconds)
     for name in args.models:
-        for row in model_rows(name, SHAPES[name], args.variants or usual_variants(SHAPES[name]), request, timer):
+        for row in model_rows(name, SHAPES[name], variants[name], request, timer):
             file.add([row])
             print(model_line(row), flush=True)
 
@@ -167,7 +173,7 @@ def usual_variants(shape: Shape) -> list[Variant]:
 
 
 def model_line(row: dict) -> str:
-    where = f"{row['model']:13} {row['variant']:14} {row['measurement']:9}"
+    where = f"{row['model']:13} {row['variant']:17} {row['measurement']:9}"
     if "error" in row:
         return f"{where} {row['error']}"
     if row["measurement"] == "storage":
@@ -177,7 +183,8 @@ def model_line(row: dict) -> str:
     form = f"{row['form']} ({row['mode']})" if "mode" in row else row["form"]
     memory = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
     speed = f"  {row['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in row else ""
-    return f"{where} {row['batch']:2} x {row['tokens']:<5} {form:23} {row['ms']:9.2f} ms{speed}{memory}"
+    graph = f" ({row['graph_ms']:.2f} in its graph)" if "graph_ms" in row else ""
+    return f"{where} {row['batch']:2} x {row['tokens']:<5} {form:23} {row['ms']:9.2f} ms{graph}{speed}{memory}"
 
 
 def variant(text: str) -> Variant:

@@ -1,7 +1,7 @@
 """predict speed from sizes: arithmetic, traffic, the bound, and from how many tokens on a layer is faster than dense
 
 Exact counts for every kernel that runs, and a device's ceilings. --measure takes those of the GPU at hand, with a copy
-and a product; --check compares predictions with the rows of `hf-blr bench layers`.
+and a product; --check compares predictions with the rows of `hf-blr bench layers` or `hf-blr bench model`.
 
 Example: hf-blr roofline --device H100-measured --shapes 4096x4096 --blocks 4x4 4x16 --tokens 1 1024
 """
@@ -36,7 +36,9 @@ def add_arguments(parser):
 
 def run(args):
     from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions
+    from hf_blr.bench.model_ceilings import model_predictions
     from hf_blr.results.files import read_result
+    from hf_blr.results.tables import kind_of
 
     device = measure_ceilings(options.default_device()) if args.measure else DEVICES[args.device]
     result = {"device": asdict(device)}
@@ -45,8 +47,13 @@ def run(args):
         f"{device.product_seconds * 1e6:.1f} us a product and {device.kernel_seconds * 1e6:.1f} us a kernel to start"
     )
     if args.check:
-        rows = predictions(read_result(args.check)["rows"], device)
-        print(format_table(deviations(rows)))
+        measured = read_result(args.check)
+        if kind_of(measured) == "models":
+            rows = model_predictions(measured["rows"], device)
+            print(format_table(list(map(model_line, rows))))
+        else:
+            rows = predictions(measured["rows"], device)
+            print(format_table(deviations(rows)))
         result["rows"] = rows
     else:
         specs = [spec for shape in args.shapes for spec in wanted_specs(args, *shape)]
@@ -55,6 +62,13 @@ def run(args):
         for spec in specs:
             print(f"{title(spec)}: {in_words(break_even(spec, device, args.form))}")
     options.write_json(args.json, result)
+
+
+def model_line(row: dict) -> dict:
+    """A row of a whole model beside its prediction."""
+    line = {name: row[name] for name in ("model", "variant", "measurement", "batch", "tokens")}
+    times = {"predicted ms": row["predicted_ms"], "measured ms": row["measured_ms"]}
+    return line | times | {"off %": 100 * row["deviation"]}
 
 
 def wanted_specs(args, k: int, n: int):

@@ -1,0 +1,98 @@
+"""Predictions of a device's ceilings for the rows of `bench model`, and how far they are off."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from hf_blr.bench.forms import repeated_blocks
+from hf_blr.bench.models import SHAPES
+from hf_blr.bench.variants import Variant, build_model
+from hf_blr.dense import feature_sizes, is_dense_linear
+from hf_blr.evaluation.devices import Ceilings
+from hf_blr.evaluation.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
+from hf_blr.fusion import TOGETHER
+from hf_blr.linear import BLRLinear
+from hf_blr.structures import LowRank
+
+#: without the host between their kernels, so that ceilings have a say
+PREDICTED_FORMS = ("compiled",)
+
+
+def model_predictions(rows: list[dict], device: Ceilings) -> list[dict]:
+    """The rows of `bench model` with a prefill or a decoding step of a text or image model in the compiled form.
+
+    Returns:
+        Those rows with `measured_ms` (decoding: the graph's own time, `graph_ms`), `predicted_ms` and `deviation`
+        (predicted / measured - 1).
+    """
+    found = []
+    for row in rows:
+        measured = row.get("graph_ms" if row["measurement"] == "decode" else "ms")
+        shape = SHAPES.get(row["model"])
+        if measured is None or shape is None or shape.kind == "diffusion" or row.get("form") not in PREDICTED_FORMS:
+            continue
+        sizes = model_sizes_of(row["model"], row["variant"], row.get("ratio", 0.5))
+        if row["measurement"] == "prefill":
+            seconds = forward_seconds(sizes, row["batch"], row["tokens"], device)
+        elif row["measurement"] == "decode":
+            one_block = row.get("pieces") == "one block"
+            seconds = step_seconds(sizes, row["batch"], row["prompt"] + row["new_tokens"], device, one_block)
+        else:
+            continue
+        times = {"measured_ms": measured, "predicted_ms": seconds * 1e3, "deviation": seconds * 1e3 / measured - 1}
+        found.append({**row, **times})
+    return found
+
+
+@functools.lru_cache
+def model_sizes_of(name: str, variant: str, ratio: float) -> ModelSizes:
+    """The sizes behind a row, of the model built without memory."""
+    shape, variant = SHAPES[name], Variant.parse(variant)
+    return sizes_of(build_model(shape, variant, ratio, "meta", torch.bfloat16), variant.fused)
+
+
+def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
+    """What a text or image model of transformers consists of."""
+    blocks, config = repeated_blocks(model), model.config
+    groups = projection_groups(blocks[0], fused)
+    last = groups[-1][-1].spec
+    activations = [p.spec.out_features for group in groups for p in group].count(last.in_features)
+    heads = config.num_attention_heads
+    norms = [m for m in blocks[0].modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))]
+    image = model.main_input_name == "pixel_values"
+    head = (model.classifier if image else model.lm_head).weight.shape
+    patch = config.num_channels * config.patch_size**2 if image else None
+    return ModelSizes(
+        groups,
+        len(blocks),
+        config.hidden_size,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        (activations * last.in_features, last.in_features),
+        (len(norms), 1),
+        getattr(config, "rope_parameters", None) is not None,
+        not image,
+        (head[1], head[0]),
+        (patch, config.hidden_size) if image else None,
+    )
+
+
+def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, ...], ...]:
+    """A block's projections in their order; if fused, those that `hf_blr.fuse` would run together in one group."""
+    found: dict[tuple, list[Projection]] = {}
+    for name, module in block.named_modules():
+        if not isinstance(module, BLRLinear) and not is_dense_linear(module):
+            continue
+        parent, _, own = name.rpartition(".")
+        group = next((names for names in TOGETHER if own in names), own)
+        if isinstance(module, BLRLinear):
+            projection = Projection(module.spec)
+            together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
+        else:
+            projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)
+        found.setdefault(together, []).append(projection)
+    return tuple(map(tuple, found.values()))

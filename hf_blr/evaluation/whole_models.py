@@ -1,0 +1,141 @@
+"""Arithmetic and traffic of a whole model's forward or decoding step: projections, attention and what is between.
+
+Kernels are those of a block under torch.compile in a CUDA graph: products, attention, and one elementwise kernel for
+each norm with the residual sum before it, for the rotary embedding, and for the activation. What the host takes is not
+in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hf_blr.evaluation.devices import Ceilings
+from hf_blr.evaluation.roofline import Stage, in_bytes, stages
+from hf_blr.structures import BLRSpec, LowRank
+
+#: kernels between a decoding block's projections that torch.compile merges into others: halves of the rotary embedding,
+#: positions in the cache and its writes, the mask in the form that attention takes, residual sums
+EAGER_KERNELS = 22
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer: its sizes, and whether it is dense or runs in the package's form."""
+
+    spec: BLRSpec
+    form: str = "hf_blr"
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a transformer of equal blocks consists of.
+
+    Args:
+        groups: one block's projections; those of one group run together (`hf_blr.fuse`).
+        blocks: how many.
+        hidden: width of the residual stream.
+        heads, kv_heads, head_dim: of attention.
+        activation: numbers that the MLP's activation reads for each token, and those that it writes.
+        norms: in one block, and after the last.
+        rotary: whether positions are rotations of queries and keys.
+        causal: whether a token attends to those before it alone.
+        head: K and N of the output layer, which sees one token of each sequence.
+        patches: K and N of the product that makes tokens of a picture; None for text, whose embeddings are looked up.
+    """
+
+    groups: tuple[tuple[Projection, ...], ...]
+    blocks: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: tuple[int, int]
+    norms: tuple[int, int]
+    rotary: bool
+    causal: bool
+    head: tuple[int, int]
+    patches: tuple[int, int] | None = None
+
+
+def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> float:
+    """Seconds of a forward over `[batch, tokens]` that keeps no cache, with the output of one token of each."""
+    pairs = tokens * tokens // (2 if sizes.causal else 1)
+    read = batch * tokens * (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    attention = Stage("attention", 4 * batch * sizes.heads * sizes.head_dim * pairs, read)
+    return total_seconds(sizes, batch, tokens, attention, device, itemsize)
+
+
+def step_seconds(
+    sizes: ModelSizes, batch: int, cache: int, device: Ceilings, one_block: bool = True, itemsize: int = 2
+) -> float:
+    """Seconds of one decoding step.
+
+    Args:
+        cache: tokens that fit into the static cache: attention reads all of it, whatever is masked.
+        one_block: whether whole blocks are compiled, or only norms and MLPs.
+    """
+    read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
+    if one_block and sizes.kv_heads < sizes.heads:
+        # compiled code writes keys and values once for each query head, and reads them again
+        read += 4 * batch * cache * sizes.heads * sizes.head_dim
+    attention = Stage("attention", 4 * batch * cache * sizes.heads * sizes.head_dim, read, product=False)
+    eager = 0 if one_block else EAGER_KERNELS * sizes.blocks
+    return total_seconds(sizes, batch, 1, attention, device, itemsize) + eager * device.kernel_seconds
+
+
+def total_seconds(sizes: ModelSizes, batch: int, tokens: int, attention: Stage, device: Ceilings, itemsize: int):
+    """attention: that of one block, in numbers."""
+    t = batch * tokens
+    between = in_bytes([attention, *elementwise_stages(sizes, t)], itemsize)
+    block = [s for group in sizes.groups for s in group_stages(group, t, itemsize)] + between
+    head = layer_stages(*sizes.head, batch, itemsize)
+    first = [Stage("embeddings", 0, 2 * t * sizes.hidden * itemsize, product=False)]
+    if sizes.patches:
+        first = layer_stages(*sizes.patches, t, itemsize)
+    last = in_bytes([norm_stage(sizes, t)], itemsize) * sizes.norms[1]
+    once = sum(stage.seconds(device) for stage in (*first, *last, *head))
+    return sizes.blocks * sum(stage.seconds(device) for stage in block) + once
+
+
+def elementwise_stages(sizes: ModelSizes, tokens: int) -> Iterator[Stage]:
+    """In numbers instead of bytes."""
+    for _ in range(sizes.norms[0]):
+        yield norm_stage(sizes, tokens)
+    if sizes.rotary:
+        yield Stage("rotate", 0, 2 * tokens * (sizes.heads + sizes.kv_heads) * sizes.head_dim, product=False)
+    yield Stage("activation", 0, tokens * sum(sizes.activation), product=False)
+
+
+def norm_stage(sizes: ModelSizes, tokens: int) -> Stage:
+    """A sum and its norm: two numbers read and two written."""
+    return Stage("norm", 0, 4 * tokens * sizes.hidden, product=False)
+
+
+def layer_stages(k: int, n: int, tokens: int, itemsize: int) -> list[Stage]:
+    """Of a dense layer; its spec stands for its features alone."""
+    return stages(LowRank(k, n, 1), tokens, "dense", itemsize)
+
+
+def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2) -> list[Stage]:
+    """The kernels of projections that run together: one first stage, and one of each other where sizes are equal."""
+    each = [stages(p.spec, tokens, p.form, itemsize) for p in group]
+    if len(each) == 1:
+        return each[0]
+    x = tokens * group[0].spec.in_features * itemsize
+    first = merged([kernels[0] for kernels in each])
+    found = [replace(first, outside=first.outside - (len(each) - 1) * x)]
+    if len({p.spec for p in group}) == 1:
+        return found + [merged(list(kernels)) for kernels in zip(*(k[1:] for k in each), strict=True)]
+    return found + [stage for kernels in each for stage in kernels[1:]]
+
+
+def merged(kernels: list[Stage]) -> Stage:
+    """One kernel that does the work of all; their intermediates are one."""
+    return replace(
+        kernels[0],
+        flops=sum(k.flops for k in kernels),
+        outside=sum(k.outside for k in kernels),
+        between=tuple(map(sum, zip(*(k.between for k in kernels), strict=True))),
+        repeated=sum(k.repeated for k in kernels),
+    )

@@ -1,0 +1,140 @@
+"""Whole models: what is counted, against sums by hand, and predictions against what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_shape
+
+from hf_blr.bench.model_ceilings import model_predictions, model_sizes_of, sizes_of
+from hf_blr.bench.models import SHAPES
+from hf_blr.bench.variants import Variant, build_model
+from hf_blr.cli import main
+from hf_blr.evaluation.devices import DEVICES, Ceilings
+from hf_blr.evaluation.roofline import stages
+from hf_blr.evaluation.whole_models import (
+    EAGER_KERNELS,
+    Projection,
+    forward_seconds,
+    group_stages,
+    layer_stages,
+    step_seconds,
+)
+from hf_blr.structures import Blast, LowRank, Monarch
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+#: counts one thing each
+BYTES = Ceilings("", flops=1e30, bandwidth=1.0, l2=1e30)
+FLOPS = Ceilings("", flops=1.0, bandwidth=1e30, l2=1e30)
+STARTS = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e30, product_seconds=100.0, kernel_seconds=1.0)
+
+
+def parameters(sizes):
+    layers = [p for group in sizes.groups for p in group]
+    numbers = [p.spec.in_features * p.spec.out_features if p.form == "dense" else p.spec.num_parameters for p in layers]
+    return sizes.blocks * sum(numbers)
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.kind != "diffusion"])
+def test_projections_are_those_of_the_model(name):
+    dense = model_sizes_of(name, "dense", 0.5)
+    half = model_sizes_of(name, "low_rank+fused" if name != "GPT2-S" else "low_rank", 0.5)
+    assert dense.blocks == half.blocks and 0.4 < parameters(half) / parameters(dense) <= 0.5
+    assert all(p.form == "hf_blr" for group in half.groups for p in group)
+    image = name == "ViT-B/16"
+    assert (dense.causal, dense.patches) == (not image, (768, 768) if image else None)
+
+
+def test_sizes_of_llama_3_8b():
+    sizes = model_sizes_of("Llama-3-8B", "blast:4x4+fused", 0.5)
+    assert [len(group) for group in sizes.groups] == [3, 1, 2, 1]
+    assert (sizes.blocks, sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim) == (32, 4096, 32, 8, 128)
+    assert sizes.activation == (2 * 14336, 14336) and sizes.norms == (2, 1) and sizes.rotary
+    assert sizes.head == (4096, 128256)
+    assert [len(group) for group in model_sizes_of("Llama-3-8B", "blast:4x4", 0.5).groups] == [1] * 7
+
+
+def test_a_decoding_step_reads_every_weight_and_the_whole_cache():
+    sizes, batch, cache = model_sizes_of("Llama-7B", "dense", 0.5), 2, 192
+    weights = 2 * (parameters(sizes) + 4096 * 32000)
+    keys_and_values = 2 * 32 * 2 * batch * cache * 4096
+    counted = step_seconds(sizes, batch, cache, BYTES)
+    # what passes between the kernels is little beside these
+    assert weights + keys_and_values < counted < 1.01 * (weights + keys_and_values)
+
+
+def test_grouped_queries_are_read_once_and_written_and_read_for_each_head():
+    sizes = model_sizes_of("Llama-3-8B", "dense", 0.5)
+    one, more = (step_seconds(sizes, 1, cache, BYTES) for cache in (1000, 2000))
+    assert more - one == pytest.approx(32 * 2 * 1000 * 128 * (2 * 8 + 4 * 32))
+    eager = step_seconds(sizes, 1, 2000, BYTES, one_block=False) - step_seconds(sizes, 1, 1000, BYTES, one_block=False)
+    assert eager == pytest.approx(32 * 2 * 1000 * 128 * 2 * 8)
+
+
+@pytest.mark.parametrize("name, causal", [("Llama-7B", 2), ("ViT-B/16", 1)])
+def test_arithmetic_of_a_forward(name, causal):
+    sizes, tokens = model_sizes_of(name, "dense", 0.5), 197
+    attention = sizes.blocks * 4 * 3 * sizes.heads * sizes.head_dim * (tokens * tokens // causal)
+    head = 2 * 3 * sizes.head[0] * sizes.head[1]
+    patches = 2 * 3 * tokens * 768 * 768 if sizes.patches else 0
+    expected = 2 * 3 * tokens * parameters(sizes) + attention + head + patches
+    assert forward_seconds(sizes, 3, tokens, FLOPS) == pytest.approx(expected)
+
+
+def test_kernels_of_a_step():
+    sizes = sizes_of(build_model(tiny_shape(), Variant("dense"), 0.5, "meta", torch.float32), fused=False)
+    # two blocks of 7 products, attention, 2 norms, rotation and activation; the last norm, the head, the embeddings
+    assert step_seconds(sizes, 1, 16, STARTS) == pytest.approx(2 * 12 + 3)
+    assert step_seconds(sizes, 1, 16, STARTS, one_block=False) == pytest.approx(2 * (12 + EAGER_KERNELS) + 3)
+    # a forward of many tokens: products and attention are such, but the head sees one token
+    assert forward_seconds(sizes, 1, 64, STARTS) == pytest.approx(2 * (8 * 100 + 4) + 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 1024])
+@pytest.mark.parametrize("spec", [Blast(64, 96, 8, (4, 4)), Monarch(64, 96, 32, (4, 4)), LowRank(64, 96, 8)], ids=str)
+def test_a_group_of_equal_layers_is_as_many_kernels_as_one(spec, tokens):
+    alone = stages(spec, tokens)
+    together = group_stages((Projection(spec),) * 3, tokens)
+    assert [s.name for s in together] == [s.name for s in alone]
+    assert sum(s.flops for s in together) == 3 * sum(s.flops for s in alone)
+    # the input is read once instead of three times
+    assert sum(s.bytes for s in together) == 3 * sum(s.bytes for s in alone) - 2 * tokens * 64 * 2
+
+
+def test_unequal_layers_share_the_first_stage():
+    wide, narrow = Blast(64, 96, 8, (4, 4)), Blast(64, 32, 8, (4, 4))
+    names = [s.name for s in group_stages((Projection(wide), Projection(narrow)), 1)]
+    assert names == ["project and mix", "expand", "expand"]
+    assert layer_stages(64, 32, 1, 2)[0].bytes == 2 * (64 + 32 + 64 * 32)
+
+
+def test_most_of_what_was_measured_was_predicted():
+    rows = json.loads((RESULTS / "models_h100.json").read_text())["rows"]
+    predicted = model_predictions(rows, DEVICES["H100-measured"])
+    assert {row["measurement"] for row in predicted} == {"prefill", "decode"}
+    assert sum(abs(row["deviation"]) <= 0.25 for row in predicted) >= 0.75 * len(predicted)
+    for row in predicted:
+        measured = row["ms"] if row["measurement"] == "prefill" else row["graph_ms"]
+        assert row["deviation"] == pytest.approx(row["predicted_ms"] / measured - 1)
+
+
+def test_rows_of_other_kinds_are_left_out():
+    row = {"model": "Llama-7B", "variant": "dense", "measurement": "prefill", "batch": 1, "tokens": 128, "ms": 6.0}
+    others = [
+        {**row, "form": "eager"},
+        {**row, "form": "compiled", "measurement": "training"},
+        {**row, "form": "compiled", "model": "mine"},
+        {**row, "form": "compiled", "model": "DiT-XL/2"},
+        {"model": "Llama-7B", "variant": "dense", "measurement": "decode", "form": "compiled", "error": "no memory"},
+    ]
+    assert model_predictions(others, DEVICES["H100"]) == []
+    assert len(model_predictions([{**row, "form": "compiled"}], DEVICES["H100"])) == 1
+
+
+def test_check_from_the_command_line(capsys, tmp_path):
+    file = tmp_path / "checked.json"
+    assert main(["roofline", "--check", str(RESULTS / "models_h100.json"), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "predicted ms" in out and "measured ms" in out and "Llama-3.2-1B" in out
+    assert json.loads(file.read_text())["rows"][0]["predicted_ms"] > 0
