@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from hf_blr.evaluation.devices import Ceilings
-from hf_blr.ops.dispatch import FEW_TOKENS, decodes_low_rank
+from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.launch import Device, decodes, fused_mix_config, fuses_mix, mixes_along_t, reads_swapped
 from hf_blr.structures import BLRSpec
 
@@ -104,7 +104,7 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
     # y and z are of one size in Monarch, where every pair of blocks has its own rank
     y, z = (b1 * b2 * r * t,) * 2 if spec.structure == "monarch" else (b1 * r * t, b2 * r * t)
     project, expand, mix = 2 * t * v, 2 * t * u, 2 * t * s
-    if spec.structure == "pivoted" and not (form == "hf_blr" and decodes_low_rank(t, r)):
+    if spec.structure == "pivoted" and not (form == "hf_blr" and t == 1):
         rest = t * (k - r)
         # every feature of x is read and written once more, and the product adds to the pivots
         yield Stage("gather", 0, t * k + k, (y, rest), product=False)

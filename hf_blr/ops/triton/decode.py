@@ -56,6 +56,7 @@ def decode_project_kernel(
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     MIX: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
@@ -70,7 +71,7 @@ def decode_project_kernel(
     BP: tl.constexpr,
 ):
     """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into
-    B1 parts. The first EARLY steps' weights are loaded before the wait.
+    B1 parts. With ADD the product is added to what z holds. The first EARLY steps' weights are loaded before the wait.
 
     The B1 parts are a batch of the product, so that the warps share the work instead of all reading
     everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
@@ -144,7 +145,10 @@ def decode_project_kernel(
     else:
         rows = G_ROWS * VEC
         o_zr = (o_r // rows) * (stride_zi * VEC) + i_g * rows + o_r % rows
-        tl.store(z_ptr + o_z + o_zr[None, :], tl.sum(b_y, 0).to(dtype), mask=m_tr)
+        b_z = tl.sum(b_y, 0)
+        if ADD:
+            b_z += tl.load(z_ptr + o_z + o_zr[None, :], mask=m_tr, other=0.0).to(tl.float32)
+        tl.store(z_ptr + o_z + o_zr[None, :], b_z.to(dtype), mask=m_tr)
 
 
 @triton.jit
@@ -227,10 +231,10 @@ def decode_expand_kernel(
     tl.store(out_ptr + o_o, acc.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
 
-def decode_project(x, v, s, z):
+def decode_project(x, v, s, z, add=False):
     """Stage one at few tokens: z `[B2, T, R]` of BLAST, or, with s None, of Monarch and low-rank.
 
-    x `[T, K]`, v `[B1, rows, P]`.
+    x `[T, K]`, v `[B1, rows, P]`. With `add`, without s only, the product is added to z.
     """
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
@@ -263,6 +267,7 @@ def decode_project(x, v, s, z):
             LINES=lines(part - early * config.length, line),
             LINE=line,
             MIX=mix,
+            ADD=add,
             PDL=device.is_hopper,
             PRECISION=dot_precision(x.dtype),
             VEC=vec,

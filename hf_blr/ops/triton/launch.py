@@ -191,33 +191,43 @@ def project_config(
     parts = pow2(parts)
     few_rows = rows <= 8 * device.sms
     if tokens == 1:
-        tile = 4 if mix or row >= 2048 else 8
+        if row < 2048:
+            tile = 8 if few_rows else 4
+        else:
+            tile = 8 if not few_rows and 4096 <= row <= 8192 else 4
         warps = 4 if row < 4096 else 8
         # two programs fit on a multiprocessor at the greater length, three at the smaller: where there are more rows
         # than those two take, the third is worth more (4096 x 11008, H100: 19.0 us a layer and 20.3)
-        width = 2048 if warps == 8 and (few_rows or row > 8192) else 1024 if row >= 2048 else 512
+        width = 2048 if warps == 8 and (few_rows or row > 8192) else 512 if few_rows and row < 2048 else 1024
         length = max(16, min(longest, width // parts))
         # 32-bit registers of a thread that hold weights, and sums
         held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
-        return DecodeConfig(tile, length, warps, 2, part if held <= 128 else 0)
+        return DecodeConfig(tile, length, warps, 2, part if held <= 150 else 0)
     # more programs than multiprocessors before longer rows
-    tile = 8 if mix or rows <= 2 * device.sms else min(16, pow2(32768 // row))
+    tile = 8
     if not few_rows:
         tile = 16
+    elif not mix and rows > 2 * device.sms:
+        tile = min(16, max(8, pow2(32768 // row)))
     length = max(16, min(longest, (512 if rows <= 2 * device.sms else 1024) // parts, 16384 // (parts * tile)))
+    # short rows leave room for the second stage's programs, which would otherwise start late
+    room = device.shared_memory if row >= 4096 else min(device.shared_memory, 1 << 17)
     stage = parts * length * (tile + decode_rows(tokens)) * itemsize
-    while stage > device.shared_memory and length > 16:
+    while stage > room and length > 16:
         length, stage = length // 2, stage // 2
-    return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
+    return DecodeConfig(tile, length, 4, max(1, min(4, room // stage)))
 
 
-def pivoted_project_config(parts: int, row: int, rows: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+def pivoted_project_config(parts: int, row: int, rows: int, itemsize: int, device: Device) -> DecodeConfig:
     """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
-    config = project_config(parts, max(1, row), rows, tokens, False, itemsize, device)
-    if tokens > 1 or device == INTERPRETER:
-        return config
-    # each step waits for its indices and then for x: few long steps, and programs enough for two to take turns
-    return DecodeConfig(4, max(16, min(512, pow2(-(-row // parts)))), 4, 2)
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1, 32)
+    part = max(1, -(-row // parts))
+    length = max(16, min(256, pow2(part)))
+    # H100, us a layer, 4096 x 4096 with 1184 rows: 8.6 and 9.6; with 1664 rows 22.2 and 20.6
+    tile, warps = (4, 4) if rows <= 10 * device.sms else (8, 16)
+    held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
+    return DecodeConfig(tile, length, warps, 2, part if held <= 160 else 0)
 
 
 def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
@@ -226,8 +236,9 @@ def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: D
         return DecodeConfig(16, 16, 4, 1, 32)
     if tokens == 1:
         return DecodeConfig(8, 256, 4, 2, min(rank, 4096 // itemsize))
-    if outputs <= 64 * device.sms:
-        # all programs at once on the card, so that all weights are on their way when z arrives
+    if outputs <= 32 * device.sms and tokens <= 16:
+        # one program for each multiprocessor: all weights are on their way when z arrives (H100, us a layer:
+        # 4096 x 4096 with 16 tokens 9.3, without 10.5; twice the programs, 2048 x 8192, 10.2 and 9.1; 32 tokens 33 and 15)
         room = device.shared_memory // ((32 + decode_rows(tokens)) * itemsize)
         config = DecodeConfig(32, 256, 4, 2, min(rank, 3072 // itemsize, room // 256 * 256))
     else:

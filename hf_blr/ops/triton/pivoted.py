@@ -8,11 +8,9 @@ import triton.language as tl
 
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
-from hf_blr.ops.triton.decode import decode_expand
+from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.launch import (
-    decode_rows,
     device_of,
-    dot_precision,
     early_steps,
     lines,
     pivoted_project_config,
@@ -38,37 +36,31 @@ def pivoted_project_kernel(
     c_ptr,
     order_ptr,
     y_ptr,
-    T,
-    stride_xt,
     P,
     R,
     REST,
     stride_cr,
-    stride_yt,
     LINES: tl.constexpr,
     ORDER_LINES: tl.constexpr,
     LINE: tl.constexpr,
     ORDER_LINE: tl.constexpr,
     PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
     VEC: tl.constexpr,
-    DOT: tl.constexpr,
     UNROLL: tl.constexpr,
     EARLY: tl.constexpr,
     BJ: tl.constexpr,
-    BT: tl.constexpr,
     BR: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """y[t,r] = x[t, order[r]] + sum_k x[t, order[R+k]] c[r,k], the sum cut into BJ parts of P.
+    """y[r] = x[order[r]] + sum_k x[order[R+k]] c[r,k] for one token, the sum cut into BJ parts of P.
 
-    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. Sizes and strides from P on
-    come / VEC. The first EARLY steps' indices and c are loaded before the wait.
+    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. Sizes and strides come
+    / VEC. The first EARLY steps' indices and c are loaded before the wait.
     """
     i_r = tl.program_id(0)
-    o_t, o_j, o_b = tl.arange(0, BT), tl.arange(0, BJ), tl.arange(0, BR)
+    o_j, o_b = tl.arange(0, BJ), tl.arange(0, BR)
     o_r = i_r * BR + o_b
-    m_t, m_r = o_t < T, o_r < R * VEC
+    m_r = o_r < R * VEC
     c_ptr += tl.cast(i_r, tl.int64) * BR * (stride_cr * VEC)
     o_jp = o_j * (P * VEC)
     o_c = o_jp[:, None, None] + o_b[None, :, None] * (stride_cr * VEC)
@@ -89,39 +81,23 @@ def pivoted_project_kernel(
         m_l = in_rest(o_l, o_jp, P * VEC, REST * VEC)
         prefetch_to_l2(c_ptr, o_c + o_l[None, None, :], m_l[:, None, :] & m_r[None, :, None])
     wait_for_previous(PDL)
-    x_ptr += o_t[:, None] * stride_xt
-    m_tr = m_t[:, None] & m_r[None, :]
-    b_pivots = tl.load(x_ptr + b_first[None, :], mask=m_tr, other=0.0)
+    b_pivots = tl.load(x_ptr + b_first, mask=m_r, other=0.0)
     b_xs = ()
     for step in tl.static_range(EARLY):
-        m_x = in_rest(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)[:, None, :] & m_t[None, :, None]
-        b_xs = b_xs + (tl.load(x_ptr[None, :, :] + b_os[step][:, None, :], mask=m_x, other=0.0),)
-    if DOT:
-        acc = tl.zeros((BJ, BT, BR), tl.float32)
-    else:
-        acc = tl.zeros((BJ, BR, BP), tl.float32)
+        m_k = in_rest(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)
+        b_xs = b_xs + (tl.load(x_ptr + b_os[step][:, None, :], mask=m_k[:, None, :], other=0.0),)
+    acc = tl.zeros((BJ, BR, BP), tl.float32)
     for step in tl.static_range(EARLY):
-        if DOT:
-            acc = tl.dot(b_xs[step], tl.permute(b_cs[step], (0, 2, 1)), acc, input_precision=PRECISION)
-        else:
-            acc += b_xs[step].to(tl.float32) * b_cs[step].to(tl.float32)
+        acc += b_xs[step].to(tl.float32) * b_cs[step].to(tl.float32)
     for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
         m_k = in_rest(o_p, o_jp, P * VEC, REST * VEC)
         b_o = tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0)
-        b_x = tl.load(x_ptr[None, :, :] + b_o[:, None, :], mask=m_k[:, None, :] & m_t[None, :, None], other=0.0)
+        b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_k[:, None, :], other=0.0)
         b_c = tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_k[:, None, :] & m_r[None, :, None], other=0.0)
-        if DOT:
-            acc = tl.dot(b_x, tl.permute(b_c, (0, 2, 1)), acc, input_precision=PRECISION)
-        else:
-            acc += b_x.to(tl.float32) * b_c.to(tl.float32)
-    if DOT:
-        b_y = tl.sum(acc, 0)
-    else:
-        b_y = tl.sum(tl.sum(acc, 2), 0)[None, :]
-    b_y += b_pivots.to(tl.float32)
-    o_y = o_t[:, None] * (stride_yt * VEC) + o_r[None, :]
-    tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_tr)
+        acc += b_x.to(tl.float32) * b_c.to(tl.float32)
+    b_y = tl.sum(tl.sum(acc, 2), 0) + b_pivots.to(tl.float32)
+    tl.store(y_ptr + o_r, b_y.to(y_ptr.dtype.element_ty), mask=m_r)
 
 
 def pivoted_fwd(x, u, c, order, bias, keep=False):
@@ -130,12 +106,18 @@ def pivoted_fwd(x, u, c, order, bias, keep=False):
     u `[N, R]`, c `[R, K - R]`, order `[K]`, bias `[N]` or None.
     """
     tokens, (n, r) = x.shape[0], u.shape
-    if tokens and not keep and decodes_low_rank(tokens, r):
-        out = x.new_empty(tokens, n)
-        decode_expand(pivoted_decode(x, c, order)[None], u[None], bias, out)
-        return out, x.new_empty(0)
-    y = project(x, c, order)
-    return F.linear(y, u, bias), y if keep else x.new_empty(0)
+    if not tokens or keep or not decodes_low_rank(tokens):
+        y = project(x, c, order)
+        return F.linear(y, u, bias), y if keep else x.new_empty(0)
+    if tokens == 1:
+        y = project_one(x, c, order)
+    else:
+        y, rest = gather_columns(x, order, r)
+        if rest.shape[1]:
+            decode_project(rest, c[None], None, y[None], add=True)
+    out = x.new_empty(tokens, n)
+    decode_expand(y[None], u[None], bias, out)
+    return out, x.new_empty(0)
 
 
 def pivoted_bwd(grad, x, u, c, order, y, needs):
@@ -161,16 +143,15 @@ def project(x, c, order):
     return y.addmm_(rest, c.T)
 
 
-def pivoted_decode(x, c, order):
-    """y `[T, R]` at few tokens."""
-    tokens, (r, rest) = x.shape[0], c.shape
-    y, device = x.new_empty(tokens, r), device_of(x)
+def project_one(x, c, order):
+    """y `[1, R]`, the first stage of one token."""
+    r, rest = c.shape
+    y, device = x.new_empty(1, r), device_of(x)
     part = triton.cdiv(triton.cdiv(rest, PARTS), 16) * 16
-    sizes = (part, r, rest, c.stride(0), y.stride(0))
+    sizes = (part, r, rest, c.stride(0))
     vec = vector_width(*sizes)
     line, order_line = 128 // x.element_size(), 128 // order.element_size()
-    bt = decode_rows(tokens)
-    rule = pivoted_project_config(PARTS, rest, r, tokens, x.element_size(), device)
+    rule = pivoted_project_config(PARTS, rest, r, x.element_size(), device)
 
     def run(config):
         early = early_steps(config, part)
@@ -179,21 +160,16 @@ def pivoted_decode(x, c, order):
             c,
             order,
             y,
-            tokens,
-            x.stride(0),
             *(n // vec for n in sizes),
             LINES=lines(part - early * config.length, line),
             ORDER_LINES=pow2(triton.cdiv(len(order), order_line)),
             LINE=line,
             ORDER_LINE=order_line,
             PDL=device.is_hopper,
-            PRECISION=dot_precision(x.dtype),
             VEC=vec,
-            DOT=bt > 1,
-            UNROLL=1 if bt > 1 else config.stages,
+            UNROLL=config.stages,
             EARLY=early,
             BJ=PARTS,
-            BT=bt,
             BR=config.rows,
             BP=config.length,
             num_warps=config.warps,
@@ -201,5 +177,5 @@ def pivoted_decode(x, c, order):
             **({"launch_pdl": True} if device.is_hopper else {}),
         )
 
-    launch(run, "pivoted_project", rule, bt, (part, r), x)
+    launch(run, "pivoted_project", rule, 1, (part, r), x)
     return y

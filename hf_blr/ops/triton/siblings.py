@@ -25,7 +25,7 @@ def monarch_siblings_fwd(x, us, vs, biases):
     if tokens == 0:
         return out
     # low-rank: the same exception from the kernels for few tokens as in `dispatch`
-    decoding = decodes(tokens, b1, us[0].shape[0]) and (b1 > 1 or decodes_low_rank(tokens, us[0].shape[2]))
+    decoding = decodes(tokens, b1, us[0].shape[0]) and (b1 > 1 or decodes_low_rank(tokens))
     for part in split(range(len(vs)), (vs, 1)):
         v = joined(vs, part, 1)
         if not decoding:
