@@ -92,7 +92,6 @@ def test_pivoted_pays_low_ranks_stages_and_a_gather():
     assert [s.name for s in stages(PIVOTED, 1)] == ["gather and project", "expand"]
     assert total(stages(PIVOTED, 1)) == 2 * (PIVOTED.num_parameters + 2 * k + 2 * r)
     assert [s.name for s in stages(PIVOTED, 2)] == [s.name for s in stages(PIVOTED, 1, "pytorch")]
-    assert [s.name for s in stages(replace(PIVOTED, rank=1024), 2)] == ["gather and project", "expand"]
 
 
 @pytest.mark.parametrize("tokens", [1, 1024, 4096])

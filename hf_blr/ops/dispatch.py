@@ -61,7 +61,7 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     impl = _default if impl is None else check_impl(impl)
     if impl in ("reference", "dense"):
         return impl
-    if impl == "auto" and not (x.is_cuda and worthwhile(structure, x, tensors)):
+    if impl == "auto" and not (x.is_cuda and worthwhile(structure, x)):
         return "reference"
     reason = why_not_triton(x, tensors)
     if reason is None:
@@ -71,7 +71,7 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     return "reference"
 
 
-def worthwhile(structure: str, x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+def worthwhile(structure: str, x: Tensor) -> bool:
     """Whether kernels that can run are faster than PyTorch's products."""
     if compute_dtype(x) == torch.float32:
         return False
