@@ -238,8 +238,8 @@ def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: D
         return DecodeConfig(8, 256, 4, 2, min(rank, 4096 // itemsize))
     if outputs <= 32 * device.sms and tokens <= 16:
         # one program for each multiprocessor: all weights are on their way when z arrives (H100, us a layer:
-        # 4096 x 4096 with 16 tokens 9.3, without 10.5; with twice the programs, 2048 x 8192, 10.2 and 9.1; with 32 tokens
-        # 33 and 15)
+        # 4096 x 4096 with 16 tokens 9.3, without 10.5; with twice the programs, 2048 x 8192, 10.2 and 9.1; with 32
+        # tokens 33 and 15)
         room = device.shared_memory // ((32 + decode_rows(tokens)) * itemsize)
         config = DecodeConfig(32, 256, 4, 2, min(rank, 3072 // itemsize, room // 256 * 256))
     else:
