@@ -3,7 +3,8 @@
     python benchmarks/quality.py --model FOLDER --gguf-file NAME --calibration valid.txt \
         --evaluate wikitext2=test.txt ptb=ptb.txt
 
-Rows are written as soon as they are measured; a row that the file holds is skipped, so a stopped run goes on.
+Rows are written as soon as they are measured; a row that the file holds is skipped, so a stopped run goes on. Several
+processes share the rows with `--shard 1/4 --json part1.json` and so on; `merge.py` makes one file of theirs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hf_blr import BLRConfig, compress
 from hf_blr.cli import options
 from hf_blr.environment import environment
 from hf_blr.finetune import refine
+from hf_blr.plan import resolve_plan
 from hf_blr.results.files import ResultFile
 
 OURS = "ours"
@@ -65,9 +67,14 @@ class Run:
         blocks = "" if self.blocks is None else " {}x{}".format(*self.blocks)
         return f"{self.structure}{blocks} {self.ratio:g} {self.method}"
 
+    @property
+    def family(self) -> tuple:
+        """Runs of one family can go on from each other's fits."""
+        return self.structure, self.blocks, self.ratio
+
 
 def runs() -> list[Run]:
-    """All of them, the most telling first."""
+    """All of them, the most telling first; what refines a fit comes right after it."""
 
     def ours(structure, ratio, blocks=None, method=OURS, settings=None):
         return Run(method, structure, ratio, blocks, settings=tuple((settings or {}).items()))
@@ -77,7 +84,11 @@ def runs() -> list[Run]:
     whitened = [ours("low_rank", ratio, method="whitened SVD", settings=OFF) for ratio in (0.8, 0.5)]
     low_rank = [ours("low_rank", ratio) for ratio in (0.8, 0.5)]
     pivoted = [ours("pivoted", ratio) for ratio in (0.8, 0.5)]
-    joint = [ours("blast", ratio, (4, 16), BLOCK_JOINT, {"block_steps": BLOCK_STEPS}) for ratio in (0.8, 0.5)]
+    joint = [
+        ours(structure, ratio, blocks, BLOCK_JOINT, {"block_steps": BLOCK_STEPS})
+        for structure, blocks in (("blast", (4, 16)), ("low_rank", None))
+        for ratio in (0.8, 0.5)
+    ]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
         for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
@@ -108,6 +119,8 @@ def runs() -> list[Run]:
             ("monarch", (4, 4)),
             ("blast", (4, 4)),
             ("blast", (4, 32)),
+            ("blast", (16, 4)),
+            ("blast", (32, 32)),
         )
         for ratio in (0.5, 0.8)
     ]
@@ -138,15 +151,49 @@ def runs() -> list[Run]:
         *shapes[2:],
         *others[2:],
     ]
-    return list(dict.fromkeys(every))
+    after = {run.family: run for run in every if run.kind == "refine"}
+    ordered = []
+    for run in dict.fromkeys(every):
+        if run.kind != "refine":
+            ordered += [run, after[run.family]] if run.method == OURS and run.family in after else [run]
+    return ordered
 
 
-def make(bench: Bench, run: Run, earlier: dict[Run, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
+def shard(chosen: list[Run], part: tuple[int, int]) -> list[Run]:
+    """Part i of n, from 1 on, by whole families."""
+    i, n = part
+    families = list(dict.fromkeys(run.family for run in chosen))
+    mine = set(families[i - 1 :: n])
+    return [run for run in chosen if run.family in mine]
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`2/4`."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"expected i/n with i from 1 to n, such as 2/4, got {text!r}")
+    return int(i), int(n)
+
+
+def row_key(row: dict) -> tuple:
+    """What a row measures: rows with one key are one measurement, made twice."""
+    return row["model"], row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"], row["dataset"]
+
+
+def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
+    """Why the model's layers have no such blocks, if so."""
+    try:
+        resolve_plan(dense, BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks))
+    except ValueError as error:
+        return error
+
+
+def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
     """The compressed model and what its row says of the fit."""
     tokens = bench.windows.numel()
     if run.kind == "refine":
         first = Run(OURS, run.structure, run.ratio, run.blocks)
-        model = earlier.pop(first, None)
+        model = earlier.pop(first.family, None)
         if model is None:
             model = make(bench, first, {})[0]
         refine(model, bench.dense, bench.windows, epochs=EPOCHS)
@@ -162,7 +209,8 @@ def make(bench: Bench, run: Run, earlier: dict[Run, torch.nn.Module]) -> tuple[t
         config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, **dict(run.settings))
         on_text = {"calibration": bench.batches if config.sequential else None, "statistics": bench.statistics}
         report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
-        earlier[run] = model
+        if run.method == OURS:
+            earlier[run.family] = model
         return model, {
             "calibration_tokens": 0 if run.kind == "weights" else tokens,
             "mean_rel_error": report.mean_rel_error,
@@ -179,6 +227,7 @@ def main(argv=None):
     parser.add_argument("--evaluate", nargs="+", default=[], metavar="NAME=FILE", help="text files to score")
     parser.add_argument("--ids", type=Path, help="instead of texts: a torch file {valid: ids, NAME: ids, ...}")
     parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
+    parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N of the runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
     parser.add_argument("--beside", type=int, default=0, help="other runs on the device: no seconds are taken then")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
@@ -200,11 +249,13 @@ def main(argv=None):
         if args.gguf_file:
             size = (Path(args.model) / args.gguf_file).stat().st_size
             file.add(bench.rows(bench.dense, "dense, its 4-bit GGUF file", 1.0, bytes=size))
-    earlier: dict[Run, torch.nn.Module] = {}
-    for run in runs():
+    earlier: dict[tuple, torch.nn.Module] = {}
+    for run in shard([run for run in runs() if any(fnmatch(run.label, pattern) for pattern in args.only)], args.shard):
         key = run.method, run.structure, tuple(run.blocks or ()), run.ratio
-        wanted = any(fnmatch(run.label, pattern) for pattern in args.only)
-        if key in done or not wanted or time.perf_counter() - started > args.seconds:
+        if key in done or time.perf_counter() - started > args.seconds:
+            continue
+        if reason := too_small(bench.dense, run):
+            print(f"{run.label}: {reason}", flush=True)
             continue
         if run.kind != "refine":
             earlier.clear()

@@ -1,14 +1,13 @@
 """Structure, blocks and rank for each layer, when all layers share one budget.
 
 The predicted loss of a low-rank matrix is known in closed form at every rank (`allocation.loss_curve`). Another
-structure is taken to do as well as low-rank with its parameters; where structures compete, times what a few short fits
-say.
+structure is taken to do as well as low-rank with its parameters; where structures compete, times what fits of one layer
+of each kind say.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,8 +37,9 @@ CANDIDATES = (
 )
 #: their predicted loss needs no fit
 CLOSED_FORM = ("low_rank", "pivoted")
-#: rounds of the short fits that compare structures, and layers of each kind that are fitted so
-TRIAL_ROUNDS, TRIAL_LAYERS = 4, 2
+#: what the trial fits keep, as fractions of the ratio and of the way from it to one: what blocks gain over low-rank
+#: changes with what is kept, and layers keep more or less than the ratio
+TRIAL_RATIOS = 0.6, 0.5
 #: ranks are multiples of a power of two up to this, which kernels like
 LARGEST_STEP = 16
 
@@ -87,9 +87,9 @@ def share_budget(
     for name, spec in free.items():
         options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
-            factor = factors.get((kind_of(name), shape.structure, shape.num_blocks), 1.0)
+            trials = factors.get((kind_of(name), shape.structure, shape.num_blocks), [])
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
-                loss = factor * interpolate(curves[name], candidate.equivalent_rank)
+                loss = factor_at(trials, candidate.ratio) * interpolate(curves[name], candidate.equivalent_rank)
                 options[name].append(Option(candidate, budget.of(candidate), loss))
     amount = budget.amount
     if amount is None:
@@ -123,31 +123,45 @@ class Layer:
         return loss_curve(*self.matrices(), self.statistics.tokens, self.config.damping)
 
     def trial(self, spec: BLRSpec) -> float:
-        """The predicted loss of a short fit."""
+        """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
         weight, gram, output_gram = self.matrices()
-        fitted = factorize(weight, spec, gram, output_gram, **{**self.config.fit_options, "rounds": TRIAL_ROUNDS})
+        fitted = factorize(weight, spec, gram, output_gram, **self.config.fit_options)
         return predicted_loss(
             DENSE[spec.structure](**fitted.tensors) - weight, gram, output_gram, self.statistics.tokens
         )
 
 
-def trial_factors(layers: dict[str, Layer], curves: dict[str, Tensor], shapes, ratio: float) -> dict[tuple, float]:
-    """{(kind of layer, structure, blocks): its loss over low-rank's at equal parameters}, from short fits of a few."""
+def trial_factors(
+    layers: dict[str, Layer], curves: dict[str, Tensor], shapes, ratio: float
+) -> dict[tuple, list[tuple[float, float]]]:
+    """{(kind of layer, structure, blocks): [(ratio kept, its loss over low-rank's at equal parameters), ...]}.
+
+    From fits of each kind's middle layer; the ratios rise. Empty for what needs no fit.
+    """
     kinds: dict[str, list[str]] = {}
     for name in layers:
         kinds.setdefault(kind_of(name), []).append(name)
+    less, more = TRIAL_RATIOS
     factors = {}
     for kind, names in kinds.items():
-        tried = names[:: -(-len(names) // TRIAL_LAYERS)]
-        for shape in shapes[names[0]]:
-            logs = []
-            for name in tried if shape.structure not in CLOSED_FORM else ():
-                spec = at_ratio(shape, ratio)
+        name = names[len(names) // 2]
+        for shape in shapes[name]:
+            trials = factors[kind, shape.structure, shape.num_blocks] = []
+            for kept in (less * ratio, ratio + more * (1 - ratio)) if shape.structure not in CLOSED_FORM else ():
+                spec = at_ratio(shape, kept)
                 low_rank = interpolate(curves[name], spec.equivalent_rank)
                 if low_rank > 0:
-                    logs.append(math.log(max(layers[name].trial(spec), 1e-30) / low_rank))
-            factors[kind, shape.structure, shape.num_blocks] = math.exp(sum(logs) / len(logs)) if logs else 1.0
+                    trials.append((spec.ratio, max(layers[name].trial(spec), 1e-30) / low_rank))
     return factors
+
+
+def factor_at(trials: list[tuple[float, float]], ratio: float) -> float:
+    """The factor for a kept ratio: geometrically between two trials, the nearest beyond them, one without any."""
+    if not trials:
+        return 1.0
+    (low, first), (high, last) = trials[0], trials[-1]
+    share = min(max((ratio - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    return first ** (1 - share) * last**share
 
 
 def kind_of(name: str) -> str:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_blr import BLRConfig, collect_statistics, compress
-from hf_blr.allocation import Option, allocate, loss_curve, predicted_loss
-from hf_blr.budget import Budget, at_ranks, share_budget
+from hf_blr.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
+from hf_blr.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
 from hf_blr.factorize import factorize
 from hf_blr.factorize.fisher import fisher_statistics, sampled_loss
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
@@ -32,16 +32,28 @@ def test_fisher_matrices_are_sums_of_the_gradients_of_sampled_losses(build):
     batches = batches_for(model, count=1)
     names = list(resolve_plan(model, CONFIG))
     statistics = fisher_statistics(model, names, batches, seed=5)
-    name, tokens, expected = names[-1], 0, 0
+    name, tokens, expected, relative = names[-1], 0, 0, 0
     for i in range(8):
         batch = {key: value[i : i + 1] for key, value in batches[0].items()}
         kept = {}
-        handle = model.get_submodule(name).register_forward_hook(lambda module, args, out, to=kept: to.update(out=out))
+        block = re.match(r".*?\d+", name)[0]
+        watched = {"out": name, "stream": block}
+        handles = [
+            model.get_submodule(module).register_forward_hook(
+                lambda module, args, out, key=key, to=kept: to.update({key: out[0] if type(out) is tuple else out})
+            )
+            for key, module in watched.items()
+        ]
         loss, count = sampled_loss(model, batch, 5 + tokens)
-        handle.remove()
-        (gradient,) = torch.autograd.grad(loss, kept["out"])
+        for handle in handles:
+            handle.remove()
+        gradient, by_stream = torch.autograd.grad(loss, [kept["out"], kept["stream"]])
         rows = gradient.reshape(-1, gradient.shape[-1])
         expected, tokens = expected + rows.T @ rows, tokens + count
+        rows = (by_stream * kept["stream"].norm(dim=-1, keepdim=True)).detach().reshape(-1, by_stream.shape[-1])
+        relative = relative + rows.T @ rows
+    torch.testing.assert_close(statistics.stream_grams[block], relative[None], rtol=1e-3, atol=1e-4)
+    assert len(statistics.stream_grams) == 2
     torch.testing.assert_close(statistics.output_grams[name], expected[None], rtol=1e-3, atol=1e-5)
     assert statistics.tokens == tokens
     assert set(statistics.grams) == set(statistics.output_grams) == set(names)
@@ -222,6 +234,32 @@ def test_auto_is_predicted_to_be_no_worse_than_any_one_structure():
             assert len({layer.spec.structure for layer in report.layers}) > 1
     assert losses["auto"] <= min(losses.values())
     assert results["auto"] <= 1.05 * min(results.values())
+
+
+def test_what_a_structure_gains_is_read_off_between_its_trials():
+    trials = [(0.2, 1.0), (0.6, 0.25)]
+    assert [factor_at(trials, ratio) for ratio in (0.1, 0.2, 0.4, 0.6, 0.9)] == pytest.approx([1, 1, 0.5, 0.25, 0.25])
+    assert factor_at([(0.3, 0.7)], 0.5) == pytest.approx(0.7) and factor_at([], 0.5) == 1.0
+
+
+def test_trials_say_what_whole_fits_give():
+    model = tiny_llama()
+    statistics = collect_statistics(model, CONFIG, calibration=batches_for(model, count=6))
+    config = BLRConfig("auto", ratio=0.5, fit_rounds=12)
+    name = "model.layers.1.mlp.up_proj"
+    layer = Layer(model, name, statistics, config)
+    shapes = [Blast(64, 96, 1, (4, 4)), LowRank(64, 96, 1)]
+    factors = trial_factors({name: layer}, {name: layer.curve()}, {name: shapes}, 0.5)
+    assert factors[kind_of(name), "low_rank", (1, 1)] == []
+    trials = factors[kind_of(name), "blast", (4, 4)]
+    assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
+    for ratio, factor in trials:
+        spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))
+        fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], rounds=12)
+        change = DENSE["blast"](**fitted.tensors) - layer.matrices()[0]
+        expected = predicted_loss(change, *layer.matrices()[1:], statistics.tokens)
+        low_rank = interpolate(layer.curve(), spec.equivalent_rank)
+        assert factor == pytest.approx(expected / low_rank, rel=1e-3)
 
 
 def test_a_budget_can_count_anything():

@@ -1,5 +1,6 @@
 """The quality benchmark: its baselines, its rows, and the refinement that it measures."""
 
+import argparse
 import copy
 import json
 import sys
@@ -12,6 +13,7 @@ from tiny import tiny_llama
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import baselines
+import merge
 import protocol
 import quality
 
@@ -80,8 +82,9 @@ def test_every_kind_of_run_writes_its_rows_and_none_runs_twice(folder, capsys):
     rows = json.loads((folder / "q.json").read_text())["rows"]
     labels = {(row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"]) for row in rows}
     wanted = {(r.method, r.structure, tuple(r.blocks or ()), r.ratio) for r in quality.runs() if r.ratio == 0.5}
-    # 4 x 32 blocks of the narrow layers would keep more than half
-    assert wanted - labels <= {("ours", "blast", (4, 32), 0.5)} and ("dense", None, (), 1.0) in labels
+    # 32 x 32 blocks of the narrow layers would keep more than half
+    assert wanted - labels == {("ours", "blast", (32, 32), 0.5)} and ("dense", None, (), 1.0) in labels
+    assert "blast 32x32 0.5 ours: model.layers.0.self_attn.k_proj" in capsys.readouterr().out
     fields = "model dataset protocol structure method ratio ppl dense_ppl parameters bytes fit_seconds"
     assert all(set(fields.split()) <= set(row) for row in rows)
     refined = [row for row in rows if row["method"] == quality.REFINED]
@@ -90,6 +93,44 @@ def test_every_kind_of_run_writes_its_rows_and_none_runs_twice(folder, capsys):
     quality.main([*arguments, "--only", "low_rank 0.5 *"])
     assert "low_rank 0.5" not in capsys.readouterr().out
     assert len(json.loads((folder / "q.json").read_text())["rows"]) == len(rows)
+
+
+def test_shards_share_the_runs_by_whole_families():
+    every = quality.runs()
+    parts = [quality.shard(every, (i, 3)) for i in (1, 2, 3)]
+    assert sorted(run.label for part in parts for run in part) == sorted(run.label for run in every)
+    families = [{run.family for run in part} for part in parts]
+    assert not families[0] & families[1] and not families[1] & families[2] and not families[0] & families[2]
+    assert quality.shard(every, (1, 1)) == every
+    for bad in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="from 1 to n"):
+            quality.shard_of(bad)
+
+
+def test_a_refined_run_comes_right_after_its_fit():
+    every = quality.runs()
+    refined = [i for i, run in enumerate(every) if run.kind == "refine"]
+    assert refined
+    for i in refined:
+        assert every[i - 1].method == quality.OURS and every[i - 1].family == every[i].family
+
+
+def test_shards_merge_to_the_whole_and_measured_rows_stay(folder):
+    arguments = ["--model", str(folder / "model"), "--ids", str(folder / "ids.pt"), "--device", "cpu", "--only"]
+    arguments += ["low_rank 0.[58] ours", "low_rank 0.5 ours, refined"]
+    for i in (1, 2):
+        quality.main([*arguments, "--shard", f"{i}/2", "--json", str(folder / f"part{i}.json")])
+    parts = [json.loads((folder / f"part{i}.json").read_text())["rows"] for i in (1, 2)]
+    assert [len({(r["method"], r["ratio"]) for r in rows} - {("dense", 1.0)}) for rows in parts] == [1, 2]
+    merge.main([str(folder / "all.json"), *(str(folder / f"part{i}.json") for i in (1, 2))])
+    whole = json.loads((folder / "all.json").read_text())
+    assert len(whole["rows"]) == len(parts[0]) + len(parts[1]) - 2  # the dense model, on two texts
+    merge.main([str(folder / "all.json"), str(folder / "part2.json")])
+    assert json.loads((folder / "all.json").read_text()) == whole
+    other = {**whole, "environment": {**whole["environment"], "device": "another"}}
+    (folder / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="merge those of one device"):
+        merge.main([str(folder / "all.json"), str(folder / "other.json")])
 
 
 def test_marks_are_undone(tmp_path):

@@ -3,7 +3,9 @@
 min over u, s, v of  sum_i || (W_i - u_i [diag(s_i1) v_1 ... diag(s_iB1) v_B1]) X ||^2
 
 With H = X X^T the problem is quadratic in each of u, s and v while the other two stand still, and each is solved
-exactly. The solves need only small products of the data: G_jk = v_j H_jk v_k^T and C_ij = (W H)_ij v_j^T.
+exactly. The solve for u needs only small products of the data: G_jk = v_j H_jk v_k^T and C_ij = (W H)_ij v_j^T. Those
+for s and v go over the input blocks, and what a block has to make up is (W - W') H with that block left out of W':
+products by H cost less than products of all pairs of blocks.
 Alternation alone creeps (1 % a round); extrapolating s and v along the last step, as Nesterov does for gradients,
 reaches the same error in a third of the rounds. A round that would raise the loss is repeated without the
 extrapolation, so the loss never rises.
@@ -12,7 +14,6 @@ extrapolation, so the loss never rises.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -79,10 +80,7 @@ class BlastProblem:
         image = weight @ gram
         self.energy = (image.double() * weight.double()).sum()
         self.h = gram.view(b1, p, -1)
-        self.h_block = gram.view(b1, p, b1, p).transpose(1, 2)  # [B1, B1, P, P]
-        diagonal = torch.arange(b1, device=gram.device)
-        self.h_root = cholesky(self.h_block[diagonal, diagonal])  # [B1, P, P]
-        self.wh_rows = image.view(b2, q, -1)  # [B2, Q, K]
+        self.h_root = cholesky(gram.view(b1, p, b1, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1))  # [B1, P, P]
         self.wh_columns = image.view(-1, b1, p).transpose(0, 1).contiguous()  # [B1, N, P]
 
     def complete(self, s: Tensor, v: Tensor) -> State:
@@ -118,39 +116,54 @@ class BlastProblem:
 
     def solve_s(self, state: State) -> Tensor:
         """s `[B2, B1, R]` for the state's u and v, jointly over as many input blocks as fit one solve."""
-        uu = state.u.mT @ state.u  # [B2, R, R]
-        target = (state.u.unsqueeze(1) * state.c).sum(2)  # [B2, B1, R]
-        s = state.s.clone()
+        u, v = state.u, state.v
+        uu = u.mT @ u  # [B2, R, R]
+        s, approximation = state.s.clone(), self.approximation(u, state.s, v)
         size = max(1, min(self.b1, MAX_S_UNKNOWNS // self.r))
         # all output blocks at once keep a GPU busy; one by one they stay in a CPU's cache, which is three times faster
         step = self.b2 if s.is_cuda else 1
-        for i, first in product(range(0, self.b2, step), range(0, self.b1, size)):
-            rows, group = slice(i, i + step), slice(first, first + size)
-            normal = uu[rows, None, None] * state.g[group]  # [step, size, B1, R, R]
-            own = normal[:, :, group].transpose(2, 3)
-            # what the other input blocks put in already
-            others = s[rows].clone()
-            others[:, group] = 0
-            rhs = target[rows, group] - torch.einsum("ijkrq,ikq->ijr", normal, others)
-            count = own.shape[1] * self.r
-            solved = solve_psd(own.reshape(-1, count, count), rhs.reshape(-1, count, 1))
-            s[rows, group] = solved.view(rhs.shape)
+        for first in range(0, self.b1, size):
+            group = slice(first, first + size)
+            gram = state.g[group, group].transpose(1, 2)  # [size, R, size, R]
+            count = gram.shape[0] * self.r
+            missing = self.missing(approximation, group) @ v[group].mT  # [size, N, R]
+            rhs = (u * missing.view(-1, self.b2, self.q, self.r)).sum(2).transpose(0, 1)  # [B2, size, R]
+            for i in range(0, self.b2, step):
+                rows = slice(i, i + step)
+                normal = (uu[rows, None, :, None, :] * gram).reshape(-1, count, count)
+                s[rows, group] = solve_psd(normal, rhs[rows].reshape(-1, count, 1)).view(-1, gram.shape[0], self.r)
+            for j in range(self.b1)[group]:
+                approximation[:, j] = scaled(u, s, j) @ v[j]
         return s
 
     def solve_v(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         """v `[B1, R, P]` for u and s, block after block: each exact for the newest values of the others."""
-        uu = u.mT @ u
-        # E_jk = sum_i (s_ij s_ik^T) * (u_i^T u_i)
-        e = torch.stack([torch.einsum("ijr,irq->jrq", s, uu * s[:, k, None, :]) for k in range(self.b1)], 1)
-        image = torch.bmm(u.mT, self.wh_rows).view(self.b2, self.r, self.b1, self.p)
-        target = torch.einsum("ijr,irjp->jrp", s, image)
-        v = v.clone()
+        v, approximation = v.clone(), self.approximation(u, s, v)
+        # all at once: one factorization that the host waits for
+        root = cholesky(torch.stack([us.mT @ us for us in (scaled(u, s, j) for j in range(self.b1))]))
         for j in range(self.b1):
-            pulls = torch.bmm(e[j], torch.bmm(v, self.h_block[:, j]))  # [B1, R, P]
-            rhs = target[j] - pulls.sum(0) + pulls[j]
-            half = solve_psd(e[j, j], rhs)
+            us = scaled(u, s, j)
+            half = torch.cholesky_solve(us.mT @ self.missing(approximation, slice(j, j + 1))[0], root[j])
             v[j] = torch.cholesky_solve(half.mT, self.h_root[j]).mT
+            approximation[:, j] = us @ v[j]
         return v
+
+    def approximation(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+        """W' as `[N, B1, P]`."""
+        return torch.stack([scaled(u, s, j) @ v[j] for j in range(self.b1)], 1)
+
+    def missing(self, approximation: Tensor, group: slice) -> Tensor:
+        """Those columns of (W - W') H, with W' zero in the group: what it has to make up, `[size, N, P]`."""
+        before, after = approximation[:, : group.start], approximation[:, group.stop :]
+        columns = self.h[:, :, group.start * self.p : group.stop * self.p]  # [B1, P, size * P]
+        put_in = before.flatten(1) @ columns[: group.start].flatten(0, 1)
+        put_in += after.flatten(1) @ columns[group.stop :].flatten(0, 1)
+        return self.wh_columns[group] - put_in.view(len(put_in), -1, self.p).transpose(0, 1)
+
+
+def scaled(u: Tensor, s: Tensor, j: int) -> Tensor:
+    """u_i diag(s_ij) over all output blocks i, `[N, R]`: what multiplies v_j."""
+    return (u * s[:, j, None, :]).flatten(0, 1)
 
 
 def starting_point(weight, spec: Blast, gram, seed) -> tuple[Tensor, Tensor]:

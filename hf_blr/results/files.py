@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 
@@ -62,3 +63,19 @@ def read_result(path: Path) -> dict:
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError(f'{path} is no result file: it needs a list "rows"')
     return result
+
+
+def merged(results: list[dict], key: Callable[[dict], Hashable]) -> dict:
+    """One result with the rows of all; of rows with the same key the first stays. The head is the first's.
+
+    Raises:
+        ValueError: if they were measured on different devices.
+    """
+    devices = sorted({result["environment"]["device"] for result in results})
+    if len(devices) > 1:
+        raise ValueError(f"the results are of {', '.join(devices)}; merge those of one device")
+    rows: dict[Hashable, dict] = {}
+    for result in results:
+        for row in result["rows"]:
+            rows.setdefault(key(row), row)
+    return {**results[0], "rows": list(rows.values())}

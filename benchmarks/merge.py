@@ -1,0 +1,33 @@
+"""One file of quality rows from several, as `quality.py --shard` writes them.
+
+    python benchmarks/merge.py results/quality.json part1.json part2.json
+
+Rows that the first file holds already stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quality import row_key
+
+from hf_blr.results.files import merged, read_result, write_result
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("into", type=Path, help="result file to add to; made if there is none")
+    parser.add_argument("parts", type=Path, nargs="+", help="result files")
+    args = parser.parse_args(argv)
+    paths = [args.into] * args.into.exists() + args.parts
+    result = merged([read_result(path) for path in paths], row_key)
+    write_result(args.into, result)
+    print(f"{args.into} holds {len(result['rows'])} rows")
+
+
+if __name__ == "__main__":
+    main()
