@@ -102,7 +102,8 @@ def models_section() -> str:
     return (
         f"{format_table(rows)}\n\nEach in its fastest form among those measured, dense too{compiled}. "
         f"{result['dtype']}, {result['protocol']}. `:paper` has the paper's ranks, the others keep half of each "
-        f"projection. {machine(result['environment'])}, transformers {result['environment']['transformers']}."
+        f"projection. {machine(result['environment'], commits_of(good))}, transformers "
+        f"{result['environment']['transformers']}."
     )
 
 
@@ -147,13 +148,17 @@ def quality_section() -> str:
     texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
     columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-    commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in result["rows"]))
     shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
     return (
         f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit, or of the "
         f"refinement, and missing where two runs shared the GPU; the statistics that all fits share took "
-        f"{shared:.0f} s. {machine(result['environment'], commits)}."
+        f"{shared:.0f} s. {machine(result['environment'], commits_of(result['rows']))}."
     )
+
+
+def commits_of(rows: list[dict]) -> str:
+    """Those that the rows were measured at, each once."""
+    return ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
 
 
 def machine(environment: dict, commits: str = "") -> str:

@@ -165,14 +165,17 @@ def copy_kernels(source: Path, target: Path):
     """From one Triton cache to another."""
     for file in source.rglob("*"):
         copy = target / file.relative_to(source)
-        if file.is_dir():
+        if file.is_dir() or copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
+        # in one step: another process may have the file loaded, and writing into a library crashes it
+        part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
         if file.name.startswith("__grp__"):
             # it lists a kernel's files by their whole paths
-            copy.write_text(file.read_text().replace(str(source), str(target)))
+            part.write_text(file.read_text().replace(str(source), str(target)))
         else:
-            shutil.copy2(file, copy)
+            shutil.copy2(file, part)
+        os.replace(part, copy)
 
 
 def loaded_kernels() -> list:

@@ -151,14 +151,16 @@ def bench_model(args):
         dtype=getattr(torch, args.dtype),
         stop_at_errors=args.traceback,
     )
-    file = ResultFile(args.json, head(args, PROTOCOL), args.append)
+    about = head(args, PROTOCOL)
+    file = ResultFile(args.json, about, args.append)
     variants = {name: args.variants or usual_variants(SHAPES[name]) for name in args.models}
     if args.jobs:
         compile_first([(name, v) for name in variants for v in variants[name]], request, args.device, args.jobs)
     timer = Timer(args.device, args.seconds)
     for name in args.models:
         for row in model_rows(name, SHAPES[name], variants[name], request, timer):
-            file.add([row])
+            # a file may grow over many runs, and commits
+            file.add([row | {"commit": about["environment"]["commit"]}])
             print(model_line(row), flush=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from hf_blr.config import AUTO, BLRConfig
@@ -13,7 +12,7 @@ from hf_blr.integration.headers import check_files
 from hf_blr.integration.layout import match_plan, swap_in
 from hf_blr.integration.loading import to_dense
 from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
-from hf_blr.integration.record import record_plan
+from hf_blr.integration.record import forget_quantizer, record_plan
 from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_placeholder, fit_weight
 from hf_blr.integration.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.linear import BLRLinear
@@ -81,7 +80,7 @@ class BLRHfQuantizer(HfQuantizer):
         self.fit_leftovers()
         check_loaded(model, self.expected, complete=self.pre_quantized)
         record_plan(model, self.quantization_config, self.plan)
-        detach(model)
+        forget_quantizer(model)
         return model
 
     def fit_leftovers(self):
@@ -126,11 +125,3 @@ class BLRHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         return to_dense(model)
-
-
-def detach(model: nn.Module):
-    """Take back the marks by which transformers treats the model as quantised; its config keeps the plan."""
-    for mark in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, mark):
-            delattr(model, mark)
-    model.is_quantized = False

@@ -43,6 +43,18 @@ def forget_plan(model: nn.Module):
         model.model_tags.remove(QUANT_METHOD)
 
 
+def forget_quantizer(model: nn.Module):
+    """Take back the marks by which transformers treats the model as quantised; its config keeps the plan.
+
+    Besides our own they are those of a GGUF file, whose weights are plain numbers once they are loaded: transformers
+    5.17 would refuse to train the model.
+    """
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    model.is_quantized = False
+
+
 def is_transformers_model(module: nn.Module) -> bool:
     """Whether there is a config to write to, of the kind that transformers saves and loads."""
     from transformers import PreTrainedModel
