@@ -55,8 +55,9 @@ def test_every_measurement_in_every_form(variant, form):
         stop_at_errors=True,
     )
     found = list(rows.model_rows("tiny", tiny_shape(), [Variant.parse(variant)], request, Timer("cuda", 0.05)))
-    assert [row["measurement"] for row in found] == list(measure.MEASUREMENTS)
-    assert all(row["peak_bytes"] >= row["weight_bytes"] for row in found[:3])
+    # training is measured eagerly too
+    assert list(dict.fromkeys(row["measurement"] for row in found)) == list(measure.MEASUREMENTS)
+    assert all(row["peak_bytes"] >= row["weight_bytes"] for row in found if row["measurement"] != "storage")
 
 
 def test_prefill_is_the_models_own_forward():

@@ -126,6 +126,20 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
     # the kept kernels are found where they are now
     group = json.loads((tmp_path / "hash" / "__grp__kernel.json").read_text())
     assert Path(group["child_paths"]["kernel"]).read_text() == "compiled now"
+    assert [file.name for file in sorted((tmp_path / "hash").iterdir())] == ["__grp__kernel.json", "kernel"]
+
+
+def test_kernels_that_a_cache_holds_are_left_alone(tmp_path):
+    """Another process may have them loaded."""
+    for folder in ("new", "cache"):
+        (tmp_path / folder / "hash").mkdir(parents=True)
+        (tmp_path / folder / "hash" / "launcher.so").write_text(folder)
+    held = (tmp_path / "cache" / "hash" / "launcher.so").stat().st_ino
+    (tmp_path / "new" / "hash" / "kernel").write_text("new")
+    timing.copy_kernels(tmp_path / "new", tmp_path / "cache")
+    assert (tmp_path / "cache" / "hash" / "launcher.so").stat().st_ino == held
+    assert (tmp_path / "cache" / "hash" / "launcher.so").read_text() == "cache"
+    assert (tmp_path / "cache" / "hash" / "kernel").read_text() == "new"
 
 
 def test_kept_results_are_still_read():

@@ -84,3 +84,15 @@ def test_gguf_file_without_a_blr_config_loads_as_ever(folder, dense):
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf", dtype=torch.float32)
     assert not blr_modules(model)
     torch.testing.assert_close(tiny_logits(model), tiny_logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_read_from_gguf_trains_once_compressed(folder):
+    """Transformers marks it as quantised, and its Trainer refuses such models."""
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf", dtype=torch.float32)
+    # 5.17 does so, later releases need not
+    model.is_quantized = True
+    compress(model, BLRConfig("low_rank", rank=6), progress=False)
+    validate_quantization_for_training(model)
+    assert not hasattr(model, "hf_quantizer")

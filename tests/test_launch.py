@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from compile_targets import DEVICES
 
-from hf_blr.ops.triton import launch
+from hf_blr.ops.triton import decode_launch, launch
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -23,11 +23,11 @@ def test_gemm_tiles_fit_shared_memory(device):
 def test_decode_tiles_fit_shared_memory(device):
     for parts, rank, tokens, itemsize in itertools.product((1, 4, 16, 64), (7, 1024, 1488), (2, 16, 32), (2, 4)):
         for mix in (True, False):
-            c = launch.project_config(parts, 4096, rank, tokens, mix, itemsize, device)
-            bt = launch.decode_rows(tokens)
+            c = decode_launch.project_config(parts, 4096, rank, tokens, mix, itemsize, device)
+            bt = decode_launch.decode_rows(tokens)
             stage = launch.pow2(parts) * c.length * (c.rows + bt) * itemsize
             assert c.length == 16 or c.stages * stage <= device.shared_memory
-        c = launch.expand_config(rank, 4096, tokens, itemsize, device)
+        c = decode_launch.expand_config(rank, 4096, tokens, itemsize, device)
         assert c.stages * c.length * (c.rows + bt) * itemsize <= device.shared_memory
 
 
@@ -38,8 +38,8 @@ def test_small_cards_get_smaller_tiles():
 
 def test_token_count_changes_few_settings():
     settings = {launch.gemm_config(1024, tokens, 2, DEVICES[90]) for tokens in range(33, 5000)}
-    settings |= {launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(1, 33)}
-    settings |= {launch.expand_config(1024, 4096, t, 2, DEVICES[90]) for t in range(1, 33)}
+    settings |= {decode_launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(1, 33)}
+    settings |= {decode_launch.expand_config(1024, 4096, t, 2, DEVICES[90]) for t in range(1, 33)}
     assert len(settings) <= 8
 
 
@@ -65,5 +65,5 @@ def test_ds_group_divides_the_blocks(b1, b2, group):
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_decode_reads_no_more_than_a_piece_of_a_row(tokens):
     for parts, row in ((4, 256), (4, 4096), (16, 4096)):
-        c = launch.project_config(parts, row, 1024, tokens, False, 2, DEVICES[90])
+        c = decode_launch.project_config(parts, row, 1024, tokens, False, 2, DEVICES[90])
         assert c.length <= max(16, launch.pow2(row // parts))

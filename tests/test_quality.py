@@ -146,7 +146,8 @@ def test_too_little_text_is_refused():
 def test_refinement_lowers_the_loss_and_trains_factors_only():
     dense = tiny_llama()
     model = tiny_llama()
-    compress(model, BLRConfig("blast", ratio=0.5, num_blocks=2), calibration=list(WINDOWS.split(4)), progress=False)
+    config = BLRConfig("blast", ratio=0.5, num_blocks=2, allocation="uniform")
+    compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     history = refine(model, dense, WINDOWS, epochs=10, batch_size=4, learning_rate=3e-3)
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -154,6 +155,19 @@ def test_refinement_lowers_the_loss_and_trains_factors_only():
     assert not model.training
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.endswith((".u", ".s", ".v")), name
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_refinement_trains_the_targets_that_were_left_dense(rate):
+    model, left, never = tiny_llama(), "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
+    config = BLRConfig("low_rank", ratio=0.5, allocation="uniform", modules_to_not_convert=[never])
+    compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
+    model.set_submodule(left, model.get_submodule(left).to_dense())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    refine(model, tiny_llama(), WINDOWS, epochs=1, batch_size=4, dense_rate=rate)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert (f"{left}.weight" in moved) == (rate > 0)
+    assert all(name.endswith((".u", ".v")) for name in moved - {f"{left}.weight"})
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])

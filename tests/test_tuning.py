@@ -10,7 +10,7 @@ from tiny import tiny_llama
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
-from hf_blr.ops.triton import launch, tuned
+from hf_blr.ops.triton import decode_launch, launch, tuned
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures with a clock of its own, on the CPU")
 RULE = launch.MixConfig(16, 16, False, 4)
@@ -92,8 +92,8 @@ def test_at_most_eight_settings_are_tried(device):
         launch.gemm_config(1024, 1024, 2, device),
         launch.mix_config(4, 4, 1024, False, device),
         launch.mix_config(16, 16, 1024, True, device),
-        launch.project_config(4, 4096, 1024, 1, True, 2, device),
-        launch.expand_config(1024, 4096, 16, 2, device),
+        decode_launch.project_config(4, 4096, 1024, 1, True, 2, device),
+        decode_launch.expand_config(1024, 4096, 16, 2, device),
         launch.column_config(device),
     ]
     for rule in rules:

@@ -8,14 +8,8 @@ import triton.language as tl
 
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import (
-    decodes,
-    device_of,
-    dot_precision,
-    fused_mix_config,
-    fuses_mix,
-    mixes_along_t,
-)
+from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.launch import device_of, dot_precision, fused_mix_config, fuses_mix, mixes_along_t
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
 from hf_blr.ops.triton.tuned import launch

@@ -9,17 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import (
-    decode_rows,
-    device_of,
-    dot_precision,
-    early_steps,
-    expand_config,
-    lines,
-    pow2,
-    project_config,
-    vector_width,
-)
+from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, expand_config, lines, project_config
+from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import decodes
+from hf_blr.ops.triton.decode_launch import decodes
 
 
 def low_rank_fwd(x, u, v, bias, keep=False):

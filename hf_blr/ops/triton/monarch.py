@@ -6,7 +6,8 @@ import torch
 
 from hf_blr.ops.triton.block_gemm import block_gemm, expand
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import decodes, reads_swapped
+from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.launch import reads_swapped
 
 
 def monarch_fwd(x, u, v, bias, keep=False):

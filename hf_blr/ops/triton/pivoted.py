@@ -9,14 +9,8 @@ import triton.language as tl
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode import decode_expand, decode_project
-from hf_blr.ops.triton.launch import (
-    device_of,
-    early_steps,
-    lines,
-    pivoted_project_config,
-    pow2,
-    vector_width,
-)
+from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
+from hf_blr.ops.triton.launch import device_of, pow2, vector_width
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
-from hf_blr.ops.triton.launch import ColumnConfig, DecodeConfig, GemmConfig, MixConfig, pow2
+from hf_blr.ops.triton.decode_launch import DecodeConfig
+from hf_blr.ops.triton.launch import ColumnConfig, GemmConfig, MixConfig, pow2
 
 logger = logging.getLogger(__name__)
 

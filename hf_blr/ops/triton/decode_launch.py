@@ -1,0 +1,116 @@
+"""How the kernels for few tokens are launched: pure functions of sizes, dtype and device properties.
+
+Each returns the setting that won on an H100, cut down until it fits smaller cards. `benchmarks/NOTES.md` has what was
+tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hf_blr.ops.triton.launch import INTERPRETER, Device, pow2
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Rows of weights per program and the length read at a time, from each of `parts` pieces of a row.
+
+    early: of each piece, how much is loaded into registers before the wait for the kernel before; the rest is asked
+        for in L2.
+    """
+
+    rows: int
+    length: int
+    warps: int
+    stages: int
+    early: int = 0
+
+
+def decodes(tokens: int, b1: int, b2: int) -> bool:
+    """Whether the kernels for few tokens run; they hold an accumulator for each block."""
+    from hf_blr.ops.dispatch import FEW_TOKENS
+
+    return tokens <= FEW_TOKENS and b1 <= 64 and b2 <= 64
+
+
+def project_config(
+    parts: int, row: int, rows: int, tokens: int, mix: bool, itemsize: int, device: Device
+) -> DecodeConfig:
+    """For `decode_project_kernel`; `rows` of `row` weights each, read in `parts` pieces at once."""
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1, 32)
+    part = -(-row // parts)
+    longest = pow2(part)
+    parts = pow2(parts)
+    few_rows = rows <= 8 * device.sms
+    if tokens == 1:
+        if row < 2048:
+            tile = 8 if few_rows else 4
+        else:
+            tile = 8 if not few_rows and 4096 <= row <= 8192 else 4
+        warps = 4 if row < 4096 else 8
+        # two programs fit on a multiprocessor at the greater length, three at the smaller: where there are more rows
+        # than those two take, the third is worth more (4096 x 11008, H100: 19.0 us a layer and 20.3)
+        width = 2048 if warps == 8 and (few_rows or row > 8192) else 512 if few_rows and row < 2048 else 1024
+        length = max(16, min(longest, width // parts))
+        # 32-bit registers of a thread that hold weights, and sums
+        held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
+        return DecodeConfig(tile, length, warps, 2, part if held <= 150 else 0)
+    # more programs than multiprocessors before longer rows
+    tile = 8
+    if not few_rows:
+        tile = 16
+    elif not mix and rows > 2 * device.sms:
+        tile = min(16, max(8, pow2(32768 // row)))
+    length = max(16, min(longest, (512 if rows <= 2 * device.sms else 1024) // parts, 16384 // (parts * tile)))
+    # short rows leave room for the second stage's programs, which would otherwise start late
+    room = device.shared_memory if row >= 4096 else min(device.shared_memory, 1 << 17)
+    stage = parts * length * (tile + decode_rows(tokens)) * itemsize
+    while stage > room and length > 16:
+        length, stage = length // 2, stage // 2
+    return DecodeConfig(tile, length, 4, max(1, min(4, room // stage)))
+
+
+def pivoted_project_config(parts: int, row: int, rows: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1, 32)
+    part = max(1, -(-row // parts))
+    length = max(16, min(256, pow2(part)))
+    # H100, us a layer, 4096 x 4096 with 1184 rows: 8.6 and 9.6; with 1664 rows 22.2 and 20.6
+    tile, warps = (4, 4) if rows <= 10 * device.sms else (8, 16)
+    held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
+    return DecodeConfig(tile, length, warps, 2, part if held <= 160 else 0)
+
+
+def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `decode_expand_kernel`; `outputs` of all blocks and layers."""
+    if device == INTERPRETER:
+        return DecodeConfig(16, 16, 4, 1, 32)
+    if tokens == 1:
+        return DecodeConfig(8, 256, 4, 2, min(rank, 4096 // itemsize))
+    if outputs <= 32 * device.sms and tokens <= 16:
+        # one program for each multiprocessor: all weights are on their way when z arrives (H100, us a layer:
+        # 4096 x 4096 with 16 tokens 9.3, without 10.5; with twice the programs, 2048 x 8192, 10.2 and 9.1; with 32
+        # tokens 33 and 15)
+        room = device.shared_memory // ((32 + decode_rows(tokens)) * itemsize)
+        config = DecodeConfig(32, 256, 4, 2, min(rank, 3072 // itemsize, room // 256 * 256))
+    else:
+        config = DecodeConfig(32, 128, 4, 6) if rank > 1024 else DecodeConfig(16, 256, 2, 4)
+    stage = config.length * (config.rows + decode_rows(tokens)) * itemsize
+    return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
+
+
+def early_steps(config: DecodeConfig, length: int) -> int:
+    """How many steps over a piece of this length have their weights loaded before the wait."""
+    return -(-min(config.early, length) // config.length)
+
+
+def lines(length: int, line: int) -> int:
+    """A power of two of cache lines that covers a length, none for none."""
+    return pow2(-(-length // line)) if length > 0 else 0
+
+
+def decode_rows(tokens: int) -> int:
+    """One token is multiplied on the plain cores; more fill a tensor-core tile of at least 16 rows."""
+    return 1 if tokens == 1 else max(16, pow2(tokens))
