@@ -1,10 +1,14 @@
-"""Writes the README's result tables from the result files; `--check` only says whether they are current."""
+"""Writes the result tables of README and NOTES from the result files; `--check` only says whether they are current."""
 
 import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import goals
 
 from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
@@ -177,9 +181,19 @@ SECTIONS = {
 }
 
 
-def updated(text: str) -> str:
-    """The README with each section between its markers written anew."""
-    for name, section in SECTIONS.items():
+DOCUMENTS = {
+    ROOT / "README.md": SECTIONS,
+    ROOT / "benchmarks" / "NOTES.md": {
+        "layer-goals": goals.layer_goals,
+        "model-goals": goals.model_goals,
+        "counters": goals.counters,
+    },
+}
+
+
+def updated(text: str, sections: dict) -> str:
+    """A document with each section between its markers written anew."""
+    for name, section in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{section()}\n\n{end}{rest.split(end)[1]}"
@@ -190,12 +204,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if args.check:
-        return int(updated(text) != text)
-    readme.write_text(updated(text))
-    return 0
+    current = True
+    for path, sections in DOCUMENTS.items():
+        text = path.read_text()
+        new = updated(text, sections)
+        current = current and new == text
+        if not args.check:
+            path.write_text(new)
+    return int(args.check and not current)
 
 
 if __name__ == "__main__":
