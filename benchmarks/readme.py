@@ -9,13 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import goals
+from summaries import models_summary, quality_summary
 
 from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.files import read_result
-from hf_blr.results.tables import compared
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,31 +83,12 @@ def models_section() -> str:
     """Whole models: prefill, decoding, a training step."""
     result = read_result(RESULTS / "models_h100.json")
     good = [row for row in result["rows"] if "error" not in row]
-    rows = []
-    for measurement in ("prefill", "decode", "training"):
-        for line in compared(good, measurement):
-            size = f"{line['batch']} x {line['tokens']}" if "tokens" in line else str(line["batch"])
-            speed = line["speed over dense"]
-            rows.append(
-                {
-                    "": measurement,
-                    "model": line["model"],
-                    "layers": line["variant"],
-                    "batch x tokens": size,
-                    "ms": line["ms"],
-                    "speed": None if speed is None else f"{speed:.2f}x",
-                    "tokens/s": line.get("tokens/s"),
-                    "peak GB": line.get("peak GB"),
-                    "of dense": line.get("peak / dense"),
-                }
-            )
     modes = sorted({row["mode"] for row in good if "mode" in row})
     compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
     return (
-        f"{format_table(rows)}\n\nEach in its fastest form among those measured, dense too{compiled}. "
-        f"{result['dtype']}, {result['protocol']}. `:paper` has the paper's ranks, the others keep half of each "
-        f"projection. {machine(result['environment'], commits_of(good))}, transformers "
-        f"{result['environment']['transformers']}."
+        f"{models_summary(good)} Each in its fastest form among those measured, dense too{compiled}. "
+        f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"{machine(result['environment'], commits_of(good))}, transformers {result['environment']['transformers']}."
     )
 
 
@@ -134,11 +115,14 @@ def off_by(name: str, what: str, off: list[float]) -> dict:
 
 
 def quality_section() -> str:
-    """Perplexities of the quality benchmark, one line for each method and size, a column for each text."""
-    file = RESULTS / "quality.json"
-    if not file.exists():
-        return ""
-    result = read_result(file)
+    """Perplexities of the quality benchmark, in short."""
+    result = read_result(RESULTS / "quality.json")
+    return f"{quality_summary(result['rows'])}\n\n{quality_conditions(result)}"
+
+
+def quality_rows_section() -> str:
+    """All rows of the quality benchmark, one line for each method and size, a column for each text."""
+    result = read_result(RESULTS / "quality.json")
     lines: dict[tuple, dict] = {}
     for row in result["rows"]:
         blocks = "" if row["blocks"] is None else "{} x {}".format(*row["blocks"])
@@ -147,16 +131,20 @@ def quality_section() -> str:
         line = lines.setdefault(key, {**line, "method": row["method"], "MB": row["bytes"] / 1e6})
         line[f"{row['dataset']} ppl"] = row["ppl"]
         line["seconds"] = row["fit_seconds"]
-    rows = [lines[key] for key in sorted(lines, key=lambda key: -key[0])]
+    rows = [lines[key] for key in sorted(lines, key=lambda key: (-key[0], str(key)))]
     # the texts of all rows: a run that was stopped may not have scored each
     texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
     columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
+    return f"{format_table(rows, columns)}\n\n{quality_conditions(result)}"
+
+
+def quality_conditions(result: dict) -> str:
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
     return (
-        f"{format_table(rows, columns)}\n\n{models}; {result['protocol']}. `seconds` are those of the fit, or of the "
-        f"refinement, and missing where two runs shared the GPU; the statistics that all fits share took "
-        f"{shared:.0f} s. {machine(result['environment'], commits_of(result['rows']))}."
+        f"{models}; {result['protocol']}. Seconds are those of the fit, or of the refinement, and missing where two "
+        f"runs shared the GPU; the statistics that all fits share took {shared:.0f} s. "
+        f"{machine(result['environment'], commits_of(result['rows']))}."
     )
 
 
@@ -187,6 +175,7 @@ DOCUMENTS = {
         "layer-goals": goals.layer_goals,
         "model-goals": goals.model_goals,
         "counters": goals.counters,
+        "quality-rows": quality_rows_section,
     },
 }
 

@@ -36,10 +36,6 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_without_a_result_file_there_is_no_table(results):
-    assert readme.quality_section() == ""
-
-
 def test_each_method_has_one_line_with_all_texts(results):
     shared = {"model": "tiny", "structure": "blast", "blocks": [4, 16], "method": "ours", "bytes": 2e6}
     rows = [
@@ -52,7 +48,11 @@ def test_each_method_has_one_line_with_all_texts(results):
     ]
     where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
     (results / "quality.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
-    section = readme.quality_section()
+    for section in (readme.quality_section(), readme.quality_rows_section()):
+        check(section)
+
+
+def check(section):
     assert "commit 1234567, abcdef0, 2026-01-01" in section
     lines = [line for line in section.splitlines() if "blast" in line]
     assert len(lines) == 2 and "80 %" in lines[0] and "50 %" in lines[1]
