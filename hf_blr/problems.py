@@ -40,8 +40,7 @@ def problem_groups(
         yield {name: Problem(grams[name]) for name in plan}
         return
     waiting = dict.fromkeys(plan)
-    stream_grams = statistics.stream_grams if statistics is not None and config.fisher else {}
-    for group in calibrated_groups(model, names, plan, batches, stream_grams, config, blocks):
+    for group in calibrated_groups(model, names, plan, batches, config, blocks):
         for name in group:
             waiting.pop(name, None)
         yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
@@ -50,11 +49,11 @@ def problem_groups(
         yield dict.fromkeys(waiting, Problem(None))
 
 
-def calibrated_groups(model, names, plan, batches, stream_grams, config, blocks) -> Iterator[dict[str, Problem]]:
+def calibrated_groups(model, names, plan, batches, config, blocks) -> Iterator[dict[str, Problem]]:
     """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
 
-    def refine(prefix, *block):
-        report = refine_block(prefix, *block, config.block_steps, config.seed, stream_grams.get(prefix))
+    def refine(*block):
+        report = refine_block(*block, config.block_steps, config.seed)
         if report is not None:
             blocks.append(report)
 

@@ -7,19 +7,15 @@ import torch
 
 from hf_blr import BLRConfig, compress
 from hf_blr.factorize import joint
-from hf_blr.factorize.metric import OUTPUT_DAMPING
 from tests.test_sequential import batches_for, divergence
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_vit
 
 SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
 
 
-def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float32, seen=True, **more):
-    """seen: whether the last batch, which decides, is the one that teaches."""
+def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float32, **more):
     model = build().to(dtype)
     batches = batches_for(model)
-    if seen:
-        batches = 3 * batches[:1]
     if model.main_input_name == "pixel_values":
         batches = [{key: value.to(dtype) for key, value in batch.items()} for batch in batches]
     config = BLRConfig(structure, num_blocks=blocks, block_steps=steps, **{**SETTINGS, **more})
@@ -32,7 +28,7 @@ def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float
 )
 def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks):
     plain, without, batches = compressed(build, 0, structure, blocks)
-    model, report, _ = compressed(build, 40, structure, blocks)
+    model, report, _ = compressed(build, 30, structure, blocks)
     assert without.blocks == [] and len(report.blocks) == 2
     assert all(block.error_after < block.error_before for block in report.blocks)
     assert sum(b.error_after for b in report.blocks) < 0.97 * sum(b.error_before for b in report.blocks)
@@ -48,8 +44,7 @@ def test_reported_errors_are_those_of_the_block():
     for key, m in (("dense", dense), ("model", model)):
         m.model.layers[0].register_forward_hook(lambda module, args, out, key=key: outputs.update({key: out}))
     with torch.no_grad():
-        # the one that decides
-        for batch in batches[-1:]:
+        for batch in batches:
             dense(**batch)
             model(**batch)
             change = (outputs["model"] - outputs["dense"]).square().sum(-1) / outputs["dense"].square().sum(-1)
@@ -67,45 +62,6 @@ def test_a_step_too_far_is_taken_back(monkeypatch):
     assert all(block.error_after == block.error_before for block in report.blocks)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-def test_what_helps_only_the_batches_that_taught_it_is_taken_back():
-    # a tiny model's error on random words says nothing about other ones
-    plain, *_ = compressed(tiny_llama, 0, seen=False)
-    model, report, _ = compressed(tiny_llama, 30, seen=False)
-    assert [block.error_after for block in report.blocks] == [block.error_before for block in report.blocks]
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_errors_are_counted_in_the_metric_of_the_loss_and_by_each_tokens_size(blocks):
-    generator = torch.Generator().manual_seed(0)
-    out, wanted = (torch.randn(2, 5, 6, generator=generator) for _ in range(2))
-    root = torch.randn(blocks, 6 // blocks, 6 // blocks, generator=generator)
-    gram = root @ root.mT
-    scaled = gram / gram.diagonal(dim1=-2, dim2=-1).mean() + OUTPUT_DAMPING * torch.eye(6 // blocks)
-    whole, change = torch.block_diag(*scaled), out - wanted
-    expected = torch.einsum("...i,ij,...j->...", change, whole, change) / wanted.square().sum(-1)
-    torch.testing.assert_close(joint.StreamError(gram)(out, wanted), expected.mean(), rtol=1e-4, atol=0.0)
-    plain = change.square().sum(-1) / wanted.square().sum(-1)
-    torch.testing.assert_close(joint.StreamError()(out, wanted), plain.mean())
-    # a token ten times as large and as wrong counts as before
-    size = torch.tensor([1.0, 10.0, 1.0, 1.0, 1.0])[:, None]
-    torch.testing.assert_close(joint.StreamError(gram)(size * out, size * wanted), expected.mean(), rtol=1e-4, atol=0.0)
-
-
-@pytest.mark.parametrize("structure, blocks", [("low_rank", None), ("pivoted", None), ("blast", (2, 4))])
-def test_fits_weighed_by_the_loss_are_refined_in_its_metric(structure, blocks, monkeypatch):
-    given = []
-    original = joint.StreamError.__init__
-    monkeypatch.setattr(joint.StreamError, "__init__", lambda self, gram: given.append(gram) or original(self, gram))
-    more = {"fisher": True, "allocation": "uniform"}
-    plain, _, batches = compressed(tiny_llama, 0, structure, blocks, **more)
-    model, report, _ = compressed(tiny_llama, 30, structure, blocks, **more)
-    assert [tuple(gram.shape) for gram in given] == [(1, 64, 64), (1, 64, 64)]
-    assert sum(b.error_after for b in report.blocks) < 0.97 * sum(b.error_before for b in report.blocks)
-    assert divergence(tiny_llama(), model, batches) < divergence(tiny_llama(), plain, batches)
 
 
 def test_the_same_seed_gives_the_same_factors():

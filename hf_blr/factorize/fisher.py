@@ -8,13 +8,13 @@ is tr(G (W - W') H (W - W')^T) / (2 T^2) for G = sum g g^T and H = sum x x^T ove
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.factorize.blockwise import Batch, evaluating, first, group_by_block, hooked, run
+from hf_blr.factorize.blockwise import Batch, evaluating, hooked, run
 from hf_blr.factorize.calibrate import GramCollector
 from hf_blr.factorize.metric import metric_blocks
 
@@ -34,15 +34,11 @@ class Statistics:
     grams: {layer: H = X X^T `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the rows that were summed.
-    stream_grams: {block: sum of |h|^2 g g^T over what leaves the block, h, and the gradients g by it}, as diagonal
-        blocks too; of the blocks that hold the layers. What reads the stream normalises it, so gradients by a token are
-        as much smaller as the token is larger: taken out here, and put back with each token's own size.
     """
 
     grams: dict[str, Tensor]
     output_grams: dict[str, Tensor]
     tokens: int
-    stream_grams: dict[str, Tensor] = field(default_factory=dict)
 
 
 def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> Statistics:
@@ -59,13 +55,10 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
         NoLogits: if the model has no head.
     """
     output_grams: dict[str, Tensor] = {}
-    stream_grams: dict[str, Tensor] = {}
     tokens = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
     handles = [module.register_forward_hook(watch(name, output_grams)) for name, module in modules.items()]
-    for name in group_by_block(names) or ():
-        handles.append(model.get_submodule(name).register_forward_hook(watch(name, stream_grams, relative=True)))
     model.requires_grad_(False)
     try:
         with evaluating(model), hooked(handles), GramCollector(modules) as collector, torch.enable_grad():
@@ -76,29 +69,23 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return Statistics(collector.grams, output_grams, tokens, stream_grams)
+    return Statistics(collector.grams, output_grams, tokens)
 
 
-def watch(name: str, grams: dict[str, Tensor], relative: bool = False):
-    """A forward hook that adds the gradients by the module's outputs to its matrix G.
-
-    relative: gradients by the logarithm of each output's size, as it were: times its norm.
-    """
+def watch(name: str, output_grams: dict[str, Tensor]):
+    """A forward hook that adds the gradients by the layer's outputs to its matrix G."""
 
     def hook(module, args, output):
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
-        output = first(output)
         blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
-        norms = output.detach().float().norm(dim=-1, keepdim=True) if relative else None
 
         def add(gradient):
-            g = gradient.detach().float() if norms is None else gradient.detach().float() * norms
-            g = g.reshape(-1, blocks, size // blocks).transpose(0, 1)
+            g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
-            if name in grams:
-                grams[name] += product
+            if name in output_grams:
+                output_grams[name] += product
             else:
-                grams[name] = product
+                output_grams[name] = product
 
         if not output.requires_grad:
             # before the first watched layer nothing needs a gradient

@@ -62,7 +62,7 @@ class SequentialChain(BlockChain):
 
         Args:
             damping: as in `BLRConfig`.
-            after_block: called once all layers of a block are replaced, as `refine_block` is, without the last three.
+            after_block: called once all layers of a block are replaced, as `refine_block` is, without the last two.
         """
         compressed = list(self.hidden)
         for prefix, names in self.groups.items():
