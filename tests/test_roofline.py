@@ -165,7 +165,8 @@ def test_predictions_against_the_kept_measurements():
     """The goal is 25 %; where single rows miss it, `hf-blr roofline --check` says by how much."""
     rows = json.loads((ROOT / "benchmarks/results/layers_h100.json").read_text())["rows"]
     predicted = predictions(rows, DEVICES["H100-measured"])
-    assert len(predicted) == 525 + 63
+    # PyTorch's forms are not predicted
+    assert len(predicted) == sum(row["impl"] in ("hf_blr", "cublas") for row in rows)
     table = {(row["direction"], row["tokens"], row["structure"]): row for row in deviations(predicted)}
     for tokens in (1, 1024, 4096):
         assert table["forward", tokens, "all"]["median |off| %"] < 25
