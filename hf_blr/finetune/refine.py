@@ -59,12 +59,10 @@ def refine(
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     distill_weight: float = 0.9,
-    dense_rate: float = 0.1,
+    dense_rate: float = 0.0,
     seed: int = 0,
 ) -> list[dict]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
-
-    So are the targets that the budget left dense, which costs no parameter.
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
     it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
@@ -76,7 +74,8 @@ def refine(
         windows: token ids `[n, seqlen]`.
         epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule and no weight decay.
         distill_weight: share of the divergence in the loss.
-        dense_rate: the learning rate of layers left dense, as a share of the factors'; 0 leaves them as they are.
+        dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
+            parameter; with little text training them fits that text.
     """
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
