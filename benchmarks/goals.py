@@ -26,8 +26,8 @@ def layer_goals() -> str:
     """One layer against dense cuBLAS."""
     rows = [row for row in read_result(RESULTS / "layers_h100.json")["rows"] if row["impl"] == "hf_blr"]
 
-    def speed(structure, b1, b2, tokens=1024):
-        wanted = ("Llama-7B", LAYER, tokens, "forward", structure, [b1, b2])
+    def speed(structure, b1, b2):
+        wanted = ("Llama-7B", LAYER, 1024, "forward", structure, [b1, b2])
         keys = ("model", "layer", "tokens", "direction", "structure", "blocks")
         return next(row["speedup_vs_dense"] for row in rows if tuple(row[key] for key in keys) == wanted)
 

@@ -17,7 +17,7 @@ from hf_blr.factorize import factorize
 from hf_blr.factorize.blockwise import Batch
 from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.sequential import Problem
-from hf_blr.integration.record import blr_modules, forget_quantizer, is_transformers_model, record_plan
+from hf_blr.integration.record import blr_modules, forget_quantizer, record_plan
 from hf_blr.linear import LINEARS
 from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.problems import problem_groups
@@ -94,8 +94,7 @@ def compress(
             bar.update()
     bar.close()
     record_plan(model, config, plan)
-    if is_transformers_model(model):
-        forget_quantizer(model)
+    forget_quantizer(model)
     order = {name: i for i, name in enumerate(plan)}
     layers.sort(key=lambda layer: order[layer.name])
     after = parameter_sizes(model)

@@ -47,8 +47,10 @@ def forget_quantizer(model: nn.Module):
     """Take back the marks by which transformers treats the model as quantised; its config keeps the plan.
 
     Besides our own they are those of a GGUF file, whose weights are plain numbers once they are loaded: transformers
-    5.17 would refuse to train the model.
+    5.17 would refuse to train the model. Does nothing to a module that is no transformers model.
     """
+    if not is_transformers_model(model):
+        return
     for mark in ("hf_quantizer", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)

@@ -11,14 +11,8 @@ import triton.language as tl
 
 from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, expand_config, lines, project_config
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
-from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
-
-
-@triton.jit
-def in_part(o_p, o_j, m_j, P, K):
-    """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
-    return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < K) & m_j[:, None]
 
 
 @triton.jit
@@ -78,7 +72,7 @@ def decode_project_kernel(
     b_vs = ()
     for step in tl.static_range(EARLY):
         o_p = step * BP + tl.arange(0, BP)
-        m_v = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)[:, None, :] & m_r[None, :, None]
+        m_v = (in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None])[:, None, :] & m_r[None, :, None]
         b_vs = b_vs + (tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_v, other=0.0),)
     if PDL and LINES > 0:
         o_l = EARLY * BP + tl.arange(0, LINES) * LINE
@@ -96,7 +90,7 @@ def decode_project_kernel(
     b_xs = ()
     for step in tl.static_range(EARLY):
         o_p = step * BP + tl.arange(0, BP)
-        m_x = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)[:, None, :] & m_t[None, :, None]
+        m_x = (in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None])[:, None, :] & m_t[None, :, None]
         b_xs = b_xs + (tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_x, other=0.0),)
     if DOT:
         acc = tl.zeros((BJ, BT, BR), tl.float32)
@@ -109,7 +103,7 @@ def decode_project_kernel(
             acc += b_xs[step].to(tl.float32) * b_vs[step].to(tl.float32)
     for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
-        m_p = in_part(o_p, o_jx, m_j, P * VEC, K * VEC)
+        m_p = in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None]
         b_x = tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_p[:, None, :] & m_t[None, :, None], other=0.0)
         b_v = tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_p[:, None, :] & m_r[None, :, None], other=0.0)
         if DOT:

@@ -11,17 +11,11 @@ from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
 from hf_blr.ops.triton.launch import device_of, pow2, vector_width
-from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 #: pieces that a row of c is read in at once, one for each warp
 PARTS = 4
-
-
-@triton.jit
-def in_rest(o_p, o_j, P, REST):
-    """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
-    return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < REST)
 
 
 @triton.jit
@@ -63,7 +57,7 @@ def pivoted_project_kernel(
     b_os, b_cs = (), ()
     for step in tl.static_range(EARLY):
         o_p = step * BP + tl.arange(0, BP)
-        m_k = in_rest(o_p, o_jp, P * VEC, REST * VEC)
+        m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
         b_os = b_os + (tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0),)
         m_c = m_k[:, None, :] & m_r[None, :, None]
         b_cs = b_cs + (tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_c, other=0.0),)
@@ -72,20 +66,20 @@ def pivoted_project_kernel(
         o_i = tl.arange(0, ORDER_LINES) * ORDER_LINE
         prefetch_to_l2(order_ptr, o_i, o_i < (R + REST) * VEC)
         o_l = EARLY * BP + tl.arange(0, LINES) * LINE
-        m_l = in_rest(o_l, o_jp, P * VEC, REST * VEC)
+        m_l = in_part(o_l, o_jp, P * VEC, REST * VEC)
         prefetch_to_l2(c_ptr, o_c + o_l[None, None, :], m_l[:, None, :] & m_r[None, :, None])
     wait_for_previous(PDL)
     b_pivots = tl.load(x_ptr + b_first, mask=m_r, other=0.0)
     b_xs = ()
     for step in tl.static_range(EARLY):
-        m_k = in_rest(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)
+        m_k = in_part(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)
         b_xs = b_xs + (tl.load(x_ptr + b_os[step][:, None, :], mask=m_k[:, None, :], other=0.0),)
     acc = tl.zeros((BJ, BR, BP), tl.float32)
     for step in tl.static_range(EARLY):
         acc += b_xs[step].to(tl.float32) * b_cs[step].to(tl.float32)
     for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
-        m_k = in_rest(o_p, o_jp, P * VEC, REST * VEC)
+        m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
         b_o = tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0)
         b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_k[:, None, :], other=0.0)
         b_c = tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_k[:, None, :] & m_r[None, :, None], other=0.0)

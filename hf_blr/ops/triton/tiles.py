@@ -33,6 +33,12 @@ def load_tile(
 
 
 @triton.jit
+def in_part(o_p, o_j, P, K):
+    """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
+    return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < K)
+
+
+@triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """Block until the kernel before has finished, then let the kernel after begin, up to its own wait."""
     if PDL:
