@@ -29,10 +29,10 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     """Run projections that share their input together, for faster inference on a GPU.
 
     The model stays what it was: each module keeps its parameters, which now lie side by side in one buffer, without
-    a copy; saving, loading, adapters, training and `to_dense` work as before. The first of the projections that is
+    a copy; saving, loading, adapters and `to_dense` work as before. The first of the projections that is
     handed a tensor computes the outputs of all, the others pick theirs up. Moving or casting the model afterwards is
     right but undoes the gain: call `fuse` again. Projections that turn out to read different tensors after all go back
-    to running alone.
+    to running alone. So do all by `model.train()`: call `fuse` again after training.
 
     Used without gradients only, and not in eager code under `torch.inference_mode`, where writes to a tensor cannot be
     noticed: use `torch.no_grad` there. In code under `torch.compile`, nothing may write in place into the input between
@@ -71,10 +71,8 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
 def unfuse(model: nn.Module):
     """Undo `fuse`: each parameter gets memory of its own again."""
     for module in model.modules():
-        if isinstance(module, BLRLinear) and module.siblings is not None:
-            module.siblings = None
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if isinstance(module, BLRLinear):
+            module.stand_alone()
 
 
 def kind_of(module: nn.Module) -> tuple | None:

@@ -75,6 +75,19 @@ class BLRLinear(nn.Module):
                 return out
         return self.function(x, **self.tensors(), bias=self.bias)
 
+    def train(self, mode: bool = True):
+        """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
+        if mode:
+            self.stand_alone()
+        return super().train(mode)
+
+    def stand_alone(self):
+        """Leave the siblings, if there are any: the parameters get memory of their own again."""
+        if self.siblings is not None:
+            self.siblings = None
+            for parameter in self.parameters(recurse=False):
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
     def reset_parameters(self):
         """Random factors whose product has the variance 1 / (3 K) of a fresh `nn.Linear`."""
         if self.u.is_meta:

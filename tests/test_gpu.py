@@ -142,10 +142,11 @@ def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeyp
     assert len(hf_blr.fuse(model)) == 4
     calls, compute = [], Siblings.compute
     monkeypatch.setattr(Siblings, "compute", lambda self, x: calls.append(x) or compute(self, x))
-    with torch.no_grad():
+    # float32, which is left to PyTorch where nobody asks for kernels
+    with torch.no_grad(), ops.use_impl("triton"):
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
         assert len(calls) == 4
         monkeypatch.undo()
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
-    assert torch.equal(model.generate(inputs["input_ids"][:, :5], **settings), tokens)
+        assert torch.equal(model.generate(inputs["input_ids"][:, :5], **settings), tokens)

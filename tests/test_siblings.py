@@ -233,12 +233,14 @@ def test_unfuse_gives_each_parameter_memory_of_its_own(attention, computed):
     assert not computed
 
 
-def test_training_goes_on_as_before():
-    models = [compressed(), compressed()]
-    hf_blr.fuse(models[1])
+@pytest.mark.parametrize("structure", ["monarch", "blast"])
+def test_training_goes_on_as_before_but_alone(structure):
+    models = [compressed(structure), compressed(structure)]
+    assert hf_blr.fuse(models[1])
     for model in models:
         model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        assert all(p.is_contiguous() for p in model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
         inputs = tiny_inputs(model)
         for _ in range(2):
             model(**inputs, labels=inputs["input_ids"]).loss.backward()

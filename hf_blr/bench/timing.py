@@ -134,8 +134,12 @@ def peak(device: torch.device) -> int | None:
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes allocated now; 0 where it is not counted."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    """Bytes allocated now, without cuBLAS' workspaces, which come and go by themselves; 0 where it is not counted."""
+    if device.type != "cuda":
+        return 0
+    # kept for each stream until torch.compile's CUDA graphs or somebody else drops them
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 @contextlib.contextmanager
