@@ -2,10 +2,9 @@
 
 min over u, s, v of  sum_i || (W_i - u_i [diag(s_i1) v_1 ... diag(s_iB1) v_B1]) X ||^2
 
-With H = X X^T the problem is quadratic in each of u, s and v while the other two stand still, and each is solved
-exactly. The solve for u needs only small products of the data: G_jk = v_j H_jk v_k^T and C_ij = (W H)_ij v_j^T. Those
-for s and v go over the input blocks, and what a block has to make up is (W - W') H with that block left out of W':
-products by H cost less than products of all pairs of blocks.
+With H = X X^T the problem is quadratic in each of u, s and v while the other two stand still. The solve for u falls
+apart into small ones, and is exact. Those for s and v couple all blocks, and take a few steps of conjugate gradients
+from where they were: far cheaper than exact solves, and, all blocks at once, far better than block after block.
 Alternation alone creeps (1 % a round); extrapolating s and v along the last step, as Nesterov does for gradients,
 reaches the same error in a third of the rounds. A round that would raise the loss is repeated without the
 extrapolation, so the loss never rises.
@@ -18,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.gram import cholesky, solve_psd
+from hf_blr.factorize.gram import conjugate_gradients, inverse_root, solve_psd
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.structures import Blast
 
-#: unknowns of one exact solve for s. Above it the input blocks are solved in groups, one after the other: at 1300
-#: unknowns that halves the time of a round and costs under 0.3 % of the error after eight
-MAX_S_UNKNOWNS = 768
+#: steps by conjugate gradients. For s, eight leave the error after some rounds where exact solves would; for v, eight
+#: instead of four gain less than one more round
+S_STEPS, V_STEPS = 8, 4
+#: numbers of an intermediate of the solves for u and s: what stays in a CPU's cache, and what bounds a GPU's memory
+INTERMEDIATE = {"cpu": 1 << 20, "cuda": 1 << 26}
 #: spread of the starting s around 1; with all s equal every block gets the same update and BLAST stays low-rank
 START_NOISE = 0.5
 
@@ -64,7 +65,7 @@ class State:
     u: Tensor  # [B2, Q, R]
     s: Tensor  # [B2, B1, R]
     v: Tensor  # [B1, R, P]
-    g: Tensor  # [B1, B1, R, R]
+    g: Tensor  # [R, B1, B1, R]
     c: Tensor  # [B2, B1, Q, R]
     loss: float
 
@@ -80,7 +81,7 @@ class BlastProblem:
         image = weight @ gram
         self.energy = (image.double() * weight.double()).sum()
         self.h = gram.view(b1, p, -1)
-        self.h_root = cholesky(gram.view(b1, p, b1, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1))  # [B1, P, P]
+        self.h_root = inverse_root(gram.view(b1, p, b1, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1))  # [B1, P, P]
         self.wh_columns = image.view(-1, b1, p).transpose(0, 1).contiguous()  # [B1, N, P]
 
     def complete(self, s: Tensor, v: Tensor) -> State:
@@ -95,10 +96,10 @@ class BlastProblem:
         return State(u, s, v, g, c, loss)
 
     def gram_products(self, v: Tensor) -> Tensor:
-        """G `[B1, B1, R, R]` with G_jk = v_j H_jk v_k^T."""
+        """G `[R, B1, B1, R]` with G[:, j, k] = v_j H_jk v_k^T."""
         vh = torch.bmm(v, self.h).view(self.b1, self.r, self.b1, self.p).permute(2, 0, 1, 3)  # [k, j, R, P]
         g = torch.bmm(vh.reshape(self.b1, self.b1 * self.r, self.p), v.mT)
-        return g.view(self.b1, self.b1, self.r, self.r).transpose(0, 1)
+        return g.view(self.b1, self.b1, self.r, self.r).permute(2, 1, 0, 3).contiguous()
 
     def alternate(self, state: State) -> tuple[Tensor, Tensor]:
         """One round: s for the state's u and v, u again, then v. Returns s and v."""
@@ -108,62 +109,54 @@ class BlastProblem:
 
     def solve_u(self, s: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, float]:
         """u `[B2, Q, R]` for s and the products of v, and the squared error that is left."""
-        normal = sum(s[:, k, None, :] * torch.einsum("ijr,jrq->irq", s, g[:, k]) for k in range(self.b1))
-        rhs = torch.einsum("ijr,ijqr->irq", s, c)
-        u = solve_psd(normal, rhs)
+        normal = sum(half.mul_(s[:, blocks]).sum(2) for blocks, half in self.weighted(g, s))  # [R, B2, R]
+        rhs = (s.unsqueeze(2) * c).sum(1).mT
+        u = solve_psd(normal.transpose(0, 1), rhs)
         # float32 sums lose the last digits of a small difference
         return u.mT, (self.energy - (u.double() * rhs.double()).sum()).item()
 
     def solve_s(self, state: State) -> Tensor:
-        """s `[B2, B1, R]` for the state's u and v, jointly over as many input blocks as fit one solve."""
-        u, v = state.u, state.v
-        uu = u.mT @ u  # [B2, R, R]
-        s, approximation = state.s.clone(), self.approximation(u, state.s, v)
-        size = max(1, min(self.b1, MAX_S_UNKNOWNS // self.r))
-        # all output blocks at once keep a GPU busy; one by one they stay in a CPU's cache, which is three times faster
-        step = self.b2 if s.is_cuda else 1
+        """s `[B2, B1, R]` for the state's u and v, close to the best."""
+        uu = state.u.mT @ state.u  # [B2, R, R]
+        by_rank = uu.transpose(0, 1).unsqueeze(2)  # [R, B2, 1, R]
+
+        def normal(s):
+            # (u_i^T u_i * G) s_i, without that matrix
+            return torch.cat([half.mul_(by_rank).sum(0) for _, half in self.weighted(state.g, s)], 1)
+
+        rhs = (state.u.unsqueeze(1) * state.c).sum(2)
+        diagonal = state.g.diagonal(dim1=1, dim2=2).diagonal(dim1=0, dim2=1) * uu.diagonal(dim1=1, dim2=2).unsqueeze(1)
+        # where u or v is zero, so is the diagonal; what rounding leaves there must not be blown up
+        info = torch.finfo(diagonal.dtype)
+        diagonal = diagonal.maximum(info.eps * diagonal.amax((1, 2), keepdim=True) + info.tiny)
+        # each output block is a system of its own
+        return conjugate_gradients(normal, rhs, state.s, lambda x: x / diagonal, S_STEPS, dims=(1, 2))
+
+    def weighted(self, g: Tensor, s: Tensor):
+        """Sums over j of s_ijr G_jkrq, as (slice of the blocks k, `[R, B2, blocks, R]` over r, i, k, q)."""
+        by_rank = s.permute(2, 0, 1)
+        size = max(1, INTERMEDIATE[s.device.type] // (self.b2 * self.r**2))
         for first in range(0, self.b1, size):
-            group = slice(first, first + size)
-            gram = state.g[group, group].transpose(1, 2)  # [size, R, size, R]
-            count = gram.shape[0] * self.r
-            missing = self.missing(approximation, group) @ v[group].mT  # [size, N, R]
-            rhs = (u * missing.view(-1, self.b2, self.q, self.r)).sum(2).transpose(0, 1)  # [B2, size, R]
-            for i in range(0, self.b2, step):
-                rows = slice(i, i + step)
-                normal = (uu[rows, None, :, None, :] * gram).reshape(-1, count, count)
-                s[rows, group] = solve_psd(normal, rhs[rows].reshape(-1, count, 1)).view(-1, gram.shape[0], self.r)
-            for j in range(self.b1)[group]:
-                approximation[:, j] = scaled(u, s, j) @ v[j]
-        return s
+            blocks = slice(first, first + size)
+            half = torch.bmm(by_rank, g[:, :, blocks].flatten(2))
+            yield blocks, half.view(self.r, self.b2, -1, self.r)
 
     def solve_v(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-        """v `[B1, R, P]` for u and s, block after block: each exact for the newest values of the others."""
-        v, approximation = v.clone(), self.approximation(u, s, v)
-        # all at once: one factorization that the host waits for
-        root = cholesky(torch.stack([us.mT @ us for us in (scaled(u, s, j) for j in range(self.b1))]))
-        for j in range(self.b1):
-            us = scaled(u, s, j)
-            half = torch.cholesky_solve(us.mT @ self.missing(approximation, slice(j, j + 1))[0], root[j])
-            v[j] = torch.cholesky_solve(half.mT, self.h_root[j]).mT
-            approximation[:, j] = us @ v[j]
-        return v
+        """v `[B1, R, P]` for u and s, close to the best."""
+        # u_i diag(s_ij) over all output blocks i: what multiplies v_j
+        us = (u.unsqueeze(1) * s.unsqueeze(2)).transpose(0, 1).flatten(1, 2)  # [B1, N, R]
+        root = inverse_root(us.mT @ us)
 
-    def approximation(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-        """W' as `[N, B1, P]`."""
-        return torch.stack([scaled(u, s, j) @ v[j] for j in range(self.b1)], 1)
+        def normal(v):
+            approximation = torch.bmm(us, v).transpose(0, 1).flatten(1)
+            return torch.bmm(us.mT, (approximation @ self.h.flatten(0, 1)).view(-1, self.b1, self.p).transpose(0, 1))
 
-    def missing(self, approximation: Tensor, group: slice) -> Tensor:
-        """Those columns of (W - W') H, with W' zero in the group: what it has to make up, `[size, N, P]`."""
-        before, after = approximation[:, : group.start], approximation[:, group.stop :]
-        columns = self.h[:, :, group.start * self.p : group.stop * self.p]  # [B1, P, size * P]
-        put_in = before.flatten(1) @ columns[: group.start].flatten(0, 1)
-        put_in += after.flatten(1) @ columns[group.stop :].flatten(0, 1)
-        return self.wh_columns[group] - put_in.view(len(put_in), -1, self.p).transpose(0, 1)
+        def precondition(x):
+            # exact for each block alone
+            return root.mT @ (root @ x @ self.h_root.mT) @ self.h_root
 
-
-def scaled(u: Tensor, s: Tensor, j: int) -> Tensor:
-    """u_i diag(s_ij) over all output blocks i, `[N, R]`: what multiplies v_j."""
-    return (u * s[:, j, None, :]).flatten(0, 1)
+        rhs = torch.bmm(us.mT, self.wh_columns)
+        return conjugate_gradients(normal, rhs, v, precondition, V_STEPS, dims=(0, 1, 2))
 
 
 def starting_point(weight, spec: Blast, gram, seed) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,41 @@ def cholesky(matrix: Tensor) -> Tensor:
 def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
     """X with matrix X = rhs, for a (batch of) positive semi-definite `[..., n, n]` and rhs `[..., n, m]`."""
     return torch.cholesky_solve(rhs, cholesky(matrix))
+
+
+def inverse_root(matrix: Tensor) -> Tensor:
+    """Lower triangular L^-1 with matrix^-1 = L^-T L^-1, for a (batch of) positive semi-definite `[..., n, n]`."""
+    root = cholesky(matrix)
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    return torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    start: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    steps: int,
+    dims: tuple[int, ...],
+) -> Tensor:
+    """x near the solution of A x = rhs, never further from it than `start` in the norm of A, up to rounding.
+
+    A fixed number of steps, since to look at the residual would stop a GPU.
+
+    Args:
+        product: x -> A x, positive semi-definite.
+        rhs, start: of one shape.
+        precondition: x -> M x, where M is close to the inverse of A.
+        dims: the axes of one system; along the others lie systems that have nothing to do with each other.
+    """
+    tiny = torch.finfo(rhs.dtype).tiny
+    x, residual = start, rhs - product(start)
+    direction, slope = torch.zeros_like(rhs), rhs.new_tensor(torch.inf)
+    for _ in range(steps):
+        step = precondition(residual)
+        slope, before = (residual * step).sum(dims, keepdim=True), slope
+        direction = step + slope / before.clamp_min(tiny) * direction
+        image = product(direction)
+        length = slope / (direction * image).sum(dims, keepdim=True).clamp_min(tiny)
+        x, residual = x + length * direction, residual - length * image
+    return x
