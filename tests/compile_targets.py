@@ -137,8 +137,8 @@ def main(capability: int):
     call_pivoted(bf16, 300, 768, 768, 1)
     call_pivoted(bf16, 300, 768, 768, 768)
     for sizes in ((16, 1, 11008, 1488), (2, 4, 2752, 1536), (16, 1, 8192, 824)):
-        call_expand_wide(bf16, *sizes, DecodeConfig(8, 128, 4, 3, 1, 1, 3))
-        call_expand_wide(fp16, *sizes, DecodeConfig(8, 64, 8, 2, 0, 2, 2))
+        call_expand_wide(bf16, *sizes, DecodeConfig(8, 128, 4, 3, programs=1, ahead=3))
+        call_expand_wide(fp16, *sizes, DecodeConfig(8, 64, 8, 2, programs=2))
     if capability == 86:
         # the tightest fit: the widest dtype, most decode tokens and least shared memory
         call_ops(torch.float32, 32, 768, 2304, 191, 6, 6, False)

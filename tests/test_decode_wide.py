@@ -11,8 +11,8 @@ from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 
-#: one program and three for each block, warps, the first tile loaded early or not
-CONFIGS = [DecodeConfig(8, 16, 4, 2, 0, 1, 2), DecodeConfig(16, 16, 2, 3, 1, 3, 1), DecodeConfig(8, 32, 8, 1, 1, 1)]
+#: one program and three for each multiprocessor of the interpreter, which has one
+CONFIGS = [DecodeConfig(8, 16, 4, 2, programs=1, ahead=2), DecodeConfig(16, 16, 2, 3, programs=3)]
 
 
 @pytest.fixture(params=CONFIGS, ids=str)

@@ -18,8 +18,8 @@ class DecodeConfig:
     early: of each piece, how much is loaded into registers before the wait for the kernel before; the rest is asked
         for in L2.
     programs: of `decode_expand` from 2 tokens on, for each multiprocessor: these loop over tiles of `rows`, with a part
-        of z for each warp, and load their first tile early if `early` is not 0. 0: a program for each tile.
-    ahead: how many further tiles such a program asks for in L2 before the wait.
+        of z for each warp; 0: a program for each tile.
+    ahead: how many tiles such a program asks for in L2 before the wait, beyond those that its pipeline loads.
     """
 
     rows: int

@@ -1,7 +1,7 @@
 """The last stage at 2 to 32 tokens for layers with many outputs: programs that stay, and read z once.
 
 With a program for each tile of rows, z is read as often as there are tiles, and the last ones leave most
-multiprocessors idle. Here one or two programs for each multiprocessor hold z on the chip and let the rows of u pass by.
+multiprocessors idle. Here one or two programs for each multiprocessor hold z in registers as the rows of u pass by.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_blr.ops.triton.decode_launch import DecodeConfig, decode_rows, lines
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
-from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_past_loads
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def decode_expand_wide_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     STEPS: tl.constexpr,
-    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
     BJ: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
@@ -74,9 +74,10 @@ def decode_expand_wide_kernel(
 ):
     """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; P, R and the strides of z and u come / VEC.
 
-    R is cut into BJ parts of P, a batch of the product, so that each warp needs only its part of z. Program i_q of a
-    block takes its tiles i_q, i_q + PROGRAMS and so on. Before the wait it loads the first of them if EARLY, and asks
-    for the lines of AHEAD more. Blocks i from B2 on are as in `decode_expand_kernel`.
+    R is cut into BJ parts of P, a batch of the product, so that each warp has a part of z, in registers. Program i_q of
+    a block takes its tiles i_q, i_q + PROGRAMS and so on. The wait and the load of z stand inside the loop: what the
+    pipeline has in flight, STAGES - 1 tiles, is on its way before, and the lines of AHEAD more are asked for in L2.
+    Blocks i from B2 on are as in `decode_expand_kernel`.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t, o_j, o_b = tl.arange(0, BT), tl.arange(0, BJ), tl.arange(0, BQ)
@@ -84,24 +85,23 @@ def decode_expand_wide_kernel(
     o_jr = o_j * (P * VEC)
     u_ptr += i_i.to(tl.int64) * (stride_ui * VEC)
     o_o = o_t.to(tl.int64)[:, None] * stride_ot
-    if EARLY:
-        b_first = load_rows(u_ptr, o_jr, i_q * BQ + o_b, Q, P * VEC, R * VEC, stride_uq * VEC, STEPS, BP)
-    if PDL:
-        for tile in tl.static_range(EARLY, EARLY + AHEAD):
-            o_q = (i_q + tile * PROGRAMS) * BQ + o_b
-            o_l = tl.arange(0, LINES) * LINE
-            m_l = in_part(o_l, o_jr, P * VEC, R * VEC)[:, None, :] & (o_q < Q)[None, :, None]
-            o_u = o_jr[:, None, None] + o_q[None, :, None] * (stride_uq * VEC) + o_l[None, None, :]
-            prefetch_to_l2(u_ptr, o_u, m_l)
-    wait_for_previous(PDL)
+    o_l = tl.arange(0, LINES) * LINE
     z_ptr += (i_i % B2) * (stride_zi * VEC) + (i_i // B2) * (R * VEC)
-    b_zs = load_rows(z_ptr, o_jr, o_t, T, P * VEC, R * VEC, stride_zt * VEC, STEPS, BP)
-    if EARLY:
-        o_q = i_q * BQ + o_b
-        put_tile(b_zs, b_first, bias_ptr, out_ptr, o_o, i_i * Q + o_q, m_t, o_q < Q, HAS_BIAS, PRECISION)
-    for tile in tl.range(i_q + EARLY * PROGRAMS, tl.cdiv(Q, BQ), PROGRAMS):
+    b_zs = ()
+    for _step in tl.static_range(STEPS):
+        b_zs = b_zs + (tl.zeros((BJ, BT, BP), z_ptr.dtype.element_ty),)
+    for tile in tl.range(i_q, tl.cdiv(Q, BQ), PROGRAMS):
         o_q = tile * BQ + o_b
         b_us = load_rows(u_ptr, o_jr, o_q, Q, P * VEC, R * VEC, stride_uq * VEC, STEPS, BP)
+        if tile == i_q:
+            if PDL:
+                for ahead in tl.static_range(STAGES - 1, STAGES - 1 + AHEAD):
+                    o_n = o_q + ahead * PROGRAMS * BQ
+                    m_l = in_part(o_l, o_jr, P * VEC, R * VEC)[:, None, :] & (o_n < Q)[None, :, None]
+                    o_u = o_jr[:, None, None] + o_n[None, :, None] * (stride_uq * VEC) + o_l[None, None, :]
+                    prefetch_to_l2(u_ptr, o_u, m_l)
+            wait_past_loads(PDL)
+            b_zs = load_rows(z_ptr, o_jr, o_t, T, P * VEC, R * VEC, stride_zt * VEC, STEPS, BP)
         put_tile(b_zs, b_us, bias_ptr, out_ptr, o_o, i_i * Q + o_q, m_t, o_q < Q, HAS_BIAS, PRECISION)
 
 
@@ -135,7 +135,7 @@ def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None,
         PRECISION=dot_precision(z.dtype),
         VEC=vec,
         STEPS=triton.cdiv(part, length),
-        EARLY=int(config.early > 0),
+        STAGES=config.stages,
         BJ=parts,
         BT=decode_rows(tokens),
         BQ=config.rows,
