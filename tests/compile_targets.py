@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_blr.ops.triton import blast, block_gemm, columns, decode, low_rank, mix, monarch, pivoted
+from hf_blr.ops.triton import blast, block_gemm, columns, decode, decode_wide, low_rank, mix, monarch, pivoted
+from hf_blr.ops.triton.decode_launch import DecodeConfig
 from hf_blr.ops.triton.launch import Device
 
 #: multiprocessors and bytes of shared memory for one program
@@ -105,9 +106,17 @@ def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
         columns.scatter_columns(y, rest, order)
 
 
+def call_expand_wide(dtype, tokens, blocks, q, rank, config):
+    z, u, bias, out = (
+        torch.empty(s, dtype=dtype)
+        for s in ((blocks, tokens, rank), (blocks, q, rank), blocks * q, (tokens, blocks * q))
+    )
+    decode_wide.expand_wide(config, z, u, None if blocks == 1 else bias, out)
+
+
 def main(capability: int):
     JITFunction.run = catch
-    for module in (blast, block_gemm, columns, decode, mix, pivoted):
+    for module in (blast, block_gemm, columns, decode, decode_wide, mix, pivoted):
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
@@ -127,6 +136,9 @@ def main(capability: int):
     call_pivoted(fp16, 1, 767, 2304, 191, torch.int64)
     call_pivoted(bf16, 300, 768, 768, 1)
     call_pivoted(bf16, 300, 768, 768, 768)
+    for sizes in ((16, 1, 11008, 1488), (2, 4, 2752, 1536), (16, 1, 8192, 824)):
+        call_expand_wide(bf16, *sizes, DecodeConfig(8, 128, 4, 3, programs=1, ahead=3))
+        call_expand_wide(fp16, *sizes, DecodeConfig(8, 64, 8, 2, programs=2))
     if capability == 86:
         # the tightest fit: the widest dtype, most decode tokens and least shared memory
         call_ops(torch.float32, 32, 768, 2304, 191, 6, 6, False)

@@ -26,6 +26,7 @@ def test_kernels_build_and_fit(capability):
         "blast_ds_kernel",
         "decode_project_kernel",
         "decode_expand_kernel",
+        "decode_expand_wide_kernel",
         "columns_kernel",
         "pivoted_project_kernel",
     }

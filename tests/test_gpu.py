@@ -16,6 +16,10 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.siblings import Siblings
 
+pytest.importorskip("triton")
+from hf_blr.ops.triton import decode  # noqa: E402
+from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 # B1, B2, P, Q, R
@@ -42,6 +46,18 @@ def test_kernels_keep_the_error_budget(structure, tokens, size):
 @pytest.mark.parametrize("structure", FUNCTIONS)
 def test_other_dtypes_keep_the_error_budget(structure, tokens, dtype):
     assert_within_budget(structure, make_inputs(structure, tokens, 4, 8, 64, 48, 72, dtype, "cuda", bias=False))
+
+
+@pytest.mark.parametrize(
+    "config", [DecodeConfig(8, 64, 4, 3, programs=2, ahead=2), DecodeConfig(16, 32, 8, 4, programs=1)]
+)
+@pytest.mark.parametrize("tokens", [2, 16, 31])
+@pytest.mark.parametrize("structure", SIBLINGS)
+def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, monkeypatch):
+    monkeypatch.setattr(decode, "expand_config", lambda *sizes: config)
+    # more tiles than programs, ranks that are and are not loaded in pieces of 16 bytes
+    for rank in (96, 91):
+        assert_within_budget(structure, make_inputs(structure, tokens, 4, 4, 64, 4500, rank, torch.bfloat16, "cuda"))
 
 
 @pytest.mark.parametrize("structure", FUNCTIONS)

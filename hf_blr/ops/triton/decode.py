@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, expand_config, lines, project_config
+from hf_blr.ops.triton.decode_wide import expand_wide
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -287,6 +288,8 @@ def decode_expand(z, u, bias, out):
     rule = expand_config(r, blocks * q, tokens, z.element_size(), device)
 
     def run(config):
+        if config.programs:
+            return expand_wide(config, z, u, bias, out)
         early = early_steps(config, r)
         decode_expand_kernel[(triton.cdiv(q, config.rows), blocks)](
             z,

@@ -17,6 +17,9 @@ class DecodeConfig:
 
     early: of each piece, how much is loaded into registers before the wait for the kernel before; the rest is asked
         for in L2.
+    programs: of `decode_expand` from 2 tokens on, for each multiprocessor: these loop over tiles of `rows`, with a part
+        of z for each warp; 0: a program for each tile.
+    ahead: how many tiles such a program asks for in L2 before the wait, beyond those that its pipeline loads.
     """
 
     rows: int
@@ -24,6 +27,8 @@ class DecodeConfig:
     warps: int
     stages: int
     early: int = 0
+    programs: int = 0
+    ahead: int = 0
 
 
 def decodes(tokens: int, b1: int, b2: int) -> bool:

@@ -47,6 +47,23 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def wait_past_loads(PDL: tl.constexpr):
+    """As `wait_for_previous`, within a loop whose pipelined loads do not depend on the kernel before and may pass it.
+
+    Triton's own operation, from 3.7 on, keeps a loop from being pipelined.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;",
+            "=r,~{memory}",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def prefetch_to_l2(ptr, o, m):
     """Ask for the cache lines at ptr + o: safe before the wait, since no value is read."""
     tl.inline_asm_elementwise(
