@@ -31,6 +31,31 @@ def test_decode_tiles_fit_shared_memory(device):
         assert c.stages * c.length * (c.rows + bt) * itemsize <= device.shared_memory
 
 
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_programs_that_loop_fit_beside_each_other(device):
+    ranks, outputs = (7, 512, 1488, 1536, 2384), (4096, 11008)
+    for rank, n, tokens, itemsize in itertools.product(ranks, outputs, (2, 16), (2, 4)):
+        c = decode_launch.expand_config(rank, n, tokens, itemsize, device)
+        if c.programs:
+            z_and_rows = decode_launch.decode_rows(tokens) + (c.stages - 1) * c.rows
+            assert c.programs * z_and_rows * rank * itemsize <= device.shared_memory
+            assert itemsize == 2 and tokens > 1 and n > 32 * device.sms
+
+
+def test_programs_loop_where_that_was_faster():
+    def loops(rank, outputs, tokens, itemsize=2, sm=90):
+        return decode_launch.expand_config(rank, outputs, tokens, itemsize, DEVICES[sm]).programs > 0
+
+    assert all(loops(rank, outputs, 16) for rank, outputs in ((1488, 11008), (1408, 11008), (816, 8192)))
+    # few outputs, many tokens, z too long for registers, rows no multiple of 16 bytes, float32, a small card
+    assert not loops(1024, 4096, 16)
+    assert not loops(1488, 11008, 32)
+    assert not loops(2384, 11008, 16)
+    assert not loops(1487, 11008, 16)
+    assert not loops(1488, 11008, 16, itemsize=4)
+    assert not loops(1488, 11008, 16, sm=86)
+
+
 def test_small_cards_get_smaller_tiles():
     large, small = (launch.fused_mix_config(4, 2, DEVICES[sm]) for sm in (90, 86))
     assert large.bk > small.bk

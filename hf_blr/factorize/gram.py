@@ -58,7 +58,10 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
     """X with matrix X = rhs, for a (batch of) positive semi-definite `[..., n, n]` and rhs `[..., n, m]`."""
-    return torch.cholesky_solve(rhs, cholesky(matrix))
+    root = cholesky(matrix)
+    # of a batch, `cholesky_solve` goes through the members one by one on a GPU
+    half = torch.linalg.solve_triangular(root, rhs, upper=False)
+    return torch.linalg.solve_triangular(root.mT, half, upper=True)
 
 
 def inverse_root(matrix: Tensor) -> Tensor:

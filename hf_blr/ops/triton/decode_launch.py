@@ -101,9 +101,27 @@ def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: D
         room = device.shared_memory // ((32 + decode_rows(tokens)) * itemsize)
         config = DecodeConfig(32, 256, 4, 2, min(rank, 3072 // itemsize, room // 256 * 256))
     else:
+        wide = wide_config(rank, outputs, tokens, itemsize, device)
+        if wide is not None:
+            return wide
         config = DecodeConfig(32, 128, 4, 6) if rank > 1024 else DecodeConfig(16, 256, 2, 4)
     stage = config.length * (config.rows + decode_rows(tokens)) * itemsize
     return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
+
+
+def wide_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig | None:
+    """For `decode_expand_wide_kernel`, where there is enough to loop over and z fits the registers; else None.
+
+    H100, 16 tokens, us a layer with a program for each tile and so: 4096 x 11008, low-rank 25.5 and 22.4, BLAST 4x4
+    24.4 and 22.5, Monarch 4x4 21.9 and 21.3; 2048 x 8192, low-rank 15.0 and 12.6, BLAST 4x4 13.7 and 13.8.
+    """
+    # rows of another length are not copied 16 bytes at a time, nor ahead
+    if outputs <= 32 * device.sms or tokens > 16 or itemsize != 2 or not 512 <= rank <= 1536 or rank % 8:
+        return None
+    config = DecodeConfig(8, 128, 4, 3, programs=2, ahead=2 if rank > 1024 else 0)
+    whole = -(-rank // (config.warps * config.length)) * config.warps * config.length
+    memory = ((config.stages - 1) * config.rows + decode_rows(tokens)) * whole * itemsize
+    return config if config.programs * memory <= device.shared_memory else None
 
 
 def early_steps(config: DecodeConfig, length: int) -> int:
