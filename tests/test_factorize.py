@@ -69,7 +69,7 @@ def test_blast_loss_never_rises_and_is_the_error_of_its_factors(blocks, with_gra
     assert ((residual @ metric) * residual).sum().item() == pytest.approx(losses[-1], rel=1e-6)
 
 
-@pytest.mark.parametrize("limit", [1, 500, 10**6], ids=["one-block", "two-blocks", "all-blocks"])
+@pytest.mark.parametrize("limit", [1, 500, 10**6], ids=["one-rank", "some-ranks", "all-ranks"])
 def test_blast_solves_are_stationary_at_an_exact_fit(limit, monkeypatch):
     monkeypatch.setitem(als.INTERMEDIATE, "cpu", limit)
     spec = Blast(32, 24, 9, (4, 3))

@@ -109,7 +109,7 @@ class BlastProblem:
 
     def solve_u(self, s: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, float]:
         """u `[B2, Q, R]` for s and the products of v, and the squared error that is left."""
-        normal = sum(half.mul_(s[:, blocks]).sum(2) for blocks, half in self.weighted(g, s))  # [R, B2, R]
+        normal = torch.cat([half.mul_(s).sum(2) for _, half in self.weighted(g, s)])  # [R, B2, R]
         rhs = (s.unsqueeze(2) * c).sum(1).mT
         u = solve_psd(normal.transpose(0, 1), rhs)
         # float32 sums lose the last digits of a small difference
@@ -122,7 +122,7 @@ class BlastProblem:
 
         def normal(s):
             # (u_i^T u_i * G) s_i, without that matrix
-            return torch.cat([half.mul_(by_rank).sum(0) for _, half in self.weighted(state.g, s)], 1)
+            return sum(half.mul_(by_rank[ranks]).sum(0) for ranks, half in self.weighted(state.g, s))
 
         rhs = (state.u.unsqueeze(1) * state.c).sum(2)
         diagonal = state.g.diagonal(dim1=1, dim2=2).diagonal(dim1=0, dim2=1) * uu.diagonal(dim1=1, dim2=2).unsqueeze(1)
@@ -133,13 +133,13 @@ class BlastProblem:
         return conjugate_gradients(normal, rhs, state.s, lambda x: x / diagonal, S_STEPS, dims=(1, 2))
 
     def weighted(self, g: Tensor, s: Tensor):
-        """Sums over j of s_ijr G_jkrq, as (slice of the blocks k, `[R, B2, blocks, R]` over r, i, k, q)."""
+        """Sums over j of s_ijr G_rjkq, part by part: (slice of the ranks r, `[ranks, B2, B1, R]` over r, i, k, q)."""
         by_rank = s.permute(2, 0, 1)
-        size = max(1, INTERMEDIATE[s.device.type] // (self.b2 * self.r**2))
-        for first in range(0, self.b1, size):
-            blocks = slice(first, first + size)
-            half = torch.bmm(by_rank, g[:, :, blocks].flatten(2))
-            yield blocks, half.view(self.r, self.b2, -1, self.r)
+        size = max(1, INTERMEDIATE[s.device.type] // (self.b2 * self.b1 * self.r))
+        for first in range(0, self.r, size):
+            ranks = slice(first, first + size)
+            half = torch.bmm(by_rank[ranks], g[ranks].flatten(2))
+            yield ranks, half.view(-1, self.b2, self.b1, self.r)
 
     def solve_v(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         """v `[B1, R, P]` for u and s, close to the best."""
