@@ -100,7 +100,7 @@ def model_goals() -> str:
         return ", ".join(text for _, text in sorted(found, reverse=True))
 
     decoding = [r for r in rows if (r["model"], r["measurement"], r.get("batch")) == ("Llama-7B", "decode", 1)]
-    dense = next(row for row in decoding if row["variant"] == "dense")
+    dense = min((row for row in decoding if row["variant"] == "dense"), key=lambda row: row["graph_ms"])
     others = [row for row in decoding if row["variant"] != "dense"]
     graphs = sorted(((dense["graph_ms"] / row["graph_ms"], row["variant"]) for row in others), reverse=True)
     memory = max(row["peak_bytes"] / dense["peak_bytes"] for row in others)

@@ -54,7 +54,7 @@ def speed_section() -> str:
     return (
         f"{format_table(rows, ['structure', 'blocks', 'rank', *columns])}\n\n"
         f"Speed over dense cuBLAS of one 4096 x 4096 layer at half the parameters, bfloat16; {result['protocol']}. "
-        f"{machine(result['environment'])}."
+        f"{machine(result['environment'], commits_of(result['rows'], result['environment']['commit']))}."
     )
 
 
@@ -148,9 +148,9 @@ def quality_conditions(result: dict) -> str:
     )
 
 
-def commits_of(rows: list[dict]) -> str:
-    """Those that the rows were measured at, each once."""
-    return ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
+def commits_of(rows: list[dict], default: str = "") -> str:
+    """Those that the rows were measured at, each once; `default` is that of rows that say nothing."""
+    return ", ".join(dict.fromkeys(row.get("commit", default)[:7] for row in rows))
 
 
 def machine(environment: dict, commits: str = "") -> str:
