@@ -140,6 +140,28 @@ def test_conjugate_gradients_solve_systems_side_by_side_and_never_go_away_from_t
     torch.testing.assert_close(x, exact)
 
 
+def test_conjugate_gradients_stand_still_where_only_rounding_is_left():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(8, 3, generator=generator)
+    matrix, x = root @ root.T, root @ torch.randn(3, generator=generator)
+    rhs = matrix @ x
+    # makes much of what the matrix does not see
+    inverse = torch.linalg.inv(matrix.double() + 1e-4 * torch.eye(8, dtype=torch.float64)).float()
+    for start in (torch.zeros(8), x):
+        solved = conjugate_gradients(lambda v: matrix @ v, rhs, start, lambda r: inverse @ r, 50, dims=(0,))
+        assert (matrix @ solved - rhs).norm() < torch.finfo(torch.float32).eps ** 0.5 * rhs.norm()
+        assert solved.norm() < 10 * x.norm()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("n, k", [(32, 32), (16, 32), (32, 48)])
+def test_blast_comes_back_to_a_matrix_of_lower_rank(n, k, seed):
+    """Where the start is exact but for its noise, most of u and v has nothing to do."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, 4, generator=generator) @ torch.randn(4, k, generator=generator)
+    assert factorize(weight, make_spec("blast", k, n, ratio=0.7, num_blocks=2)).rel_error < 5e-3
+
+
 def test_blast_beats_low_rank_at_equal_parameters():
     weight, gram, _ = random_problem(64, 64, tokens=500)
     low_rank = factorize(weight, make_spec("low_rank", 64, 64, ratio=0.5), gram)

@@ -24,6 +24,8 @@ from hf_blr.structures import Blast
 #: steps by conjugate gradients. For s, eight leave the error after some rounds where exact solves would; for v, eight
 #: instead of four gain less than one more round
 S_STEPS, V_STEPS = 8, 4
+#: of the preconditioner for v: directions that no output sees must not come out of it as rounding times a million
+PRECONDITIONER_DAMPING = 1e-4
 #: numbers of an intermediate of the solves for u and s: what stays in a CPU's cache, and what bounds a GPU's memory
 INTERMEDIATE = {"cpu": 1 << 20, "cuda": 1 << 26}
 #: spread of the starting s around 1; with all s equal every block gets the same update and BLAST stays low-rank
@@ -145,7 +147,7 @@ class BlastProblem:
         """v `[B1, R, P]` for u and s, close to the best."""
         # u_i diag(s_ij) over all output blocks i: what multiplies v_j
         us = (u.unsqueeze(1) * s.unsqueeze(2)).transpose(0, 1).flatten(1, 2)  # [B1, N, R]
-        root = inverse_root(us.mT @ us)
+        root = inverse_root(us.mT @ us, PRECONDITIONER_DAMPING)
 
         def normal(v):
             approximation = torch.bmm(us, v).transpose(0, 1).flatten(1)

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: of a direction of conjugate gradients, as a share of what the preconditioner makes believe
+LEAST_CURVATURE = 1e-4
+
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """gram `[K, K]` -> the same, symmetric, with `damping` times its mean diagonal added to the diagonal.
@@ -64,10 +67,14 @@ def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root.mT, half, upper=True)
 
 
-def inverse_root(matrix: Tensor) -> Tensor:
-    """Lower triangular L^-1 with matrix^-1 = L^-T L^-1, for a (batch of) positive semi-definite `[..., n, n]`."""
-    root = cholesky(matrix)
-    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+def inverse_root(matrix: Tensor, damping: float = 0.0) -> Tensor:
+    """Lower triangular L^-1 with matrix^-1 = L^-T L^-1, for a (batch of) positive semi-definite `[..., n, n]`.
+
+    damping: the multiple of each matrix' mean diagonal that is added to its diagonal first.
+    """
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    root = cholesky(matrix + damping * mean * eye)
     return torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
 
 
@@ -81,7 +88,8 @@ def conjugate_gradients(
 ) -> Tensor:
     """x near the solution of A x = rhs, never further from it than `start` in the norm of A, up to rounding.
 
-    A fixed number of steps, since to look at the residual would stop a GPU.
+    A fixed number of steps, since to look at the residual would stop a GPU. A system stands still from where nothing
+    but rounding is left, or its direction is one that A does not see: going on would blow x up.
 
     Args:
         product: x -> A x, positive semi-definite.
@@ -89,14 +97,26 @@ def conjugate_gradients(
         precondition: x -> M x, where M is close to the inverse of A.
         dims: the axes of one system; along the others lie systems that have nothing to do with each other.
     """
-    tiny = torch.finfo(rhs.dtype).tiny
+    eps = torch.finfo(rhs.dtype).eps
+
+    def inner(a, b):
+        return (a * b).sum(dims, keepdim=True)
+
+    rounding = 100 * eps**2 * inner(rhs, precondition(rhs))
     x, residual = start, rhs - product(start)
     direction, slope = torch.zeros_like(rhs), rhs.new_tensor(torch.inf)
+    # of the direction, in the norm of M^-1
+    size = torch.zeros_like(rounding)
+    going = torch.ones_like(rounding, dtype=torch.bool)
     for _ in range(steps):
         step = precondition(residual)
-        slope, before = (residual * step).sum(dims, keepdim=True), slope
-        direction = step + slope / before.clamp_min(tiny) * direction
+        slope, before = inner(residual, step), slope
+        growth = torch.where(going, slope / before, 0.0)
+        size = slope + growth**2 * size
+        direction = step + growth * direction
         image = product(direction)
-        length = slope / (direction * image).sum(dims, keepdim=True).clamp_min(tiny)
+        curvature = inner(direction, image)
+        going = going & (slope > rounding) & (curvature > LEAST_CURVATURE * size)
+        length = torch.where(going, slope / curvature, 0.0)
         x, residual = x + length * direction, residual - length * image
     return x
