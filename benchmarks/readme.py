@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import goals
-from summaries import models_summary, quality_summary
+from summaries import models_summary, quality_summary, small_models, square_blast
 
 from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
@@ -120,6 +120,17 @@ def quality_section() -> str:
     return f"{quality_summary(result['rows'])}\n\n{quality_conditions(result)}"
 
 
+def small_models_section() -> str:
+    """Where the time of models goes that gain little."""
+    return small_models(read_result(RESULTS / "models_h100.json")["rows"])
+
+
+def square_blast_section() -> str:
+    """The most accurate structure beside low-rank."""
+    result = read_result(RESULTS / "quality.json")
+    return f"{square_blast(result['rows'])}\n\n{quality_conditions(result)}"
+
+
 def quality_rows_section() -> str:
     """All rows of the quality benchmark, one line for each method and size, a column for each text."""
     result = read_result(RESULTS / "quality.json")
@@ -174,6 +185,8 @@ DOCUMENTS = {
     ROOT / "benchmarks" / "NOTES.md": {
         "layer-goals": goals.layer_goals,
         "model-goals": goals.model_goals,
+        "small-models": small_models_section,
+        "square-blast": square_blast_section,
         "counters": goals.counters,
         "quality-rows": quality_rows_section,
     },

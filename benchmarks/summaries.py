@@ -1,13 +1,15 @@
-"""The README's short tables of quality and of whole models: a line for each choice that a user has."""
+"""Short tables of quality and of whole models: for the README a line for each choice that a user has, two for NOTES."""
 
 from __future__ import annotations
 
+from hf_blr.bench.model_ceilings import model_sizes_of
 from hf_blr.cli.table import format_table
+from hf_blr.evaluation.devices import DEVICES
+from hf_blr.evaluation.whole_models import forward_parts
 from hf_blr.results.tables import compared
 
 METHODS = {"whitened SVD": "whitened SVD", "ours": "ours", "ours, refined": "refined"}
 VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
-
 #: the paper's own ranks and blocks, in the column of ours that comes closest
 PAPERS = {"low_rank:paper": "low_rank", "monarch:paper": "monarch:4x4", "blast:paper": "blast:4x4"}
 
@@ -50,13 +52,13 @@ def models_summary(rows: list[dict]) -> str:
             size = f"{row['batch']} x {row['tokens']}" if "tokens" in row else f"{row['batch']} x 1"
             line = lines.setdefault((row["model"], size), {})
             name = row["variant"].removesuffix("+fused")
+            column = PAPERS.get(name, name)
             if name == "dense":
                 line["dense, ms"] = f"{row['ms']:.2f}"
-            elif PAPERS.get(name, name) in VARIANTS and row["speed over dense"] is not None:
+            elif column in VARIANTS and row["speed over dense"] is not None:
                 marks = "†" * (name in PAPERS) + "*" * (name != row["variant"])
                 entry = row["speed over dense"], marks, row["peak / dense"] or 1.0
-                name = PAPERS.get(name, name)
-                line[name] = max(line.get(name, entry), entry)
+                line[column] = max(line.get(column, entry), entry)
         for (model, size), line in lines.items():
             found = {title: line.get(name) for name, title in VARIANTS.items()}
             memory = [entry[2] for entry in found.values() if entry]
@@ -67,3 +69,51 @@ def models_summary(rows: list[dict]) -> str:
             )
     marks = "\\* with `hf_blr.fuse`; † the paper's ranks and blocks."
     return f"{format_table(table)}\n\n{marks} Peak memory is that of dense."
+
+
+#: models whose prefill gains little: (model, batch, tokens, variant); GPT-2 has nothing to fuse
+SMALL = (
+    ("GPT2-S", 8, 1024, "low_rank"),
+    ("ViT-B/16", 8, 197, "low_rank+fused"),
+    ("ViT-B/16", 64, 197, "low_rank+fused"),
+)
+
+
+def small_models(rows: list[dict]) -> str:
+    """Where the roofline says that a prefill's milliseconds go, dense -> low-rank at half, and what was measured."""
+    table = []
+    for model, batch, tokens, variant in SMALL:
+        sizes = [model_sizes_of(model, name, 0.5) for name in ("dense", variant)]
+        parts = [forward_parts(each, batch, tokens, DEVICES["H100-measured"]) for each in sizes]
+        wanted = ("prefill", model, batch, tokens)
+        here = [r for r in rows if (r["measurement"], r["model"], r.get("batch"), r.get("tokens")) == wanted]
+        measured = {row["variant"]: row["ms"] for row in here}
+        line = {"ms": f"{model}, {batch} x {tokens}"}
+        line |= {part: " -> ".join(f"{1e3 * each[part]:.2f}" for each in parts) for part in parts[0]}
+        line["in all"] = " -> ".join(f"{1e3 * sum(each.values()):.2f}" for each in parts)
+        found = [f"{measured[name]:.2f}" for name in ("dense", "low_rank") if name in measured]
+        table.append(line | {"measured, not fused": " -> ".join(found)})
+    return format_table(table)
+
+
+def square_blast(rows: list[dict]) -> str:
+    """BLAST 16x16 and low-rank at every size and stage: perplexities, `text / text` of the one, then of the other."""
+    texts = list(dict.fromkeys(row["dataset"] for row in rows))
+    found = {(r["ratio"], r["structure"], str(r["blocks"]), r["method"], r["dataset"]): r["ppl"] for r in rows}
+
+    def scores(*what):
+        values = [found.get((*what, text)) for text in texts]
+        if None in values:
+            return "-"
+        return " / ".join(f"{value:.{2 if value < 100 else 0}f}" for value in values)
+
+    table = []
+    for ratio in sorted({row["ratio"] for row in rows if row["structure"]}, reverse=True):
+        line = {"kept": f"{100 * ratio:.0f} %"}
+        for method, column in METHODS.items():
+            square = "activations" if method == "whitened SVD" else method
+            blast = scores(ratio, "blast", "[16, 16]", square)
+            line[column] = f"{blast}, {scores(ratio, 'low_rank', 'None', method)}"
+        table.append(line)
+    which = "BLAST 16x16 (beside whitened SVD: on activations alone), then low-rank"
+    return f"{which}; {' / '.join(texts)}:\n\n{format_table(table)}"

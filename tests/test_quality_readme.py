@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import readme
+from summaries import square_blast
 
 REFINE = """
 import copy, sys
@@ -57,3 +58,17 @@ def check(section):
     lines = [line for line in section.splitlines() if "blast" in line]
     assert len(lines) == 2 and "80 %" in lines[0] and "50 %" in lines[1]
     assert "30.5" in lines[1] and "80.25" in lines[1] and "4 x 16" in lines[1]
+
+
+def test_square_blast_stands_beside_low_rank_and_gaps_are_shown():
+    kinds = (("blast", [16, 16], "ours", 20.5), ("low_rank", None, "ours", 150.25), ("blast", [4, 16], "ours", 1.0))
+    rows = [
+        {"structure": structure, "blocks": blocks, "method": method, "ratio": 0.5, "dataset": text, "ppl": ppl}
+        for structure, blocks, method, ppl in kinds
+        for text in ("test", "ptb")
+    ]
+    # one text of two is not enough
+    rows.append({**rows[0], "method": "ours, refined"})
+    (line,) = [line for line in square_blast(rows).splitlines() if line.startswith("| 50 %")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["50 %", "-, -", "20.50 / 20.50, 150 / 150", "-, -"]

@@ -16,6 +16,7 @@ from hf_blr.evaluation.roofline import stages
 from hf_blr.evaluation.whole_models import (
     EAGER_KERNELS,
     Projection,
+    forward_parts,
     forward_seconds,
     group_stages,
     layer_stages,
@@ -80,6 +81,10 @@ def test_arithmetic_of_a_forward(name, causal):
     patches = 2 * 3 * tokens * 768 * 768 if sizes.patches else 0
     expected = 2 * 3 * tokens * parameters(sizes) + attention + head + patches
     assert forward_seconds(sizes, 3, tokens, FLOPS) == pytest.approx(expected)
+    parts = forward_parts(sizes, 3, tokens, FLOPS)
+    assert parts["projections"] == pytest.approx(2 * 3 * tokens * parameters(sizes))
+    assert parts["attention"] == pytest.approx(attention) and parts["once"] == pytest.approx(head + patches)
+    assert parts["elementwise"] < 1e-6
 
 
 def test_kernels_of_a_step():

@@ -60,10 +60,15 @@ class ModelSizes:
 
 def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> float:
     """Seconds of a forward over `[batch, tokens]` that keeps no cache, with the output of one token of each."""
+    return sum(forward_parts(sizes, batch, tokens, device, itemsize).values())
+
+
+def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> dict[str, float]:
+    """`forward_seconds` by "projections", "attention" and "elementwise" of all blocks, and what runs "once"."""
     pairs = tokens * tokens // (2 if sizes.causal else 1)
     read = batch * tokens * (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
     attention = Stage("attention", 4 * batch * sizes.heads * sizes.head_dim * pairs, read)
-    return total_seconds(sizes, batch, tokens, attention, device, itemsize)
+    return seconds_by_part(sizes, batch, tokens, attention, device, itemsize)
 
 
 def step_seconds(
@@ -81,21 +86,27 @@ def step_seconds(
         read += 4 * batch * cache * sizes.heads * sizes.head_dim
     attention = Stage("attention", 4 * batch * cache * sizes.heads * sizes.head_dim, read, product=False)
     eager = 0 if one_block else EAGER_KERNELS * sizes.blocks
-    return total_seconds(sizes, batch, 1, attention, device, itemsize) + eager * device.kernel_seconds
+    parts = seconds_by_part(sizes, batch, 1, attention, device, itemsize)
+    return sum(parts.values()) + eager * device.kernel_seconds
 
 
-def total_seconds(sizes: ModelSizes, batch: int, tokens: int, attention: Stage, device: Ceilings, itemsize: int):
+def seconds_by_part(
+    sizes: ModelSizes, batch: int, tokens: int, attention: Stage, device: Ceilings, itemsize: int
+) -> dict[str, float]:
     """attention: that of one block, in numbers."""
     t = batch * tokens
-    between = in_bytes([attention, *elementwise_stages(sizes, t)], itemsize)
-    block = [s for group in sizes.groups for s in group_stages(group, t, itemsize)] + between
+    block = {
+        "projections": [s for group in sizes.groups for s in group_stages(group, t, itemsize)],
+        "attention": in_bytes([attention], itemsize),
+        "elementwise": in_bytes(elementwise_stages(sizes, t), itemsize),
+    }
     head = layer_stages(*sizes.head, batch, itemsize)
     first = [Stage("embeddings", 0, 2 * t * sizes.hidden * itemsize, product=False)]
     if sizes.patches:
         first = layer_stages(*sizes.patches, t, itemsize)
     last = in_bytes([norm_stage(sizes, t)], itemsize) * sizes.norms[1]
-    once = sum(stage.seconds(device) for stage in (*first, *last, *head))
-    return sizes.blocks * sum(stage.seconds(device) for stage in block) + once
+    found = {part: sizes.blocks * sum(stage.seconds(device) for stage in kernels) for part, kernels in block.items()}
+    return found | {"once": sum(stage.seconds(device) for stage in (*first, *last, *head))}
 
 
 def elementwise_stages(sizes: ModelSizes, tokens: int) -> Iterator[Stage]:

@@ -137,7 +137,9 @@ class BlastProblem:
     def weighted(self, g: Tensor, s: Tensor):
         """Sums over j of s_ijr G_rjkq, part by part: (slice of the ranks r, `[ranks, B2, B1, R]` over r, i, k, q)."""
         by_rank = s.permute(2, 0, 1)
-        size = max(1, INTERMEDIATE[s.device.type] // (self.b2 * self.b1 * self.r))
+        # other accelerators have little cache and much to do at once, too
+        limit = INTERMEDIATE["cpu" if s.device.type == "cpu" else "cuda"]
+        size = max(1, limit // (self.b2 * self.b1 * self.r))
         for first in range(0, self.r, size):
             ranks = slice(first, first + size)
             half = torch.bmm(by_rank[ranks], g[ranks].flatten(2))
