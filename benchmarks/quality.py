@@ -33,6 +33,8 @@ from hf_blr.results.files import ResultFile
 
 OURS = "ours"
 REFINED = "ours, refined"
+#: twice the rounds of alternating least squares, and a later stop
+MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 BLOCK_JOINT = "ours, block-joint"
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
 ACTIVATIONS = "activations"
@@ -124,6 +126,7 @@ def runs() -> list[Run]:
         )
         for ratio in (0.5, 0.8)
     ]
+    rounds = [ours("blast", ratio, (16, 16), "ours, 32 rounds", MORE_ROUNDS) for ratio in (0.5, 0.8)]
     others = [
         run
         for ratio in (0.8, 0.5)
@@ -150,6 +153,7 @@ def runs() -> list[Run]:
         *ladder[6:],
         *shapes[2:],
         *others[2:],
+        *rounds,
     ]
     after = {run.family: run for run in every if run.kind == "refine"}
     ordered = []
