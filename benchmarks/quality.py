@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -36,6 +36,7 @@ REFINED = "ours, refined"
 #: twice the rounds of alternating least squares, and a later stop
 MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 BLOCK_JOINT = "ours, block-joint"
+BLOCK_JOINT_REFINED = "ours, block-joint, refined"
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
 ACTIVATIONS = "activations"
 RATIOS = (0.5, 0.8, 0.3, 0.9, 0.6, 0.7, 0.4)
@@ -71,8 +72,9 @@ class Run:
 
     @property
     def family(self) -> tuple:
-        """Runs of one family can go on from each other's fits."""
-        return self.structure, self.blocks, self.ratio
+        """A run that refines can go on from a fit of its family."""
+        fitted = self.kind in ("compress", "refine")
+        return self.structure, self.blocks, self.ratio, self.settings, fitted
 
 
 def runs() -> list[Run]:
@@ -86,10 +88,14 @@ def runs() -> list[Run]:
     whitened = [ours("low_rank", ratio, method="whitened SVD", settings=OFF) for ratio in (0.8, 0.5)]
     low_rank = [ours("low_rank", ratio) for ratio in (0.8, 0.5)]
     pivoted = [ours("pivoted", ratio) for ratio in (0.8, 0.5)]
+    by_block = {"block_steps": BLOCK_STEPS}
     joint = [
-        ours(structure, ratio, blocks, BLOCK_JOINT, {"block_steps": BLOCK_STEPS})
-        for structure, blocks in (("blast", (4, 16)), ("low_rank", None))
+        ours(structure, ratio, blocks, BLOCK_JOINT, by_block)
+        for structure, blocks in (("blast", (4, 16)), ("low_rank", None), ("blast", (16, 16)))
         for ratio in (0.8, 0.5)
+    ]
+    joint += [
+        Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
@@ -159,7 +165,7 @@ def runs() -> list[Run]:
     ordered = []
     for run in dict.fromkeys(every):
         if run.kind != "refine":
-            ordered += [run, after[run.family]] if run.method == OURS and run.family in after else [run]
+            ordered += [run, after[run.family]] if run.family in after else [run]
     return ordered
 
 
@@ -196,10 +202,9 @@ def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple
     """The compressed model and what its row says of the fit."""
     tokens = bench.windows.numel()
     if run.kind == "refine":
-        first = Run(OURS, run.structure, run.ratio, run.blocks)
-        model = earlier.pop(first.family, None)
+        model = earlier.pop(run.family, None)
         if model is None:
-            model = make(bench, first, {})[0]
+            model = make(bench, replace(run, kind="compress"), {})[0]
         refine(model, bench.dense, bench.windows, epochs=EPOCHS)
         return model, {"calibration_tokens": tokens, "finetune_tokens": EPOCHS * tokens}
     elif run.kind == "svd_llm":
@@ -213,8 +218,7 @@ def make(bench: Bench, run: Run, earlier: dict[tuple, torch.nn.Module]) -> tuple
         config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, **dict(run.settings))
         on_text = {"calibration": bench.batches if config.sequential else None, "statistics": bench.statistics}
         report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
-        if run.method == OURS:
-            earlier[run.family] = model
+        earlier[run.family] = model
         return model, {
             "calibration_tokens": 0 if run.kind == "weights" else tokens,
             "mean_rel_error": report.mean_rel_error,

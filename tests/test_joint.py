@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_blr import BLRConfig, compress
-from hf_blr.factorize import joint
+from hf_blr.factorize import joint, sequential
 from tests.test_sequential import batches_for, divergence
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_vit
 
@@ -26,7 +26,9 @@ def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float
 @pytest.mark.parametrize(
     "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", 2), ("blast", (2, 4))]
 )
-def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks):
+def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks, monkeypatch):
+    """All of the way to the dense stream: half of it is what a trained model wants, and takes random ones less far."""
+    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
     plain, without, batches = compressed(build, 0, structure, blocks)
     model, report, _ = compressed(build, 30, structure, blocks)
     assert without.blocks == [] and len(report.blocks) == 2
@@ -36,22 +38,31 @@ def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks):
     assert divergence(dense, model, batches) < divergence(dense, plain, batches)
 
 
-def test_reported_errors_are_those_of_the_block():
+@pytest.mark.parametrize("number", [0, 1])
+def test_reported_errors_are_those_of_the_block(number):
+    """Towards half of the dense model's stream and half of what its block makes of the compressed model's."""
     dense = tiny_llama()
     model, report, batches = compressed(tiny_llama, 10)
-    (first, _), found = report.blocks, []
-    outputs = {}
+    found, calls, outputs = [], {}, {}
     for key, m in (("dense", dense), ("model", model)):
-        m.model.layers[0].register_forward_hook(lambda module, args, out, key=key: outputs.update({key: out}))
+
+        def see(module, args, kwargs, out, key=key):
+            calls[key], outputs[key] = (args, kwargs), out
+
+        m.model.layers[number].register_forward_hook(see, with_kwargs=True)
     with torch.no_grad():
         for batch in batches:
-            dense(**batch)
-            model(**batch)
-            change = (outputs["model"] - outputs["dense"]).square().sum(-1) / outputs["dense"].square().sum(-1)
+            dense(**batch, use_cache=False)
+            stream = outputs["dense"]
+            model(**batch, use_cache=False)
+            args, kwargs = calls["model"]
+            wanted = (stream + dense.model.layers[number](*args, **kwargs)) / 2
+            change = (outputs["model"] - wanted).square().sum(-1) / wanted.square().sum(-1)
             found.append(change.mean().item())
-    assert first.name == "model.layers.0"
-    assert first.error_after == pytest.approx(sum(found) / len(found), rel=1e-4)
-    assert report.to_dict()["blocks"][0]["error_before"] == first.error_before
+    block = report.blocks[number]
+    assert block.name == f"model.layers.{number}"
+    assert block.error_after == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert report.to_dict()["blocks"][number]["error_before"] == block.error_before
     assert "2 blocks refined" in str(report)
 
 

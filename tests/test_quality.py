@@ -112,7 +112,8 @@ def test_a_refined_run_comes_right_after_its_fit():
     refined = [i for i, run in enumerate(every) if run.kind == "refine"]
     assert refined
     for i in refined:
-        assert every[i - 1].method == quality.OURS and every[i - 1].family == every[i].family
+        assert every[i - 1].family == every[i].family and every[i - 1].kind == "compress"
+        assert every[i].method == f"{every[i - 1].method}, refined"
 
 
 def test_shards_merge_to_the_whole_and_measured_rows_stay(folder):

@@ -25,6 +25,10 @@ from hf_blr.factorize.gram import cholesky, damped
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
 #: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
 READER_SHARE = 0.5
+#: how much of what the stream has lost before it a block is refined to make up for. With all of it as target, its inner
+#: layers give up the loss's own weighting to repair the stream; with none, losses pile up. Of those three, half gave
+#: the lowest perplexity
+STREAM_SHARE = 0.5
 #: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
 #: streams round by as much
 RESIDUAL_TOLERANCE = 0.1
@@ -63,19 +67,26 @@ class SequentialChain(BlockChain):
         Args:
             damping: as in `BLRConfig`.
             after_block: called once all layers of a block are replaced, as `refine_block` is, without the last two.
+                What it is told to aim at lies between the dense model's stream and what the dense block makes of the
+                compressed model's.
         """
         compressed = list(self.hidden)
         for prefix, names in self.groups.items():
             block, call = self.model.get_submodule(prefix), self.calls.pop(prefix)
             dense = self.run_dense(block, prefix, names, call)
+            wanted = self.between(block, compressed, dense.left, call) if after_block is not None else []
             for group in dense.groups:
                 yield self.group_problems(block, call, dense, group, compressed, damping)
             dense.inputs.clear()
             if after_block is not None:
-                after_block(prefix, block, partial(self.run_as, block, call), compressed, dense.left)
+                after_block(prefix, block, partial(self.run_as, block, call), compressed, wanted)
             for i, hidden in enumerate(compressed):
                 compressed[i] = self.forward(block, hidden, call)
             self.hidden = dense.left
+
+    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], call) -> list[Tensor]:
+        """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
+        return [torch.lerp(self.forward(block, x, call), y, STREAM_SHARE) for x, y in zip(entered, left, strict=True)]
 
     def run_as(self, block: nn.Module, call: tuple, function: Callable, hidden: Tensor) -> Tensor:
         return self.forward_as(block, function, hidden, call)
