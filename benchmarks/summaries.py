@@ -8,7 +8,13 @@ from hf_blr.evaluation.devices import DEVICES
 from hf_blr.evaluation.whole_models import forward_parts
 from hf_blr.results.tables import compared
 
-METHODS = {"whitened SVD": "whitened SVD", "ours": "ours", "ours, refined": "refined"}
+METHODS = {
+    "whitened SVD": "whitened SVD",
+    "ours": "ours",
+    "ours, block-joint": "+ blocks",
+    "ours, refined": "refined",
+    "ours, block-joint, refined": "+ blocks, refined",
+}
 VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
 #: the paper's own ranks and blocks, in the column of ours that comes closest
 PAPERS = {"low_rank:paper": "low_rank", "monarch:paper": "monarch:4x4", "blast:paper": "blast:4x4"}

@@ -71,4 +71,4 @@ def test_square_blast_stands_beside_low_rank_and_gaps_are_shown():
     rows.append({**rows[0], "method": "ours, refined"})
     (line,) = [line for line in square_blast(rows).splitlines() if line.startswith("| 50 %")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["50 %", "-, -", "20.50 / 20.50, 150 / 150", "-, -"]
+    assert cells == ["50 %", "-, -", "20.50 / 20.50, 150 / 150", "-, -", "-, -", "-, -"]
