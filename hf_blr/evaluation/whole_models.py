@@ -81,13 +81,15 @@ def step_seconds(
         one_block: whether whole blocks are compiled, or only norms and MLPs.
     """
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
+    # values go into the cache by a kernel of their own, keys with their rotation
+    others = 1 if one_block else EAGER_KERNELS
     if one_block and sizes.kv_heads < sizes.heads:
-        # compiled code writes keys and values once for each query head, and reads them again
+        # compiled code writes keys and values once for each query head, a kernel for each, and reads them again
         read += 4 * batch * cache * sizes.heads * sizes.head_dim
+        others += 2
     attention = Stage("attention", 4 * batch * cache * sizes.heads * sizes.head_dim, read, product=False)
-    eager = 0 if one_block else EAGER_KERNELS * sizes.blocks
     parts = seconds_by_part(sizes, batch, 1, attention, device, itemsize)
-    return sum(parts.values()) + eager * device.kernel_seconds
+    return sum(parts.values()) + others * sizes.blocks * device.kernel_seconds
 
 
 def seconds_by_part(
