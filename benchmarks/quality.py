@@ -33,8 +33,6 @@ from hf_blr.results.files import ResultFile
 
 OURS = "ours"
 REFINED = "ours, refined"
-#: twice the rounds of alternating least squares, and a later stop
-MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 BLOCK_JOINT = "ours, block-joint"
 BLOCK_JOINT_REFINED = "ours, block-joint, refined"
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
@@ -51,6 +49,8 @@ LADDER = {
 DESCENT_STEPS = 100
 #: gradient steps on each block by itself
 BLOCK_STEPS = 64
+#: twice the rounds of alternating least squares, and a later stop
+MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 EPOCHS = 8
 
 

@@ -1,4 +1,4 @@
-"""All factors of one block refined together, by gradient steps towards an output that the dense block helps to say.
+"""All factors of one block refined together, by gradient steps towards an output that the caller names.
 
 Each layer of a block has been fitted by itself, as a linear problem. What stands between them (attention, the MLP's
 gate) lets the errors of one be undone by another, which only the whole block's output shows.
