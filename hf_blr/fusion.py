@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: projections that read the same input (q, k and v; gate and up) run together."""
+"""`fuse` and `unfuse`: projections with one input run together, and apply the activation that follows them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from hf_blr.absorption import absorb, bring_back
 from hf_blr.linear import BLRLinear
 from hf_blr.siblings import Siblings
 
@@ -26,8 +27,10 @@ CROSS_ATTENTION = re.compile(r"cross_?attention|cross_attn|encoder_attn|EncDecAt
 
 
 def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> list[tuple[str, ...]]:
-    """Run projections that share their input together, for faster inference on a GPU.
+    """Run projections that share their input together, and activations inside them, for faster inference on a GPU.
 
+    q, k and v, and gate and up, are computed by one call. The activation of an MLP is applied where the projection
+    before it stores its output, which saves a pass over the largest tensor of a block, and so is a gated MLP's product.
     The model stays what it was: each module keeps its parameters, which now lie side by side in one buffer, without
     a copy; saving, loading, adapters and `to_dense` work as before. The first of the projections that is
     handed a tensor computes the outputs of all, the others pick theirs up. Moving or casting the model afterwards is
@@ -44,7 +47,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
             as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias.
 
     Returns:
-        The names of the modules of each group.
+        The names of the modules of each group, and those of (projection, activation), which run together too.
 
     Raises:
         ValueError: if the model has no BLR module.
@@ -65,12 +68,17 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
                 if kind is not None and len(set(alike.values())) > 1:
                     run_together(list(alike.values()))
                     found.append(tuple(f"{parent_name}.{name}".lstrip(".") for name in alike))
+        for names in absorb(parent):
+            full = tuple(f"{parent_name}.{name}".lstrip(".") for name in names)
+            # a gated MLP: the group is there already
+            found = [group for group in found if group != full[:-1]] + [full]
     return found
 
 
 def unfuse(model: nn.Module):
     """Undo `fuse`: each parameter gets memory of its own again."""
     for module in model.modules():
+        bring_back(module)
         if isinstance(module, BLRLinear):
             module.stand_alone()
 

@@ -29,6 +29,8 @@ class BLRLinear(nn.Module):
     spec_class: type[BLRSpec]
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
     siblings: tuple | None = None
+    #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
+    activation: str = ""
 
     def __init__(self, spec: BLRSpec, bias=True, transposed=False, device=None, dtype=None):
         super().__init__()
@@ -73,7 +75,7 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
-        return self.function(x, **self.tensors(), bias=self.bias)
+        return self.function(x, **self.tensors(), bias=self.bias, activation=self.activation)
 
     def train(self, mode: bool = True):
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
@@ -82,7 +84,8 @@ class BLRLinear(nn.Module):
         return super().train(mode)
 
     def stand_alone(self):
-        """Leave the siblings, if there are any: the parameters get memory of their own again."""
+        """Undo what `hf_blr.fuse` did: no activation, no siblings, and parameters with memory of their own again."""
+        self.activation = ""
         if self.siblings is not None:
             self.siblings = None
             for parameter in self.parameters(recurse=False):

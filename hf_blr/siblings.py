@@ -60,6 +60,14 @@ class Siblings:
         biases = [module.bias for module in self.modules]
         return ops.siblings_linear(self.modules[0].spec.structure, x, factors, biases)
 
+    def gated(self, x: Tensor, activation: str) -> Tensor | None:
+        """activation(first) * second `[..., N]` on x; None if it is better computed apart."""
+        if not self.worthwhile(x):
+            return None
+        factors = [tuple(module.factors().values()) for module in self.modules]
+        biases = [module.bias for module in self.modules]
+        return ops.gated_linear(self.modules[0].spec.structure, x, factors, biases, activation)
+
     def worthwhile(self, x: Tensor) -> bool:
         """Whether kernels run, no gradient is wanted, and a change of x would be noticed."""
         if self.unclaimed >= PATIENCE or any(self.wants_gradient(i, x) for i in range(len(self.modules))):

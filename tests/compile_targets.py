@@ -95,6 +95,21 @@ def call_siblings(tokens, k, n, rank, b1, b2):
         mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
 
 
+def call_activated(k, n, rank, b1, b2):
+    """Last stages that activate, and those of two layers whose outputs are multiplied."""
+    p, q = k // b1, n // b2
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    u, s, v, bias = empty(b2, q, rank), empty(b2, b1, rank), empty(b1, rank, p), empty(n)
+    for tokens in (1, 16, 1024):
+        blast.blast_fwd(empty(tokens, k), u, s, v, bias, activation="gelu")
+        low_rank.low_rank_fwd(empty(tokens, k), empty(n, rank), empty(rank, k), None, activation="gelu_tanh")
+    for z in (empty(b2, 1, 2 * rank), empty(2 * b2, 1, rank)):
+        decode.decode_expand(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
+
+
 def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
     x, u, c = (torch.empty(s, dtype=dtype) for s in ((tokens, k), (n, rank), (rank, k - rank)))
     order = torch.arange(k, dtype=index)
@@ -130,6 +145,7 @@ def main(capability: int):
         call_ops(dtype, tokens, *sizes, backward)
     call_siblings(1, 4096, 4096, 1024, 4, 4)
     call_siblings(1024, 4096, 1024, 416, 4, 16)
+    call_activated(4096, 11008, 1408, 4, 4)
     for tokens in (1, 32, 1024):
         call_pivoted(bf16, tokens, 4096, 4096, 992)
     # nothing that divides, one pivot, no others

@@ -5,6 +5,7 @@ import torch
 from hf_blr import ops
 from hf_blr.fusion import pack
 from hf_blr.ops import reference
+from hf_blr.ops.activations import activated
 
 FUNCTIONS = {
     "low_rank": (ops.low_rank_linear, reference.low_rank_linear),
@@ -111,3 +112,18 @@ def assert_siblings_within_budget(structure, tokens, sizes, b1=2, p=8, device="c
         exact = eager(x.double(), *(t.double() for t in f), None if b is None else b.double())
         allowed = 2 * (eager(x, *f, b) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
         assert out.shape == exact.shape and (out - exact).norm() <= allowed
+
+
+def assert_gated_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu", **kwargs):
+    """As `assert_siblings_within_budget`, of two layers, the first of which gates the second."""
+    factors, biases = make_layers(structure, sizes, b1=b1, p=p, device=device, **kwargs)
+    x = torch.randn(tokens, b1 * p, generator=torch.Generator(device).manual_seed(1), device=device).to(factors[0][0])
+
+    def eager(x, factors, biases):
+        gate, up = (FUNCTIONS[structure][1](x, *f, b) for f, b in zip(factors, biases, strict=True))
+        return activated(up, "silu", gate)
+
+    exact = eager(x.double(), [wide(f) for f in factors], [None if b is None else b.double() for b in biases])
+    out = ops.gated_linear(structure, x, factors, biases, "silu", impl="triton")
+    allowed = 2 * (eager(x, factors, biases) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
+    assert out.shape == exact.shape and (out - exact).norm() <= allowed

@@ -163,7 +163,9 @@ def test_fused_variants():
 def test_what_cannot_be_fused_is_said():
     from hf_blr.bench import models
 
-    shape = models.Shape("text", models.gpt2(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=99))
+    shape = models.Shape(
+        "text", models.gpt2(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=99, activation_function="tanh")
+    )
     with pytest.raises(ValueError, match="can run together"):
         build_model(shape, Variant.parse("low_rank+fused"), 0.5, "cpu", torch.float32)
 

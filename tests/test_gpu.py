@@ -5,6 +5,7 @@ import torch
 from kernel_cases import (
     FUNCTIONS,
     SIBLINGS,
+    assert_gated_within_budget,
     assert_siblings_within_budget,
     assert_within_budget,
     make_inputs,
@@ -14,6 +15,7 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
+from hf_blr.ops.activations import ACTIVATIONS
 from hf_blr.siblings import Siblings
 
 pytest.importorskip("triton")
@@ -46,6 +48,29 @@ def test_kernels_keep_the_error_budget(structure, tokens, size):
 @pytest.mark.parametrize("structure", FUNCTIONS)
 def test_other_dtypes_keep_the_error_budget(structure, tokens, dtype):
     assert_within_budget(structure, make_inputs(structure, tokens, 4, 8, 64, 48, 72, dtype, "cuda", bias=False))
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[1], SIZES[4], SIZES[6]], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 33, 600])
+@pytest.mark.parametrize("structure", FUNCTIONS)
+def test_activations_in_the_last_stage(structure, tokens, size):
+    x, *tensors = (t.detach() for t in make_inputs(structure, tokens, *size, torch.bfloat16, "cuda"))
+    kernel, eager = FUNCTIONS[structure]
+    with torch.no_grad():
+        exact = eager(x.double(), *(t.double() if t.is_floating_point() else t for t in tensors))
+        for name, function in ACTIVATIONS.items():
+            out, cheap, truth = kernel(x, *tensors, activation=name), function(eager(x, *tensors)), function(exact)
+            allowed = 2 * (cheap - truth).norm() + torch.finfo(x.dtype).eps * truth.norm()
+            assert (out - truth).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("sizes", [[(256, 1024)] * 2, [(344, 352)] * 2, [(9, 32)] * 2], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+@pytest.mark.parametrize("structure", SIBLINGS)
+def test_gated_layers_keep_the_error_budget(structure, tokens, sizes):
+    for packed in (True, False):
+        settings = {"b1": 4, "b2": 4, "p": 256, "dtype": torch.bfloat16, "device": "cuda", "packed": packed}
+        assert_gated_within_budget(structure, tokens, sizes, **settings)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs
 def test_opcheck(structure, keep):
     pytest.importorskip("triton")
     tensors = [t.detach() for t in make_inputs(structure, 33 if keep else 2, 2, 3, 4, 5, 6, torch.float32)]
-    torch.library.opcheck(getattr(torch.ops.hf_blr, structure), (*tensors, keep))
+    torch.library.opcheck(getattr(torch.ops.hf_blr, structure), (*tensors, keep, "" if keep else "gelu"))
     grad = torch.randn(tensors[0].shape[0], 15)
-    y = getattr(torch.ops.hf_blr, structure)(*tensors, keep)[1]
+    y = getattr(torch.ops.hf_blr, structure)(*tensors, keep, "")[1]
     needs = [True, keep, *[True] * (len(leaves(tensors)) - 3)]
     backward = getattr(torch.ops.hf_blr, structure + "_backward")
     torch.library.opcheck(backward, (grad, *tensors[:-1], y, needs))

@@ -91,6 +91,9 @@ def test_opcheck(structure):
     factors, biases = make_layers(structure, GROUPED_QUERIES)
     op = getattr(torch.ops.hf_blr, f"{structure}_siblings")
     torch.library.opcheck(op, (torch.randn(3, 16), *map(list, zip(*factors, strict=True)), biases))
+    factors, biases = make_layers(structure, EQUAL[:2])
+    op = getattr(torch.ops.hf_blr, f"{structure}_gated")
+    torch.library.opcheck(op, (torch.randn(1, 16), *map(list, zip(*factors, strict=True)), biases, "silu"))
 
 
 def test_layers_that_do_not_fit_are_refused():

@@ -59,13 +59,26 @@ def compile_pieces(
     """
     if forget:
         forget_compiled()
-    mode = {} if backend != "inductor" else {"mode": INNER_MODES[mode]}
+    options = inductor_options(mode) if backend == "inductor" else None
     calls = []
     for module in modules:
-        module.compile(dynamic=False, backend=backend, fullgraph=fullgraph, **mode)
+        module.compile(dynamic=False, backend=backend, fullgraph=fullgraph, options=options)
         calls.append(module._compiled_call_impl)
         module._compiled_call_impl = None
     return calls
+
+
+def inductor_options(mode: str) -> dict:
+    """What a mode stands for, and dependent launches: on Hopper a kernel then starts while the one before it ends.
+
+    Inductor leaves them off by itself (PyTorch 2.11); its setting is newer than the oldest PyTorch that we run with.
+    """
+    import torch._inductor.config
+
+    options = dict(torch._inductor.list_mode_options(INNER_MODES[mode]))
+    if hasattr(torch._inductor.config.triton, "enable_pdl"):
+        options["triton.enable_pdl"] = True
+    return options
 
 
 def forget_compiled():

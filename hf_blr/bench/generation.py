@@ -19,15 +19,19 @@ from hf_blr.bench.forms import (
 )
 from hf_blr.bench.inputs import forward_inputs
 from hf_blr.bench.one_block import why_not_one_block, with_one_block
+from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer, forget_peak, peak
 
 
-def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device) -> dict:
+def decode(
+    model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device, profile: bool = False
+) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes"} of `generate()`, over the whole batch; ms is that of one step.
 
     Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures. Where a
     graph of ours is replayed, "graph_ms" is what the device takes for it; the rest of ms is `generate()`'s own. In the
-    form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more.
+    form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more. With `profile`
+    also "profile" of that graph, of `profiling.profiled`, on a GPU.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -76,6 +80,9 @@ def decode(model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str
         # its steps write on from where the cache stands
         cache.reset()
         row["graph_ms"] = Timer(device.type, replays=min(20, new_tokens - 3)).median(graph.replay) * 1e3
+        if profile and device.type == "cuda":
+            cache.reset()
+            row["profile"] = profiled(graph.replay)
     return row
 
 

@@ -22,9 +22,11 @@ def forward_inputs(model: nn.Module, kind: str, batch: int, tokens: int, device:
     if kind == "image":
         size = model.config.image_size
         shape = (batch, model.config.num_channels, size, size)
-        return {"pixel_values": torch.randn(shape, device=device, dtype=dtype, generator=generator)}
+        pixels = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
     size = model.config.sample_size
     latents = torch.randn(batch, 4, size, size, device=device, dtype=dtype, generator=generator)
+    latents = latents.contiguous(memory_format=torch.channels_last)
     label = torch.ones(batch, device=device, dtype=torch.long)
     return {"hidden_states": latents, "timestep": label, "class_labels": label, "return_dict": False}
 

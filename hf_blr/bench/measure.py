@@ -9,22 +9,35 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_blr.bench.forms import WHOLE_MODES, forget_compiled, repeated_blocks, with_compiled_pieces
+from hf_blr.bench.forms import (
+    WHOLE_MODES,
+    forget_compiled,
+    inductor_options,
+    repeated_blocks,
+    with_compiled_pieces,
+)
 from hf_blr.bench.inputs import forward_inputs, training_inputs
+from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer, forget_peak, peak, seconds_of
 
 MEASUREMENTS = ("prefill", "decode", "training", "storage")
 PROTOCOL = (
     "random weights; prefill: median forward, logits of the last token; decode: generate() on a static cache, masks "
     "built in the step, prompt and first steps not counted; training: forward, backward, clipping and AdamW on the "
-    "projections or factors alone, the rest frozen; load: from files just written"
+    "projections or factors alone, the rest frozen; pictures with channels last; compiled: with dependent launches, in "
+    "training the loss too; load: from files just written"
 )
 #: an attention function without a mask function: a mask built under graph capture would keep SDPA off its flash kernel
 CAUSAL_SDPA = "hf_blr_causal_sdpa"
 
 
-def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mode: str, timer: Timer) -> dict:
-    """{"ms", "peak_bytes"} of one forward over `[batch, tokens]`; for text the logits of the last token alone."""
+def prefill(
+    model: nn.Module, kind: str, batch: int, tokens: int, form: str, mode: str, timer: Timer, profile: bool = False
+) -> dict:
+    """{"ms", "peak_bytes"} of one forward over `[batch, tokens]`; for text the logits of the last token alone.
+
+    With `profile` also "profile", of `profiling.profiled`, in forms that replay a graph of ours on a GPU.
+    """
     inputs = forward_inputs(model, kind, batch, tokens, timer.device)
     call = model
     if form == "compiled":
@@ -42,7 +55,10 @@ def prefill(model: nn.Module, kind: str, batch: int, tokens: int, form: str, mod
             run = lambda: call(**inputs)  # noqa: E731
             for _ in range(3):
                 run()
-        return {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
+        row = {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
+        if profile and timer.on_gpu and form in ("graph", "compiled"):
+            row["profile"] = profiled(run)
+        return row
 
 
 @contextlib.contextmanager
@@ -86,7 +102,9 @@ def training(
         parameter.requires_grad_(True)
     inputs = training_inputs(model, kind, batch, tokens, timer.device)
     optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.0, fused=timer.on_gpu, capturable=timer.on_gpu)
-    call = with_compiled_pieces(model, repeated_blocks(model), mode) if form == "compiled" else model
+    call, loss = model, contextlib.nullcontext()
+    if form == "compiled":
+        call, loss = with_compiled_pieces(model, repeated_blocks(model), mode), compiled_loss(model, mode)
     forget_peak(timer.device)
 
     def step():
@@ -95,7 +113,7 @@ def training(
         optimizer.step()
         optimizer.zero_grad()
 
-    with maskless_attention(model, kind):
+    with maskless_attention(model, kind), loss:
         if form == "eager":
             for _ in range(2):
                 step()
@@ -108,6 +126,17 @@ def training(
         "peak_bytes": peak(timer.device),
         "trained_parameters": sum(p.numel() for p in trained),
     }
+
+
+@contextlib.contextmanager
+def compiled_loss(model: nn.Module, mode: str):
+    """Within this context a model's loss is compiled: logits of many words never become a tensor in float32."""
+    before = model.loss_function
+    model.loss_function = torch.compile(before, dynamic=False, options=inductor_options(mode))
+    try:
+        yield
+    finally:
+        model.loss_function = before
 
 
 def storage(model: nn.Module, device: torch.device) -> dict:

@@ -33,6 +33,7 @@ class Request:
         training_batch, training_tokens: of a training step; no more tokens than the model has positions.
         ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
         dtype: of all parameters.
+        profile: add what each kernel of a forward or a decoding step takes.
         stop_at_errors: raise instead of writing the error into the row.
     """
 
@@ -48,6 +49,7 @@ class Request:
     training_tokens: int = 2048
     ratio: float = 0.5
     dtype: torch.dtype = torch.bfloat16
+    profile: bool = False
     stop_at_errors: bool = False
 
 
@@ -107,7 +109,9 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 settings = {"measurement": "prefill", "batch": batch, "tokens": t, "form": form}
                 yield (
                     settings | mode_of(form, mode),
-                    lambda b=batch, t=t, f=form: measure.prefill(model, shape.kind, b, t, f, mode, timer),
+                    lambda b=batch, t=t, f=form: measure.prefill(
+                        model, shape.kind, b, t, f, mode, timer, request.profile
+                    ),
                 )
     if "decode" in wanted and shape.kind == "text":
         for form in request.forms:
@@ -117,7 +121,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 yield (
                     settings | lengths | mode_of(form, mode),
                     lambda b=batch, f=form: generation.decode(
-                        model, b, request.prompt, request.new_tokens, f, mode, timer.device
+                        model, b, request.prompt, request.new_tokens, f, mode, timer.device, request.profile
                     ),
                 )
     if "training" in wanted and shape.kind != "diffusion":

@@ -131,6 +131,7 @@ def add_model_arguments(parser):
     parser.add_argument("--training-batch", type=int, default=request.training_batch)
     parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repetitions of one measurement")
+    parser.add_argument("--profile", action="store_true", help="also say what the kernels of a graph take, on a GPU")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, with --mode default")
     add_common(parser)
 
@@ -149,6 +150,7 @@ def bench_model(args):
         training_tokens=args.training_tokens,
         ratio=args.ratio,
         dtype=getattr(torch, args.dtype),
+        profile=args.profile,
         stop_at_errors=args.traceback,
     )
     about = head(args, PROTOCOL)
@@ -186,7 +188,11 @@ def model_line(row: dict) -> str:
     memory = "" if row["peak_bytes"] is None else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
     speed = f"  {row['tokens_per_second']:.1f} tokens/s" if "tokens_per_second" in row else ""
     graph = f" ({row['graph_ms']:.2f} in its graph)" if "graph_ms" in row else ""
-    return f"{where} {row['batch']:2} x {row['tokens']:<5} {form:23} {row['ms']:9.2f} ms{graph}{speed}{memory}"
+    profile = ""
+    if "profile" in row:
+        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in row["profile"]["parts"].items() if ms)
+        profile = f"  [{parts}]"
+    return f"{where} {row['batch']:2} x {row['tokens']:<5} {form:23} {row['ms']:9.2f} ms{graph}{speed}{memory}{profile}"
 
 
 def variant(text: str) -> Variant:

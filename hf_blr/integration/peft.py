@@ -64,6 +64,11 @@ def lora_class() -> type[nn.Module]:
         The adapter cannot be merged: the sum of a BLR and a low-rank matrix does not fit into the factors.
         """
 
+        def __init__(self, base_layer, *args, **kwargs):
+            # the adapter's output belongs before the activation
+            base_layer.activation = ""
+            super().__init__(base_layer, *args, **kwargs)
+
         def _get_in_out_features(self, module):
             # PEFT's own look-up warns of every class that it does not know
             return module.in_features, module.out_features

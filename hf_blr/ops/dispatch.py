@@ -19,6 +19,9 @@ FEW_TOKENS = 32
 #: tensor descriptors and tuples in kernels; older releases do not compile these
 OLDEST_TRITON = (3, 6)
 
+#: of input or output blocks, in the kernels for few tokens, which hold an accumulator for each
+MOST_BLOCKS = 64
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _default = "auto"
 
@@ -51,7 +54,8 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.
-        structure: "low_rank", "pivoted", "monarch" or "blast".
+        structure: "low_rank", "pivoted", "monarch" or "blast"; "siblings" for several layers in one call, "activated"
+            for one whose last stage has an activation to apply: kernels always pay there.
         x, tensors: the input, and the factors beginning with u; indices may be of any integer dtype.
 
     Raises:

@@ -10,30 +10,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_blr.ops.activations import activated
 from hf_blr.ops.dispatch import compute_dtype, few_tokens
 
 
-def low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def low_rank(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable."""
-    return _call(_LowRank, torch.ops.hf_blr.low_rank, x, (u, v), bias)
+    return _call(_LowRank, torch.ops.hf_blr.low_rank, x, (u, v), bias, activation)
 
 
-def pivoted(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None) -> Tensor:
+def pivoted(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable in all but order."""
-    return _call(_Pivoted, torch.ops.hf_blr.pivoted, x, (u, c, order), bias)
+    return _call(_Pivoted, torch.ops.hf_blr.pivoted, x, (u, c, order), bias, activation)
 
 
-def monarch(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def monarch(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable."""
-    return _call(_Monarch, torch.ops.hf_blr.monarch, x, (u, v), bias)
+    return _call(_Monarch, torch.ops.hf_blr.monarch, x, (u, v), bias, activation)
 
 
-def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def blast(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """x `[..., K]` -> `[..., N]`; differentiable."""
-    return _call(_Blast, torch.ops.hf_blr.blast, x, (u, s, v), bias)
+    return _call(_Blast, torch.ops.hf_blr.blast, x, (u, s, v), bias, activation)
 
 
-def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None, activation: str) -> Tensor:
     lead, dtype = x.shape[:-1], compute_dtype(x)
     x = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
     # indices keep their dtype
@@ -42,9 +43,9 @@ def _call(function, op, x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | N
     inputs = (x, *factors) if bias is None else (x, *factors, bias)
     # without a gradient to compute, decode is spared the Function: some 200 calls per token in a model
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        out = function.apply(x, *factors, bias)
+        out = activated(function.apply(x, *factors, bias), activation)
     else:
-        out, _ = op(x, *factors, bias, False)
+        out, _ = op(x, *factors, bias, False, activation)
     return out.view(*lead, out.shape[-1])
 
 
@@ -77,7 +78,7 @@ class _Pivoted(torch.autograd.Function):
     def forward(ctx, x, u, c, order, bias):
         # y is never larger than x, so by the rule of `_forward` it is kept; the inputs that c multiplies are as good
         # as x itself, which is kept anyway: gathering them again is one pass over memory
-        out, y = torch.ops.hf_blr.pivoted(x, u, c, order, bias, not few_tokens(x))
+        out, y = torch.ops.hf_blr.pivoted(x, u, c, order, bias, not few_tokens(x), "")
         ctx.save_for_backward(x, u, c, order, y)
         return out
 
@@ -116,7 +117,7 @@ def _forward(ctx, op, bias, x, *factors):
     # of the layer's work; the kernels for few tokens never write it
     y_width = factors[-1].numel() // x.shape[1] * _blocks(factors[-1])
     keep = y_width <= x.shape[1] and not few_tokens(x)
-    out, y = op(x, *factors, bias, keep)
+    out, y = op(x, *factors, bias, keep, "")
     ctx.save_for_backward(x, *factors, y)
     return out
 
@@ -134,14 +135,14 @@ def _gradients(ctx, op, grad: Tensor, needs_grad: tuple[bool, ...] | None = None
 
 
 def _forward_fake(x, u, *others):
-    *_, v, _bias, keep = others
+    *_, v, _bias, keep, _activation = others
     out = x.new_empty(x.shape[0], u.shape[0] if u.dim() == 2 else u.shape[0] * u.shape[1])
     y = x.new_empty(0) if not keep else x.new_empty(*v.shape[:-2], x.shape[0], v.shape[-2])
     return out, y
 
 
-def _pivoted_fake(x, u, c, order, bias, keep):
-    return _forward_fake(x, u, c, bias, keep)
+def _pivoted_fake(x, u, c, order, bias, keep, activation):
+    return _forward_fake(x, u, c, bias, keep, activation)
 
 
 def _backward_fake(grad, *inputs):
@@ -154,10 +155,10 @@ def _pivoted_backward_fake(grad, x, u, c, order, y, needs):
     return _backward_fake(grad, x, u, c, y, needs)
 
 
-def _low_rank(x, u, v, bias, keep):
+def _low_rank(x, u, v, bias, keep, activation):
     from hf_blr.ops.triton.low_rank import low_rank_fwd
 
-    return low_rank_fwd(x, u, v, bias, keep)
+    return low_rank_fwd(x, u, v, bias, keep, activation)
 
 
 def _low_rank_backward(grad, x, u, v, y, needs):
@@ -166,10 +167,10 @@ def _low_rank_backward(grad, x, u, v, y, needs):
     return low_rank_bwd(grad, x, u, v, y, needs)
 
 
-def _pivoted(x, u, c, order, bias, keep):
+def _pivoted(x, u, c, order, bias, keep, activation):
     from hf_blr.ops.triton.pivoted import pivoted_fwd
 
-    return pivoted_fwd(x, u, c, order, bias, keep)
+    return pivoted_fwd(x, u, c, order, bias, keep, activation)
 
 
 def _pivoted_backward(grad, x, u, c, order, y, needs):
@@ -178,10 +179,10 @@ def _pivoted_backward(grad, x, u, c, order, y, needs):
     return pivoted_bwd(grad, x, u, c, order, y, needs)
 
 
-def _monarch(x, u, v, bias, keep):
+def _monarch(x, u, v, bias, keep, activation):
     from hf_blr.ops.triton.monarch import monarch_fwd
 
-    return monarch_fwd(x, u, v, bias, keep)
+    return monarch_fwd(x, u, v, bias, keep, activation)
 
 
 def _monarch_backward(grad, x, u, v, y, needs):
@@ -190,10 +191,10 @@ def _monarch_backward(grad, x, u, v, y, needs):
     return monarch_bwd(grad, x, u, v, y, needs)
 
 
-def _blast(x, u, s, v, bias, keep):
+def _blast(x, u, s, v, bias, keep, activation):
     from hf_blr.ops.triton.blast import blast_fwd
 
-    return blast_fwd(x, u, s, v, bias, keep)
+    return blast_fwd(x, u, s, v, bias, keep, activation)
 
 
 def _blast_backward(grad, x, u, s, v, y, needs):
@@ -207,7 +208,7 @@ def _blast_backward(grad, x, u, s, v, y, needs):
 _UV, _USV = "Tensor x, Tensor u, Tensor v", "Tensor x, Tensor u, Tensor s, Tensor v"
 _UC = "Tensor x, Tensor u, Tensor c, Tensor order"
 _FORWARD, _BACKWARD = (
-    "Tensor? bias, bool keep) -> (Tensor, Tensor)",
+    "Tensor? bias, bool keep, str activation) -> (Tensor, Tensor)",
     "Tensor y, bool[] needs) -> (Tensor, Tensor, Tensor",
 )
 _OPS = {

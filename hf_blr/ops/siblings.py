@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_blr.ops import reference
-from hf_blr.ops.dispatch import compute_dtype, resolve_impl
+from hf_blr.ops.activations import activated, check_activation
+from hf_blr.ops.dispatch import MOST_BLOCKS, compute_dtype, resolve_impl
 from hf_blr.ops.library import contiguous_rows, define_ops
 
+#: {structure: whose ops it runs}; low-rank is Monarch with one block
+NAMES = {"low_rank": "monarch", "monarch": "monarch", "blast": "blast"}
 REFERENCE = {
     "low_rank": reference.low_rank_linear,
     "monarch": reference.monarch_linear,
@@ -42,21 +45,64 @@ def siblings_linear(
         ValueError: if the block counts differ, or only some have a bias.
         RuntimeError: if "triton" was asked for and cannot run here.
     """
+    by_name = checked(factors, biases)
+    if not runs_kernels(impl, x, by_name):
+        return tuple(REFERENCE[structure](x, *f[:-1], f[-1]) for f in zip(*by_name, strict=True))
+    out = call(f"{NAMES[structure]}_siblings", x, by_name)
+    return out.split([width(u) for u, *_ in factors], dim=-1)
+
+
+def gated_linear(
+    structure: str,
+    x: Tensor,
+    factors: list[tuple[Tensor, ...]],
+    biases: list[Tensor | None] | None = None,
+    activation: str = "silu",
+    impl: str | None = None,
+) -> Tensor:
+    """activation(gate(x)) * up(x), the product that a gated MLP takes down (arXiv 2002.05202).
+
+    At one token, where launches count, both layers have one last stage, which stores the product alone, without a
+    gradient. At many tokens one kernel for both was no faster than two and the product (H100).
+
+    Args:
+        structure, x, impl: as in `siblings_linear`, like what is raised.
+        factors, biases: of the gate and of the other layer, of the same shapes.
+        activation: of `activations.ACTIVATIONS`.
+
+    Returns:
+        `[..., N]` in x's dtype.
+    """
+    check_activation(activation)
+    by_name = checked(factors, biases)
+    one_token = x.numel() == x.shape[-1]
+    few_blocks = all(t.shape[0] <= MOST_BLOCKS for t in (*by_name[0], *by_name[-2]) if t.dim() == 3)
+    if not (one_token and few_blocks and runs_kernels(impl, x, by_name)):
+        gate, up = siblings_linear(structure, x, factors, biases, impl)
+        return activated(up, activation, gate)
+    return call(f"{NAMES[structure]}_gated", x, by_name, activation)
+
+
+def checked(factors, biases) -> list[list[Tensor | None]]:
+    """By name: all u, (all s,) all v, all biases. Raises ValueError where they cannot run together."""
     biases = [None] * len(factors) if biases is None else biases
     counts = {(u.shape[:-2], v.shape[:-2]) for u, *_, v in factors}
     if len(counts) > 1 or len({b is None for b in biases}) > 1:
         raise ValueError("layers that run together need the same block counts, and either all or none a bias")
-    # by name: all u, (all s,) all v, all biases
-    by_name = [*zip(*factors, strict=True), biases]
-    if resolve_impl(impl, "siblings", x, *(t for tensors in by_name for t in tensors)) != "triton":
-        return tuple(REFERENCE[structure](x, *f, b) for f, b in zip(factors, biases, strict=True))
+    return [*map(list, zip(*factors, strict=True)), list(biases)]
+
+
+def runs_kernels(impl: str | None, x: Tensor, by_name) -> bool:
+    return resolve_impl(impl, "siblings", x, *(t for tensors in by_name for t in tensors)) == "triton"
+
+
+def call(name: str, x: Tensor, by_name, *settings) -> Tensor:
+    """The op of that name, `[..., N]`, on rows that it can read."""
     dtype = compute_dtype(x)
     rows = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
     by_name = [[None if t is None else contiguous_rows(t, dtype) for t in tensors] for tensors in by_name]
-    op = torch.ops.hf_blr.blast_siblings if structure == "blast" else torch.ops.hf_blr.monarch_siblings
-    out = op(rows, *by_name)
-    out = out.view(*x.shape[:-1], out.shape[-1])
-    return out.split([width(u) for u, *_ in factors], dim=-1)
+    out = getattr(torch.ops.hf_blr, name)(rows, *by_name, *settings)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def width(u: Tensor) -> int:
@@ -68,12 +114,25 @@ def _fake(x, us, *_):
     return x.new_empty(x.shape[0], sum(width(u) for u in us))
 
 
+def _gated_fake(x, us, *_):
+    return x.new_empty(x.shape[0], width(us[0]))
+
+
 def _monarch_siblings(x, u, v, bias):
     from hf_blr.ops.triton.siblings import monarch_siblings_fwd
 
-    # low-rank is Monarch with one block
-    u, v = ([t if t.dim() == 3 else t[None] for t in ts] for ts in (u, v))
-    return monarch_siblings_fwd(x, u, v, bias)
+    return monarch_siblings_fwd(x, stacked(u), stacked(v), bias)
+
+
+def _monarch_gated(x, u, v, bias, activation):
+    from hf_blr.ops.triton.siblings import monarch_gated_fwd
+
+    return monarch_gated_fwd(x, stacked(u), stacked(v), bias, activation)
+
+
+def stacked(tensors: list[Tensor]) -> list[Tensor]:
+    """Low-rank's factors as stacks of one block."""
+    return [t if t.dim() == 3 else t[None] for t in tensors]
 
 
 def _blast_siblings(x, u, s, v, bias):
@@ -82,9 +141,18 @@ def _blast_siblings(x, u, s, v, bias):
     return blast_siblings_fwd(x, u, s, v, bias)
 
 
+def _blast_gated(x, u, s, v, bias, activation):
+    from hf_blr.ops.triton.siblings import blast_gated_fwd
+
+    return blast_gated_fwd(x, u, s, v, bias, activation)
+
+
+_UV, _USV = "Tensor x, Tensor[] u, Tensor[] v", "Tensor x, Tensor[] u, Tensor[] s, Tensor[] v"
 _OPS = {
-    "monarch_siblings(Tensor x, Tensor[] u, Tensor[] v, Tensor?[] bias) -> Tensor": (_monarch_siblings, _fake),
-    "blast_siblings(Tensor x, Tensor[] u, Tensor[] s, Tensor[] v, Tensor?[] bias) -> Tensor": (_blast_siblings, _fake),
+    f"monarch_siblings({_UV}, Tensor?[] bias) -> Tensor": (_monarch_siblings, _fake),
+    f"blast_siblings({_USV}, Tensor?[] bias) -> Tensor": (_blast_siblings, _fake),
+    f"monarch_gated({_UV}, Tensor?[] bias, str activation) -> Tensor": (_monarch_gated, _gated_fake),
+    f"blast_gated({_USV}, Tensor?[] bias, str activation) -> Tensor": (_blast_gated, _gated_fake),
 }
 
 define_ops(_OPS)

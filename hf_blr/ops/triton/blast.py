@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.decode_launch import decodes
@@ -35,13 +36,14 @@ def blast_expand_kernel(
     stride_ot,
     B1: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[t, i*Q + q] = sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q].
+    """out[t, i*Q + q] = activation(sum_r (sum_j s[i,j,r] y[j,t,r]) u[i,q,r] + bias[i*Q + q]).
 
     y `[B1, T, R]`, u `[B2, Q, R]`; for S layers that share x, y `[B1, T, S*R]`, s `[B2, B1, S*R]` and u `[S*B2, Q, R]`.
     """
@@ -66,10 +68,11 @@ def blast_expand_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + i_i * Q + o_q, mask=o_q < Q, other=0.0).to(tl.float32)[None, :]
     o = o_t.to(tl.int64)[:, None] * stride_ot + (i_i * Q + o_q)[None, :]
+    acc = activate(acc, ACTIVATION)
     tl.store(out_ptr + o, acc.to(out_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_q < Q)[None, :])
 
 
-def blast_expand(y, u, s, bias, out):
+def blast_expand(y, u, s, bias, out, activation=""):
     """out `[T, N]` from y `[B1, T, R]`, the mix included.
 
     For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]` and s `[B2, B1, S*R]`.
@@ -99,6 +102,7 @@ def blast_expand(y, u, s, bias, out):
             out.stride(0),
             B1=b1,
             HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
             TMA=tma,
             PRECISION=dot_precision(y.dtype),
             BT=config.bt,
@@ -111,7 +115,7 @@ def blast_expand(y, u, s, bias, out):
     launch(run, "blast_expand", rule, tokens, (b1, b2, q, r, width), y)
 
 
-def blast_fwd(x, u, s, v, bias, keep=False):
+def blast_fwd(x, u, s, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, R]` if asked to keep it.
 
     u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
@@ -121,12 +125,14 @@ def blast_fwd(x, u, s, v, bias, keep=False):
     if tokens == 0:
         return out, x.new_empty(b1, 0, r) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        decode_expand(blast_decode(x, s, v), u, bias, out)
+        decode_expand(blast_decode(x, s, v), u, bias, out, activation)
         return out, empty
-    # a y that is kept is laid out along r, and the kernel that adds a bias reads z along r
-    along_t = mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None
+    # a y that is kept is laid out along r, and the kernel that adds a bias or activates reads z along r
+    along_t = (
+        mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None and not activation
+    )
     y = blast_project(x, v, along_t)
-    blast_finish(y, u, s, bias, out)
+    blast_finish(y, u, s, bias, out, activation)
     return out, y if keep else empty
 
 
@@ -145,7 +151,7 @@ def blast_project(x, v, along_t):
     return y
 
 
-def blast_finish(y, u, s, bias, out):
+def blast_finish(y, u, s, bias, out, activation=""):
     """out `[T, N]` from y `[B1, T, R]`.
 
     For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[B2, B1, S*R]` and bias
@@ -153,9 +159,9 @@ def blast_finish(y, u, s, bias, out):
     """
     (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
     if fuses_mix(b1, s.shape[0], q, r, tokens):
-        blast_expand(y, u, s, bias, out)
+        blast_expand(y, u, s, bias, out, activation)
     else:
-        expand(blast_mix(y, s, width // r), u, bias, out.view(tokens, blocks, q).transpose(0, 1))
+        expand(blast_mix(y, s, width // r), u, bias, out.view(tokens, blocks, q).transpose(0, 1), activation)
 
 
 def blast_bwd(grad, x, u, s, v, y, needs):

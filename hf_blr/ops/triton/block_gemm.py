@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.launch import device_of, dot_precision, gemm_config
 from hf_blr.ops.triton.tiles import load_tile
 from hf_blr.ops.triton.tuned import launch
@@ -32,13 +33,14 @@ def block_gemm_kernel(
     stride_cn,
     SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """c[g] = a[g] b[g]^T + bias[g] for a `[G, T, K]`, b `[G, N, K]`, c `[G, T, N]`.
+    """c[g] = activation(a[g] b[g]^T + bias[g]) for a `[G, T, K]`, b `[G, N, K]`, c `[G, T, N]`.
 
     SWAP reads Monarch's y `[CHUNKS, T, G*KC]` in place as a[g] `[T, CHUNKS*KC]`: the two block indices change
     places.
@@ -61,17 +63,18 @@ def block_gemm_kernel(
     o_n = i_n * BN + tl.arange(0, BN)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + i_g * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
     o = i_g.to(tl.int64) * stride_cg + o_t.to(tl.int64)[:, None] * stride_ct + o_n[None, :] * stride_cn
     tl.store(c_ptr + o, acc.to(c_ptr.dtype.element_ty), mask=(o_t < T)[:, None] & (o_n < N)[None, :])
 
 
-def block_gemm(a, b, c, bias=None, swap=False):
-    """c[g] = a[g] b[g]^T + bias[g] into the strided view c `[G, T, N]`; `swap`: a is Monarch's y."""
+def block_gemm(a, b, c, bias=None, swap=False, activation=""):
+    """c[g] = activation(a[g] b[g]^T + bias[g]) into the strided view c `[G, T, N]`; `swap`: a is Monarch's y."""
     (groups, tokens, n), k = c.shape, b.shape[2]
     chunks = a.shape[0] if swap else 1
     chunk = k // chunks
     device = device_of(c)
-    rule = gemm_config(chunk if swap else 1 << 10, tokens, c.element_size(), device)
+    rule = gemm_config(chunk if swap else 1 << 10, tokens, c.element_size(), device, bool(activation))
 
     def run(config):
         tma = device.is_hopper and fits_tma(a) and fits_tma(b) and not (swap and chunk % config.bk)
@@ -90,6 +93,7 @@ def block_gemm(a, b, c, bias=None, swap=False):
             *c.stride(),
             SWAP=swap,
             HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
             TMA=tma,
             PRECISION=dot_precision(c.dtype),
             BT=config.bt,
@@ -99,15 +103,15 @@ def block_gemm(a, b, c, bias=None, swap=False):
             num_stages=config.stages,
         )
 
-    launch(run, "block_gemm", rule, tokens, (groups, n, k, chunks), c)
+    launch(run, "block_gemm", rule, tokens, (groups, n, k, chunks, bool(activation)), c)
 
 
-def expand(z, u, bias, out):
-    """out[i] = z[i] u[i]^T + bias[i] into the strided view out `[B2, T, Q]`; cuBLAS adds no bias."""
-    if bias is None:
+def expand(z, u, bias, out, activation=""):
+    """out[i] = activation(z[i] u[i]^T + bias[i]) into the strided view out `[B2, T, Q]`; cuBLAS only multiplies."""
+    if bias is None and not activation:
         torch.bmm(z, u.transpose(1, 2), out=out)
     else:
-        block_gemm(z, u, out, bias=bias)
+        block_gemm(z, u, out, bias=bias, activation=activation)
 
 
 def fits_tma(t: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.decode_launch import DecodeConfig, decode_rows, lines
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_past_loads
@@ -28,7 +29,19 @@ def load_rows(ptr, o_j, o_n, N, P, R, stride_n, STEPS: tl.constexpr, BP: tl.cons
 
 
 @triton.jit
-def put_tile(b_zs, b_us, bias_ptr, out_ptr, o_o, o_n, m_t, m_q, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+def put_tile(
+    b_zs,
+    b_us,
+    bias_ptr,
+    out_ptr,
+    o_o,
+    o_n,
+    m_t,
+    m_q,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Store the outputs of one tile, the sum over steps and parts of z `[BJ, BT, BP]` and u `[BJ, BQ, BP]`."""
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)
@@ -38,6 +51,7 @@ def put_tile(b_zs, b_us, bias_ptr, out_ptr, o_o, o_n, m_t, m_q, HAS_BIAS: tl.con
     b_out = tl.sum(acc, 0)
     if HAS_BIAS:
         b_out += b_bias[None, :]
+    b_out = activate(b_out, ACTIVATION)
     tl.store(out_ptr + o_o + o_n[None, :], b_out.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
 
@@ -59,6 +73,7 @@ def decode_expand_wide_kernel(
     stride_uq,
     stride_ot,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -72,7 +87,7 @@ def decode_expand_wide_kernel(
     BQ: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """out[t, i*Q + q] = sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]; P, R and the strides of z and u come / VEC.
+    """out[t, i*Q + q] = activation(sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]); P, R, strides of z and u come / VEC.
 
     R is cut into BJ parts of P, a batch of the product, so that each warp has a part of z, in registers. Program i_q of
     a block takes its tiles i_q, i_q + PROGRAMS and so on. The wait and the load of z stand inside the loop: what the
@@ -102,10 +117,10 @@ def decode_expand_wide_kernel(
                     prefetch_to_l2(u_ptr, o_u, m_l)
             wait_past_loads(PDL)
             b_zs = load_rows(z_ptr, o_jr, o_t, T, P * VEC, R * VEC, stride_zt * VEC, STEPS, BP)
-        put_tile(b_zs, b_us, bias_ptr, out_ptr, o_o, i_i * Q + o_q, m_t, o_q < Q, HAS_BIAS, PRECISION)
+        put_tile(b_zs, b_us, bias_ptr, out_ptr, o_o, i_i * Q + o_q, m_t, o_q < Q, HAS_BIAS, ACTIVATION, PRECISION)
 
 
-def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor):
+def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activation: str = ""):
     """`decode_expand` from 2 tokens on, with a setting whose `programs` are not 0."""
     (blocks, q, r), tokens = u.shape, z.shape[1]
     device = device_of(z)
@@ -128,6 +143,7 @@ def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None,
         *(n // vec for n in sizes),
         out.stride(0),
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         LINES=lines(part, line),
         LINE=line,
         AHEAD=config.ahead,

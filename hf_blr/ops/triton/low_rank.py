@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
+from hf_blr.ops.dispatch import decodes_low_rank
+from hf_blr.ops.triton.block_gemm import block_gemm
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.decode_launch import decodes
 
 
-def low_rank_fwd(x, u, v, bias, keep=False):
+def low_rank_fwd(x, u, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
 
     u `[N, R]`, v `[R, K]`, bias `[N]` or None.
     """
     tokens, (n, r) = x.shape[0], u.shape
-    if tokens == 0 or keep or not decodes(tokens, 1, 1):
+    # one that activates comes here at any number of tokens
+    decoding = decodes_low_rank(tokens) if activation else decodes(tokens, 1, 1)
+    if tokens == 0 or keep or not decoding:
         y = F.linear(x, v)
-        return F.linear(y, u, bias), y if keep else x.new_empty(0)
+        return finish(y, u, bias, activation), y if keep else x.new_empty(0)
     z, out = x.new_empty(1, tokens, r), x.new_empty(tokens, n)
     decode_project(x, v[None], None, z)
-    decode_expand(z, u[None], bias, out)
+    decode_expand(z, u[None], bias, out, activation)
     return out, x.new_empty(0)
+
+
+def finish(y, u, bias, activation=""):
+    """`[T, N]` from y `[T, R]` at many tokens."""
+    if not activation or not len(y):
+        return F.linear(y, u, bias)
+    out = y.new_empty(len(y), len(u))
+    block_gemm(y[None], u[None], out[None], bias=bias, activation=activation)
+    return out
 
 
 def low_rank_bwd(grad, x, u, v, y, needs):

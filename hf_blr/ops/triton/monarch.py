@@ -10,7 +10,7 @@ from hf_blr.ops.triton.decode_launch import decodes
 from hf_blr.ops.triton.launch import reads_swapped
 
 
-def monarch_fwd(x, u, v, bias, keep=False):
+def monarch_fwd(x, u, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, B2*r]` if asked to keep it.
 
     u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None.
@@ -20,10 +20,10 @@ def monarch_fwd(x, u, v, bias, keep=False):
     if tokens == 0:
         return out, x.new_empty(b1, 0, rows) if keep else empty
     if decodes(tokens, b1, b2) and not keep:
-        decode_expand(monarch_decode(x, v, b2), u, bias, out)
+        decode_expand(monarch_decode(x, v, b2), u, bias, out, activation)
         return out, empty
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
-    monarch_finish(y, u, bias, out)
+    monarch_finish(y, u, bias, out, activation)
     return out, y if keep else empty
 
 
@@ -35,17 +35,17 @@ def monarch_decode(x, v, b2):
     return z
 
 
-def monarch_finish(y, u, bias, out):
+def monarch_finish(y, u, bias, out, activation=""):
     """out `[T, N]` from y `[B1, T, B2*r]`."""
     (b1, tokens, rows), (b2, q, _) = y.shape, u.shape
     blocks = out.view(tokens, b2, q).transpose(0, 1)
     if b1 == 1:
         # nothing to swap: what is left is a stack of low-rank layers, whose products cuBLAS does best
-        expand(y[0].view(tokens, b2, rows // b2).transpose(0, 1), u, bias, blocks)
+        expand(y[0].view(tokens, b2, rows // b2).transpose(0, 1), u, bias, blocks, activation)
     elif reads_swapped(rows // b2):
-        block_gemm(y, u, blocks, bias=bias, swap=True)
+        block_gemm(y, u, blocks, bias=bias, swap=True, activation=activation)
     else:
-        expand(swap_blocks(y, b2), u, bias, blocks)
+        expand(swap_blocks(y, b2), u, bias, blocks, activation)
 
 
 def swap_blocks(y, b2):

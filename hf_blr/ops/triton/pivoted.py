@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -11,6 +10,7 @@ from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode import decode_expand, decode_project
 from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
 from hf_blr.ops.triton.launch import device_of, pow2, vector_width
+from hf_blr.ops.triton.low_rank import finish
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -88,7 +88,7 @@ def pivoted_project_kernel(
     tl.store(y_ptr + o_r, b_y.to(y_ptr.dtype.element_ty), mask=m_r)
 
 
-def pivoted_fwd(x, u, c, order, bias, keep=False):
+def pivoted_fwd(x, u, c, order, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
 
     u `[N, R]`, c `[R, K - R]`, order `[K]`, bias `[N]` or None.
@@ -96,7 +96,7 @@ def pivoted_fwd(x, u, c, order, bias, keep=False):
     tokens, (n, r) = x.shape[0], u.shape
     if not tokens or keep or not decodes_low_rank(tokens):
         y = project(x, c, order)
-        return F.linear(y, u, bias), y if keep else x.new_empty(0)
+        return finish(y, u, bias, activation), y if keep else x.new_empty(0)
     if tokens == 1:
         y = project_one(x, c, order)
     else:
@@ -104,7 +104,7 @@ def pivoted_fwd(x, u, c, order, bias, keep=False):
         if rest.shape[1]:
             decode_project(rest, c[None], None, y[None], add=True)
     out = x.new_empty(tokens, n)
-    decode_expand(y[None], u[None], bias, out)
+    decode_expand(y[None], u[None], bias, out, activation)
     return out, x.new_empty(0)
 
 

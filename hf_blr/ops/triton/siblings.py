@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_blr.ops.activations import activated
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
 from hf_blr.ops.triton.decode import decode_expand
@@ -67,6 +68,38 @@ def blast_siblings_fwd(x, us, ss, vs, biases):
             else:
                 blast_finish(ranks(y, vs, part, run), u, joined(ss, run, 2), bias, o)
     return out
+
+
+def monarch_gated_fwd(x, us, vs, biases, activation):
+    """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `monarch_siblings_fwd`."""
+    both = range(2)
+    if len(split(both, (us, 0), (vs, 1), (biases, 0))) > 1 or us[0].shape != us[1].shape:
+        return multiplied(monarch_siblings_fwd(x, us, vs, biases), activation)
+    u, v, bias = joined(us, both, 0), joined(vs, both, 1), joined(biases, both, 0)
+    z = monarch_decode(x, v, 1 if v.shape[0] == 1 else u.shape[0])
+    return finish_gated(z, u, bias, activation)
+
+
+def blast_gated_fwd(x, us, ss, vs, biases, activation):
+    """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `blast_siblings_fwd`."""
+    both = range(2)
+    if len(split(both, (us, 0), (ss, 2), (vs, 1), (biases, 0))) > 1 or us[0].shape != us[1].shape:
+        return multiplied(blast_siblings_fwd(x, us, ss, vs, biases), activation)
+    z = blast_decode(x, joined(ss, both, 2), joined(vs, both, 1))
+    return finish_gated(z, joined(us, both, 0), joined(biases, both, 0), activation)
+
+
+def finish_gated(z, u, bias, activation):
+    """`[1, N]` of two layers whose u lie in one `[2*B2, Q, R]`."""
+    out = z.new_empty(1, u.shape[0] // 2 * u.shape[1])
+    decode_expand(z, u, bias, out, activation, gated=True)
+    return out
+
+
+def multiplied(out, activation):
+    """activation(first half) * second half of `[T, 2*N]`."""
+    gate, up = out.chunk(2, dim=1)
+    return activated(up, activation, gate)
 
 
 def split(layers: range, *factors: tuple, same=None) -> list[range]:

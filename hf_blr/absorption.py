@@ -1,0 +1,193 @@
+"""Activations that the projection before them applies, while its last stage stores: part of `hf_blr.fuse`.
+
+A pass over an MLP's hidden layer costs as much as the projection itself on small models. Nothing here holds for good:
+whatever takes a projection's place, or its training, brings the model's own activation back.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.linear import BLRLinear
+from hf_blr.ops import use_impl
+
+#: (projection, activation) in one parent, the second called on what the first returns
+AFTER = (
+    ("fc1", "activation_fn"),
+    ("fc1", "act"),
+    ("c_fc", "act"),
+    ("dense", "intermediate_act_fn"),
+    ("dense_h_to_4h", "act"),
+    ("fc_in", "act"),
+    ("proj", "gelu"),
+)
+#: (gate, up, activation, down) of a gated MLP: down(activation(gate(x)) * up(x))
+GATED = (("gate_proj", "up_proj", "act_fn", "down_proj"),)
+#: {class of an activation: its name in `ops.activations.ACTIVATIONS`}
+CLASSES = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+class Absorbed(nn.Module):
+    """An activation in the place where its model keeps it, which passes on what comes activated already."""
+
+    def __init__(self, activation, parent: nn.Module, projection: str):
+        super().__init__()
+        self.activation = activation
+        # a tuple hides the parent from nn.Module, whose child this is
+        self.place = parent, projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent, name = self.place
+        projection = parent._modules.get(name)
+        if isinstance(projection, BLRLinear) and projection.activation:
+            return x
+        return self.activation(x)
+
+
+def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
+    """Let the children of a module apply the activations between them.
+
+    Each is tried on a small random input, and undone unless the parent gives the same output as before.
+
+    Returns:
+        (projection, activation), or (gate, up, activation), by their names in the parent.
+    """
+    # a forward of its own, or one of ours
+    if parent.training or "forward" in vars(parent) or hasattr(type(parent), "before_fusion"):
+        return []
+    found = [pair for pair in AFTER if absorb_after(parent, *pair)]
+    return found + [names[:3] for names in GATED if gate(parent, *names)]
+
+
+def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
+    projection, kind = parent._modules.get(name), activation_of(parent, attribute)
+    if not (kind and isinstance(projection, BLRLinear)) or projection.u.is_meta:
+        return False
+    expected = on_trial(parent, projection)
+    activation = getattr(parent, attribute)
+    put(parent, attribute, Absorbed(activation, parent, name))
+    projection.activation = kind
+    if alike(expected, on_trial(parent, projection)):
+        return True
+    projection.activation = ""
+    bring_back(parent)
+    return False
+
+
+def gate(parent: nn.Module, *names: str) -> bool:
+    first, second, attribute, last = names
+    kind = activation_of(parent, attribute)
+    modules = [parent._modules.get(name) for name in (first, second)]
+    if not kind or not all(isinstance(m, BLRLinear) for m in modules) or modules[0].siblings is None:
+        return False
+    group, _ = modules[0].siblings
+    if group.modules != modules or modules[0].spec != modules[1].spec:
+        return False
+
+    def apart(x):
+        down, activation = getattr(parent, last), getattr(parent, attribute)
+        return down(activation(modules[0](x)) * modules[1](x))
+
+    if not alike(on_trial(parent, modules[0]), on_trial(apart, modules[0])):
+        return False
+    parent.__class__ = gated_class(type(parent), first, second, last, kind)
+    return True
+
+
+@functools.cache
+def gated_class(base: type[nn.Module], first: str, second: str, last: str, kind: str) -> type[nn.Module]:
+    """A class whose two first projections run as one: by classes torch.compile sees that blocks are equal."""
+
+    class Gated(base):
+        before_fusion = base
+
+        def forward(self, x):
+            gate, up = self._modules[first], self._modules[second]
+            if isinstance(gate, BLRLinear) and gate.siblings is not None:
+                group, _ = gate.siblings
+                if group.modules[0] is gate and group.modules[1] is up:
+                    hidden = group.gated(x, kind)
+                    if hidden is not None:
+                        return self._modules[last](hidden)
+            return super().forward(x)
+
+        def __reduce_ex__(self, protocol):
+            # no module holds this class by name
+            return made_again, (base, first, second, last, kind), self.__dict__
+
+    Gated.__name__, Gated.__qualname__, Gated.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Gated
+
+
+def made_again(*names) -> nn.Module:
+    """An instance of a `gated_class` without its state, for copies and pickles."""
+    cls = gated_class(*names)
+    return cls.__new__(cls)
+
+
+def bring_back(parent: nn.Module):
+    """Undo `absorb` but for the projections' own part, which `BLRLinear.stand_alone` undoes."""
+    for name, value in [*vars(parent).items(), *parent._modules.items()]:
+        if isinstance(value, Absorbed):
+            vars(parent).pop(name, None)
+            if name in parent._modules:
+                setattr(parent, name, value.activation)
+    if hasattr(type(parent), "before_fusion"):
+        parent.__class__ = type(parent).before_fusion
+
+
+def activation_of(parent: nn.Module, attribute: str) -> str:
+    """The name of an activation that a last stage can apply; "" for any other attribute, or none."""
+    value = getattr(parent, attribute, None)
+    if isinstance(value, nn.GELU):
+        return APPROXIMATIONS[value.approximate]
+    if isinstance(value, nn.Module):
+        return CLASSES.get(type(value).__name__, "")
+    # a diffusers module that is projection and activation in one keeps the latter as a method
+    if callable(value) and type(parent).__name__ == "GELU":
+        return APPROXIMATIONS.get(getattr(parent, "approximate", None), "")
+    return ""
+
+
+def put(parent: nn.Module, attribute: str, value: Absorbed):
+    """As a child where the activation was one; in front of a method otherwise."""
+    if attribute in parent._modules:
+        setattr(parent, attribute, value)
+    else:
+        vars(parent)[attribute] = value
+
+
+@torch.no_grad()
+def on_trial(function, projection: BLRLinear) -> Tensor | None:
+    """What a function makes of a random `[1, 2, K]`, in plain PyTorch; None if it wants something else."""
+    u = projection.u
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, projection.in_features, generator=generator).to(u.device, u.dtype)
+    try:
+        with use_impl("reference"):
+            return function(x)
+    except Exception:
+        # a forward with other arguments: it stays as it is
+        return None
+
+
+def alike(expected, found) -> bool:
+    """Whether both are tensors that differ by no more than rounding."""
+    if not all(isinstance(t, Tensor) for t in (expected, found)) or expected.shape != found.shape:
+        return False
+    scale = float(expected.abs().max())
+    return bool((expected - found).abs().max() <= 8 * torch.finfo(expected.dtype).eps * scale)
