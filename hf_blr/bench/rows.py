@@ -24,7 +24,7 @@ class Request:
 
     Args:
         measurements: of `measure.MEASUREMENTS`.
-        tokens: of a forward over text; None takes the model's own list.
+        tokens: of a forward over text, or of the sizes of pictures that a model has; None takes the model's own list.
         batches: of a forward.
         forms: of `forms.FORMS`, for forwards and generation; those in `measure.TRAINING_FORMS` for training, beside
             eager.
@@ -58,8 +58,10 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
 
     A measurement that fails gives a row with `error`, and the others go on.
     """
-    # the size of a picture is the model's, not the caller's
-    tokens = request.tokens if request.tokens and shape.kind == "text" else shape.prefill
+    tokens = request.tokens or shape.prefill
+    if shape.kind != "text":
+        # the size of a picture is the model's: the caller chooses among those that it has
+        tokens = tuple(t for t in shape.prefill if t in tokens) or shape.prefill
     groups = [(t,) for t in tokens] if shape.options else [tokens]
     try:
         names = trained_names(shape)

@@ -123,7 +123,7 @@ def add_model_arguments(parser):
     parser.add_argument("--forms", nargs="+", default=request.forms, choices=FORMS, help="of forwards and generation")
     parser.add_argument("--mode", default=request.mode, choices=MODES, help="of torch.compile")
     parser.add_argument("--ratio", type=float, default=request.ratio, help="kept / dense parameters of a layer")
-    parser.add_argument("--tokens", nargs="+", type=int, help="of a forward over text; the usual ones if left out")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of a forward; the usual ones if left out")
     parser.add_argument("--batches", nargs="+", type=int, default=request.batches, help="of a forward")
     parser.add_argument("--decode-batches", nargs="+", type=int, default=request.decode_batches)
     parser.add_argument("--prompt", type=int, default=request.prompt, help="tokens before generation")
