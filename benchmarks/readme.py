@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import goals
-from summaries import models_summary, quality_summary, small_models, square_blast
+from summaries import models_summary, profiles, quality_summary, square_blast
 
 from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
@@ -120,9 +120,9 @@ def quality_section() -> str:
     return f"{quality_summary(result['rows'])}\n\n{quality_conditions(result)}"
 
 
-def small_models_section() -> str:
-    """Where the time of models goes that gain little."""
-    return small_models(read_result(RESULTS / "models_h100.json")["rows"])
+def profiles_section() -> str:
+    """Where the time of whole models goes."""
+    return profiles(read_result(RESULTS / "models_h100.json")["rows"])
 
 
 def square_blast_section() -> str:
@@ -185,7 +185,7 @@ DOCUMENTS = {
     ROOT / "benchmarks" / "NOTES.md": {
         "layer-goals": goals.layer_goals,
         "model-goals": goals.model_goals,
-        "small-models": small_models_section,
+        "profiles": profiles_section,
         "square-blast": square_blast_section,
         "counters": goals.counters,
         "quality-rows": quality_rows_section,

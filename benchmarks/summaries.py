@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hf_blr.bench.model_ceilings import model_sizes_of
+from hf_blr.bench.models import SHAPES
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
-from hf_blr.evaluation.whole_models import forward_parts
+from hf_blr.evaluation.whole_models import forward_parts, step_parts
 from hf_blr.results.tables import compared
 
 METHODS = {
@@ -77,29 +78,40 @@ def models_summary(rows: list[dict]) -> str:
     return f"{format_table(table)}\n\n{marks} Peak memory is that of dense."
 
 
-#: models whose prefill gains little: (model, batch, tokens, variant); GPT-2 has nothing to fuse
-SMALL = (
-    ("GPT2-S", 8, 1024, "low_rank"),
-    ("ViT-B/16", 8, 197, "low_rank+fused"),
-    ("ViT-B/16", 64, 197, "low_rank+fused"),
-)
-
-
-def small_models(rows: list[dict]) -> str:
-    """Where the roofline says that a prefill's milliseconds go, dense -> low-rank at half, and what was measured."""
+def profiles(rows: list[dict]) -> str:
+    """Where a graph's milliseconds go, by the profiler and, in brackets, by the roofline."""
     table = []
-    for model, batch, tokens, variant in SMALL:
-        sizes = [model_sizes_of(model, name, 0.5) for name in ("dense", variant)]
-        parts = [forward_parts(each, batch, tokens, DEVICES["H100-measured"]) for each in sizes]
-        wanted = ("prefill", model, batch, tokens)
-        here = [r for r in rows if (r["measurement"], r["model"], r.get("batch"), r.get("tokens")) == wanted]
-        measured = {row["variant"]: row["ms"] for row in here}
-        line = {"ms": f"{model}, {batch} x {tokens}"}
-        line |= {part: " -> ".join(f"{1e3 * each[part]:.2f}" for each in parts) for part in parts[0]}
-        line["in all"] = " -> ".join(f"{1e3 * sum(each.values()):.2f}" for each in parts)
-        found = [f"{measured[name]:.2f}" for name in ("dense", "low_rank") if name in measured]
-        table.append(line | {"measured, not fused": " -> ".join(found)})
-    return format_table(table)
+    for row in rows:
+        if "profile" not in row:
+            continue
+        found = row["profile"]["parts"]
+        measured = {"projections": found["products"] + found["blr"]} | {
+            k: found[k] for k in ("attention", "elementwise")
+        }
+        graph = row.get("graph_ms", row["ms"])
+        predicted = predicted_parts(row)
+        line = {"ms": f"{row['model']}, {row['batch']} x {row['tokens']}", "": row["variant"], "mode": row["mode"]}
+        line |= {part: with_brackets(ms, predicted.get(part)) for part, ms in measured.items()}
+        line |= {"between": f"{found['idle']:.2f}", "in all": with_brackets(graph, sum(predicted.values()) or None)}
+        table.append(line)
+    return f"{format_table(table)}\n\nProjections: all products, those of the output layer and of patches too."
+
+
+def predicted_parts(row: dict) -> dict[str, float]:
+    """Milliseconds; {} for diffusion models."""
+    if SHAPES[row["model"]].kind == "diffusion":
+        return {}
+    sizes, device = model_sizes_of(row["model"], row["variant"], row.get("ratio", 0.5)), DEVICES["H100-measured"]
+    if row["measurement"] == "decode":
+        parts = step_parts(sizes, row["batch"], row["prompt"] + row["new_tokens"], device)
+    else:
+        parts = forward_parts(sizes, row["batch"], row["tokens"], device)
+    parts["projections"] += parts.pop("once")
+    return {part: 1e3 * seconds for part, seconds in parts.items()}
+
+
+def with_brackets(measured: float, predicted: float | None) -> str:
+    return f"{measured:.2f}" + ("" if predicted is None else f" ({predicted:.2f})")
 
 
 def square_blast(rows: list[dict]) -> str:

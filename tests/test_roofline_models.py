@@ -20,6 +20,7 @@ from hf_blr.evaluation.whole_models import (
     forward_seconds,
     group_stages,
     layer_stages,
+    step_parts,
     step_seconds,
 )
 from hf_blr.structures import Blast, LowRank, Monarch
@@ -40,7 +41,7 @@ def parameters(sizes):
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.kind != "diffusion"])
 def test_projections_are_those_of_the_model(name):
     dense = model_sizes_of(name, "dense", 0.5)
-    half = model_sizes_of(name, "low_rank+fused" if name != "GPT2-S" else "low_rank", 0.5)
+    half = model_sizes_of(name, "low_rank+fused", 0.5)
     assert dense.blocks == half.blocks and 0.4 < parameters(half) / parameters(dense) <= 0.5
     assert all(p.form == "hf_blr" for group in half.groups for p in group)
     image = name == "ViT-B/16"
@@ -89,12 +90,24 @@ def test_arithmetic_of_a_forward(name, causal):
 
 def test_kernels_of_a_step():
     sizes = sizes_of(build_model(tiny_shape(), Variant("dense"), 0.5, "meta", torch.float32), fused=False)
-    # two blocks of 7 products, attention, 2 norms, rotation and activation; the last norm, the head, the embeddings.
+    # two blocks of 7 products and the sums of their parts, attention, which starts as a product of many tokens does,
+    # 2 norms, rotation and activation; the last norm, the head and its sum, the embeddings.
     # compiled blocks write values into the cache, and keys and values once for each query head
-    assert step_seconds(sizes, 1, 16, STARTS) == pytest.approx(2 * (12 + 3) + 3)
-    assert step_seconds(sizes, 1, 16, STARTS, one_block=False) == pytest.approx(2 * (12 + EAGER_KERNELS) + 3)
+    block = 14 + 100 + 4
+    assert step_seconds(sizes, 1, 16, STARTS) == pytest.approx(2 * (block + 3) + 4)
+    assert step_seconds(sizes, 1, 16, STARTS, one_block=False) == pytest.approx(2 * (block + EAGER_KERNELS) + 4)
     # a forward of many tokens: products and attention are such, but the head sees one token
-    assert forward_seconds(sizes, 1, 64, STARTS) == pytest.approx(2 * (8 * 100 + 4) + 3)
+    assert forward_seconds(sizes, 1, 64, STARTS) == pytest.approx(2 * (8 * 100 + 4) + 4)
+
+
+def test_an_absorbed_activation_is_no_kernel():
+    plain, fused = (model_sizes_of("GPT2-S", name, 0.5) for name in ("low_rank", "low_rank+fused"))
+    for tokens in (1, 64):
+        parts = [forward_parts(sizes, 1, tokens, STARTS)["elementwise"] for sizes in (plain, fused)]
+        assert parts[0] - parts[1] == pytest.approx(12)
+    gated = model_sizes_of("Llama-3.2-1B", "low_rank+fused", 0.5)
+    assert forward_parts(gated, 1, 64, STARTS)["elementwise"] == pytest.approx(16 * 4)
+    assert step_parts(gated, 1, 64, STARTS, one_block=False)["elementwise"] == pytest.approx(16 * (3 + EAGER_KERNELS))
 
 
 @pytest.mark.parametrize("tokens", [1, 1024])
@@ -119,7 +132,7 @@ def test_most_of_what_was_measured_was_predicted():
     rows = json.loads((RESULTS / "models_h100.json").read_text())["rows"]
     predicted = model_predictions(rows, DEVICES["H100-measured"])
     assert {row["measurement"] for row in predicted} == {"prefill", "decode"}
-    assert sum(abs(row["deviation"]) <= 0.25 for row in predicted) >= 0.75 * len(predicted)
+    assert sum(abs(row["deviation"]) <= 0.25 for row in predicted) >= 0.9 * len(predicted)
     for row in predicted:
         measured = row["ms"] if row["measurement"] == "prefill" else row["graph_ms"]
         assert row["deviation"] == pytest.approx(row["predicted_ms"] / measured - 1)

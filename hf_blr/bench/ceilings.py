@@ -6,6 +6,7 @@ import statistics
 
 import torch
 
+from hf_blr import ops
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.evaluation.devices import Ceilings
@@ -40,8 +41,17 @@ def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int =
             tiny.add_(1)
 
     kernel = timer.median(timer.captured(tiny_kernels)) / 100
+    few = few_bandwidth(timer, size, dtype, kernel)
     name = torch.cuda.get_device_name() if timer.on_gpu else "cpu"
-    return Ceilings(name, flops, bandwidth, timer.l2, None, max(product, 0.0), kernel)
+    return Ceilings(name, flops, bandwidth, timer.l2, None, few, max(product, 0.0), kernel)
+
+
+def few_bandwidth(timer: Timer, size: int, dtype: torch.dtype, kernel_seconds: float) -> float:
+    """Bytes a second at which a low-rank layer of 16 tokens reads its factors, starts of its two kernels apart."""
+    rank = size // 2
+    u, v, x = (torch.randn(s, device=timer.device, dtype=dtype) for s in ((size, rank), (rank, size), (16, size)))
+    seconds = timer.median(timer.captured(lambda: ops.low_rank_linear(x, u, v)), flush=True)
+    return 2 * u.numel() * u.element_size() / max(seconds - 2 * kernel_seconds, seconds / 2)
 
 
 def spec_of(row: dict) -> BLRSpec:

@@ -78,6 +78,7 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
         not image,
         (head[1], head[0]),
         (patch, config.hidden_size) if image else None,
+        fused,
     )
 
 

@@ -15,6 +15,8 @@ class Ceilings:
         bandwidth: bytes a second to and from memory.
         l2: bytes of cache that all multiprocessors share.
         l2_bandwidth: bytes a second out of it; None where it is not known, and then not a bound.
+        few_bandwidth: bytes a second that our kernels for 2 to 32 tokens draw from memory: weights pass through shared
+            memory into products of small tiles, which keep less of them on the way; None: `bandwidth`.
         product_seconds: what a product of many tokens costs beyond the above: start, first loads, drain.
         kernel_seconds: the same of a decode kernel or an elementwise one, following another in a CUDA graph.
     """
@@ -24,6 +26,7 @@ class Ceilings:
     bandwidth: float
     l2: float
     l2_bandwidth: float | None = None
+    few_bandwidth: float | None = None
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0
 
@@ -39,6 +42,6 @@ DATASHEETS = {
     "H200": Ceilings("H200", 989.4e12, 4800e9, 50e6),
 }
 #: a product of 8192^3 and a large copy on one H100, and the starts and drains of `benchmarks/NOTES.md`; L2's bandwidth
-#: is what the fused last stage was seen to draw
-MEASURED = {"H100-measured": Ceilings("H100-measured", 790e12, 3.0e12, 50e6, 9.6e12, 6e-6, 1.5e-6)}
+#: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do
+MEASURED = {"H100-measured": Ceilings("H100-measured", 790e12, 3.0e12, 50e6, 9.6e12, 2.1e12, 6e-6, 1.5e-6)}
 DEVICES = DATASHEETS | MEASURED

@@ -29,6 +29,7 @@ class Stage:
         between: bytes of the intermediates read and written, one entry each; they stay in L2 where they fit.
         repeated: bytes that pass from L2 because tiles read them again.
         product: many tokens on tensor cores, which take long to start and drain.
+        few: our kernels for 2 to 32 tokens.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     between: tuple[int, ...] = ()
     repeated: int = 0
     product: bool = True
+    few: bool = False
 
     @property
     def bytes(self) -> int:
@@ -49,7 +51,8 @@ class Stage:
 
     def bounds(self, device: Ceilings) -> dict[str, float]:
         """Seconds that each ceiling asks for."""
-        bounds = {"arithmetic": self.flops / device.flops, "memory": self.memory_bytes(device.l2) / device.bandwidth}
+        bandwidth = (self.few and device.few_bandwidth) or device.bandwidth
+        bounds = {"arithmetic": self.flops / device.flops, "memory": self.memory_bytes(device.l2) / bandwidth}
         if device.l2_bandwidth:
             bounds["L2"] = self.repeated / device.l2_bandwidth
         return bounds
@@ -73,8 +76,11 @@ def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2) 
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     kernels = dense_stages if form == "dense" else blr_stages
     found = in_bytes(kernels(spec, tokens, form), itemsize)
+    if tokens > FEW_TOKENS:
+        return found
     # few tokens leave even a product nothing but bytes to wait for
-    return found if tokens > FEW_TOKENS else [replace(stage, product=False) for stage in found]
+    few = form == "hf_blr" and tokens > 1
+    return [replace(stage, product=False, few=few and stage.flops > 0) for stage in found]
 
 
 def in_bytes(kernels: Iterable[Stage], itemsize: int) -> list[Stage]:
@@ -93,6 +99,9 @@ def in_bytes(kernels: Iterable[Stage], itemsize: int) -> list[Stage]:
 def dense_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
     k, n = spec.in_features, spec.out_features
     yield Stage("x W^T", 2 * tokens * k * n, tokens * (k + n) + k * n)
+    if tokens <= FEW_TOKENS:
+        # cuBLAS gives parts of the sum to different multiprocessors, and adds them up in a kernel of its own
+        yield Stage("sum of parts", 0, 0, (tokens * n,))
 
 
 def blr_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:

@@ -37,6 +37,7 @@ class ModelSizes:
         hidden: width of the residual stream.
         heads, kv_heads, head_dim: of attention.
         activation: numbers that the MLP's activation reads for each token, and those that it writes.
+        absorbed: whether the projection before it applies the activation (`hf_blr.fuse`); of a gated MLP at one token.
         norms: in one block, and after the last.
         rotary: whether positions are rotations of queries and keys.
         causal: whether a token attends to those before it alone.
@@ -56,6 +57,7 @@ class ModelSizes:
     causal: bool
     head: tuple[int, int]
     patches: tuple[int, int] | None = None
+    absorbed: bool = False
 
 
 def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> float:
@@ -74,12 +76,19 @@ def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, 
 def step_seconds(
     sizes: ModelSizes, batch: int, cache: int, device: Ceilings, one_block: bool = True, itemsize: int = 2
 ) -> float:
-    """Seconds of one decoding step.
+    """Seconds of one decoding step, the sum of `step_parts`.
 
     Args:
         cache: tokens that fit into the static cache: attention reads all of it, whatever is masked.
         one_block: whether whole blocks are compiled, or only norms and MLPs.
     """
+    return sum(step_parts(sizes, batch, cache, device, one_block, itemsize).values())
+
+
+def step_parts(
+    sizes: ModelSizes, batch: int, cache: int, device: Ceilings, one_block: bool = True, itemsize: int = 2
+) -> dict[str, float]:
+    """`step_seconds` by the parts of `forward_parts`."""
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
     # values go into the cache by a kernel of their own, keys with their rotation
     others = 1 if one_block else EAGER_KERNELS
@@ -87,9 +96,11 @@ def step_seconds(
         # compiled code writes keys and values once for each query head, a kernel for each, and reads them again
         read += 4 * batch * cache * sizes.heads * sizes.head_dim
         others += 2
-    attention = Stage("attention", 4 * batch * cache * sizes.heads * sizes.head_dim, read, product=False)
+    # one query walks over its keys in few programs, as long on the way as a small product
+    attention = Stage("attention", 4 * batch * cache * sizes.heads * sizes.head_dim, read)
     parts = seconds_by_part(sizes, batch, 1, attention, device, itemsize)
-    return sum(parts.values()) + others * sizes.blocks * device.kernel_seconds
+    parts["elementwise"] += others * sizes.blocks * device.kernel_seconds
+    return parts
 
 
 def seconds_by_part(
@@ -117,7 +128,9 @@ def elementwise_stages(sizes: ModelSizes, tokens: int) -> Iterator[Stage]:
         yield norm_stage(sizes, tokens)
     if sizes.rotary:
         yield Stage("rotate", 0, 2 * tokens * (sizes.heads + sizes.kv_heads) * sizes.head_dim, product=False)
-    yield Stage("activation", 0, tokens * sum(sizes.activation), product=False)
+    gated = sizes.activation[0] > sizes.activation[1]
+    if not sizes.absorbed or (gated and tokens > 1):
+        yield Stage("activation", 0, tokens * sum(sizes.activation), product=False)
 
 
 def norm_stage(sizes: ModelSizes, tokens: int) -> Stage:
