@@ -81,9 +81,7 @@ def models_summary(rows: list[dict]) -> str:
 def profiles(rows: list[dict]) -> str:
     """Where a graph's milliseconds go, by the profiler and, in brackets, by the roofline."""
     table = []
-    for row in rows:
-        if "profile" not in row:
-            continue
+    for row in sorted((row for row in rows if "profile" in row), key=place_in_table):
         found = row["profile"]["parts"]
         measured = {"projections": found["products"] + found["blr"]} | {
             k: found[k] for k in ("attention", "elementwise")
@@ -95,6 +93,10 @@ def profiles(rows: list[dict]) -> str:
         line |= {"between": f"{found['idle']:.2f}", "in all": with_brackets(graph, sum(predicted.values()) or None)}
         table.append(line)
     return f"{format_table(table)}\n\nProjections: all products, those of the output layer and of patches too."
+
+
+def place_in_table(row: dict) -> tuple:
+    return row["model"], row["batch"] * row["tokens"], row["mode"], row["variant"] != "dense", row["variant"]
 
 
 def predicted_parts(row: dict) -> dict[str, float]:
