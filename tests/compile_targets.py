@@ -15,7 +15,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_blr.ops.triton import blast, block_gemm, columns, decode, decode_wide, low_rank, mix, monarch, pivoted
+from hf_blr.ops.triton import (
+    blast,
+    block_gemm,
+    columns,
+    decode_expand,
+    decode_project,
+    decode_wide,
+    low_rank,
+    mix,
+    monarch,
+    pivoted,
+)
 from hf_blr.ops.triton.decode_launch import DecodeConfig
 from hf_blr.ops.triton.launch import Device
 
@@ -89,7 +100,7 @@ def call_siblings(tokens, k, n, rank, b1, b2):
     x, out = torch.empty(tokens, k, dtype=torch.bfloat16), torch.empty(tokens, 2 * n, dtype=torch.bfloat16)
     u, s, v = (x.new_empty(s) for s in ((2 * b2, q, rank), (b2, b1, 2 * rank), (b1, 2 * rank, p)))
     if tokens <= 32:
-        decode.decode_expand(blast.blast_decode(x, s, v), u, None, out)
+        decode_expand.decode_expand(blast.blast_decode(x, s, v), u, None, out)
     else:
         blast.blast_expand(x.new_empty(b1, tokens, 2 * rank), u, s, None, out)
         mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
@@ -107,7 +118,7 @@ def call_activated(k, n, rank, b1, b2):
         blast.blast_fwd(empty(tokens, k), u, s, v, bias, activation="gelu")
         low_rank.low_rank_fwd(empty(tokens, k), empty(n, rank), empty(rank, k), None, activation="gelu_tanh")
     for z in (empty(b2, 1, 2 * rank), empty(2 * b2, 1, rank)):
-        decode.decode_expand(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
+        decode_expand.decode_expand(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
 
 
 def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
@@ -131,7 +142,7 @@ def call_expand_wide(dtype, tokens, blocks, q, rank, config):
 
 def main(capability: int):
     JITFunction.run = catch
-    for module in (blast, block_gemm, columns, decode, decode_wide, mix, pivoted):
+    for module in (blast, block_gemm, columns, decode_expand, decode_project, decode_wide, mix, pivoted):
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (

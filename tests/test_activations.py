@@ -53,10 +53,10 @@ def test_in_the_stage_that_mixes(monkeypatch):
 @interpreted
 def test_in_the_programs_that_loop(monkeypatch):
     pytest.importorskip("triton")
-    from hf_blr.ops.triton import decode
+    from hf_blr.ops.triton import decode_expand
     from hf_blr.ops.triton.decode_launch import DecodeConfig
 
-    monkeypatch.setattr(decode, "expand_config", lambda *sizes: DecodeConfig(4, 16, 2, 1, programs=1))
+    monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: DecodeConfig(4, 16, 2, 1, programs=1))
     torch.testing.assert_close(*compared("blast", 5, "silu"), rtol=2e-5, atol=2e-5)
 
 

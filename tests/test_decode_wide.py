@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 from kernel_cases import SIBLINGS, assert_siblings_within_budget, assert_within_budget, make_inputs  # noqa: E402
 
-from hf_blr.ops.triton import decode, decode_wide  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_wide  # noqa: E402
 from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
@@ -26,7 +26,7 @@ def grids(request, monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(decode_wide, "decode_expand_wide_kernel", Recorded())
-    monkeypatch.setattr(decode, "expand_config", lambda *sizes: request.param)
+    monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: request.param)
     return launched
 
 
@@ -40,7 +40,7 @@ def error_and_allowed(blocks, q, r, tokens, dtype, bias=True):
     # rows of u followed by what must not be read, outputs by what must not be written
     u = torch.cat([u, torch.full((blocks, q, 3), float("nan"), dtype=dtype)], 2)[..., :r]
     wide = torch.full((tokens + 1, blocks * q + 5), float("nan"), dtype=dtype)
-    decode.decode_expand(z, u, b if bias else None, wide[:tokens, : blocks * q])
+    decode_expand.decode_expand(z, u, b if bias else None, wide[:tokens, : blocks * q])
     assert wide[tokens:].isnan().all() and wide[:, blocks * q :].isnan().all()
 
     def product(z, u, b):

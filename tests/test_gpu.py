@@ -19,7 +19,7 @@ from hf_blr.ops.activations import ACTIVATIONS
 from hf_blr.siblings import Siblings
 
 pytest.importorskip("triton")
-from hf_blr.ops.triton import decode  # noqa: E402
+from hf_blr.ops.triton import decode_expand  # noqa: E402
 from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -79,7 +79,7 @@ def test_gated_layers_keep_the_error_budget(structure, tokens, sizes):
 @pytest.mark.parametrize("tokens", [2, 16, 31])
 @pytest.mark.parametrize("structure", SIBLINGS)
 def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, monkeypatch):
-    monkeypatch.setattr(decode, "expand_config", lambda *sizes: config)
+    monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: config)
     # more tiles than programs, ranks that are and are not loaded in pieces of 16 bytes
     for rank in (96, 91):
         assert_within_budget(structure, make_inputs(structure, tokens, 4, 4, 64, 4500, rank, torch.bfloat16, "cuda"))

@@ -74,6 +74,7 @@ def model_tables(rows: list[dict], note: str) -> list[Table]:
     titles = {"prefill": "Prefill", "decode": "Decoding", "training": "Training step"}
     found = [Table(f"{titles[m]} of whole models", compared(good, m), note) for m in titles]
     found.append(Table("Models on disk", storage_rows(good), note))
+    found.append(Table("Where the time goes", profile_rows(good), f"Milliseconds by PyTorch's profiler. {note}"))
     failed = [row for row in rows if "error" in row]
     found.append(Table("What failed", [{k: r.get(k) for k in FAILURE_COLUMNS} for r in failed], note))
     return [table for table in found if table.rows]
@@ -124,6 +125,25 @@ def storage_rows(rows: list[dict]) -> list[dict]:
         }
         for row in rows
         if row["measurement"] == "storage"
+    ]
+
+
+def profile_rows(rows: list[dict]) -> list[dict]:
+    """What the parts of a graph take, of the rows that were profiled."""
+    return [
+        {
+            "model": row["model"],
+            "variant": row["variant"],
+            "": row["measurement"],
+            "batch": row["batch"],
+            "tokens": row["tokens"],
+            "mode": row.get("mode", ""),
+            "in all": row.get("graph_ms", row["ms"]),
+            **row["profile"]["parts"],
+            "longest kernel": row["profile"]["kernels"][0]["kernel"],
+        }
+        for row in rows
+        if "profile" in row
     ]
 
 

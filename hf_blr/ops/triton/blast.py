@@ -8,8 +8,9 @@ import triton.language as tl
 
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
-from hf_blr.ops.triton.decode import decode_expand, decode_project
+from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.launch import device_of, dot_precision, fused_mix_config, fuses_mix, mixes_along_t
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.block_gemm import block_gemm
-from hf_blr.ops.triton.decode import decode_expand, decode_project
+from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_project import decode_project
 
 
 def low_rank_fwd(x, u, v, bias, keep=False, activation=""):

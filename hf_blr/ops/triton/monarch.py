@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from hf_blr.ops.triton.block_gemm import block_gemm, expand
-from hf_blr.ops.triton.decode import decode_expand, decode_project
+from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.launch import reads_swapped
 
 

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
-from hf_blr.ops.triton.decode import decode_expand, decode_project
+from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
+from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.launch import device_of, pow2, vector_width
 from hf_blr.ops.triton.low_rank import finish
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous

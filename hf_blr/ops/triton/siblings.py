@@ -11,7 +11,7 @@ import torch
 from hf_blr.ops.activations import activated
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
-from hf_blr.ops.triton.decode import decode_expand
+from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import decodes
 from hf_blr.ops.triton.launch import fuses_mix, mixes_along_t
 from hf_blr.ops.triton.monarch import monarch_decode, monarch_finish
