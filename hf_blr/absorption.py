@@ -18,6 +18,8 @@ from hf_blr.ops import use_impl
 AFTER = (
     ("fc1", "activation_fn"),
     ("fc1", "act"),
+    ("fc1", "activation"),
+    ("wi", "act"),
     ("c_fc", "act"),
     ("dense", "intermediate_act_fn"),
     ("dense_h_to_4h", "act"),
@@ -66,9 +68,11 @@ def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
     Returns:
         (projection, activation), or (gate, up, activation), by their names in the parent.
     """
-    # a forward of its own, or one of ours
-    if parent.training or "forward" in vars(parent) or hasattr(type(parent), "before_fusion"):
+    # one with a forward of its own may do anything
+    if parent.training or "forward" in vars(parent):
         return []
+    # from a call of `fuse` before; training may have undone the projections' part of it
+    bring_back(parent)
     found = [pair for pair in AFTER if absorb_after(parent, *pair)]
     return found + [names[:3] for names in GATED if gate(parent, *names)]
 
@@ -77,6 +81,7 @@ def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
     projection, kind = parent._modules.get(name), activation_of(parent, attribute)
     if not (kind and isinstance(projection, BLRLinear)) or projection.u.is_meta:
         return False
+    projection.activation = ""
     expected = on_trial(parent, projection)
     activation = getattr(parent, attribute)
     put(parent, attribute, Absorbed(activation, parent, name))

@@ -72,6 +72,17 @@ def test_the_model_is_as_before_without(applied):
     assert [n for n, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("between", [lambda m: m, lambda m: m.train() and m.eval(), lambda m: m.double().float()])
+def test_fused_again(build, between, applied):
+    model = compressed(build=build)
+    expected, groups = tiny_logits(model), hf_blr.fuse(model)
+    modules = [name for name, _ in model.named_modules()]
+    assert hf_blr.fuse(between(model)) == groups and [name for name, _ in model.named_modules()] == modules
+    torch.testing.assert_close(tiny_logits(model), expected)
+    assert not applied and (build is tiny_llama or activating(model) == ["gelu_tanh"] * 2)
+
+
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_gated_mlps(structure):
     model = compressed(structure)

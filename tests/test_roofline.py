@@ -181,7 +181,20 @@ def test_predictions_against_the_kept_measurements():
 
 def test_ceilings_are_measured_on_any_device():
     found = measure_ceilings("cpu", size=64, copied_bytes=1 << 16)
-    assert found.flops > 0 and found.bandwidth > 0 and found.kernel_seconds > 0
+    assert found.flops > 0 and found.bandwidth > 0 and found.few_bandwidth > 0 and found.kernel_seconds > 0
+
+
+def test_few_tokens_draw_less_where_a_device_says_so():
+    device = Ceilings("", flops=1e30, bandwidth=2e9, l2=1e9, few_bandwidth=1e9, kernel_seconds=0.0)
+    for tokens, rate in ((1, 2e9), (2, 1e9), (32, 1e9), (33, 2e9)):
+        kernels = stages(LOW_RANK, tokens)
+        assert sum(s.seconds(device) for s in kernels) == pytest.approx(
+            sum(s.memory_bytes(1e9) for s in kernels) / rate
+        )
+    # cuBLAS' products keep their rate, and sum their parts in a second kernel
+    names = [s.name for s in stages(LOW_RANK, 16, "dense")]
+    assert names == ["x W^T", "sum of parts"] and len(stages(LOW_RANK, 33, "dense")) == 1
+    assert not any(s.few for s in stages(LOW_RANK, 16, "dense"))
 
 
 def test_from_the_command_line(tmp_path, capsys):
