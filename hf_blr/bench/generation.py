@@ -101,9 +101,11 @@ def stepping_by(model: nn.Module, step: StepGraph):
         del model.get_compiled_call, model.create_masks_for_generate
 
 
-def mask_for_step(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, **others) -> torch.Tensor | None:
+def mask_for_step(attention_mask: torch.Tensor | None, **others) -> torch.Tensor | None:
     """The mask `[batch, tokens seen]` that a step makes the rest of, at the cache's length where one token is new."""
-    if attention_mask is None or inputs_embeds.shape[1] > 1:
+    # transformers 5.0 has another name for them
+    embeds = others.get("inputs_embeds", others.get("input_embeds"))
+    if attention_mask is None or embeds.shape[1] > 1:
         return attention_mask
     length = max(layer.max_cache_len for layer in cache_of(others).layers)
     return F.pad(attention_mask, (0, length - attention_mask.shape[1]))
