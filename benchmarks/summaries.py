@@ -57,6 +57,8 @@ def models_summary(rows: list[dict]) -> str:
         lines: dict[tuple, dict] = {}
         for row in compared(rows, measurement):
             size = f"{row['batch']} x {row['tokens']}" if "tokens" in row else f"{row['batch']} x 1"
+            kept = row["form"].partition(", keeps ")[2]
+            size += f", {kept} kept" if kept else ""
             line = lines.setdefault((row["model"], size), {})
             name = row["variant"].removesuffix("+fused")
             column = PAPERS.get(name, name)

@@ -189,6 +189,23 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_a_training_step_that_keeps_fewer_activations():
+    from tiny import tiny_shape
+
+    from hf_blr.results.tables import compared
+
+    settings = {"forms": ("compiled",), "mode": "default", "training_tokens": 8, "dtype": torch.float32}
+    variants, found = [Variant("dense"), Variant.parse("low_rank")], []
+    for budget in (1.0, 0.5):
+        request = rows.Request(("training",), activation_budget=budget, stop_at_errors=True, **settings)
+        found += rows.model_rows("tiny", tiny_shape(), variants, request, Timer("cpu", 0.01, 3))
+    assert [row.get("activation_budget") for row in found if row["form"] == "compiled"] == [None, None, 0.5, 0.5]
+    # each is compared with its like
+    lines = compared([row for row in found if row["form"] == "compiled"], "training")
+    assert ["keeps 50 % of activations" in line["form"] for line in lines] == [True, True, False, False]
+    assert all(line["speed over dense"] == 1.0 for line in lines if line["variant"] == "dense")
+
+
 def test_one_failure_costs_one_row(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("as large\nas that")

@@ -88,14 +88,26 @@ TRAINING_FORMS = ("eager", "graph", "compiled")
 
 
 def training(
-    model: nn.Module, kind: str, names: list[str], batch: int, tokens: int, form: str, mode: str, timer: Timer
+    model: nn.Module,
+    kind: str,
+    names: list[str],
+    batch: int,
+    tokens: int,
+    form: str,
+    mode: str,
+    timer: Timer,
+    activation_budget: float = 1.0,
 ) -> dict:
     """{"ms", "peak_bytes", "trained_parameters"} of one step as the Trainer takes it: AdamW, norms clipped at one.
 
     Args:
         names: the modules that train, dense or compressed.
         form: of `TRAINING_FORMS`; but for "eager" the whole step, the optimizer's part included, is one CUDA graph.
+        activation_budget: share of the activations that compiled blocks keep for the backward, of those that
+            torch.compile keeps by itself; the others are computed again.
     """
+    import torch._functorch.config
+
     model.train().requires_grad_(False)
     trained = [p for name in names for p in model.get_submodule(name).parameters()]
     for parameter in trained:
@@ -113,7 +125,8 @@ def training(
         optimizer.step()
         optimizer.zero_grad()
 
-    with maskless_attention(model, kind), loss:
+    budget = torch._functorch.config.patch(activation_memory_budget=activation_budget)
+    with maskless_attention(model, kind), loss, budget:
         if form == "eager":
             for _ in range(2):
                 step()

@@ -31,6 +31,7 @@ class Request:
         mode: of torch.compile, of `forms.MODES`.
         decode_batches, prompt, new_tokens: of generation.
         training_batch, training_tokens: of a training step; no more tokens than the model has positions.
+        activation_budget: of a training step, `measure.training`'s.
         ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
         dtype: of all parameters.
         profile: add what each kernel of a forward or a decoding step takes.
@@ -47,6 +48,7 @@ class Request:
     new_tokens: int = 64
     training_batch: int = 1
     training_tokens: int = 2048
+    activation_budget: float = 1.0
     ratio: float = 0.5
     dtype: torch.dtype = torch.bfloat16
     profile: bool = False
@@ -132,9 +134,13 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
             t = min(request.training_tokens, longest_text(model))
         for form in (f for f in measure.TRAINING_FORMS if f in ("eager", *request.forms)):
             settings = {"measurement": "training", "batch": batch, "tokens": t, "form": form}
+            if form == "compiled" and request.activation_budget != 1.0:
+                settings["activation_budget"] = request.activation_budget
             yield (
                 settings | mode_of(form, mode),
-                lambda f=form: measure.training(model, shape.kind, names, batch, t, f, mode, timer),
+                lambda f=form: measure.training(
+                    model, shape.kind, names, batch, t, f, mode, timer, request.activation_budget
+                ),
             )
     if "storage" in wanted and shape.kind != "diffusion":
         yield {"measurement": "storage", "form": "eager"}, lambda: measure.storage(model, timer.device)

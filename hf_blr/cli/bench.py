@@ -130,6 +130,12 @@ def add_model_arguments(parser):
     parser.add_argument("--new-tokens", type=int, default=request.new_tokens, help="tokens generated")
     parser.add_argument("--training-batch", type=int, default=request.training_batch)
     parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
+    parser.add_argument(
+        "--activation-budget",
+        type=float,
+        default=request.activation_budget,
+        help="share of a training step's activations that compiled blocks keep, 0 to 1; the others are computed again",
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repetitions of one measurement")
     parser.add_argument("--profile", action="store_true", help="also say what the kernels of a graph take, on a GPU")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, with --mode default")
@@ -148,6 +154,7 @@ def bench_model(args):
         new_tokens=args.new_tokens,
         training_batch=args.training_batch,
         training_tokens=args.training_tokens,
+        activation_budget=args.activation_budget,
         ratio=args.ratio,
         dtype=getattr(torch, args.dtype),
         profile=args.profile,

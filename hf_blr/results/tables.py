@@ -88,15 +88,16 @@ def compared(rows: list[dict], measurement: str) -> list[dict]:
     best: dict[tuple, dict] = {}
     for row in rows:
         if row["measurement"] == measurement:
-            key = row["model"], row["batch"], row["tokens"], row["variant"]
+            # a step that keeps fewer activations is another measurement, not another form
+            key = row["model"], row["batch"], row["tokens"], row.get("activation_budget", 1.0), row["variant"]
             if key not in best or row["ms"] < best[key]["ms"]:
                 best[key] = row
-    return [compared_row(row, best.get((*key[:3], "dense"))) for key, row in sorted(best.items(), key=by_speed)]
+    return [compared_row(row, best.get((*key[:-1], "dense"))) for key, row in sorted(best.items(), key=by_speed)]
 
 
 def by_speed(entry) -> tuple:
-    (model, batch, tokens, variant), _ = entry
-    return model, batch, tokens, variant != "dense", variant
+    (*place, variant), _ = entry
+    return *place, variant != "dense", variant
 
 
 def compared_row(row: dict, dense: dict | None) -> dict:
@@ -104,6 +105,8 @@ def compared_row(row: dict, dense: dict | None) -> dict:
     if row["measurement"] != "decode":
         line["tokens"] = row["tokens"]
     line["form"] = f"{row['form']}, {row['mode']}" if "mode" in row else row["form"]
+    if "activation_budget" in row:
+        line["form"] += f", keeps {100 * row['activation_budget']:.0f} % of activations"
     line["ms"] = row["ms"]
     if row["measurement"] == "decode":
         line["tokens/s"] = row["tokens_per_second"]
