@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
+from hf_blr.siblings import Siblings
 
 #: (projection, activation) in one parent, the second called on what the first returns
 AFTER = (
@@ -73,15 +74,17 @@ def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
         return []
     # from a call of `fuse` before; training may have undone the projections' part of it
     bring_back(parent)
+    for child in parent.children():
+        if isinstance(child, BLRLinear):
+            child.activation = ""
     found = [pair for pair in AFTER if absorb_after(parent, *pair)]
-    return found + [names[:3] for names in GATED if gate(parent, *names)]
+    return found + [names[:3] for names in GATED if absorb_gate(parent, *names)]
 
 
 def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
     projection, kind = parent._modules.get(name), activation_of(parent, attribute)
-    if not (kind and isinstance(projection, BLRLinear)) or projection.u.is_meta:
+    if not (kind and isinstance(projection, BLRLinear)) or projection.activation or projection.u.is_meta:
         return False
-    projection.activation = ""
     expected = on_trial(parent, projection)
     activation = getattr(parent, attribute)
     put(parent, attribute, Absorbed(activation, parent, name))
@@ -89,28 +92,33 @@ def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
     if alike(expected, on_trial(parent, projection)):
         return True
     projection.activation = ""
-    bring_back(parent)
+    take_out(parent, attribute)
     return False
 
 
-def gate(parent: nn.Module, *names: str) -> bool:
+def absorb_gate(parent: nn.Module, *names: str) -> bool:
     first, second, attribute, last = names
     kind = activation_of(parent, attribute)
-    modules = [parent._modules.get(name) for name in (first, second)]
-    if not kind or not all(isinstance(m, BLRLinear) for m in modules) or modules[0].siblings is None:
-        return False
-    group, _ = modules[0].siblings
-    if group.modules != modules or modules[0].spec != modules[1].spec:
+    gate, up = parent._modules.get(first), parent._modules.get(second)
+    if not kind or group_of(gate, up) is None or gate.spec != up.spec:
         return False
 
     def apart(x):
         down, activation = getattr(parent, last), getattr(parent, attribute)
-        return down(activation(modules[0](x)) * modules[1](x))
+        return down(activation(gate(x)) * up(x))
 
-    if not alike(on_trial(parent, modules[0]), on_trial(apart, modules[0])):
+    if not alike(on_trial(parent, gate), on_trial(apart, gate)):
         return False
     parent.__class__ = gated_class(type(parent), first, second, last, kind)
     return True
+
+
+def group_of(gate: nn.Module | None, up: nn.Module | None) -> Siblings | None:
+    """What these two share if they, and nothing else, run together; None otherwise."""
+    if not isinstance(gate, BLRLinear) or gate.siblings is None:
+        return None
+    group, _ = gate.siblings
+    return group if group.modules == [gate, up] else None
 
 
 @functools.cache
@@ -121,14 +129,9 @@ def gated_class(base: type[nn.Module], first: str, second: str, last: str, kind:
         before_fusion = base
 
         def forward(self, x):
-            gate, up = self._modules[first], self._modules[second]
-            if isinstance(gate, BLRLinear) and gate.siblings is not None:
-                group, _ = gate.siblings
-                if group.modules[0] is gate and group.modules[1] is up:
-                    hidden = group.gated(x, kind)
-                    if hidden is not None:
-                        return self._modules[last](hidden)
-            return super().forward(x)
+            group = group_of(self._modules[first], self._modules[second])
+            hidden = None if group is None else group.gated(x, kind)
+            return super().forward(x) if hidden is None else self._modules[last](hidden)
 
         def __reduce_ex__(self, protocol):
             # no module holds this class by name
@@ -148,9 +151,7 @@ def bring_back(parent: nn.Module):
     """Undo `absorb` but for the projections' own part, which `BLRLinear.stand_alone` undoes."""
     for name, value in [*vars(parent).items(), *parent._modules.items()]:
         if isinstance(value, Absorbed):
-            vars(parent).pop(name, None)
-            if name in parent._modules:
-                setattr(parent, name, value.activation)
+            take_out(parent, name)
     if hasattr(type(parent), "before_fusion"):
         parent.__class__ = type(parent).before_fusion
 
@@ -174,6 +175,12 @@ def put(parent: nn.Module, attribute: str, value: Absorbed):
         setattr(parent, attribute, value)
     else:
         vars(parent)[attribute] = value
+
+
+def take_out(parent: nn.Module, attribute: str):
+    """Undo `put`."""
+    if vars(parent).pop(attribute, None) is None:
+        setattr(parent, attribute, parent._modules[attribute].activation)
 
 
 @torch.no_grad()

@@ -56,17 +56,18 @@ class Siblings:
             self.unclaimed = 0
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        factors = [tuple(module.factors().values()) for module in self.modules]
-        biases = [module.bias for module in self.modules]
-        return ops.siblings_linear(self.modules[0].spec.structure, x, factors, biases)
+        return ops.siblings_linear(*self.layers(x))
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:
         """activation(first) * second `[..., N]` on x; None if it is better computed apart."""
         if not self.worthwhile(x):
             return None
+        return ops.gated_linear(*self.layers(x), activation)
+
+    def layers(self, x: Tensor) -> tuple:
+        """(structure, x, factors, biases), as the ops take them."""
         factors = [tuple(module.factors().values()) for module in self.modules]
-        biases = [module.bias for module in self.modules]
-        return ops.gated_linear(self.modules[0].spec.structure, x, factors, biases, activation)
+        return self.modules[0].spec.structure, x, factors, [module.bias for module in self.modules]
 
     def worthwhile(self, x: Tensor) -> bool:
         """Whether kernels run, no gradient is wanted, and a change of x would be noticed."""

@@ -196,6 +196,18 @@ def test_a_parent_that_does_something_else_is_left_alone():
         assert name == "same" or parent.act is act
 
 
+def test_a_projection_applies_one_activation():
+    """An attribute of a name that is looked for may stand there unused, before or behind the one that is called."""
+    for unused in ("activation_fn", "activation"):
+        parent, x = Parent().eval(), torch.randn(3, 8)
+        parent.act = nn.SiLU()
+        setattr(parent, unused, nn.GELU())
+        expected = parent(x).detach()
+        assert hf_blr.fuse(parent) == [("fc1", "act")] and parent.fc1.activation == "silu"
+        assert type(getattr(parent, unused)) is nn.GELU
+        torch.testing.assert_close(parent(x).detach(), expected)
+
+
 class GELU(nn.Module):
     """As diffusers has it: projection and activation in one, the latter a method."""
 

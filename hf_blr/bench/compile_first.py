@@ -45,15 +45,8 @@ def run_once(name: str, variant: Variant, request: Request, device: str):
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
-    list(
-        model_rows(
-            name,
-            shallow(SHAPES[name]),
-            [variant],
-            replace(request, profile=False, stop_at_errors=False),
-            Timer(device, 0.0),
-        )
-    )
+    request = replace(request, profile=False, stop_at_errors=False)
+    list(model_rows(name, shallow(SHAPES[name]), [variant], request, Timer(device, 0.0)))
 
 
 def shallow(shape: Shape) -> Shape:

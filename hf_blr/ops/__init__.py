@@ -117,7 +117,7 @@ def run(structure: str, x: Tensor, bias: Tensor | None, impl: str | None, activa
         return getattr(library, structure)(x, *factors.values(), bias, activation)
     if impl == "dense":
         return activated(reference.dense_linear(x, structure, bias, **factors), activation)
-    return activated(getattr(reference, f"{structure}_linear")(x, *factors.values(), bias), activation)
+    return activated(reference.LINEAR[structure](x, *factors.values(), bias), activation)
 
 
 def check_shapes(x: Tensor, fits: bool, **factors: Tensor):

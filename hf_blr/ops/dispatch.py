@@ -19,9 +19,6 @@ FEW_TOKENS = 32
 #: tensor descriptors and tuples in kernels; older releases do not compile these
 OLDEST_TRITON = (3, 6)
 
-#: of input or output blocks, in the kernels for few tokens, which hold an accumulator for each
-MOST_BLOCKS = 64
-
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _default = "auto"
 

@@ -64,6 +64,8 @@ def blast_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(u, rows).view(b2 * q, b1 * p)
 
 
+#: {structure: its layer}
+LINEAR = {"low_rank": low_rank_linear, "pivoted": pivoted_linear, "monarch": monarch_linear, "blast": blast_linear}
 #: {structure: its dense matrix from its factors, by name}
 DENSE = {"low_rank": low_rank_dense, "pivoted": pivoted_dense, "monarch": monarch_dense, "blast": blast_dense}
 

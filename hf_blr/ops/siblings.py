@@ -7,16 +7,11 @@ from torch import Tensor
 
 from hf_blr.ops import reference
 from hf_blr.ops.activations import activated, check_activation
-from hf_blr.ops.dispatch import MOST_BLOCKS, compute_dtype, resolve_impl
+from hf_blr.ops.dispatch import compute_dtype, resolve_impl
 from hf_blr.ops.library import contiguous_rows, define_ops
 
 #: {structure: whose ops it runs}; low-rank is Monarch with one block
 NAMES = {"low_rank": "monarch", "monarch": "monarch", "blast": "blast"}
-REFERENCE = {
-    "low_rank": reference.low_rank_linear,
-    "monarch": reference.monarch_linear,
-    "blast": reference.blast_linear,
-}
 
 
 def siblings_linear(
@@ -47,7 +42,7 @@ def siblings_linear(
     """
     by_name = checked(factors, biases)
     if not runs_kernels(impl, x, by_name):
-        return tuple(REFERENCE[structure](x, *f[:-1], f[-1]) for f in zip(*by_name, strict=True))
+        return tuple(reference.LINEAR[structure](x, *tensors) for tensors in zip(*by_name, strict=True))
     out = call(f"{NAMES[structure]}_siblings", x, by_name)
     return out.split([width(u) for u, *_ in factors], dim=-1)
 
@@ -74,13 +69,12 @@ def gated_linear(
         `[..., N]` in x's dtype.
     """
     check_activation(activation)
-    by_name = checked(factors, biases)
-    one_token = x.numel() == x.shape[-1]
-    few_blocks = all(t.shape[0] <= MOST_BLOCKS for t in (*by_name[0], *by_name[-2]) if t.dim() == 3)
-    if not (one_token and few_blocks and runs_kernels(impl, x, by_name)):
-        gate, up = siblings_linear(structure, x, factors, biases, impl)
-        return activated(up, activation, gate)
-    return call(f"{NAMES[structure]}_gated", x, by_name, activation)
+    if x.numel() == x.shape[-1]:
+        by_name = checked(factors, biases)
+        if runs_kernels(impl, x, by_name):
+            return call(f"{NAMES[structure]}_gated", x, by_name, activation)
+    gate, up = siblings_linear(structure, x, factors, biases, impl)
+    return activated(up, activation, gate)
 
 
 def checked(factors, biases) -> list[list[Tensor | None]]:

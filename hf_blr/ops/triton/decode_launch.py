@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hf_blr.ops.dispatch import FEW_TOKENS, MOST_BLOCKS
+from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.launch import INTERPRETER, Device, pow2
 
 
@@ -34,7 +34,7 @@ class DecodeConfig:
 
 def decodes(tokens: int, b1: int, b2: int) -> bool:
     """Whether the kernels for few tokens run; they hold an accumulator for each block."""
-    return tokens <= FEW_TOKENS and max(b1, b2) <= MOST_BLOCKS
+    return tokens <= FEW_TOKENS and b1 <= 64 and b2 <= 64
 
 
 def project_config(

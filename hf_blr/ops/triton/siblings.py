@@ -72,18 +72,18 @@ def blast_siblings_fwd(x, us, ss, vs, biases):
 
 def monarch_gated_fwd(x, us, vs, biases, activation):
     """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `monarch_siblings_fwd`."""
-    both = range(2)
-    if len(split(both, (us, 0), (vs, 1), (biases, 0))) > 1 or us[0].shape != us[1].shape:
+    both, b1, b2 = range(2), vs[0].shape[0], us[0].shape[0]
+    if not decodes(1, b1, b2) or split(both, (us, 0), (vs, 1), (biases, 0)) != [both]:
         return multiplied(monarch_siblings_fwd(x, us, vs, biases), activation)
-    u, v, bias = joined(us, both, 0), joined(vs, both, 1), joined(biases, both, 0)
-    z = monarch_decode(x, v, 1 if v.shape[0] == 1 else u.shape[0])
-    return finish_gated(z, u, bias, activation)
+    u = joined(us, both, 0)
+    z = monarch_decode(x, joined(vs, both, 1), 1 if b1 == 1 else len(u))
+    return finish_gated(z, u, joined(biases, both, 0), activation)
 
 
 def blast_gated_fwd(x, us, ss, vs, biases, activation):
     """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `blast_siblings_fwd`."""
-    both = range(2)
-    if len(split(both, (us, 0), (ss, 2), (vs, 1), (biases, 0))) > 1 or us[0].shape != us[1].shape:
+    both, b1, b2 = range(2), vs[0].shape[0], us[0].shape[0]
+    if not decodes(1, b1, b2) or split(both, (us, 0), (ss, 2), (vs, 1), (biases, 0)) != [both]:
         return multiplied(blast_siblings_fwd(x, us, ss, vs, biases), activation)
     z = blast_decode(x, joined(ss, both, 2), joined(vs, both, 1))
     return finish_gated(z, joined(us, both, 0), joined(biases, both, 0), activation)
