@@ -92,6 +92,19 @@ def models_section() -> str:
     )
 
 
+def dependent_launches_section() -> str:
+    """A decoding step with and without dependent launches in Inductor's kernels."""
+    result = read_result(RESULTS / "dependent_launches_h100.json")
+    found: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        found.setdefault((row["variant"], row["mode"]), {})[row["dependent_launches"]] = row["graph_ms"]
+    table = [
+        {"Llama-7B, one text": variant, "mode": mode, "ms without": f"{ms[False]:.2f}", "ms with": f"{ms[True]:.2f}"}
+        for (variant, mode), ms in found.items()
+    ]
+    return f"{format_table(table)}\n\n{result['dtype']}, {result['protocol']}. {machine(result['environment'])}."
+
+
 def roofline_section() -> str:
     """How well the predictions do on the layers and whole models that were measured."""
     device = DEVICES["H100-measured"]
@@ -186,6 +199,7 @@ DOCUMENTS = {
         "layer-goals": goals.layer_goals,
         "model-goals": goals.model_goals,
         "profiles": profiles_section,
+        "dependent-launches": dependent_launches_section,
         "square-blast": square_blast_section,
         "counters": goals.counters,
         "quality-rows": quality_rows_section,
