@@ -20,6 +20,8 @@ from hf_blr.ops.triton import (
     block_gemm,
     columns,
     decode_expand,
+    decode_one,
+    decode_one_mix,
     decode_project,
     decode_wide,
     low_rank,
@@ -142,19 +144,24 @@ def call_expand_wide(dtype, tokens, blocks, q, rank, config):
 
 def main(capability: int):
     JITFunction.run = catch
-    for module in (blast, block_gemm, columns, decode_expand, decode_project, decode_wide, mix, pivoted):
+    modules = (blast, block_gemm, columns, decode_expand, decode_one, decode_one_mix, decode_project, decode_wide, mix)
+    for module in modules:
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
         (bf16, 1, (4096, 4096, 1024, 4, 16), False),
         (bf16, 16, (4096, 11008, 1488, 16, 16), False),
+        (bf16, 16, (4096, 4096, 1024, 4, 4), False),
         (bf16, 1024, (4096, 4096, 1024, 4, 16), False),
         (fp16, 48, (768, 3072, 192, 4, 4), False),
         (bf16, 1024, (4096, 4096, 1024, 4, 4), True),
         (bf16, 1024, (4096, 4096, 1024, 16, 16), True),
     ):
         call_ops(dtype, tokens, *sizes, backward)
-    call_siblings(1, 4096, 4096, 1024, 4, 4)
+    # one token of long rows, of many blocks and of float32
+    for dtype, sizes in ((bf16, (11008, 4096, 1488, 16, 16)), (torch.float32, (768, 2304, 191, 6, 6))):
+        call_ops(dtype, 1, *sizes, False)
+    call_siblings(16, 4096, 4096, 1024, 4, 4)
     call_siblings(1024, 4096, 1024, 416, 4, 16)
     call_activated(4096, 11008, 1408, 4, 4)
     for tokens in (1, 32, 1024):

@@ -27,8 +27,9 @@ def test_kernels_build_and_fit(capability):
         "decode_project_kernel",
         "decode_expand_kernel",
         "decode_expand_wide_kernel",
+        "decode_one_kernel",
+        "decode_one_mix_kernel",
         "columns_kernel",
-        "pivoted_project_kernel",
     }
     for row in rows:
         assert row["shared"] <= row["limit"], row

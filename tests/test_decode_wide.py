@@ -80,13 +80,3 @@ def test_whole_layers_and_siblings(grids, structure):
     assert_siblings_within_budget(structure, 5, [(35, 6)] * 3)
     assert_siblings_within_budget(structure, 5, [(12, 8), (25, 6), (25, 6)], bias=False)
     assert len(grids) >= 3
-
-
-def test_one_token_keeps_its_own_kernel(monkeypatch):
-    """Its rule never asks for programs that loop."""
-    from compile_targets import DEVICES
-
-    from hf_blr.ops.triton.decode_launch import expand_config
-
-    for device in DEVICES.values():
-        assert all(expand_config(r, n, 1, 2, device).programs == 0 for r in (7, 1488) for n in (512, 11008))

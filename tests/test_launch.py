@@ -63,8 +63,8 @@ def test_small_cards_get_smaller_tiles():
 
 def test_token_count_changes_few_settings():
     settings = {launch.gemm_config(1024, tokens, 2, DEVICES[90]) for tokens in range(33, 5000)}
-    settings |= {decode_launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(1, 33)}
-    settings |= {decode_launch.expand_config(1024, 4096, t, 2, DEVICES[90]) for t in range(1, 33)}
+    settings |= {decode_launch.project_config(4, 4096, 1024, t, True, 2, DEVICES[90]) for t in range(2, 33)}
+    settings |= {decode_launch.expand_config(1024, 4096, t, 2, DEVICES[90]) for t in range(2, 33)}
     assert len(settings) <= 8
 
 
@@ -87,8 +87,22 @@ def test_ds_group_divides_the_blocks(b1, b2, group):
     assert launch.ds_group(b1, b2) == group
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_decode_reads_no_more_than_a_piece_of_a_row(tokens):
+def test_decode_reads_no_more_than_a_piece_of_a_row():
     for parts, row in ((4, 256), (4, 4096), (16, 4096)):
-        c = decode_launch.project_config(parts, row, 1024, tokens, False, 2, DEVICES[90])
+        c = decode_launch.project_config(parts, row, 1024, 16, False, 2, DEVICES[90])
         assert c.length <= max(16, launch.pow2(row // parts))
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_programs_of_one_token_fit_the_registers(device):
+    """Two tiles and the vector of each program that is asked for; a warp never reads less than 16 bytes a lane."""
+    for row, itemsize in itertools.product((7, 304, 1024, 1488, 2752, 4096, 11008, 14336), (2, 4)):
+        for layers, rows in itertools.product((1, 2), (304, 12288)):
+            c = decode_launch.one_config(row, rows, layers, itemsize, device)
+            held = (2 * c.rows * layers + layers) * -(-row // c.length) * c.length * itemsize // 4
+            # the vector is held once by all warps of a row
+            held += (c.warps * 512 // (c.length * itemsize) - 1) * layers * row * itemsize // 4
+            assert c.programs == 1 or c.programs * held <= decode_launch.REGISTERS
+            assert c.rows * c.length * itemsize == c.warps * 512
+        c = decode_launch.one_mix_config(4, -(-row // 4), itemsize, device)
+        assert c.programs == 1 or c.programs * 3 * c.rows * row * itemsize // 4 <= decode_launch.REGISTERS

@@ -92,7 +92,9 @@ def test_at_most_eight_settings_are_tried(device):
         launch.gemm_config(1024, 1024, 2, device),
         launch.mix_config(4, 4, 1024, False, device),
         launch.mix_config(16, 16, 1024, True, device),
-        decode_launch.project_config(4, 4096, 1024, 1, True, 2, device),
+        decode_launch.project_config(4, 4096, 1024, 16, True, 2, device),
+        decode_launch.one_config(1024, 4096, 1, 2, device),
+        decode_launch.one_mix_config(4, 1024, 2, device),
         decode_launch.expand_config(1024, 4096, 16, 2, device),
         launch.column_config(device),
     ]
@@ -107,7 +109,7 @@ def test_pivoted_layers_are_tuned(folder, monkeypatch):
     hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6))
     with ops.use_impl("triton"):
         kinds = {key.split()[0] for key in json.loads(hf_blr.tune(model, tokens=(1, 40)).read_text())}
-    assert kinds == {"columns", "pivoted_project", "decode_expand"}
+    assert kinds == {"columns", "decode_one"}
 
 
 @pytest.mark.parametrize("structure", ["monarch", "blast"])

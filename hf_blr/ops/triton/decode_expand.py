@@ -1,14 +1,16 @@
-"""Stage two at few tokens: `decode_project` says how both are made; `decode_wide` has that of many outputs."""
+"""Stage two at few tokens: `decode_project` says how both are made; `decode_wide` has that of many outputs.
+
+`decode_one` has that of one token.
+"""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import triton
 import triton.language as tl
 
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, expand_config, lines
+from hf_blr.ops.triton.decode_one import expand_one
 from hf_blr.ops.triton.decode_wide import expand_wide
 from hf_blr.ops.triton.launch import device_of, dot_precision, vector_width
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
@@ -27,50 +29,6 @@ def steps_of_rows(ptr, o_row, m_row, R, STEPS: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
-def product_of_rows(
-    z_ptr,
-    u_ptr,
-    o_z,
-    o_u,
-    m_t,
-    m_q,
-    b_us,
-    R,
-    PRECISION: tl.constexpr,
-    DOT: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BT: tl.constexpr,
-    BQ: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """`[BT, BQ]`, the sum over R of z u, whose first steps of u are loaded."""
-    b_zs = steps_of_rows(z_ptr, o_z, m_t, R, len(b_us), BR)
-    if DOT:
-        acc = tl.zeros((BT, BQ), tl.float32)
-    else:
-        acc = tl.zeros((BQ, BR), tl.float32)
-    for step in tl.static_range(len(b_us)):
-        if DOT:
-            acc = tl.dot(b_zs[step], b_us[step].T, acc, input_precision=PRECISION)
-        else:
-            acc += b_zs[step].to(tl.float32) * b_us[step].to(tl.float32)
-    for step in tl.range(len(b_us), tl.cdiv(R, BR), loop_unroll_factor=UNROLL):
-        o_r = step * BR + tl.arange(0, BR)
-        m_r = o_r < R
-        b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
-        b_u = tl.load(u_ptr + o_u + o_r[None, :], mask=m_q[:, None] & m_r[None, :], other=0.0)
-        if DOT:
-            acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
-        else:
-            acc += b_z.to(tl.float32) * b_u.to(tl.float32)
-    if DOT:
-        b_out = acc
-    else:
-        b_out = tl.sum(acc, 1)[None, :]
-    return b_out
-
-
-@triton.jit
 def decode_expand_kernel(
     z_ptr,
     u_ptr,
@@ -79,24 +37,19 @@ def decode_expand_kernel(
     T,
     Q,
     B2,
-    GATED_BLOCKS,
     R,
     stride_zi,
     stride_zt,
     stride_ui,
     stride_uq,
-    stride_zg,
     stride_ot,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
-    DOT: tl.constexpr,
-    UNROLL: tl.constexpr,
     EARLY: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
@@ -105,8 +58,7 @@ def decode_expand_kernel(
     """out[t, i*Q + q] = activation(sum_r z[i,t,r] u[i,q,r] + bias[i*Q + q]); R and strides of z and u come / VEC.
 
     Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`. The
-    first EARLY steps' weights are loaded before the wait. GATED: out is that of block i times the outputs of the second
-    layer, whose block is i + GATED_BLOCKS of u and lies stride_zg behind in z.
+    first EARLY steps' weights are loaded before the wait.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t = tl.arange(0, BT)
@@ -115,34 +67,27 @@ def decode_expand_kernel(
     u_ptr += i_i.to(tl.int64) * (stride_ui * VEC)
     o_u = o_q[:, None] * (stride_uq * VEC)
     b_us = steps_of_rows(u_ptr, o_u, m_q, R * VEC, EARLY, BR)
-    if GATED:
-        u2_ptr = u_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_ui * VEC)
-        b_u2s = steps_of_rows(u2_ptr, o_u, m_q, R * VEC, EARLY, BR)
     if PDL and LINES > 0:
         o_l = EARLY * BR + tl.arange(0, LINES) * LINE
         m_l = m_q[:, None] & (o_l < R * VEC)[None, :]
         prefetch_to_l2(u_ptr, o_u + o_l[None, :], m_l)
-        if GATED:
-            prefetch_to_l2(u2_ptr, o_u + o_l[None, :], m_l)
     wait_for_previous(PDL)
     o_z = o_t[:, None] * (stride_zt * VEC)
     z_ptr += (i_i % B2) * (stride_zi * VEC) + (i_i // B2) * (R * VEC)
-    b_out = product_of_rows(
-        z_ptr, u_ptr, o_z, o_u, m_t, m_q, b_us, R * VEC, PRECISION, DOT, UNROLL, BT, BQ, BR
-    )  # fmt: skip
+    b_zs = steps_of_rows(z_ptr, o_z, m_t, R * VEC, EARLY, BR)
+    acc = tl.zeros((BT, BQ), tl.float32)
+    for step in tl.static_range(EARLY):
+        acc = tl.dot(b_zs[step], b_us[step].T, acc, input_precision=PRECISION)
+    for step in range(EARLY, tl.cdiv(R * VEC, BR)):
+        o_r = step * BR + tl.arange(0, BR)
+        m_r = o_r < R * VEC
+        b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & m_r[None, :], other=0.0)
+        b_u = tl.load(u_ptr + o_u + o_r[None, :], mask=m_q[:, None] & m_r[None, :], other=0.0)
+        acc = tl.dot(b_z, b_u.T, acc, input_precision=PRECISION)
     o_n = i_i * Q + o_q
     if HAS_BIAS:
-        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        b_gate = b_out
-        b_out = product_of_rows(
-            z_ptr + stride_zg * VEC, u2_ptr, o_z, o_u, m_t, m_q, b_u2s, R * VEC, PRECISION, DOT, UNROLL, BT, BQ, BR
-        )  # fmt: skip
-        if HAS_BIAS:
-            b_out += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[None, :]
-        b_out *= activate(b_gate, ACTIVATION)
-    else:
-        b_out = activate(b_out, ACTIVATION)
+        acc += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[None, :]
+    b_out = activate(acc, ACTIVATION)
     o_o = o_t.to(tl.int64)[:, None] * stride_ot + o_n[None, :]
     tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
@@ -154,19 +99,14 @@ def decode_expand(z, u, bias, out, activation="", gated=False):
     out `[T, N]` of two layers, activation(the first's) * the second's, from z `[B2, T, 2*R]` or `[2*B2, T, R]`.
     """
     (blocks, q, r), tokens = u.shape, z.shape[1]
+    if tokens == 1:
+        return expand_one(z, u, bias, out, activation, gated)
     device = device_of(z)
-    apart = 0
-    if gated:
-        blocks //= 2
-        apart = r if z.shape[0] == blocks else blocks * z.stride(0)
-    sizes = (r, *z.stride()[:2], *u.stride()[:2], apart)
+    sizes = (r, *z.stride()[:2], *u.stride()[:2])
     vec = vector_width(*sizes)
     line = 128 // z.element_size()
     bt = decode_rows(tokens)
     rule = expand_config(r, blocks * q, tokens, z.element_size(), device)
-    if gated:
-        # each program reads two rows of weights for each of its outputs
-        rule = replace(rule, rows=max(1, rule.rows // 2))
 
     def run(config):
         if config.programs:
@@ -180,19 +120,15 @@ def decode_expand(z, u, bias, out, activation="", gated=False):
             tokens,
             q,
             z.shape[0],
-            blocks,
             *(n // vec for n in sizes),
             out.stride(0),
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
-            GATED=gated,
             LINES=lines(r - early * config.length, line),
             LINE=line,
             PDL=device.is_hopper,
             PRECISION=dot_precision(z.dtype),
             VEC=vec,
-            DOT=bt > 1,
-            UNROLL=1 if bt > 1 else config.stages,
             EARLY=early,
             BT=bt,
             BQ=config.rows,
@@ -202,4 +138,4 @@ def decode_expand(z, u, bias, out, activation="", gated=False):
             **({"launch_pdl": True} if device.is_hopper else {}),
         )
 
-    launch(run, "decode_expand", rule, bt, (blocks, q, r, gated), z)
+    launch(run, "decode_expand", rule, bt, (blocks, q, r), z)

@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.launch import INTERPRETER, Device, pow2
 
+#: 32-bit registers of a multiprocessor
+REGISTERS = 1 << 16
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Rows of weights per program and the length read at a time, from each of `parts` pieces of a row.
+    """Of 2 tokens and more: rows of weights per program and the length read at a time, from each piece of a row.
 
-    early: of each piece, how much is loaded into registers before the wait for the kernel before; the rest is asked
-        for in L2.
-    programs: of `decode_expand` from 2 tokens on, for each multiprocessor: these loop over tiles of `rows`, with a part
-        of z for each warp; 0: a program for each tile.
+    early: of `decode_expand`, how much of a row is loaded into registers before the wait for the kernel before; the
+        rest is asked for in L2.
+    programs: of `decode_expand`, for each multiprocessor: these loop over tiles of `rows`, with a part of z for each
+        warp; 0: a program for each tile.
     ahead: how many tiles such a program asks for in L2 before the wait, beyond those that its pipeline loads.
     """
 
@@ -30,6 +33,16 @@ class DecodeConfig:
     early: int = 0
     programs: int = 0
     ahead: int = 0
+
+
+@dataclass(frozen=True)
+class OneConfig:
+    """Of one token: rows of weights per program, the length read at a time, programs for each multiprocessor."""
+
+    rows: int
+    length: int
+    warps: int
+    programs: int
 
 
 def decodes(tokens: int, b1: int, b2: int) -> bool:
@@ -43,23 +56,8 @@ def project_config(
     """For `decode_project_kernel`; `rows` of `row` weights each, read in `parts` pieces at once."""
     if device == INTERPRETER:
         return DecodeConfig(8, 16, 4, 1, 32)
-    part = -(-row // parts)
-    longest = pow2(part)
-    parts = pow2(parts)
+    longest, parts = pow2(-(-row // parts)), pow2(parts)
     few_rows = rows <= 8 * device.sms
-    if tokens == 1:
-        if row < 2048:
-            tile = 8 if few_rows else 4
-        else:
-            tile = 8 if not few_rows and 4096 <= row <= 8192 else 4
-        warps = 4 if row < 4096 else 8
-        # two programs fit on a multiprocessor at the greater length, three at the smaller: where there are more rows
-        # than those two take, the third is worth more (4096 x 11008, H100: 19.0 us a layer and 20.3)
-        width = 2048 if warps == 8 and (few_rows or row > 8192) else 512 if few_rows and row < 2048 else 1024
-        length = max(16, min(longest, width // parts))
-        # 32-bit registers of a thread that hold weights, and sums
-        held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
-        return DecodeConfig(tile, length, warps, 2, part if held <= 150 else 0)
     # more programs than multiprocessors before longer rows
     tile = 8
     if not few_rows:
@@ -75,24 +73,10 @@ def project_config(
     return DecodeConfig(tile, length, 4, max(1, min(4, room // stage)))
 
 
-def pivoted_project_config(parts: int, row: int, rows: int, itemsize: int, device: Device) -> DecodeConfig:
-    """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
-    if device == INTERPRETER:
-        return DecodeConfig(8, 16, 4, 1, 32)
-    part = max(1, -(-row // parts))
-    length = max(16, min(256, pow2(part)))
-    # H100, us a layer, 4096 x 4096 with 1184 rows: 8.6 and 9.6; with 1664 rows 22.2 and 20.6
-    tile, warps = (4, 4) if rows <= 10 * device.sms else (8, 16)
-    held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
-    return DecodeConfig(tile, length, warps, 2, part if held <= 160 else 0)
-
-
 def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
     """For `decode_expand_kernel`; `outputs` of all blocks and layers."""
     if device == INTERPRETER:
         return DecodeConfig(16, 16, 4, 1, 32)
-    if tokens == 1:
-        return DecodeConfig(8, 256, 4, 2, min(rank, 4096 // itemsize))
     if outputs <= 32 * device.sms and tokens <= 16:
         # one program for each multiprocessor: all weights are on their way when z arrives (H100, us a layer:
         # 4096 x 4096 with 16 tokens 9.3, without 10.5; with twice the programs, 2048 x 8192, 10.2 and 9.1; with 32
@@ -123,6 +107,35 @@ def wide_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Dev
     return config if config.programs * memory <= device.shared_memory else None
 
 
+def one_config(row: int, rows: int, layers: int, itemsize: int, device: Device) -> OneConfig:
+    """For `decode_one_kernel`: `rows` of `row` weights in all blocks, of as many `layers` at once."""
+    if device == INTERPRETER:
+        return OneConfig(4, 16, 4, 1)
+    # a warp reads 16 bytes for each of its lanes; as many share a row as its registers ask for
+    length, sharing = 512 // itemsize, 1
+    while -(-row // (length * sharing)) > 8 and sharing < 8:
+        sharing *= 2
+    steps = -(-row // (length * sharing))
+    # of a thread, as compiled: this row and the next one, the vector, addresses; H100, us of Monarch's qkv of 4096,
+    # 80 registers: 17.7 with the 24 warps that fit, 18.5 with 32, 19.0 with 16
+    fitting = REGISTERS // (32 * steps * (20 if layers == 1 else 32))
+    # few rows are spread over more programs
+    warps = 8 if sharing == 8 or (fitting >= 16 and rows >= 16 * device.sms) else 4
+    return OneConfig(warps // sharing, length * sharing, warps, max(1, fitting // warps))
+
+
+def one_mix_config(b1: int, part: int, itemsize: int, device: Device) -> OneConfig:
+    """For `decode_one_mix_kernel`, whose rows are of B1 parts."""
+    if device == INTERPRETER:
+        return OneConfig(4, 16, 4, 1)
+    # H100, us of qkv and down of 4096 x 11008: 4x4 19.5 and 17.1, 16x16 20.0 and 18.1; other tiles up to 21 and 20
+    rows, warps, length = 2, 4, 256 // itemsize
+    if b1 * part > 5120:
+        rows, warps, length = 1, 8, 512 // itemsize
+    held = 3 * b1 * part * rows * itemsize // (4 * 32 * warps) + 40
+    return OneConfig(rows, min(pow2(part), length), warps, max(1, REGISTERS // (32 * warps * held)))
+
+
 def early_steps(config: DecodeConfig, length: int) -> int:
     """How many steps over a piece of this length have their weights loaded before the wait."""
     return -(-min(config.early, length) // config.length)
@@ -134,5 +147,5 @@ def lines(length: int, line: int) -> int:
 
 
 def decode_rows(tokens: int) -> int:
-    """One token is multiplied on the plain cores; more fill a tensor-core tile of at least 16 rows."""
-    return 1 if tokens == 1 else max(16, pow2(tokens))
+    """Tokens fill a tensor-core tile of at least 16 rows."""
+    return max(16, pow2(tokens))

@@ -1,7 +1,7 @@
 """Stage one at few tokens, of all three structures: kernels that stream each factor once and do little else.
 
-Two launches per layer. Each loads as many of its weights as registers hold, and asks for the cache lines of the others,
-before it waits for the kernel before it, so that the memory never idles between the two. `decode_expand` has stage two.
+Two launches per layer. Each asks for the cache lines of its weights before it waits for the kernel before it, so that
+the memory never idles between the two. `decode_expand` has stage two, `decode_one` both for one token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, lines, project_config
+from hf_blr.ops.triton.decode_launch import decode_rows, lines, project_config
+from hf_blr.ops.triton.decode_one import project_one
+from hf_blr.ops.triton.decode_one_mix import project_mixed_one
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -45,10 +47,7 @@ def decode_project_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
-    DOT: tl.constexpr,
     DOT_MIX: tl.constexpr,
-    UNROLL: tl.constexpr,
-    EARLY: tl.constexpr,
     BJ: tl.constexpr,
     BI: tl.constexpr,
     BT: tl.constexpr,
@@ -56,7 +55,7 @@ def decode_project_kernel(
     BP: tl.constexpr,
 ):
     """z[i,t,r] = sum_j s[i,j,r] sum_p x[t,j,p] v[j,r,p] (MIX), or the plain sum over j of a product cut into
-    B1 parts. With ADD the product is added to what z holds. The first EARLY steps' weights are loaded before the wait.
+    B1 parts. With ADD the product is added to what z holds.
 
     The B1 parts are a batch of the product, so that the warps share the work instead of all reading
     everything. Without MIX the grid's second axis g names an input block of Monarch, whose row i*G_ROWS + r
@@ -69,13 +68,8 @@ def decode_project_kernel(
     v_ptr += i_g.to(tl.int64) * (stride_vg * VEC)
     o_v = o_j.to(tl.int64)[:, None, None] * (stride_vj * VEC) + o_r[None, :, None] * (stride_vr * VEC)
     o_jx = o_j * (stride_xj * VEC)
-    b_vs = ()
-    for step in tl.static_range(EARLY):
-        o_p = step * BP + tl.arange(0, BP)
-        m_v = (in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None])[:, None, :] & m_r[None, :, None]
-        b_vs = b_vs + (tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_v, other=0.0),)
-    if PDL and LINES > 0:
-        o_l = EARLY * BP + tl.arange(0, LINES) * LINE
+    if PDL:
+        o_l = tl.arange(0, LINES) * LINE
         m_l = m_j[:, None, None] & m_r[None, :, None] & (o_l < P * VEC)[None, None, :]
         prefetch_to_l2(v_ptr, o_v + o_l[None, None, :], m_l)
     wait_for_previous(PDL)
@@ -87,33 +81,13 @@ def decode_project_kernel(
         b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
     x_ptr += i_g * (stride_xg * VEC)
     o_x = o_t[None, :, None] * (stride_xt * VEC) + o_jx[:, None, None]
-    b_xs = ()
-    for step in tl.static_range(EARLY):
-        o_p = step * BP + tl.arange(0, BP)
-        m_x = (in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None])[:, None, :] & m_t[None, :, None]
-        b_xs = b_xs + (tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_x, other=0.0),)
-    if DOT:
-        acc = tl.zeros((BJ, BT, BR), tl.float32)
-    else:
-        acc = tl.zeros((BJ, BR, BP), tl.float32)
-    for step in tl.static_range(EARLY):
-        if DOT:
-            acc = tl.dot(b_xs[step], tl.permute(b_vs[step], (0, 2, 1)), acc, input_precision=PRECISION)
-        else:
-            acc += b_xs[step].to(tl.float32) * b_vs[step].to(tl.float32)
-    for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
+    acc = tl.zeros((BJ, BT, BR), tl.float32)
+    for step in range(0, tl.cdiv(P * VEC, BP)):
         o_p = step * BP + tl.arange(0, BP)
         m_p = in_part(o_p, o_jx, P * VEC, K * VEC) & m_j[:, None]
         b_x = tl.load(x_ptr + o_x + o_p[None, None, :], mask=m_p[:, None, :] & m_t[None, :, None], other=0.0)
         b_v = tl.load(v_ptr + o_v + o_p[None, None, :], mask=m_p[:, None, :] & m_r[None, :, None], other=0.0)
-        if DOT:
-            acc = tl.dot(b_x, tl.permute(b_v, (0, 2, 1)), acc, input_precision=PRECISION)
-        else:
-            acc += b_x.to(tl.float32) * b_v.to(tl.float32)
-    if DOT:
-        b_y = acc
-    else:
-        b_y = tl.sum(acc, 2)[:, None, :]  # [BJ, 1, BR]
+        acc = tl.dot(b_x, tl.permute(b_v, (0, 2, 1)), acc, input_precision=PRECISION)
     dtype = z_ptr.dtype.element_ty
     m_tr = m_t[:, None] & m_r[None, :]
     o_z = o_t[:, None] * (stride_zt * VEC)
@@ -121,16 +95,16 @@ def decode_project_kernel(
         o_zi = o_i[:, None, None] * (stride_zi * VEC) + o_z[None, :, :] + o_r[None, None, :]
         m_z = m_i[:, None, None] & m_tr[None, :, :]
         if DOT_MIX:
-            b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(b_y.to(dtype), (2, 0, 1)), input_precision=PRECISION)
+            b_z = tl.dot(tl.permute(b_s, (2, 0, 1)), tl.permute(acc.to(dtype), (2, 0, 1)), input_precision=PRECISION)
             tl.store(z_ptr + o_zi, tl.permute(b_z.to(dtype), (1, 2, 0)), mask=m_z)
         else:
             # the condition keeps Triton 3.6 from making an invalid product of rank 4 of this sum
-            b_p = tl.where(m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * b_y[None, :, :, :], 0.0)
+            b_p = tl.where(m_j[None, :, None, None], b_s.to(tl.float32)[:, :, None, :] * acc[None, :, :, :], 0.0)
             tl.store(z_ptr + o_zi, tl.sum(b_p, 1).to(dtype), mask=m_z)
     else:
         rows = G_ROWS * VEC
         o_zr = (o_r // rows) * (stride_zi * VEC) + i_g * rows + o_r % rows
-        b_z = tl.sum(b_y, 0)
+        b_z = tl.sum(acc, 0)
         if ADD:
             b_z += tl.load(z_ptr + o_z + o_zr[None, :], mask=m_tr, other=0.0).to(tl.float32)
         tl.store(z_ptr + o_z + o_zr[None, :], b_z.to(dtype), mask=m_tr)
@@ -143,6 +117,8 @@ def decode_project(x, v, s, z, add=False):
     """
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
+    if tokens == 1 and not add:
+        return project_mixed_one(x, v, s, z) if mix else project_one(x, v, z)
     b2 = z.shape[0]
     if mix:
         groups, parts, part, xj, vj, xg, vg, g_rows, k = 1, b1, p, p, v.stride(0), 0, 0, rows, b1 * p
@@ -159,7 +135,6 @@ def decode_project(x, v, s, z, add=False):
     rule = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
 
     def run(config):
-        early = early_steps(config, part)
         decode_project_kernel[(triton.cdiv(rows, config.rows), groups)](
             x,
             v,
@@ -169,17 +144,14 @@ def decode_project(x, v, s, z, add=False):
             *(n // vec for n in sizes),
             B1=parts,
             B2=b2,
-            LINES=lines(part - early * config.length, line),
+            LINES=lines(part, line),
             LINE=line,
             MIX=mix,
             ADD=add,
             PDL=device.is_hopper,
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
-            DOT=bt > 1,
-            DOT_MIX=bt > 1 and parts >= 16,
-            UNROLL=1 if bt > 1 else config.stages,
-            EARLY=early,
+            DOT_MIX=parts >= 16,
             BJ=pow2(parts),
             BI=pow2(b2),
             BT=bt,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from hf_blr.ops.triton.decode_launch import DecodeConfig
+from hf_blr.ops.triton.decode_launch import DecodeConfig, OneConfig
 from hf_blr.ops.triton.launch import ColumnConfig, GemmConfig, MixConfig, pow2
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,14 @@ CHANGES = {
     ),
     MixConfig: ({"bt": 2}, {"bt": 0.5}, {"br": 2}, {"br": 0.5}, {"warps": 2}, {"warps": 0.5}),
     ColumnConfig: ({"bt": 2}, {"bt": 0.5}, {"bc": 2}, {"bc": 0.5}, {"warps": 2}, {"warps": 0.5}),
+    OneConfig: (
+        {"rows": 2},
+        {"rows": 2, "warps": 2},
+        {"rows": 0.5, "warps": 0.5},
+        {"programs": 2},
+        {"programs": 0.5},
+        {"length": 2},
+    ),
     DecodeConfig: (
         {"rows": 2},
         {"rows": 0.5},
