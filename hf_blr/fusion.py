@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.absorption import absorb, bring_back
+from hf_blr.integration.attention import restore_attention, use_attention
 from hf_blr.linear import BLRLinear
 from hf_blr.siblings import Siblings
 
@@ -31,6 +32,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
 
     q, k and v, and gate and up, are computed by one call. The activation of an MLP is applied where the projection
     before it stores its output, which saves a pass over the largest tensor of a block, and so is a gated MLP's product.
+    A transformers model that attends by SDPA does so by a kernel of ours where one new token meets a static cache.
     The model stays what it was: each module keeps its parameters, which now lie side by side in one buffer, without
     a copy; saving, loading, adapters and `to_dense` work as before. The first of the projections that is
     handed a tensor computes the outputs of all, the others pick theirs up. Moving or casting the model afterwards is
@@ -72,11 +74,13 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
             full = tuple(f"{parent_name}.{name}".lstrip(".") for name in names)
             # a gated MLP: the group is there already
             found = [group for group in found if group != full[:-1]] + [full]
+    use_attention(model)
     return found
 
 
 def unfuse(model: nn.Module):
     """Undo `fuse`: each parameter gets memory of its own again."""
+    restore_attention(model)
     for module in model.modules():
         bring_back(module)
         if isinstance(module, BLRLinear):

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_blr.ops.triton import (
+    attend,
     blast,
     block_gemm,
     columns,
@@ -39,7 +40,14 @@ DEVICES = {
     87: Device((8, 7), 16, 166912),
     90: Device((9, 0), 132, 232448),
 }
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 launches = []
 
@@ -142,9 +150,25 @@ def call_expand_wide(dtype, tokens, blocks, q, rank, config):
     decode_wide.expand_wide(config, z, u, None if blocks == 1 else bias, out)
 
 
+def call_attention(dtype, batch, heads, groups, length, d):
+    q, k = torch.empty(batch, heads * groups, 1, d, dtype=dtype), torch.empty(batch, heads, length, d, dtype=dtype)
+    attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
+
+
 def main(capability: int):
     JITFunction.run = catch
-    modules = (blast, block_gemm, columns, decode_expand, decode_one, decode_one_mix, decode_project, decode_wide, mix)
+    modules = (
+        attend,
+        blast,
+        block_gemm,
+        columns,
+        decode_expand,
+        decode_one,
+        decode_one_mix,
+        decode_project,
+        decode_wide,
+        mix,
+    )
     for module in modules:
         module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -177,6 +201,9 @@ def main(capability: int):
         # the tightest fit: the widest dtype, most decode tokens and least shared memory
         call_ops(torch.float32, 32, 768, 2304, 191, 6, 6, False)
         call_pivoted(torch.float32, 32, 768, 2304, 191)
+    for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
+        call_attention(bf16, *sizes)
+    call_attention(torch.float32, 2, 3, 2, 600, 256)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)

@@ -154,8 +154,9 @@ def test_rows_say_what_was_compiled(monkeypatch):
 
 def test_fused_variants():
     assert str(Variant.parse("monarch:4x4+fused")) == "monarch:4x4+fused" and Variant.parse("low_rank+fused").fused
+    assert str(Variant.parse("dense+attention")) == "dense+attention" and not Variant.parse("dense").fused
     assert not Variant.parse("blast:4x4").fused
-    for text in ("dense+fused", "blast:4x4+fast", "blast+fused:4x4"):
+    for text in ("dense+fused", "low_rank+attention", "dense:4x4", "blast:4x4+fast", "blast+fused:4x4"):
         with pytest.raises(ValueError, match="expected"):
             Variant.parse(text)
 

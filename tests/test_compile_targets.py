@@ -20,6 +20,8 @@ def test_kernels_build_and_fit(capability):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
     assert names == {
+        "attend_kernel",
+        "attend_sum_kernel",
         "block_gemm_kernel",
         "blast_expand_kernel",
         "blast_mix_kernel",

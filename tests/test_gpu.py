@@ -19,6 +19,9 @@ from hf_blr.ops.activations import ACTIVATIONS
 from hf_blr.siblings import Siblings
 
 pytest.importorskip("triton")
+from test_attention import inputs as attention_inputs  # noqa: E402
+
+from hf_blr.ops.attention import one_query_attention  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402
 from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
@@ -83,6 +86,18 @@ def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, mon
     # more tiles than programs, ranks that are and are not loaded in pieces of 16 bytes
     for rank in (96, 91):
         assert_within_budget(structure, make_inputs(structure, tokens, 4, 4, 64, 4500, rank, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("batch, heads, length, d", [(1, 8, 192, 128), (3, 2, 1000, 64), (1, 2, 4096, 80)])
+def test_attention_of_one_query(batch, heads, length, d, groups):
+    q, k, v, mask = attention_inputs(batch, heads, groups, length, d, torch.bfloat16, "cuda")
+    exact = one_query_attention(q.double(), k.double(), v.double(), mask, impl="reference")
+    cheap = one_query_attention(q, k, v, mask, impl="reference")
+    for _ in range(3):
+        out = one_query_attention(q, k, v, mask, impl="triton")
+        allowed = 2 * (cheap - exact).norm() + torch.finfo(q.dtype).eps * exact.norm()
+        assert (out - exact).norm() <= allowed
 
 
 @pytest.mark.parametrize("structure", FUNCTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 
 import torch
@@ -22,16 +23,20 @@ from hf_blr.bench.one_block import why_not_one_block, with_one_block
 from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer, forget_peak, peak
 
+#: of which the median counts: the host's part of a step varies
+GENERATIONS = 3
+
 
 def decode(
     model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device, profile: bool = False
 ) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes"} of `generate()`, over the whole batch; ms is that of one step.
 
-    Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures. Where a
-    graph of ours is replayed, "graph_ms" is what the device takes for it; the rest of ms is `generate()`'s own. In the
-    form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more. With `profile`
-    also "profile" of that graph, of `profiling.profiled`, on a GPU.
+    Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures, of
+    `GENERATIONS` further ones the median counts. Where a graph of ours is replayed, "graph_ms" is what the device takes
+    for it; the rest of ms is `generate()`'s own. In the form compiled, "pieces" says what was: one block for all
+    layers, or norms and MLPs and why no more. With `profile` also "profile" of that graph, of `profiling.profiled`, on
+    a GPU.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -72,9 +77,10 @@ def decode(
     with stepping_by(model, graph) if graph else contextlib.nullcontext():
         forget_peak(device)
         generate(min(6, new_tokens), StepClock(device))
-        clock = StepClock(device)
-        generate(new_tokens, clock)
-        seconds = clock.seconds_per_step()
+        clocks = [StepClock(device) for _ in range(GENERATIONS)]
+        for clock in clocks:
+            generate(new_tokens, clock)
+        seconds = statistics.median(clock.seconds_per_step() for clock in clocks)
     row = {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device), **pieces}
     if graph and graph.replay:
         # its steps write on from where the cache stands

@@ -23,9 +23,9 @@ from hf_blr.bench.timing import Timer, forget_peak, peak, seconds_of
 MEASUREMENTS = ("prefill", "decode", "training", "storage")
 PROTOCOL = (
     "random weights; prefill: median forward, logits of the last token; decode: generate() on a static cache, masks "
-    "built in the step, prompt and first steps not counted; training: forward, backward, clipping and AdamW on the "
-    "projections or factors alone, the rest frozen; pictures with channels last; compiled: with dependent launches, in "
-    "training the loss too; load: from files just written"
+    "built in the step, prompt and first steps not counted, median of three; training: forward, backward, clipping and "
+    "AdamW on the projections or factors alone, the rest frozen; pictures with channels last; compiled: with dependent "
+    "launches, in training the loss too; load: from files just written"
 )
 #: an attention function without a mask function: a mask built under graph capture would keep SDPA off its flash kernel
 CAUSAL_SDPA = "hf_blr_causal_sdpa"

@@ -11,7 +11,7 @@ import torch
 #: that its autotuning prefers to cuBLAS, into kernels of its own, whose names say mm
 PARTS = {
     "blr": r"^(blast|block_gemm|decode|columns)_\w*kernel",
-    "attention": r"flash|fmha|attention|sdpa",
+    "attention": r"flash|fmha|attention|sdpa|^attend",
     "products": r"nvjet|gemm|gemv|cutlass|splitk|xmma|convolution|implicit|triton_tem|triton_\w*mm",
     "elementwise": r"",
 }

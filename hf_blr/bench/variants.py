@@ -15,6 +15,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
 from hf_blr.fusion import fuse
 from hf_blr.integration import record_plan, swap_in
+from hf_blr.integration.attention import use_attention
 from hf_blr.plan import LayerPlan, Plan, resolve_plan
 from hf_blr.structures import STRUCTURES, as_block_pair
 from hf_blr.targets import find_targets
@@ -25,7 +26,7 @@ class Variant:
     """What a model's layers become: "dense", or a structure with the paper's ranks or with these blocks.
 
     Args:
-        fused: projections with one input run together (`hf_blr.fuse`).
+        fused: what shares an input runs together (`hf_blr.fuse`); of a dense model only its attention is a fused one's.
     """
 
     structure: str
@@ -35,13 +36,15 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`dense`, `low_rank+fused`, `blast:4x4`, `monarch:paper`. Raises ValueError for anything else."""
+        """`dense`, `dense+attention`, `low_rank+fused`, `blast:4x4`, `monarch:paper`. ValueError for anything else."""
         layers, plus, ending = text.partition("+")
-        if plus and (ending != "fused" or layers == "dense"):
-            raise ValueError(f"expected nothing or +fused after a structure and its blocks, got {text!r}")
+        if plus and ending != ("attention" if layers == "dense" else "fused"):
+            raise ValueError(
+                f"expected nothing or +fused after a structure and its blocks, or +attention after dense, got {text!r}"
+            )
         structure, _, detail = layers.partition(":")
         if structure == "dense" and not detail:
-            return cls("dense")
+            return cls("dense", fused=bool(plus))
         if structure not in STRUCTURES:
             raise ValueError(
                 f"expected dense or one of {', '.join(STRUCTURES)} (:paper or :B1xB2 after it), got {text!r}"
@@ -57,7 +60,8 @@ class Variant:
 
     def __str__(self):
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
-        return f"{self.structure}:{detail}".rstrip(":") + "+fused" * self.fused
+        ending = "+attention" if self.structure == "dense" else "+fused"
+        return f"{self.structure}:{detail}".rstrip(":") + ending * self.fused
 
 
 def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype: torch.dtype, **options) -> nn.Module:
@@ -79,6 +83,8 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
             # the layout in which cuDNN's kernels read pictures; in the other they are copied first
             model.to(memory_format=torch.channels_last)
         if variant.structure == "dense":
+            if variant.fused and device != "meta" and not use_attention(model):
+                raise ValueError(f"{type(model).__name__} does not attend by a function that can be replaced")
             return model
         plan = plan_for(model, shape, variant, ratio)
         for module in swap_in(model, plan).values():

@@ -115,7 +115,8 @@ def add_model_arguments(parser):
         nargs="+",
         type=variant,
         metavar="V",
-        help="dense, or a structure, with :paper for the paper's ranks or :B1xB2 for blocks after it, and +fused where "
+        help="dense (+attention: with that of fused models), or a structure, with :paper for the paper's ranks or "
+        ":B1xB2 for blocks after it, and +fused where "
         "projections with one input are to run together; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )

@@ -31,8 +31,16 @@ __all__ = [
 def register():
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
     when_imported(MODELING, register_quantizer)
+    when_imported(MODELING, register_attention)
     enable()
     enable_peft()
+
+
+def register_attention(modeling):
+    """Tell transformers the attention function of fused models."""
+    from hf_blr.integration import attention
+
+    attention.register_attention()
 
 
 def register_quantizer(modeling):
