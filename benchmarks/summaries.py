@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_blr.bench.model_ceilings import model_sizes_of
+from hf_blr.bench.model_ceilings import sizes_of_row
 from hf_blr.bench.models import SHAPES
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
@@ -52,7 +52,7 @@ def quality_summary(rows: list[dict]) -> str:
 
 def models_summary(rows: list[dict]) -> str:
     """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster."""
-    table = []
+    table, attending = [], []
     for measurement in ("prefill", "decode", "training"):
         lines: dict[tuple, dict] = {}
         for row in compared(rows, measurement):
@@ -64,6 +64,8 @@ def models_summary(rows: list[dict]) -> str:
             column = PAPERS.get(name, name)
             if name == "dense":
                 line["dense, ms"] = f"{row['ms']:.2f}"
+            elif name == "dense+attention":
+                attending.append(f"{row['model']}, {size}, {row['ms']:.2f} ms")
             elif column in VARIANTS and row["speed over dense"] is not None:
                 marks = "†" * (name in PAPERS) + "*" * (name != row["variant"])
                 entry = row["speed over dense"], marks, row["peak / dense"] or 1.0
@@ -77,7 +79,8 @@ def models_summary(rows: list[dict]) -> str:
                 | {"peak memory": f"{min(memory):.2f} to {max(memory):.2f}" if memory else ""}
             )
     marks = "\\* with `hf_blr.fuse`; † the paper's ranks and blocks."
-    return f"{format_table(table)}\n\n{marks} Peak memory is that of dense."
+    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
+    return f"{format_table(table)}\n\n{marks} Peak memory is that of dense.{also}"
 
 
 def profiles(rows: list[dict]) -> str:
@@ -105,7 +108,7 @@ def predicted_parts(row: dict) -> dict[str, float]:
     """Milliseconds; {} for diffusion models."""
     if SHAPES[row["model"]].kind == "diffusion":
         return {}
-    sizes, device = model_sizes_of(row["model"], row["variant"], row.get("ratio", 0.5)), DEVICES["H100-measured"]
+    sizes, device = sizes_of_row(row), DEVICES["H100-measured"]
     if row["measurement"] == "decode":
         parts = step_parts(sizes, row["batch"], row["prompt"] + row["new_tokens"], device)
     else:

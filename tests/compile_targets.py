@@ -168,6 +168,7 @@ def main(capability: int):
         decode_project,
         decode_wide,
         mix,
+        pivoted,
     )
     for module in modules:
         module.device_of = lambda x: DEVICES[capability]

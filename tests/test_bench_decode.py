@@ -149,7 +149,7 @@ def test_texts_of_different_lengths_are_masked_alike():
 def test_rows_say_what_was_compiled(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
     row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu")
-    assert row["pieces"] == "one block" and row["graph_ms"] > 0
+    assert row["pieces"] == "one block" and row["graph_ms"] > 0 and row["attention"] == "sdpa"
 
 
 def test_fused_variants():

@@ -32,6 +32,7 @@ def test_kernels_build_and_fit(capability):
         "decode_one_kernel",
         "decode_one_mix_kernel",
         "columns_kernel",
+        "pivoted_project_kernel",
     }
     for row in rows:
         assert row["shared"] <= row["limit"], row

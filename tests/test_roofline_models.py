@@ -74,6 +74,17 @@ def test_grouped_queries_are_read_once_and_written_and_read_for_each_head():
     assert eager == pytest.approx(32 * 2 * 1000 * 128 * 2 * 8)
 
 
+def test_our_attention_reads_grouped_queries_keys_as_they_are():
+    for variant in ("dense+attention", "monarch:4x4+fused"):
+        sizes = model_sizes_of("Llama-3-8B", variant, 0.5)
+        assert sizes.own_attention and sizes.absorbed == (variant != "dense+attention")
+        one, more = (step_seconds(sizes, 1, cache, BYTES) for cache in (1000, 2000))
+        assert more - one == pytest.approx(32 * 2 * 1000 * 128 * 2 * 8)
+    # the sum of its pieces is a kernel
+    plain, ours = (step_parts(model_sizes_of("Llama-7B", v, 0.5), 1, 192, STARTS) for v in ("dense", "dense+attention"))
+    assert ours["elementwise"] - plain["elementwise"] == pytest.approx(32)
+
+
 @pytest.mark.parametrize("name, causal", [("Llama-7B", 2), ("ViT-B/16", 1)])
 def test_arithmetic_of_a_forward(name, causal):
     sizes, tokens = model_sizes_of(name, "dense", 0.5), 197
@@ -107,7 +118,8 @@ def test_an_absorbed_activation_is_no_kernel():
         assert parts[0] - parts[1] == pytest.approx(12)
     gated = model_sizes_of("Llama-3.2-1B", "low_rank+fused", 0.5)
     assert forward_parts(gated, 1, 64, STARTS)["elementwise"] == pytest.approx(16 * 4)
-    assert step_parts(gated, 1, 64, STARTS, one_block=False)["elementwise"] == pytest.approx(16 * (3 + EAGER_KERNELS))
+    # and the sum of attention's pieces
+    assert step_parts(gated, 1, 64, STARTS, one_block=False)["elementwise"] == pytest.approx(16 * (4 + EAGER_KERNELS))
 
 
 @pytest.mark.parametrize("tokens", [1, 1024])

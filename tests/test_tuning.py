@@ -109,7 +109,7 @@ def test_pivoted_layers_are_tuned(folder, monkeypatch):
     hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6))
     with ops.use_impl("triton"):
         kinds = {key.split()[0] for key in json.loads(hf_blr.tune(model, tokens=(1, 40)).read_text())}
-    assert kinds == {"columns", "decode_one"}
+    assert kinds == {"columns", "pivoted_project", "decode_one"}
 
 
 @pytest.mark.parametrize("structure", ["monarch", "blast"])

@@ -30,13 +30,13 @@ GENERATIONS = 3
 def decode(
     model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device, profile: bool = False
 ) -> dict:
-    """{"tokens_per_second", "ms", "peak_bytes"} of `generate()`, over the whole batch; ms is that of one step.
+    """{"tokens_per_second", "ms", "peak_bytes", "attention"} of `generate()` over the whole batch; ms of one step.
 
     Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures, of
     `GENERATIONS` further ones the median counts. Where a graph of ours is replayed, "graph_ms" is what the device takes
     for it; the rest of ms is `generate()`'s own. In the form compiled, "pieces" says what was: one block for all
     layers, or norms and MLPs and why no more. With `profile` also "profile" of that graph, of `profiling.profiled`, on
-    a GPU.
+    a GPU. "attention" is the function that the model attends by, in transformers' name.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -82,6 +82,7 @@ def decode(
             generate(new_tokens, clock)
         seconds = statistics.median(clock.seconds_per_step() for clock in clocks)
     row = {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device), **pieces}
+    row["attention"] = model.config._attn_implementation
     if graph and graph.replay:
         # its steps write on from where the cache stands
         cache.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from hf_blr.dense import feature_sizes, is_dense_linear
 from hf_blr.evaluation.devices import Ceilings
 from hf_blr.evaluation.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
 from hf_blr.fusion import TOGETHER
+from hf_blr.integration import attention
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank
 
@@ -34,7 +36,7 @@ def model_predictions(rows: list[dict], device: Ceilings) -> list[dict]:
         shape = SHAPES.get(row["model"])
         if measured is None or shape is None or shape.kind == "diffusion" or row.get("form") not in PREDICTED_FORMS:
             continue
-        sizes = model_sizes_of(row["model"], row["variant"], row.get("ratio", 0.5))
+        sizes = sizes_of_row(row)
         if row["measurement"] == "prefill":
             seconds = forward_seconds(sizes, row["batch"], row["tokens"], device)
         elif row["measurement"] == "decode":
@@ -47,15 +49,21 @@ def model_predictions(rows: list[dict], device: Ceilings) -> list[dict]:
     return found
 
 
+def sizes_of_row(row: dict) -> ModelSizes:
+    """The sizes behind a row, of the attention that it names; rows of before there was a choice name none."""
+    sizes = model_sizes_of(row["model"], row["variant"], row.get("ratio", 0.5))
+    return replace(sizes, own_attention=row.get("attention") == attention.NAME)
+
+
 @functools.lru_cache
 def model_sizes_of(name: str, variant: str, ratio: float) -> ModelSizes:
-    """The sizes behind a row, of the model built without memory."""
+    """Those of a variant, of the model built without memory."""
     shape, variant = SHAPES[name], Variant.parse(variant)
     return sizes_of(build_model(shape, variant, ratio, "meta", torch.bfloat16), variant.fused)
 
 
 def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
-    """What a text or image model of transformers consists of."""
+    """What a text or image model of transformers consists of; if fused, with what `hf_blr.fuse` does for it."""
     blocks, config = repeated_blocks(model), model.config
     groups = projection_groups(blocks[0], fused)
     last = groups[-1][-1].spec
@@ -78,6 +86,7 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
         not image,
         (head[1], head[0]),
         (patch, config.hidden_size) if image else None,
+        fused and any(isinstance(module, BLRLinear) for module in model.modules()),
         fused,
     )
 

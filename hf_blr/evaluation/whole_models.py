@@ -43,6 +43,7 @@ class ModelSizes:
         causal: whether a token attends to those before it alone.
         head: K and N of the output layer, which sees one token of each sequence.
         patches: K and N of the product that makes tokens of a picture; None for text, whose embeddings are looked up.
+        own_attention: whether one query attends by our kernel (`hf_blr.fuse`).
     """
 
     groups: tuple[tuple[Projection, ...], ...]
@@ -58,6 +59,7 @@ class ModelSizes:
     head: tuple[int, int]
     patches: tuple[int, int] | None = None
     absorbed: bool = False
+    own_attention: bool = False
 
 
 def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> float:
@@ -92,7 +94,10 @@ def step_parts(
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
     # values go into the cache by a kernel of their own, keys with their rotation
     others = 1 if one_block else EAGER_KERNELS
-    if one_block and sizes.kv_heads < sizes.heads:
+    if sizes.own_attention:
+        # our kernel reads the keys as they are, and another puts its pieces together
+        others += 1
+    elif one_block and sizes.kv_heads < sizes.heads:
         # compiled code writes keys and values once for each query head, a kernel for each, and reads them again
         read += 4 * batch * cache * sizes.heads * sizes.head_dim
         others += 2

@@ -17,10 +17,11 @@ REGISTERS = 1 << 16
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Of 2 tokens and more: rows of weights per program and the length read at a time, from each piece of a row.
+    """Of 2 tokens and more, and of pivoted's first stage: rows of weights per program and the length read at a time,
+    from each of the pieces of a row.
 
-    early: of `decode_expand`, how much of a row is loaded into registers before the wait for the kernel before; the
-        rest is asked for in L2.
+    early: how much of each piece is loaded into registers before the wait for the kernel before; the rest is asked for
+        in L2.
     programs: of `decode_expand`, for each multiprocessor: these loop over tiles of `rows`, with a part of z for each
         warp; 0: a program for each tile.
     ahead: how many tiles such a program asks for in L2 before the wait, beyond those that its pipeline loads.
@@ -71,6 +72,18 @@ def project_config(
     while stage > room and length > 16:
         length, stage = length // 2, stage // 2
     return DecodeConfig(tile, length, 4, max(1, min(4, room // stage)))
+
+
+def pivoted_project_config(parts: int, row: int, rows: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `pivoted_project_kernel`, whose c has `rows` of `row` numbers."""
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1, 32)
+    part = max(1, -(-row // parts))
+    length = max(16, min(256, pow2(part)))
+    # H100, us a layer, 4096 x 4096 with 1184 rows: 8.6 and 9.6; with 1664 rows 22.2 and 20.6
+    tile, warps = (4, 4) if rows <= 10 * device.sms else (8, 16)
+    held = parts * tile * (part * itemsize // 4 + length) // (32 * warps)
+    return DecodeConfig(tile, length, warps, 2, part if held <= 160 else 0)
 
 
 def expand_config(rank: int, outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:

@@ -1,7 +1,8 @@
 """One token: each output is the product of one row of weights with one vector, by programs that stay.
 
 A program holds its vector in registers and asks for its next rows before it multiplies those that have come, so that
-the memory never waits for the arithmetic. Such products are all stages but BLAST's first, which `decode_one_mix` has.
+the memory never waits for the arithmetic. Such products are all stages but the first of BLAST, which `decode_one_mix`
+has, and of pivoted layers, in `pivoted`.
 """
 
 from __future__ import annotations
@@ -31,25 +32,12 @@ def rows_of(w_ptr, i_q, Q, R, stride_wq, STEPS: tl.constexpr, BQ: tl.constexpr, 
 
 
 @triton.jit
-def places_of(order_ptr, Q, R, ORDERED: tl.constexpr, STEPS: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr):
-    """Where a vector's R numbers lie, in STEPS pieces `[BQ, BR]`: one after the other, or as order[Q:] says."""
+def vector_of(x_ptr, R, STEPS: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr):
+    """x `[R]` in STEPS pieces `[BQ, BR]` with equal rows: each warp loads what it needs and asks no other for it."""
     pieces = ()
     for step in tl.static_range(STEPS):
         o_r = tl.broadcast_to((step * BR + tl.arange(0, BR))[None, :], (BQ, BR))
-        if ORDERED:
-            pieces = pieces + (tl.load(order_ptr + Q + o_r, mask=o_r < R, other=0),)
-        else:
-            pieces = pieces + (o_r,)
-    return pieces
-
-
-@triton.jit
-def vector_of(x_ptr, places, R, BQ: tl.constexpr, BR: tl.constexpr):
-    """x `[R]` in pieces `[BQ, BR]` with equal rows: each warp loads what it needs and asks no other for it."""
-    pieces = ()
-    for step in tl.static_range(len(places)):
-        o_r = tl.broadcast_to((step * BR + tl.arange(0, BR))[None, :], (BQ, BR))
-        pieces = pieces + (tl.load(x_ptr + places[step], mask=o_r < R, other=0.0),)
+        pieces = pieces + (tl.load(x_ptr + o_r, mask=o_r < R, other=0.0),)
     return pieces
 
 
@@ -70,7 +58,6 @@ def decode_one_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
-    order_ptr,
     out_ptr,
     Q,
     GROUP,
@@ -84,7 +71,6 @@ def decode_one_kernel(
     stride_wi,
     stride_wq,
     HAS_BIAS: tl.constexpr,
-    ORDERED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
@@ -96,8 +82,7 @@ def decode_one_kernel(
     """out[q // GROUP, i, q % GROUP] = activation(w[i, q] . x[i] + bias[i, q]), with w `[blocks, Q, R]`.
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
-    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. With an order of Q + R places, out[q] is x at
-    order[q] plus w[q] . x at order[Q:]. R and strides of x and w come / VEC.
+    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. R and strides of x and w come / VEC.
     """
     i_p, n_p, i_i = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     w_ptr += i_i.to(tl.int64) * (stride_wi * VEC)
@@ -105,12 +90,11 @@ def decode_one_kernel(
     if GATED:
         w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC)
         b_w2s = rows_of(w2_ptr, i_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
-    o_xs = places_of(order_ptr, Q, R * VEC, ORDERED, STEPS, BQ, BR)
     wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs = vector_of(x_ptr, o_xs, R * VEC, BQ, BR)
+    b_xs = vector_of(x_ptr, R * VEC, STEPS, BQ, BR)
     if GATED:
-        b_x2s = vector_of(x_ptr + stride_xg * VEC, o_xs, R * VEC, BQ, BR)
+        b_x2s = vector_of(x_ptr + stride_xg * VEC, R * VEC, STEPS, BQ, BR)
     for i_q in tl.range(i_p, tl.cdiv(Q, BQ), n_p):
         b_next = rows_of(w_ptr, i_q + n_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
         if GATED:
@@ -121,8 +105,6 @@ def decode_one_kernel(
         if GATED:
             b_out *= product_of(b_x2s, b_w2s, bias_ptr, GATED_BLOCKS * Q + o_n, m_q, HAS_BIAS)
             b_w2s = b_next2
-        if ORDERED:
-            b_out += tl.load(x_ptr + tl.load(order_ptr + o_q, mask=m_q, other=0), mask=m_q, other=0.0).to(tl.float32)
         o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP
         tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
         b_ws = b_next
@@ -133,11 +115,6 @@ def project_one(x: Tensor, v: Tensor, z: Tensor):
     _, rows, p = v.shape
     # row i*r + k of block j goes to z[i, 0, j*r + k]
     multiply(x, v, None, z, len(v), group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
-
-
-def project_pivoted_one(x: Tensor, c: Tensor, order: Tensor, y: Tensor):
-    """Stage one of pivoted: y `[1, R]` from x `[1, K]`, c `[R, K - R]` and order `[K]`, x gathered as it is loaded."""
-    multiply(x, c[None], None, y, 1, group=len(c), strides=(0, 0, 0), stride_og=0, order=order)
 
 
 def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activation: str, gated: bool):
@@ -151,7 +128,7 @@ def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activatio
     multiply(z, u, bias, out, blocks, q, strides, 0, len(z), activation, gated)
 
 
-def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False, order=None):
+def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False):
     """Launch `decode_one_kernel`: `strides` of x are from block to block, layer to layer and to the gated layer."""
     (all_blocks, q, r), device = w.shape, device_of(x)
     sizes = (r, *strides, *w.stride()[:2])
@@ -164,7 +141,6 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             x,
             w,
             bias,
-            order,
             out,
             q,
             group,
@@ -173,17 +149,15 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             stride_og,
             *(n // vec for n in sizes),
             HAS_BIAS=bias is not None,
-            ORDERED=order is not None,
             ACTIVATION=activation,
             GATED=gated,
             PDL=device.is_hopper,
             VEC=vec,
-            # a pivoted layer may have pivots alone
-            STEPS=max(1, triton.cdiv(r, config.length)),
+            STEPS=triton.cdiv(r, config.length),
             BQ=config.rows,
             BR=config.length,
             num_warps=config.warps,
             **({"launch_pdl": True} if device.is_hopper else {}),
         )
 
-    launch(run, "decode_one", rule, 1, (r, q, blocks, gated, order is not None), w)
+    launch(run, "decode_one", rule, 1, (r, q, blocks, gated), w)

@@ -2,12 +2,91 @@
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
+
 from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_one import project_pivoted_one
+from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
 from hf_blr.ops.triton.decode_project import decode_project
+from hf_blr.ops.triton.launch import device_of, pow2, vector_width
 from hf_blr.ops.triton.low_rank import finish
+from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tuned import launch
+
+#: pieces that a row of c is read in at once, one for each warp
+PARTS = 4
+
+
+@triton.jit
+def pivoted_project_kernel(
+    x_ptr,
+    c_ptr,
+    order_ptr,
+    y_ptr,
+    P,
+    R,
+    REST,
+    stride_cr,
+    LINES: tl.constexpr,
+    ORDER_LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    ORDER_LINE: tl.constexpr,
+    PDL: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """y[r] = x[order[r]] + sum_k x[order[R+k]] c[r,k] for one token, the sum cut into BJ parts of P.
+
+    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. Sizes and strides come
+    / VEC. The first EARLY steps' indices and c are loaded before the wait.
+    """
+    i_r = tl.program_id(0)
+    o_j, o_b = tl.arange(0, BJ), tl.arange(0, BR)
+    o_r = i_r * BR + o_b
+    m_r = o_r < R * VEC
+    c_ptr += tl.cast(i_r, tl.int64) * BR * (stride_cr * VEC)
+    o_jp = o_j * (P * VEC)
+    o_c = o_jp[:, None, None] + o_b[None, :, None] * (stride_cr * VEC)
+    # no kernel before writes c or the indices
+    b_first = tl.load(order_ptr + o_r, mask=m_r, other=0)
+    b_os, b_cs = (), ()
+    for step in tl.static_range(EARLY):
+        o_p = step * BP + tl.arange(0, BP)
+        m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
+        b_os = b_os + (tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0),)
+        m_c = m_k[:, None, :] & m_r[None, :, None]
+        b_cs = b_cs + (tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_c, other=0.0),)
+    if PDL and LINES > 0:
+        # the indices too: x cannot be asked for before they are there
+        o_i = tl.arange(0, ORDER_LINES) * ORDER_LINE
+        prefetch_to_l2(order_ptr, o_i, o_i < (R + REST) * VEC)
+        o_l = EARLY * BP + tl.arange(0, LINES) * LINE
+        m_l = in_part(o_l, o_jp, P * VEC, REST * VEC)
+        prefetch_to_l2(c_ptr, o_c + o_l[None, None, :], m_l[:, None, :] & m_r[None, :, None])
+    wait_for_previous(PDL)
+    b_pivots = tl.load(x_ptr + b_first, mask=m_r, other=0.0)
+    b_xs = ()
+    for step in tl.static_range(EARLY):
+        m_k = in_part(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)
+        b_xs = b_xs + (tl.load(x_ptr + b_os[step][:, None, :], mask=m_k[:, None, :], other=0.0),)
+    acc = tl.zeros((BJ, BR, BP), tl.float32)
+    for step in tl.static_range(EARLY):
+        acc += b_xs[step].to(tl.float32) * b_cs[step].to(tl.float32)
+    for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
+        o_p = step * BP + tl.arange(0, BP)
+        m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
+        b_o = tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0)
+        b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_k[:, None, :], other=0.0)
+        b_c = tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_k[:, None, :] & m_r[None, :, None], other=0.0)
+        acc += b_x.to(tl.float32) * b_c.to(tl.float32)
+    b_y = tl.sum(tl.sum(acc, 2), 0) + b_pivots.to(tl.float32)
+    tl.store(y_ptr + o_r, b_y.to(y_ptr.dtype.element_ty), mask=m_r)
 
 
 def pivoted_fwd(x, u, c, order, bias, keep=False, activation=""):
@@ -20,8 +99,7 @@ def pivoted_fwd(x, u, c, order, bias, keep=False, activation=""):
         y = project(x, c, order)
         return finish(y, u, bias, activation), y if keep else x.new_empty(0)
     if tokens == 1:
-        y = x.new_empty(1, r)
-        project_pivoted_one(x, c, order, y)
+        y = project_one(x, c, order)
     else:
         y, rest = gather_columns(x, order, r)
         if rest.shape[1]:
@@ -52,3 +130,41 @@ def project(x, c, order):
     y, rest = gather_columns(x, order, c.shape[0])
     # in place: the pivots are what the product is added to
     return y.addmm_(rest, c.T)
+
+
+def project_one(x, c, order):
+    """y `[1, R]`, the first stage of one token."""
+    r, rest = c.shape
+    y, device = x.new_empty(1, r), device_of(x)
+    part = triton.cdiv(triton.cdiv(rest, PARTS), 16) * 16
+    sizes = (part, r, rest, c.stride(0))
+    vec = vector_width(*sizes)
+    line, order_line = 128 // x.element_size(), 128 // order.element_size()
+    rule = pivoted_project_config(PARTS, rest, r, x.element_size(), device)
+
+    def run(config):
+        early = early_steps(config, part)
+        pivoted_project_kernel[(triton.cdiv(r, config.rows),)](
+            x,
+            c,
+            order,
+            y,
+            *(n // vec for n in sizes),
+            LINES=lines(part - early * config.length, line),
+            ORDER_LINES=pow2(triton.cdiv(len(order), order_line)),
+            LINE=line,
+            ORDER_LINE=order_line,
+            PDL=device.is_hopper,
+            VEC=vec,
+            UNROLL=config.stages,
+            EARLY=early,
+            BJ=PARTS,
+            BR=config.rows,
+            BP=config.length,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **({"launch_pdl": True} if device.is_hopper else {}),
+        )
+
+    launch(run, "pivoted_project", rule, 1, (part, r), x)
+    return y
