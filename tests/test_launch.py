@@ -96,7 +96,7 @@ def test_decode_reads_no_more_than_a_piece_of_a_row():
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_programs_of_one_token_fit_the_registers(device):
     """Two tiles and the vector of each program that is asked for; a warp never reads less than 16 bytes a lane."""
-    for row, itemsize in itertools.product((7, 304, 1024, 1488, 2752, 4096, 11008, 14336), (2, 4)):
+    for row, itemsize in itertools.product((7, 304, 1024, 1488, 2752, 4096, 11008, 28672), (2, 4)):
         for layers, rows in itertools.product((1, 2), (304, 12288)):
             c = decode_launch.one_config(row, rows, layers, itemsize, device)
             held = (2 * c.rows * layers + layers) * -(-row // c.length) * c.length * itemsize // 4
@@ -104,5 +104,8 @@ def test_programs_of_one_token_fit_the_registers(device):
             held += (c.warps * 512 // (c.length * itemsize) - 1) * layers * row * itemsize // 4
             assert c.programs == 1 or c.programs * held <= decode_launch.REGISTERS
             assert c.rows * c.length * itemsize == c.warps * 512
-        c = decode_launch.one_mix_config(4, -(-row // 4), itemsize, device)
-        assert c.programs == 1 or c.programs * 3 * c.rows * row * itemsize // 4 <= decode_launch.REGISTERS
+        for b1 in (1, 4, 16):
+            c = decode_launch.one_mix_config(b1, -(-row // b1), itemsize, device)
+            assert c.programs == 1 or c.programs * 3 * c.rows * row * itemsize // 4 <= decode_launch.REGISTERS
+            # no two warps hold the same, where rows are long enough
+            assert c.warps <= 4 or c.rows * launch.pow2(b1) * c.length * itemsize >= c.warps * 512

@@ -126,27 +126,36 @@ def one_config(row: int, rows: int, layers: int, itemsize: int, device: Device) 
         return OneConfig(4, 16, 4, 1)
     # a warp reads 16 bytes for each of its lanes; as many share a row as its registers ask for
     length, sharing = 512 // itemsize, 1
-    while -(-row // (length * sharing)) > 8 and sharing < 8:
+    while -(-row // (length * sharing)) > 8 and sharing < 16:
         sharing *= 2
     steps = -(-row // (length * sharing))
     # of a thread, as compiled: this row and the next one, the vector, addresses; H100, us of Monarch's qkv of 4096,
     # 80 registers: 17.7 with the 24 warps that fit, 18.5 with 32, 19.0 with 16
     fitting = REGISTERS // (32 * steps * (20 if layers == 1 else 32))
     # few rows are spread over more programs
-    warps = 8 if sharing == 8 or (fitting >= 16 and rows >= 16 * device.sms) else 4
-    return OneConfig(warps // sharing, length * sharing, warps, max(1, fitting // warps))
+    warps = max(sharing, 8 if fitting >= 16 and rows >= 16 * device.sms else 4)
+    # the estimate of registers is rather high than low
+    return OneConfig(warps // sharing, length * sharing, warps, max(1, int(fitting / warps + 0.3)))
 
 
 def one_mix_config(b1: int, part: int, itemsize: int, device: Device) -> OneConfig:
     """For `decode_one_mix_kernel`, whose rows are of B1 parts."""
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
-    # H100, us of qkv and down of 4096 x 11008: 4x4 19.5 and 17.1, 16x16 20.0 and 18.1; other tiles up to 21 and 20
-    rows, warps, length = 2, 4, 256 // itemsize
-    if b1 * part > 5120:
-        rows, warps, length = 1, 8, 512 // itemsize
-    held = 3 * b1 * part * rows * itemsize // (4 * 32 * warps) + 40
-    return OneConfig(rows, min(pow2(part), length), warps, max(1, REGISTERS // (32 * warps * held)))
+
+    def held(rows, warps):
+        """32-bit registers of a thread: this tile and the next one, and the vector."""
+        return 3 * b1 * part * rows * itemsize // (4 * 32 * warps)
+
+    # H100, us of qkv and down of 4096 x 11008: 4x4 19.5 and 16.9, 16x16 20.0 and 18.2; other tiles up to 21 and 20
+    rows, warps = (2 if held(2, 4) <= 120 else 1), 4
+    while held(rows, warps) > 170 and warps < 16:
+        warps *= 2
+    # no longer than half a warp or a whole one reads, unless parts are too few for the warps
+    length = max(512 // itemsize // rows, 512 // itemsize * warps // (rows * pow2(b1)))
+    length = min(pow2(part), length)
+    padded = held(rows, warps) * -(-part // length) * length // part
+    return OneConfig(rows, length, warps, max(1, REGISTERS // (32 * warps * (padded + 36))))
 
 
 def early_steps(config: DecodeConfig, length: int) -> int:
