@@ -128,7 +128,7 @@ def call_activated(k, n, rank, b1, b2):
         blast.blast_fwd(empty(tokens, k), u, s, v, bias, activation="gelu")
         low_rank.low_rank_fwd(empty(tokens, k), empty(n, rank), empty(rank, k), None, activation="gelu_tanh")
     for z in (empty(b2, 1, 2 * rank), empty(2 * b2, 1, rank)):
-        decode_expand.decode_expand(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
+        decode_one.expand_one(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
 
 
 def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):

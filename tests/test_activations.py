@@ -116,8 +116,8 @@ def test_one_token_of_gated_layers_takes_two_launches(monkeypatch):
     pytest.importorskip("triton")
     from hf_blr.ops.triton import siblings
 
-    calls, last = [], siblings.decode_expand
-    monkeypatch.setattr(siblings, "decode_expand", lambda *a, **k: calls.append(k) or last(*a, **k))
+    calls, last = [], siblings.expand_one
+    monkeypatch.setattr(siblings, "expand_one", lambda *a, **k: calls.append(k) or last(*a, **k))
     for structure in SIBLINGS:
         assert_gated_within_budget(structure, 1, [(9, 32)] * 2)
     assert [call["gated"] for call in calls] == [True] * len(SIBLINGS)

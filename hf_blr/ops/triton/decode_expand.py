@@ -92,15 +92,14 @@ def decode_expand_kernel(
     tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
 
-def decode_expand(z, u, bias, out, activation="", gated=False):
+def decode_expand(z, u, bias, out, activation=""):
     """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`.
 
-    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`. With `gated`, for one token:
-    out `[T, N]` of two layers, activation(the first's) * the second's, from z `[B2, T, 2*R]` or `[2*B2, T, R]`.
+    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`.
     """
     (blocks, q, r), tokens = u.shape, z.shape[1]
     if tokens == 1:
-        return expand_one(z, u, bias, out, activation, gated)
+        return expand_one(z, u, bias, out, activation)
     device = device_of(z)
     sizes = (r, *z.stride()[:2], *u.stride()[:2])
     vec = vector_width(*sizes)

@@ -117,8 +117,12 @@ def project_one(x: Tensor, v: Tensor, z: Tensor):
     multiply(x, v, None, z, len(v), group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
 
 
-def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activation: str, gated: bool):
-    """Stage two of one token, as `decode_expand.decode_expand`."""
+def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activation: str = "", gated: bool = False):
+    """Stage two of one token, as `decode_expand.decode_expand`.
+
+    With `gated`, of two layers: out `[1, N]` is activation(the first's) * the second's, from u `[2*B2, Q, R]` and z
+    `[B2, 1, 2*R]` or `[2*B2, 1, R]`.
+    """
     blocks, q, r = u.shape
     apart = 0
     if gated:

@@ -13,6 +13,7 @@ from hf_blr.ops.dispatch import decodes_low_rank
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_one import expand_one
 from hf_blr.ops.triton.launch import fuses_mix, mixes_along_t
 from hf_blr.ops.triton.monarch import monarch_decode, monarch_finish
 
@@ -92,7 +93,7 @@ def blast_gated_fwd(x, us, ss, vs, biases, activation):
 def finish_gated(z, u, bias, activation):
     """`[1, N]` of two layers whose u lie in one `[2*B2, Q, R]`."""
     out = z.new_empty(1, u.shape[0] // 2 * u.shape[1])
-    decode_expand(z, u, bias, out, activation, gated=True)
+    expand_one(z, u, bias, out, activation, gated=True)
     return out
 
 
