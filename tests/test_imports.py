@@ -24,7 +24,7 @@ FLOORS = [
     ["targets"],
     ["config"],
     ["fusion", "tuning"],
-    ["absorption", "siblings"],
+    ["absorption", "siblings", "integration.attention"],
     ["linear"],
     ["dense"],
     ["ops"],

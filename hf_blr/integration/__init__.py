@@ -1,8 +1,8 @@
-"""Everything that knows how transformers and PEFT work inside.
+"""Everything that knows how transformers and PEFT work inside, and what other packages are told of ours.
 
 `register()` is what `import hf_blr` calls. It imports neither package's machinery: the quantizer, the
-`blr_config=` keyword and the LoRA layer are put in place when transformers' model loader and PEFT are
-imported.
+`blr_config=` keyword, the attention of fused models and the LoRA layer are put in place when transformers' model loader
+and PEFT are imported, what the ops cost when PyTorch's counter is.
 """
 
 from hf_blr.integration.layout import match_plan, swap_in
@@ -32,8 +32,16 @@ def register():
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
     when_imported(MODELING, register_quantizer)
     when_imported(MODELING, register_attention)
+    when_imported("torch.utils.flop_counter", register_flops)
     enable()
     enable_peft()
+
+
+def register_flops(counter):
+    """Tell PyTorch's counter what the ops cost."""
+    from hf_blr.ops import flops
+
+    flops.register(counter)
 
 
 def register_attention(modeling):
