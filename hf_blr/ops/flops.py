@@ -1,4 +1,4 @@
-"""What the registered ops cost, for PyTorch's counter of floating-point operations; without it they count as nothing."""
+"""What the registered ops cost, for PyTorch's FLOP counter; without it they count as nothing."""
 
 from __future__ import annotations
 
