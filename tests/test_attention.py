@@ -184,7 +184,7 @@ def test_files_and_pickles_know_nothing_of_it(tmp_path):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_other_attention_is_left_alone():
+def test_other_attention_is_left_alone(monkeypatch):
     model = tiny_llama()
     model.set_attn_implementation("eager")
     hf_blr.compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
@@ -194,6 +194,10 @@ def test_other_attention_is_left_alone():
     assert model.config._attn_implementation == "eager"
     # a part of a model has no say in it
     assert not attention.use_attention(model.model.layers[0])
+    # nor is a model asked that attends in its own way
+    own = tiny_llama()
+    monkeypatch.setattr(type(own), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    assert not attention.use_attention(own) and own.config._attn_implementation == "sdpa"
 
 
 def test_what_the_kernel_does_not_know_goes_to_sdpa(queries):

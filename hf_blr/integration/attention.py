@@ -28,6 +28,9 @@ def use_attention(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sub_configs", None):
         return False
+    # transformers would warn of models that attend in their own way
+    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
+        return False
     model.set_attn_implementation(NAME)
     return True
 
