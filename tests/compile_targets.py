@@ -22,8 +22,6 @@ from hf_blr.ops.triton import (
     columns,
     decode_expand,
     decode_one,
-    decode_one_mix,
-    decode_project,
     decode_wide,
     low_rank,
     mix,
@@ -157,21 +155,9 @@ def call_attention(dtype, batch, heads, groups, length, d):
 
 def main(capability: int):
     JITFunction.run = catch
-    modules = (
-        attend,
-        blast,
-        block_gemm,
-        columns,
-        decode_expand,
-        decode_one,
-        decode_one_mix,
-        decode_project,
-        decode_wide,
-        mix,
-        pivoted,
-    )
-    for module in modules:
-        module.device_of = lambda x: DEVICES[capability]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_blr.ops.triton.") and hasattr(module, "device_of"):
+            module.device_of = lambda x: DEVICES[capability]
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
         (bf16, 1, (4096, 4096, 1024, 4, 16), False),

@@ -50,6 +50,19 @@ def make_inputs(structure, tokens, b1, b2, p, q, r, dtype, device="cpu", bias=Tr
     return [t.requires_grad_(t.is_floating_point()) for t in tensors]
 
 
+def recorded_grids(monkeypatch, module, name):
+    """The grids in which that kernel of a module is launched from now on."""
+    grids, kernel = [], getattr(module, name)
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Recorded())
+    return grids
+
+
 def leaves(tensors):
     """Those with a gradient: all but indices."""
     return [t for t in tensors if t.is_floating_point()]

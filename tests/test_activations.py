@@ -120,7 +120,7 @@ def test_one_token_of_gated_layers_takes_two_launches(monkeypatch):
     monkeypatch.setattr(siblings, "expand_one", lambda *a, **k: calls.append(k) or last(*a, **k))
     for structure in SIBLINGS:
         assert_gated_within_budget(structure, 1, [(9, 32)] * 2)
-    assert [call["gated"] for call in calls] == [True] * len(SIBLINGS)
+    assert calls == [{"gated": True}] * len(SIBLINGS)
 
 
 def test_the_reference_of_gated_layers():

@@ -12,7 +12,7 @@ from transformers import StaticCache
 import hf_blr
 from hf_blr import BLRConfig, ops
 from hf_blr.integration import attention
-from hf_blr.ops.attention import one_query_attention, suits_kernel
+from hf_blr.ops.attention import by_kernel, one_query_attention, suits_kernel
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 
@@ -67,8 +67,12 @@ def test_keys_that_are_no_rows_of_one_block(monkeypatch):
     longer[:2, :, :20] = k
     transposed = v.transpose(1, 2).contiguous().transpose(1, 2)
     folded = q.transpose(1, 3).contiguous().transpose(1, 3)
-    got = one_query_attention(folded, longer[:2, :, :20], transposed, mask, impl="triton")
+    # as every other number of a longer mask, and one mask for all texts
+    strided = torch.stack([mask, ~mask], -1)[..., 0]
+    got = one_query_attention(folded, longer[:2, :, :20], transposed, strided, impl="triton")
     torch.testing.assert_close(got, expected)
+    got = one_query_attention(q, k, v, mask[:1].expand(2, -1, -1, -1), impl="triton")
+    torch.testing.assert_close(got[0], expected[0])
 
 
 @interpreted
@@ -114,9 +118,7 @@ def queries(monkeypatch):
     """The shape of every query that the kernel's op was called for."""
     pytest.importorskip("triton")
     found = []
-    monkeypatch.setattr(
-        attention, "one_query_attention", lambda q, *rest: found.append(tuple(q.shape)) or one_query_attention(q, *rest)
-    )
+    monkeypatch.setattr(attention, "by_kernel", lambda q, *rest: found.append(tuple(q.shape)) or by_kernel(q, *rest))
     return found
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_cases import FUNCTIONS, assert_siblings_within_budget, assert_within_budget, make_inputs  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    FUNCTIONS,
+    assert_siblings_within_budget,
+    assert_within_budget,
+    make_inputs,
+    recorded_grids,
+)
 
 from hf_blr.ops.triton import decode_one, decode_one_mix  # noqa: E402
 from hf_blr.ops.triton.decode_launch import OneConfig  # noqa: E402
@@ -59,14 +65,7 @@ def test_nothing_beside_its_tensors_is_read_or_written(q, gated, config):
 
 
 def test_the_grid_is_no_larger_than_the_work(monkeypatch):
-    grids, kernel = [], decode_one.decode_one_kernel
-
-    class Recorded:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(decode_one, "decode_one_kernel", Recorded())
+    grids = recorded_grids(monkeypatch, decode_one, "decode_one_kernel")
     monkeypatch.setattr(decode_one, "one_config", lambda *sizes: OneConfig(4, 16, 4, 8))
     for blocks, q in ((2, 9), (2, 90), (16, 90)):
         z, u, out = torch.randn(blocks, 1, 7), torch.randn(blocks, q, 7), torch.empty(1, blocks * q)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from kernel_cases import SIBLINGS, assert_siblings_within_budget, assert_within_budget, make_inputs  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    SIBLINGS,
+    assert_siblings_within_budget,
+    assert_within_budget,
+    make_inputs,
+    recorded_grids,
+)
 
 from hf_blr.ops.triton import decode_expand, decode_wide  # noqa: E402
 from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
@@ -18,16 +24,8 @@ CONFIGS = [DecodeConfig(8, 16, 4, 2, programs=1, ahead=2), DecodeConfig(16, 16, 
 @pytest.fixture(params=CONFIGS, ids=str)
 def grids(request, monkeypatch):
     """Every last stage runs by this setting; the grids that were launched."""
-    launched, kernel = [], decode_wide.decode_expand_wide_kernel
-
-    class Recorded:
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(decode_wide, "decode_expand_wide_kernel", Recorded())
     monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: request.param)
-    return launched
+    return recorded_grids(monkeypatch, decode_wide, "decode_expand_wide_kernel")
 
 
 def error_and_allowed(blocks, q, r, tokens, dtype, bias=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_blr.ops.attention import one_query_attention, suits_kernel
+from hf_blr.ops.attention import by_kernel, suits_kernel
 
 #: under which transformers knows it
 NAME = "hf_blr_one_query"
@@ -53,7 +53,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query `[B, HQ, T, D]`, key and value `[B, H, L, D]` -> (`[B, T, HQ, D]`, None)."""
     if not dropout and not unknown(kwargs) and suits_kernel(query, key, value, attention_mask):
-        return one_query_attention(query, key, value, attention_mask, scaling), None
+        return by_kernel(query, key, value, attention_mask, scaling), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
-from hf_blr.ops.library import define_ops
+from hf_blr.ops.library import contiguous_rows, define_ops
 
 #: keys up to which the kernel was measured, and faster than PyTorch's
 MOST_KEYS = 4096
@@ -32,35 +32,41 @@ def one_query_attention(
         ValueError: if the shapes do not fit each other.
         RuntimeError: if "triton" was asked for and cannot run here.
     """
-    check_shapes(q, k, v, mask)
+    if not fits(q, k, v, mask):
+        raise ValueError(
+            f"expected q [B, HQ, 1, D], k, v [B, H, L, D] with HQ a multiple of H, and a bool mask [B, 1, 1, L], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {mask.dtype} {tuple(mask.shape)}"
+        )
     if resolve_impl(impl, "attention", q, k, v) == "triton":
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return torch.ops.hf_blr.one_query_attention(q, k, v, mask, scale)
+        return by_kernel(q, k, v, mask, scale)
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
 
 
+def by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """`one_query_attention` of tensors that the kernel is known to suit."""
+    q, k, v, mask = (contiguous_rows(t, t.dtype) for t in (q, k, v, mask))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.hf_blr.one_query_attention(q, k, v, mask, scale)
+
+
 def suits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel can, and should, attend for these: one query, a mask in memory, no gradient."""
-    if q.shape[2] != 1 or mask is None or mask.dtype != torch.bool or mask.shape != (len(q), 1, 1, k.shape[2]):
+    if mask is None or not fits(q, k, v, mask):
         return False
-    if k.shape != v.shape or k.shape[2] > MOST_KEYS or not 16 <= q.shape[-1] <= 256 or q.dtype != compute_dtype(q):
+    if k.shape[2] > MOST_KEYS or not 16 <= q.shape[-1] <= 256 or q.dtype != compute_dtype(q):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return False
     return resolve_impl(None, "attention", q, k, v) == "triton"
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
-    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0
-    fits = fits and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
-    if not (fits and mask.dtype == torch.bool and mask.shape == (len(q), 1, 1, k.shape[2])):
-        raise ValueError(
-            f"expected q [B, HQ, 1, D], k, v [B, H, L, D] with HQ a multiple of H, and a bool mask [B, 1, 1, L], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {mask.dtype} {tuple(mask.shape)}"
-        )
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
+    """Whether these are one query a head, its keys, values and mask, as `one_query_attention` takes them."""
+    fit = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[2] == 1 and q.shape[1] % k.shape[1] == 0
+    fit = fit and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    return fit and mask.dtype == torch.bool and mask.shape == (len(q), 1, 1, k.shape[2])
 
 
 def _attend(q, k, v, mask, scale):

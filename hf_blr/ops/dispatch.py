@@ -52,7 +52,7 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     Args:
         impl: "auto", "triton", "reference", or None for the default.
         structure: "low_rank", "pivoted", "monarch" or "blast"; "siblings" for several layers in one call, "activated"
-            for one whose last stage has an activation to apply: kernels always pay there.
+            for one whose last stage has an activation to apply, "attention" of one query: kernels always pay there.
         x, tensors: the input, and the factors beginning with u; indices may be of any integer dtype.
 
     Raises:

@@ -147,7 +147,6 @@ def attend(q, k, v, mask, scale):
     whole = pieces == 1
     piece = q.new_empty(0 if whole else batch * heads * pieces * d, dtype=torch.float32)
     weight = q.new_empty(0 if whole else batch * heads * pieces * 2, dtype=torch.float32)
-    dependent = {"launch_pdl": True} if device.is_hopper else {}
     attend_kernel[(batch * h, pieces)](
         q,
         k,
@@ -176,10 +175,19 @@ def attend(q, k, v, mask, scale):
         BD=block,
         num_warps=4,
         num_stages=2,
-        **dependent,
+        **device.launch_options,
     )
     if not whole:
         attend_sum_kernel[(batch * heads,)](
-            piece, weight, out, pieces, d, PDL=device.is_hopper, BN=PIECES, BD=block, num_warps=4, **dependent
+            piece,
+            weight,
+            out,
+            pieces,
+            d,
+            PDL=device.is_hopper,
+            BN=PIECES,
+            BD=block,
+            num_warps=4,
+            **device.launch_options,
         )
     return out

@@ -134,7 +134,7 @@ def decode_expand(z, u, bias, out, activation=""):
             BR=config.length,
             num_warps=config.warps,
             num_stages=config.stages,
-            **({"launch_pdl": True} if device.is_hopper else {}),
+            **device.launch_options,
         )
 
     launch(run, "decode_expand", rule, bt, (blocks, q, r), z)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.decode_launch import one_config
 from hf_blr.ops.triton.launch import device_of, vector_width
-from hf_blr.ops.triton.tiles import wait_for_previous
+from hf_blr.ops.triton.tiles import sum_of_products, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -44,10 +44,7 @@ def vector_of(x_ptr, R, STEPS: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr)
 @triton.jit
 def product_of(b_xs, b_ws, bias_ptr, o_n, m_q, HAS_BIAS: tl.constexpr):
     """`[BQ]`: the rows times the vector, plus the bias."""
-    acc = b_xs[0].to(tl.float32) * b_ws[0].to(tl.float32)
-    for step in tl.static_range(1, len(b_ws)):
-        acc += b_xs[step].to(tl.float32) * b_ws[step].to(tl.float32)
-    b_out = tl.sum(acc, 1)
+    b_out = tl.sum(sum_of_products(b_xs, b_ws), 1)
     if HAS_BIAS:
         b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)
     return b_out
@@ -161,7 +158,7 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             BQ=config.rows,
             BR=config.length,
             num_warps=config.warps,
-            **({"launch_pdl": True} if device.is_hopper else {}),
+            **device.launch_options,
         )
 
     launch(run, "decode_one", rule, 1, (r, q, blocks, gated), w)

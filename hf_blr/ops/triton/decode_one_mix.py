@@ -8,13 +8,24 @@ from torch import Tensor
 
 from hf_blr.ops.triton.decode_launch import one_mix_config
 from hf_blr.ops.triton.launch import device_of, pow2, vector_width
-from hf_blr.ops.triton.tiles import wait_for_previous
+from hf_blr.ops.triton.tiles import mix_of, sum_of_products, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
-def parts_of(v_ptr, i_r, P, R, stride_vj, stride_vr, B1: tl.constexpr, STEPS: tl.constexpr, BJ: tl.constexpr,
-             BR: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+def parts_of(
+    v_ptr,
+    i_r,
+    P,
+    R,
+    stride_vj,
+    stride_vr,
+    B1: tl.constexpr,
+    STEPS: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+):
     """Tile i_r of v `[B1, R, P]` in STEPS pieces `[BJ, BR, BP]`, zero outside; read once, so the first to leave L2."""
     o_j, o_r = tl.arange(0, BJ), i_r * BR + tl.arange(0, BR)
     o = o_j.to(tl.int64)[:, None, None] * stride_vj + o_r[None, :, None] * stride_vr
@@ -24,16 +35,6 @@ def parts_of(v_ptr, i_r, P, R, stride_vj, stride_vr, B1: tl.constexpr, STEPS: tl
         m = (o_j < B1)[:, None, None] & (o_r < R)[None, :, None] & (o_p < P)[None, None, :]
         pieces = pieces + (tl.load(v_ptr + o + o_p[None, None, :], mask=m, other=0.0, eviction_policy="evict_first"),)
     return pieces
-
-
-@triton.jit
-def mix_of(s_ptr, i_r, R, stride_si, stride_sj, B1: tl.constexpr, B2: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-           BR: tl.constexpr):  # fmt: skip
-    """Tile i_r of s `[B2, B1, R]`, `[BI, BJ, BR]`, zero outside."""
-    o_i, o_j, o_r = tl.arange(0, BI), tl.arange(0, BJ), i_r * BR + tl.arange(0, BR)
-    o = o_i[:, None, None] * stride_si + o_j[None, :, None] * stride_sj + o_r[None, None, :]
-    m = (o_i < B2)[:, None, None] & (o_j < B1)[None, :, None] & (o_r < R)[None, None, :]
-    return tl.load(s_ptr + o, mask=m, other=0.0)
 
 
 @triton.jit
@@ -77,10 +78,8 @@ def decode_one_mix_kernel(
         i_next = i_r + n_p
         b_next = parts_of(v_ptr, i_next, P * VEC, R * VEC, stride_vj * VEC, stride_vr * VEC, B1, STEPS, BJ, BR, BP)
         b_s_next = mix_of(s_ptr, i_next, R * VEC, stride_si * VEC, stride_sj * VEC, B1, B2, BI, BJ, BR)
-        acc = b_xs[0].to(tl.float32) * b_vs[0].to(tl.float32)
-        for step in tl.static_range(1, STEPS):
-            acc += b_xs[step].to(tl.float32) * b_vs[step].to(tl.float32)
-        b_z = tl.sum(b_s.to(tl.float32) * tl.sum(acc, 2)[None, :, :], 1)
+        b_y = tl.sum(sum_of_products(b_xs, b_vs), 2)
+        b_z = tl.sum(b_s.to(tl.float32) * b_y[None, :, :], 1)
         o_r = i_r * BR + tl.arange(0, BR)
         m_z = (o_i < B2)[:, None] & (o_r < R * VEC)[None, :]
         tl.store(z_ptr + o_i[:, None] * (stride_zi * VEC) + o_r[None, :], b_z.to(z_ptr.dtype.element_ty), mask=m_z)
@@ -111,7 +110,7 @@ def project_mixed_one(x: Tensor, v: Tensor, s: Tensor, z: Tensor):
             BR=config.rows,
             BP=config.length,
             num_warps=config.warps,
-            **({"launch_pdl": True} if device.is_hopper else {}),
+            **device.launch_options,
         )
 
     launch(run, "decode_one_mix", rule, 1, (b1, len(z), p, r), v)

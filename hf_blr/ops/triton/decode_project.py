@@ -13,7 +13,7 @@ from hf_blr.ops.triton.decode_launch import decode_rows, lines, project_config
 from hf_blr.ops.triton.decode_one import project_one
 from hf_blr.ops.triton.decode_one_mix import project_mixed_one
 from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
-from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tiles import in_part, mix_of, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -76,9 +76,7 @@ def decode_project_kernel(
     if MIX:
         o_i = tl.arange(0, BI)
         m_i = o_i < B2
-        o_s = o_i[:, None, None] * (stride_si * VEC) + o_j[None, :, None] * (stride_sj * VEC) + o_r[None, None, :]
-        m_s = m_i[:, None, None] & m_j[None, :, None] & m_r[None, None, :]
-        b_s = tl.load(s_ptr + o_s, mask=m_s, other=0.0)  # [BI, BJ, BR]
+        b_s = mix_of(s_ptr, i_r, R * VEC, stride_si * VEC, stride_sj * VEC, B1, B2, BI, BJ, BR)
     x_ptr += i_g * (stride_xg * VEC)
     o_x = o_t[None, :, None] * (stride_xt * VEC) + o_jx[:, None, None]
     acc = tl.zeros((BJ, BT, BR), tl.float32)
@@ -159,7 +157,7 @@ def decode_project(x, v, s, z, add=False):
             BP=config.length,
             num_warps=config.warps,
             num_stages=config.stages,
-            **({"launch_pdl": True} if device.is_hopper else {}),
+            **device.launch_options,
         )
 
     launch(run, "decode_project", rule, bt, (parts, part, rows, groups, b2, mix), x)

@@ -158,5 +158,5 @@ def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None,
         BP=length,
         num_warps=config.warps,
         num_stages=config.stages,
-        **({"launch_pdl": True} if device.is_hopper else {}),
+        **device.launch_options,
     )

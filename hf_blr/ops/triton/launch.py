@@ -26,6 +26,11 @@ class Device:
         """Has tensor-copy descriptors, and launches that overlap the end of the kernel before."""
         return self.capability >= (9, 0)
 
+    @property
+    def launch_options(self) -> dict:
+        """Of a kernel that takes part in such launches; older cards know no such option."""
+        return {"launch_pdl": True} if self.is_hopper else {}
+
 
 #: where the interpreter runs: no Hopper features, and tiles as small as they come
 INTERPRETER = Device((8, 0), 1, 0)

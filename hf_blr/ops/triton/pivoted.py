@@ -163,7 +163,7 @@ def project_one(x, c, order):
             BP=config.length,
             num_warps=config.warps,
             num_stages=config.stages,
-            **({"launch_pdl": True} if device.is_hopper else {}),
+            **device.launch_options,
         )
 
     launch(run, "pivoted_project", rule, 1, (part, r), x)

@@ -33,6 +33,35 @@ def load_tile(
 
 
 @triton.jit
+def sum_of_products(b_xs, b_ys):
+    """The sum over two tuples of tiles of their products, number by number, in float32."""
+    acc = b_xs[0].to(tl.float32) * b_ys[0].to(tl.float32)
+    for step in tl.static_range(1, len(b_xs)):
+        acc += b_xs[step].to(tl.float32) * b_ys[step].to(tl.float32)
+    return acc
+
+
+@triton.jit
+def mix_of(
+    s_ptr,
+    i_r,
+    R,
+    stride_si,
+    stride_sj,
+    B1: tl.constexpr,
+    B2: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Tile i_r of s `[B2, B1, R]`, `[BI, BJ, BR]`, zero outside."""
+    o_i, o_j, o_r = tl.arange(0, BI), tl.arange(0, BJ), i_r * BR + tl.arange(0, BR)
+    o = o_i[:, None, None] * stride_si + o_j[None, :, None] * stride_sj + o_r[None, None, :]
+    m = (o_i < B2)[:, None, None] & (o_j < B1)[None, :, None] & (o_r < R)[None, None, :]
+    return tl.load(s_ptr + o, mask=m, other=0.0)
+
+
+@triton.jit
 def in_part(o_p, o_j, P, K):
     """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
     return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < K)
