@@ -105,6 +105,24 @@ def dependent_launches_section() -> str:
     return f"{format_table(table)}\n\n{result['dtype']}, {result['protocol']}. {machine(result['environment'])}."
 
 
+def one_token_section() -> str:
+    """What both stages of one token take, before and with the kernels whose programs stay."""
+    result = read_result(RESULTS / "one_token_h100.json")
+    table = [
+        {
+            "us": f"{row['structure']} {row['blocks'][0]} x {row['blocks'][1]}, {row['layer']}",
+            "its bytes at 3 TB/s": f"{row['megabytes'] / 3:.1f}",
+            "before": f"{row['us_before']:.1f} ({row['us_before_apart']:.1f})",
+            "now": f"{row['us']:.1f} ({row['us_apart']:.1f})",
+        }
+        for row in result["rows"]
+    ]
+    return (
+        f"{format_table(table)}\n\nIn brackets: behind another kernel. {result['dtype']}, {result['protocol']}. "
+        f"{machine(result['environment'])}."
+    )
+
+
 def roofline_section() -> str:
     """How well the predictions do on the layers and whole models that were measured."""
     device = DEVICES["H100-measured"]
@@ -200,6 +218,7 @@ DOCUMENTS = {
         "model-goals": goals.model_goals,
         "profiles": profiles_section,
         "dependent-launches": dependent_launches_section,
+        "one-token": one_token_section,
         "square-blast": square_blast_section,
         "counters": goals.counters,
         "quality-rows": quality_rows_section,
