@@ -7,6 +7,7 @@ from tiny import tiny_llama, tiny_shape
 from hf_blr.bench import generation, measure, rows
 from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
 from hf_blr.bench.one_block import with_one_block
+from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 
@@ -67,3 +68,39 @@ def test_prefill_is_the_models_own_forward():
         plain = model(input_ids=ids).logits
         with measure.maskless_attention(model, "text"):
             torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=2e-2, atol=2e-2)
+
+
+def test_a_profile_adds_up_to_the_graphs_time():
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    timer = Timer("cuda", 0.1)
+    replay = timer.captured(lambda: torch.mm(a, b).add_(1.0))
+    parts = profiled(replay)["parts"]
+    # the profiler's own pauses lie outside of what it records; the clock may fall in between
+    assert sum(parts.values()) == pytest.approx(timer.median(replay) * 1e3, rel=0.25)
+    assert parts["products"] > 5 * parts["elementwise"] > 0
+    assert parts["blr"] == parts["attention"] == 0
+
+
+@pytest.mark.parametrize("variant, ours", [("dense", False), ("low_rank", True), ("blast:4x4+fused", True)])
+def test_rows_say_where_a_steps_time_goes(variant, ours):
+    request = rows.Request(
+        measurements=("prefill", "decode"),
+        tokens=(64,),
+        batches=(2,),
+        mode="default",
+        decode_batches=(2,),
+        prompt=8,
+        new_tokens=12,
+        profile=True,
+        stop_at_errors=True,
+    )
+    found = list(rows.model_rows("tiny", tiny_shape(), [Variant.parse(variant)], request, Timer("cuda", 0.05)))
+    assert [row["measurement"] for row in found] == ["prefill", "decode"]
+    for row in found:
+        parts = row["profile"]["parts"]
+        assert min(parts.values()) >= 0
+        assert parts["attention"] > 0 and parts["elementwise"] > 0
+        listed = sum(kernel["ms"] for kernel in row["profile"]["kernels"])
+        assert 0 < listed <= sum(parts.values()) - parts["idle"] + 1e-9
+    # few tokens, where our kernels run whatever the structure
+    assert (found[1]["profile"]["parts"]["blr"] > 0) == ours
