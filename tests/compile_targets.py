@@ -27,6 +27,7 @@ from hf_blr.ops.triton import (
     mix,
     monarch,
     pivoted,
+    swap,
 )
 from hf_blr.ops.triton.decode_launch import DecodeConfig
 from hf_blr.ops.triton.launch import Device
@@ -89,6 +90,7 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
         mix.blast_mix(empty(b2, tokens, rank), s.transpose(0, 1))
         mix.blast_mix(mix.stack_along_t(b1, tokens, rank, s), s)
         mix.blast_mix_bwd(empty(b2, tokens, rank), empty(b1, tokens, rank), s)
+        swap.swap_blocks(empty(b1, tokens, rank // b1 * b2), b2)
         return
     if tokens <= 32:
         blast.blast_fwd(x, u, s, v, bias)
@@ -163,6 +165,7 @@ def main(capability: int):
         (bf16, 1, (4096, 4096, 1024, 4, 16), False),
         (bf16, 16, (4096, 11008, 1488, 16, 16), False),
         (bf16, 16, (4096, 4096, 1024, 4, 4), False),
+        (bf16, 32, (11008, 4096, 1408, 4, 4), False),
         (bf16, 1024, (4096, 4096, 1024, 4, 16), False),
         (fp16, 48, (768, 3072, 192, 4, 4), False),
         (bf16, 1024, (4096, 4096, 1024, 4, 4), True),

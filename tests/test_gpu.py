@@ -46,6 +46,18 @@ def test_kernels_keep_the_error_budget(structure, tokens, size):
     assert_within_budget(structure, make_inputs(structure, tokens, *size, torch.bfloat16, "cuda"))
 
 
+# without a bias: Monarch's last stage in place (the first two, at many tokens) or after a copy, first stages as stacks
+@pytest.mark.parametrize(
+    "size",
+    [(4, 4, 256, 512, 256), (16, 16, 64, 128, 48), (4, 4, 128, 2048, 96), (4, 4, 2752, 128, 288), (2, 3, 96, 64, 20)],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [2, 20, 32, 300, 1100])
+@pytest.mark.parametrize("structure", ["monarch", "blast"])
+def test_without_a_bias(structure, tokens, size):
+    assert_within_budget(structure, make_inputs(structure, tokens, *size, torch.bfloat16, "cuda", bias=False))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 130])
 @pytest.mark.parametrize("structure", FUNCTIONS)

@@ -77,6 +77,41 @@ def test_mix_is_fused_where_that_was_faster():
     assert not fuses(16, 16, 256, 1024, 1024)
 
 
+def test_monarch_copies_where_that_was_faster():
+    swapped = launch.reads_swapped
+    # steps of 64: most sizes in place, few tiles and very wide blocks copied
+    assert swapped(4, 1024, 256, 1024) and swapped(12, 1024, 256, 128) and swapped(8, 2048, 192, 8192)
+    assert not swapped(4, 1024, 256, 128) and not swapped(8, 3584, 384, 1024)
+    # of 32: MLPs copied
+    assert swapped(4, 1024, 352, 8192) and swapped(32, 688, 96, 1024) and swapped(16, 512, 32, 8192)
+    assert not swapped(8, 2752, 352, 1024) and not swapped(4, 1024, 352, 512)
+    # of 16
+    assert swapped(16, 128, 48, 1024) and not swapped(16, 512, 48, 1024) and not swapped(16, 128, 16, 256)
+    # shorter ones never; with a bias, those that were always read in place
+    assert not swapped(4, 192, 20, 8192)
+    assert swapped(8, 2752, 352, 64, adds=True) and not swapped(4, 576, 48, 8192, adds=True)
+
+
+def test_first_stages_are_stacks_where_that_was_faster():
+    def stacks(*sizes, **kw):
+        return decode_launch.stacks(*sizes, DEVICES[90], **kw)
+
+    assert stacks(17, 4, 3072, 1024) and stacks(32, 4, 1024, 1024) and stacks(2, 4, 1408, 2752)
+    assert not stacks(16, 4, 3072, 1024) and not stacks(1, 4, 1408, 2752) and not stacks(32, 1, 1024, 4096)
+    # too few programs
+    assert not stacks(8, 2, 1408, 4096)
+    assert stacks(32, 4, 1488, 2752, mix=True) and stacks(17, 16, 1456, 688, mix=True)
+    assert not stacks(32, 4, 1024, 1024, mix=True) and not stacks(16, 4, 1488, 2752, mix=True)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_stacks_fit_shared_memory(device):
+    for tokens, itemsize in itertools.product((2, 17, 32), (2, 4)):
+        c = decode_launch.stack_config(tokens, itemsize, device)
+        assert c.stages * (c.rows + decode_launch.decode_rows(tokens)) * c.length * itemsize <= device.shared_memory
+        assert c.length * itemsize == 128 and c.stages >= 4
+
+
 @pytest.mark.parametrize("sizes, width", [((16, 32), 16), ((1016, 4096), 8), ((1022,), 2), ((7, 16), 1)])
 def test_vector_width(sizes, width):
     assert launch.vector_width(*sizes) == width

@@ -75,8 +75,9 @@ def test_what_is_launched_decides_the_stages():
     names = lambda spec, tokens, form="hf_blr": [s.name for s in stages(spec, tokens, form)]  # noqa: E731
     assert names(BLAST, 1) == ["project and mix", "expand"]
     assert names(MONARCH, 1024) == ["project", "expand"]
-    # a rank that is no multiple of 32 is copied in order first
-    assert names(replace(MONARCH, rank=48), 1024) == ["project", "swap blocks", "expand"]
+    # ranks that are no multiples of 16, few tiles and much to multiply: copied in order first
+    assert names(replace(MONARCH, rank=44), 1024) == ["project", "swap blocks", "expand"]
+    assert names(MONARCH, 48) == names(Monarch(4096, 11008, 352, (4, 4)), 1024) == ["project", "swap blocks", "expand"]
     assert names(BLAST, 1024, "paper") == ["project", "permute y", "mix", "permute z", "expand"]
     with pytest.raises(ValueError, match="hf_blr"):
         stages(BLAST, 1, "triton")
@@ -195,6 +196,30 @@ def test_few_tokens_draw_less_where_a_device_says_so():
     names = [s.name for s in stages(LOW_RANK, 16, "dense")]
     assert names == ["x W^T", "sum of parts"] and len(stages(LOW_RANK, 33, "dense")) == 1
     assert not any(s.few for s in stages(LOW_RANK, 16, "dense"))
+
+
+def test_our_tiles_cost_time_and_cublas_tiles_do_not():
+    device = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e9, tile_seconds=1.0)
+    wide = Monarch(4096, 11008, 352, (4, 4))
+
+    def seconds(spec, tokens, **kw):
+        return round(sum(s.seconds(device) for s in stages(spec, tokens, **kw)))
+
+    # in place; copied for cuBLAS, or in our kernel where there is something to add, ragged tiles as whole ones
+    assert seconds(Monarch(4096, 4096, 256, (4, 4)), 1024) == 8 * 32
+    assert seconds(wide, 1024) == 0 and seconds(wide, 1024, adds=True) == 8 * 4 * 22
+    assert seconds(LOW_RANK, 1000) == 0 and seconds(LOW_RANK, 1000, adds=True) == 8 * 32
+    assert seconds(Blast(4096, 8192, 512, (4, 16)), 1024) == 8 * 64
+    assert seconds(wide, 32, adds=True) == 0
+
+
+def test_odd_outputs_draw_less_at_few_tokens():
+    device = Ceilings("", flops=1e30, bandwidth=2.0, l2=1e30, odd_bandwidth=1.0)
+    odd, even = (
+        [stages(LowRank(64, n, 1), t, "dense")[0].seconds(device) / (t * (64 + n) + 64 * n) for t in (1, 2, 33)]
+        for n in (57, 56)
+    )
+    assert odd == [1.0, 2.0, 1.0] and even == [1.0, 1.0, 1.0]
 
 
 def test_from_the_command_line(tmp_path, capsys):

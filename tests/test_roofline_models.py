@@ -99,6 +99,26 @@ def test_arithmetic_of_a_forward(name, causal):
     assert parts["elementwise"] < 1e-6
 
 
+def test_attention_takes_at_least_its_exponentials():
+    device = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e30, scores=1.0)
+    for name, pairs in (("Llama-3.2-1B", 64 * 64 // 2), ("ViT-B/16", 64 * 64)):
+        sizes = model_sizes_of(name, "dense", 0.5)
+        assert forward_parts(sizes, 3, 64, device)["attention"] == sizes.blocks * 3 * sizes.heads * pairs
+
+
+def test_what_our_last_stages_add():
+    def adding(name, variant):
+        return [[p.adds for p in group] for group in model_sizes_of(name, variant, 0.5).groups]
+
+    # GPT-2: biases everywhere, and the activation in the first of the MLP. cuBLAS adds those of single low-rank layers
+    assert adding("GPT2-S", "monarch:4x4") == [[True]] * 4 and adding("GPT2-S", "low_rank") == [[False]] * 4
+    assert adding("GPT2-S", "low_rank+fused") == [[False], [False], [True], [False]]
+    assert adding("ViT-B/16", "low_rank+fused") == [[True] * 3, [False], [True], [False]]
+    # a gated MLP multiplies in a kernel of its own
+    assert adding("Llama-7B", "monarch:4x4+fused") == [[False] * 3, [False], [False] * 2, [False]]
+    assert adding("GPT2-S", "dense") == [[False]] * 4
+
+
 def test_kernels_of_a_step():
     sizes = sizes_of(build_model(tiny_shape(), Variant("dense"), 0.5, "meta", torch.float32), fused=False)
     # two blocks of 7 products and the sums of their parts, attention, which starts as a product of many tokens does,

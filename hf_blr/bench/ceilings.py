@@ -43,7 +43,23 @@ def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int =
     kernel = timer.median(timer.captured(tiny_kernels)) / 100
     few = few_bandwidth(timer, size, dtype, kernel)
     name = torch.cuda.get_device_name() if timer.on_gpu else "cpu"
-    return Ceilings(name, flops, bandwidth, timer.l2, None, few, max(product, 0.0), kernel)
+    return Ceilings(
+        name,
+        flops,
+        bandwidth,
+        timer.l2,
+        few_bandwidth=few,
+        scores=attention_scores(timer, size // 4, dtype),
+        product_seconds=max(product, 0.0),
+        kernel_seconds=kernel,
+    )
+
+
+def attention_scores(timer: Timer, tokens: int, dtype: torch.dtype) -> float:
+    """Scores a second of causal attention with heads of 64, which are so narrow that not the products are its limit."""
+    q, k, v = (torch.randn(4, 16, tokens, 64, device=timer.device, dtype=dtype) for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return 4 * 16 * tokens**2 / 2 / timer.median(timer.captured(lambda: attend(q, k, v, is_causal=True)))
 
 
 def few_bandwidth(timer: Timer, size: int, dtype: torch.dtype, kernel_seconds: float) -> float:

@@ -68,6 +68,8 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
     groups = projection_groups(blocks[0], fused)
     last = groups[-1][-1].spec
     activations = [p.spec.out_features for group in groups for p in group].count(last.in_features)
+    if fused and activations == 1:
+        groups = tuple(tuple(activating(p, last.in_features) for p in group) for group in groups)
     heads = config.num_attention_heads
     norms = [m for m in blocks[0].modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))]
     image = model.main_input_name == "pixel_values"
@@ -91,6 +93,12 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
     )
 
 
+def activating(projection: Projection, width: int) -> Projection:
+    """With the activation in its last stage, where it is compressed and as wide as what the MLP's last layer reads."""
+    here = projection.form == "hf_blr" and projection.spec.out_features == width
+    return replace(projection, adds=projection.adds or here)
+
+
 def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, ...], ...]:
     """A block's projections in their order; if fused, those that `hf_blr.fuse` would run together in one group."""
     found: dict[tuple, list[Projection]] = {}
@@ -100,8 +108,10 @@ def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, 
         parent, _, own = name.rpartition(".")
         group = next((names for names in TOGETHER if own in names), own)
         if isinstance(module, BLRLinear):
-            projection = Projection(module.spec)
             together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
+            # of single low-rank layers cuBLAS adds the bias
+            own = module.spec.structure in ("monarch", "blast") or (fused and own in sum(TOGETHER, ()))
+            projection = Projection(module.spec, adds=module.bias is not None and own)
         else:
             projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)
         found.setdefault(together, []).append(projection)

@@ -10,7 +10,7 @@ import torch
 #: {part: names of its kernels}; the first that matches counts. torch.compile turns products of one token, and those
 #: that its autotuning prefers to cuBLAS, into kernels of its own, whose names say mm
 PARTS = {
-    "blr": r"^(blast|block_gemm|decode|pivoted|columns)_\w*kernel",
+    "blr": r"^(blast|block_gemm|decode|pivoted|columns|swap)_\w*kernel",
     "attention": r"flash|fmha|attention|sdpa|^attend",
     "products": r"nvjet|gemm|gemv|cutlass|splitk|xmma|convolution|implicit|triton_tem|triton_\w*mm",
     "elementwise": r"",

@@ -17,6 +17,11 @@ class Ceilings:
         l2_bandwidth: bytes a second out of it; None where it is not known, and then not a bound.
         few_bandwidth: bytes a second that our kernels for 2 to 32 tokens draw from memory: weights pass through shared
             memory into products of small tiles, which keep less of them on the way; None: `bandwidth`.
+        scores: attention's scores a second, each with its exponential, where that and not the products is the limit.
+        tile_seconds: what our kernels for many tokens take for each 128 x 128 outputs beyond the arithmetic, with all
+            multiprocessors at work: tiles start, and are stored, while nothing is multiplied.
+        odd_bandwidth: bytes a second that cuBLAS draws for few tokens where the outputs are no multiple of 8, so that
+            their rows begin anywhere (GPT-2's 50257 words); None: `bandwidth`.
         product_seconds: what a product of many tokens costs beyond the above: start, first loads, drain.
         kernel_seconds: the same of a decode kernel or an elementwise one, following another in a CUDA graph.
     """
@@ -27,6 +32,9 @@ class Ceilings:
     l2: float
     l2_bandwidth: float | None = None
     few_bandwidth: float | None = None
+    scores: float | None = None
+    odd_bandwidth: float | None = None
+    tile_seconds: float = 0.0
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0
 
@@ -42,6 +50,21 @@ DATASHEETS = {
     "H200": Ceilings("H200", 989.4e12, 4800e9, 50e6),
 }
 #: a product of 8192^3 and a large copy on one H100, and the starts and drains of `benchmarks/NOTES.md`; L2's bandwidth
-#: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do
-MEASURED = {"H100-measured": Ceilings("H100-measured", 790e12, 3.0e12, 50e6, 9.6e12, 2.1e12, 6e-6, 1.5e-6)}
+#: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do. Scores are those of
+#: DiT's attention (heads of 72) at 16384 tokens and of Llama-3.2-1B's (of 64) at 8 x 1024, 1.28e12 both
+MEASURED = {
+    "H100-measured": Ceilings(
+        "H100-measured",
+        flops=790e12,
+        bandwidth=3.0e12,
+        l2=50e6,
+        l2_bandwidth=9.6e12,
+        few_bandwidth=2.1e12,
+        scores=1.28e12,
+        tile_seconds=15e-9,
+        odd_bandwidth=0.73e12,
+        product_seconds=6e-6,
+        kernel_seconds=1.5e-6,
+    )
+}
 DEVICES = DATASHEETS | MEASURED

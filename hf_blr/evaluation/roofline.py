@@ -30,6 +30,9 @@ class Stage:
         repeated: bytes that pass from L2 because tiles read them again.
         product: many tokens on tensor cores, which take long to start and drain.
         few: our kernels for 2 to 32 tokens.
+        tiles: of 128 x 128 outputs, in our kernels for many tokens.
+        odd: a product of few tokens whose rows of outputs begin anywhere.
+        scores: of attention, each with its exponential.
     """
 
     name: str
@@ -39,6 +42,9 @@ class Stage:
     repeated: int = 0
     product: bool = True
     few: bool = False
+    tiles: int = 0
+    odd: bool = False
+    scores: int = 0
 
     @property
     def bytes(self) -> int:
@@ -51,8 +57,11 @@ class Stage:
 
     def bounds(self, device: Ceilings) -> dict[str, float]:
         """Seconds that each ceiling asks for."""
-        bandwidth = (self.few and device.few_bandwidth) or device.bandwidth
-        bounds = {"arithmetic": self.flops / device.flops, "memory": self.memory_bytes(device.l2) / bandwidth}
+        bandwidth = (self.few and device.few_bandwidth) or (self.odd and device.odd_bandwidth) or device.bandwidth
+        arithmetic = self.flops / device.flops + self.tiles * device.tile_seconds
+        bounds = {"arithmetic": arithmetic, "memory": self.memory_bytes(device.l2) / bandwidth}
+        if device.scores:
+            bounds["scores"] = self.scores / device.scores
         if device.l2_bandwidth:
             bounds["L2"] = self.repeated / device.l2_bandwidth
         return bounds
@@ -63,7 +72,7 @@ class Stage:
         return max(self.bounds(device).values()) + start
 
 
-def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2) -> list[Stage]:
+def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2, adds: bool = False) -> list[Stage]:
     """The kernels of one forward.
 
     Args:
@@ -71,11 +80,12 @@ def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2) 
         tokens: T.
         form: of `FORMS`.
         itemsize: bytes of a number.
+        adds: whether our last stage adds a bias or activates, for which cuBLAS cannot be asked; for "hf_blr".
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    kernels = dense_stages if form == "dense" else blr_stages
-    found = in_bytes(kernels(spec, tokens, form), itemsize)
+    kernels = dense_stages(spec, tokens) if form == "dense" else blr_stages(spec, tokens, form, adds)
+    found = in_bytes(kernels, itemsize)
     if tokens > FEW_TOKENS:
         return found
     # few tokens leave even a product nothing but bytes to wait for
@@ -96,15 +106,16 @@ def in_bytes(kernels: Iterable[Stage], itemsize: int) -> list[Stage]:
     ]
 
 
-def dense_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
+def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
     k, n = spec.in_features, spec.out_features
-    yield Stage("x W^T", 2 * tokens * k * n, tokens * (k + n) + k * n)
+    odd = 1 < tokens <= FEW_TOKENS and n % 8 > 0
+    yield Stage("x W^T", 2 * tokens * k * n, tokens * (k + n) + k * n, odd=odd)
     if tokens <= FEW_TOKENS:
         # cuBLAS gives parts of the sum to different multiprocessors, and adds them up in a kernel of its own
         yield Stage("sum of parts", 0, 0, (tokens * n,))
 
 
-def blr_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
+def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool) -> Iterator[Stage]:
     """In numbers instead of bytes."""
     t, k, n, r = tokens, spec.in_features, spec.out_features, spec.rank
     (b1, b2), (_, q) = spec.num_blocks, spec.block_shape
@@ -135,17 +146,22 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str) -> Iterator[Stage]:
         tile = fused_mix_config(b1, 2, HOPPER)
         columns, rows = b2 * -(-q // tile.bn), -(-t // tile.bt)
         again = columns * rows * r * (b1 * tile.bt + tile.bn)
-        yield Stage("mix and expand", expand + columns * 2 * b1 * t * r, s + u + t * n, (y,), again)
+        yield Stage(
+            "mix and expand", expand + columns * 2 * b1 * t * r, s + u + t * n, (y,), again, tiles=columns * rows
+        )
         return
-    yield from between_stages(spec, form, y, z, s, mix)
-    yield Stage("expand", expand, u + t * n, (z,))
+    in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b2, q, r, t, adds)
+    if not in_place:
+        yield from between_stages(spec, form, y, z, s, mix)
+    tiles = b2 * -(-q // 128) * -(-t // 128) if in_place or adds else 0
+    yield Stage("expand", expand, u + t * n, (z,), tiles=tiles)
     if form == "pytorch" and spec.structure != "low_rank":
         yield Stage("order outputs", 0, 2 * t * n, product=False)
 
 
 def between_stages(spec: BLRSpec, form: str, y: int, z: int, s: int, mix: int) -> Iterator[Stage]:
     """What happens to the first stage's result before the last reads it."""
-    if spec.structure == "monarch" and not (form == "hf_blr" and reads_swapped(spec.rank)):
+    if spec.structure == "monarch":
         yield Stage("swap blocks", 0, 0, (y, z), product=False)
     if spec.structure == "blast":
         if form == "paper":

@@ -21,10 +21,11 @@ EAGER_KERNELS = 22
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer: its sizes, and whether it is dense or runs in the package's form."""
+    """One layer: its sizes, whether it is dense or runs in the package's form, and `stages`' `adds`."""
 
     spec: BLRSpec
     form: str = "hf_blr"
+    adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, 
     """`forward_seconds` by "projections", "attention" and "elementwise" of all blocks, and what runs "once"."""
     pairs = tokens * tokens // (2 if sizes.causal else 1)
     read = batch * tokens * (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    attention = Stage("attention", 4 * batch * sizes.heads * sizes.head_dim * pairs, read)
+    scores = batch * sizes.heads * pairs
+    attention = Stage("attention", 4 * scores * sizes.head_dim, read, scores=scores)
     return seconds_by_part(sizes, batch, tokens, attention, device, itemsize)
 
 
@@ -92,8 +94,8 @@ def step_parts(
 ) -> dict[str, float]:
     """`step_seconds` by the parts of `forward_parts`."""
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
-    # values go into the cache by a kernel of their own, keys with their rotation
-    others = 1 if one_block else EAGER_KERNELS
+    # values go into the cache by a kernel of their own, keys with their rotation, or by another without one
+    others = (1 if sizes.rotary else 2) if one_block else EAGER_KERNELS
     if sizes.own_attention:
         # our kernel reads the keys as they are, and another puts its pieces together
         others += 1
@@ -150,7 +152,7 @@ def layer_stages(k: int, n: int, tokens: int, itemsize: int) -> list[Stage]:
 
 def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2) -> list[Stage]:
     """The kernels of projections that run together: one first stage, and one of each other where sizes are equal."""
-    each = [stages(p.spec, tokens, p.form, itemsize) for p in group]
+    each = [stages(p.spec, tokens, p.form, itemsize, p.adds) for p in group]
     if len(each) == 1:
         return each[0]
     x = tokens * group[0].spec.in_features * itemsize
@@ -169,4 +171,5 @@ def merged(kernels: list[Stage]) -> Stage:
         outside=sum(k.outside for k in kernels),
         between=tuple(map(sum, zip(*(k.between for k in kernels), strict=True))),
         repeated=sum(k.repeated for k in kernels),
+        tiles=sum(k.tiles for k in kernels),
     )

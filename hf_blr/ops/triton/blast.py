@@ -9,8 +9,9 @@ import triton.language as tl
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_launch import decodes, stacks
 from hf_blr.ops.triton.decode_project import decode_project
+from hf_blr.ops.triton.decode_stack import project_stack
 from hf_blr.ops.triton.launch import device_of, dot_precision, fused_mix_config, fuses_mix, mixes_along_t
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
@@ -139,6 +140,10 @@ def blast_fwd(x, u, s, v, bias, keep=False, activation=""):
 
 def blast_decode(x, s, v):
     """z `[B2, T, R]` at few tokens."""
+    if stacks(x.shape[0], *v.shape, device_of(x), mix=True):
+        y = x.new_empty(v.shape[0], x.shape[0], s.shape[2])
+        project_stack(x, v, y)
+        return blast_mix(y, s)
     z = x.new_empty(s.shape[0], x.shape[0], s.shape[2])
     decode_project(x, v, s, z)
     return z

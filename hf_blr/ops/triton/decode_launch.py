@@ -51,6 +51,35 @@ def decodes(tokens: int, b1: int, b2: int) -> bool:
     return tokens <= FEW_TOKENS and b1 <= 64 and b2 <= 64
 
 
+def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: bool = False) -> bool:
+    """Whether the first stage of few tokens is `decode_stack`'s: for `groups` x `rows` of `row` weights.
+
+    H100, both stages, us by `decode_project` and by `decode_stack`: Monarch 4x4, 32 tokens, q, k, v 34.5 and 24.7, gate
+    and up 50.6 and 41.8, o 13.7 and 13.3, 11008 x 4096 42.7 and 22.8; the last, 8 tokens, 22.3 and 20.9. BLAST, whose
+    mix is a kernel of its own then, o 16.0 and 16.1, 11008 x 4096 38.0 and 28.0, with 16x16 blocks 45.1 and 30.8.
+    Low-rank, whose few rows would keep most multiprocessors idle, q, k, v 29.2 and 30.3: not there.
+
+    Args:
+        mix: BLAST's, where a row is read by parts in `groups`.
+    """
+    if tokens == 1 or groups == 1:
+        return False
+    if mix:
+        return tokens > 16 and groups * row > 8192
+    programs = groups * -(-rows // 64)
+    return tokens > 16 or (row > 2048 and 2 * programs > device.sms)
+
+
+def stack_config(tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """For `decode_stack_kernel`."""
+    if device == INTERPRETER:
+        return DecodeConfig(16, 16, 4, 1)
+    # steps of 128 bytes; 64 rows are the least that Hopper's products take. Eight stages 22.8 us of 11008 x 4096, six
+    # 23.6, twelve 22.7 but q, k, v 26.8 instead of 24.7
+    stage = (64 + decode_rows(tokens)) * 128
+    return DecodeConfig(64, 128 // itemsize, 4, max(1, min(8, device.shared_memory // stage)))
+
+
 def project_config(
     parts: int, row: int, rows: int, tokens: int, mix: bool, itemsize: int, device: Device
 ) -> DecodeConfig:

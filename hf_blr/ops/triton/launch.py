@@ -125,9 +125,28 @@ def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
     return b1 <= 4 and b2 >= 16 and q % 128 == 0 and rank % 16 == 0 and tokens >= 512
 
 
-def reads_swapped(rank: int) -> bool:
-    """Whether Monarch's last stage reads y in place; other ranks are copied in order first."""
-    return rank % 32 == 0
+#: {step along the rank: (outputs of a block from which, tiles of 128 x 128 up to which) a copy and cuBLAS are faster}
+SWAPPED = {64: (3072, 64), 32: (1536, 128), 16: (512, 64)}
+
+
+def reads_swapped(b2: int, q: int, rank: int, tokens: int, adds: bool = False) -> bool:
+    """Whether Monarch's last stage reads y in place, in a kernel of ours; else y is copied in order for cuBLAS first.
+
+    cuBLAS is faster by more than the copy where it is much to multiply, where too few tiles fill the card, and where
+    the rank lets ours take short steps only. Whole layers, 1024 tokens, H100, us in place and copied: 4096 x 4096 37.0
+    and 40.2, gate and up of 4096 x 11008 (steps of 32) 177 and 141, of 4096 x 14336 (of 64) 195 and 184, 2048 x 8192
+    of 16 blocks (rank 48) 74 and 56; 128 tokens, 11008 x 4096 49 and 34.
+
+    Args:
+        b2, q: output blocks, of all layers of one launch, and outputs of each.
+        rank: of each pair of blocks.
+        adds: a bias, or an activation: then both ways end in a kernel of ours.
+    """
+    step = min(64, largest_power_of_two(rank))
+    if adds or step < 16:
+        return step >= 32
+    outputs, tiles = SWAPPED[step]
+    return q < outputs and -(-tokens // 128) * -(-q // 128) * b2 > tiles
 
 
 def mixes_along_t(b1: int, b2: int) -> bool:
@@ -173,6 +192,11 @@ def column_config(device: Device) -> ColumnConfig:
     if device == INTERPRETER:
         return ColumnConfig(4, 16, 4)
     return ColumnConfig(1, 1024, 4)
+
+
+def swap_config(device: Device) -> ColumnConfig:
+    """For `swap_blocks_kernel`: 8192 tokens, 4 x 4 blocks of rank 256, 51.6 us, H100; 1 x 1024 51.5, 8 x 256 52.4."""
+    return ColumnConfig(4, 16, 4) if device == INTERPRETER else ColumnConfig(4, 512, 4)
 
 
 def vector_width(*sizes: int) -> int:

@@ -6,9 +6,11 @@ import torch
 
 from hf_blr.ops.triton.block_gemm import block_gemm, expand
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_launch import decodes, stacks
 from hf_blr.ops.triton.decode_project import decode_project
-from hf_blr.ops.triton.launch import reads_swapped
+from hf_blr.ops.triton.decode_stack import project_swapped
+from hf_blr.ops.triton.launch import device_of, reads_swapped
+from hf_blr.ops.triton.swap import swap_blocks
 
 
 def monarch_fwd(x, u, v, bias, keep=False, activation=""):
@@ -32,7 +34,10 @@ def monarch_decode(x, v, b2):
     """z `[B2, T, B1*r]` at few tokens."""
     b1, rows, _ = v.shape
     z = x.new_empty(b2, x.shape[0], b1 * rows // b2)
-    decode_project(x, v, None, z)
+    if stacks(x.shape[0], *v.shape, device_of(x)):
+        project_swapped(x, v, z)
+    else:
+        decode_project(x, v, None, z)
     return z
 
 
@@ -43,16 +48,10 @@ def monarch_finish(y, u, bias, out, activation=""):
     if b1 == 1:
         # nothing to swap: what is left is a stack of low-rank layers, whose products cuBLAS does best
         expand(y[0].view(tokens, b2, rows // b2).transpose(0, 1), u, bias, blocks, activation)
-    elif reads_swapped(rows // b2):
+    elif reads_swapped(b2, q, rows // b2, tokens, adds=bias is not None or bool(activation)):
         block_gemm(y, u, blocks, bias=bias, swap=True, activation=activation)
     else:
         expand(swap_blocks(y, b2), u, bias, blocks, activation)
-
-
-def swap_blocks(y, b2):
-    """z `[B2, T, B1*r]`, a copy of y `[B1, T, B2*r]`."""
-    b1, tokens, rows = y.shape
-    return y.view(b1, tokens, b2, rows // b2).permute(2, 1, 0, 3).reshape(b2, tokens, b1 * (rows // b2))
 
 
 def monarch_bwd(grad, x, u, v, y, needs):
