@@ -80,16 +80,18 @@ def test_mix_is_fused_where_that_was_faster():
 def test_monarch_copies_where_that_was_faster():
     swapped = launch.reads_swapped
     # steps of 64: most sizes in place, few tiles and very wide blocks copied
-    assert swapped(4, 1024, 256, 1024) and swapped(12, 1024, 256, 128) and swapped(8, 2048, 192, 8192)
-    assert not swapped(4, 1024, 256, 128) and not swapped(8, 3584, 384, 1024)
+    assert swapped(4, 4, 1024, 256, 1024) and swapped(4, 12, 1024, 256, 128) and swapped(4, 8, 2048, 192, 8192)
+    assert not swapped(4, 4, 1024, 256, 128) and not swapped(4, 8, 3584, 384, 1024)
     # of 32: MLPs copied
-    assert swapped(4, 1024, 352, 8192) and swapped(32, 688, 96, 1024) and swapped(16, 512, 32, 8192)
-    assert not swapped(8, 2752, 352, 1024) and not swapped(4, 1024, 352, 512)
+    assert swapped(4, 4, 1024, 352, 8192) and swapped(16, 32, 688, 96, 1024) and swapped(16, 16, 512, 32, 8192)
+    assert not swapped(4, 8, 2752, 352, 1024) and not swapped(4, 4, 1024, 352, 512)
     # of 16
-    assert swapped(16, 128, 48, 1024) and not swapped(16, 512, 48, 1024) and not swapped(16, 128, 16, 256)
-    # shorter ones never; with a bias, those that were always read in place
-    assert not swapped(4, 192, 20, 8192)
-    assert swapped(8, 2752, 352, 64, adds=True) and not swapped(4, 576, 48, 8192, adds=True)
+    assert swapped(16, 16, 128, 48, 1024) and not swapped(16, 16, 512, 48, 1024) and not swapped(16, 16, 128, 16, 256)
+    # few tiles with short sums
+    assert swapped(4, 8, 128, 32, 1024) and swapped(4, 8, 256, 96, 512)
+    # shorter steps never; with a bias, those that were always read in place
+    assert not swapped(4, 4, 192, 20, 8192)
+    assert swapped(4, 8, 2752, 352, 64, adds=True) and not swapped(4, 4, 576, 48, 8192, adds=True)
 
 
 def test_first_stages_are_stacks_where_that_was_faster():
@@ -101,7 +103,11 @@ def test_first_stages_are_stacks_where_that_was_faster():
     # too few programs
     assert not stacks(8, 2, 1408, 4096)
     assert stacks(32, 4, 1488, 2752, mix=True) and stacks(17, 16, 1456, 688, mix=True)
-    assert not stacks(32, 4, 1024, 1024, mix=True) and not stacks(16, 4, 1488, 2752, mix=True)
+    assert (
+        stacks(17, 4, 816, 2048, mix=True)
+        and not stacks(32, 4, 1024, 1024, mix=True)
+        and not stacks(16, 4, 1488, 2752, mix=True)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)

@@ -150,7 +150,7 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool) -> Iterator[St
             "mix and expand", expand + columns * 2 * b1 * t * r, s + u + t * n, (y,), again, tiles=columns * rows
         )
         return
-    in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b2, q, r, t, adds)
+    in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b1, b2, q, r, t, adds)
     if not in_place:
         yield from between_stages(spec, form, y, z, s, mix)
     tiles = b2 * -(-q // 128) * -(-t // 128) if in_place or adds else 0

@@ -56,8 +56,9 @@ def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: b
 
     H100, both stages, us by `decode_project` and by `decode_stack`: Monarch 4x4, 32 tokens, q, k, v 34.5 and 24.7, gate
     and up 50.6 and 41.8, o 13.7 and 13.3, 11008 x 4096 42.7 and 22.8; the last, 8 tokens, 22.3 and 20.9. BLAST, whose
-    mix is a kernel of its own then, o 16.0 and 16.1, 11008 x 4096 38.0 and 28.0, with 16x16 blocks 45.1 and 30.8.
-    Low-rank, whose few rows would keep most multiprocessors idle, q, k, v 29.2 and 30.3: not there.
+    mix is a kernel of its own then, o 15.4 and 16.8, gate and up 49.9 and 52.5, 11008 x 4096 38.2 and 28.1 (16x16
+    blocks 45.8 and 31.7), 8192 x 2048 20.5 and 16.1. Low-rank, whose few rows would keep most multiprocessors idle,
+    q, k, v 29.2 and 30.3: not there.
 
     Args:
         mix: BLAST's, where a row is read by parts in `groups`.
@@ -65,7 +66,7 @@ def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: b
     if tokens == 1 or groups == 1:
         return False
     if mix:
-        return tokens > 16 and groups * row > 8192
+        return tokens > 16 and groups * row >= 8192
     programs = groups * -(-rows // 64)
     return tokens > 16 or (row > 2048 and 2 * programs > device.sms)
 

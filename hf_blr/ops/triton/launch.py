@@ -129,24 +129,25 @@ def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
 SWAPPED = {64: (3072, 64), 32: (1536, 128), 16: (512, 64)}
 
 
-def reads_swapped(b2: int, q: int, rank: int, tokens: int, adds: bool = False) -> bool:
+def reads_swapped(b1: int, b2: int, q: int, rank: int, tokens: int, adds: bool = False) -> bool:
     """Whether Monarch's last stage reads y in place, in a kernel of ours; else y is copied in order for cuBLAS first.
 
-    cuBLAS is faster by more than the copy where it is much to multiply, where too few tiles fill the card, and where
-    the rank lets ours take short steps only. Whole layers, 1024 tokens, H100, us in place and copied: 4096 x 4096 37.0
-    and 40.2, gate and up of 4096 x 11008 (steps of 32) 177 and 141, of 4096 x 14336 (of 64) 195 and 184, 2048 x 8192
-    of 16 blocks (rank 48) 74 and 56; 128 tokens, 11008 x 4096 49 and 34.
+    cuBLAS is faster by more than the copy where it is much to multiply, where too few tiles with long sums fill the
+    card, and where the rank lets ours take short steps only. Whole layers, H100, us in place and copied: 1024 tokens,
+    4096 x 4096 37.0 and 40.2, gate and up of 4096 x 11008 (steps of 32) 177 and 141, of 4096 x 14336 (of 64) 195 and
+    184, 2048 x 8192 with 16 x 16 blocks (of 16) 74 and 56; 128 tokens, 11008 x 4096 49 and 34.
 
     Args:
-        b2, q: output blocks, of all layers of one launch, and outputs of each.
+        b1, b2, q: input and output blocks, of all layers of one launch, and outputs of each.
         rank: of each pair of blocks.
         adds: a bias, or an activation: then both ways end in a kernel of ours.
     """
     step = min(64, largest_power_of_two(rank))
     if adds or step < 16:
         return step >= 32
-    outputs, tiles = SWAPPED[step]
-    return q < outputs and -(-tokens // 128) * -(-q // 128) * b2 > tiles
+    outputs, few = SWAPPED[step]
+    tiles = -(-tokens // 128) * -(-q // 128) * b2
+    return q < outputs and (tiles > few or b1 * rank < 16 * step)
 
 
 def mixes_along_t(b1: int, b2: int) -> bool:

@@ -48,7 +48,7 @@ def monarch_finish(y, u, bias, out, activation=""):
     if b1 == 1:
         # nothing to swap: what is left is a stack of low-rank layers, whose products cuBLAS does best
         expand(y[0].view(tokens, b2, rows // b2).transpose(0, 1), u, bias, blocks, activation)
-    elif reads_swapped(b2, q, rows // b2, tokens, adds=bias is not None or bool(activation)):
+    elif reads_swapped(b1, b2, q, rows // b2, tokens, adds=bias is not None or bool(activation)):
         block_gemm(y, u, blocks, bias=bias, swap=True, activation=activation)
     else:
         expand(swap_blocks(y, b2), u, bias, blocks, activation)
