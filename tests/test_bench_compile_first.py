@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_shape
 
 from hf_blr.bench import compile_first as module
-from hf_blr.bench.compile_first import compile_first, run_once, shallow
+from hf_blr.bench.compile_first import compile_first, parts, run_once, shallow
 from hf_blr.bench.forms import repeated_blocks
 from hf_blr.bench.model_ceilings import projection_groups
 from hf_blr.bench.models import SHAPES
@@ -36,6 +36,23 @@ def test_every_measurement_runs_once(monkeypatch):
     run_once("tiny", Variant.parse("blast:4x4"), request, "cpu")
     assert [row["measurement"] for row in rows] == ["prefill", "decode", "training", "training"]
     assert not any("error" in row for row in rows)
+
+
+def test_a_request_is_cut_by_what_is_compiled_apart():
+    request = Request(batches=(1, 8), tokens=(128, 256), decode_batches=(1, 32))
+
+    def sizes(name):
+        return [(p.measurements, p.batches, p.tokens, p.decode_batches) for p in parts(request, SHAPES[name])]
+
+    found = sizes("Llama-7B")
+    forwards = [(b, t) for (m,), (b, *_), (t, *_), _ in found if m == "prefill"]
+    assert forwards == [(1, 128), (1, 256), (8, 128), (8, 256)]
+    assert [d for (m,), _, _, d in found if m == "decode"] == [(1,), (32,)]
+    # nothing is compiled to save a model
+    assert [m for (m,), *_ in found[6:]] == ["training"]
+    # pictures are of the model's sizes
+    assert [t for (m,), _, t, _ in sizes("DiT-XL/2") if m == "prefill"] == [(256,)] * 2
+    assert [t for (m,), _, t, _ in sizes("ViT-B/16") if m == "prefill"] == [(197,)] * 2
 
 
 def test_the_command_line_asks_for_each_model_and_variant(monkeypatch):

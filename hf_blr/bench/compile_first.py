@@ -6,13 +6,15 @@ process finds it.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 from hf_blr.bench.models import SHAPES, Shape
-from hf_blr.bench.rows import Request, model_rows
+from hf_blr.bench.rows import Request, model_rows, tokens_of
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 
@@ -31,13 +33,25 @@ def compile_first(todo: list[tuple[str, Variant]], request: Request, device: str
         raise ValueError(f'compiling in several processes needs the mode "default", got {request.mode!r}')
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = [
-            pool.submit(run_once, name, variant, replace(request, measurements=(measurement,)), device)
+            pool.submit(run_once, name, variant, part, device)
             for name, variant in todo
-            for measurement in request.measurements
-            if measurement != "storage"
+            for part in parts(request, SHAPES[name])
         ]
         for job in running:
             job.result()
+
+
+def parts(request: Request, shape: Shape) -> Iterator[Request]:
+    """The request cut by what is compiled apart: each measurement, and each size of a forward or of a generation."""
+    for measurement in request.measurements:
+        part = replace(request, measurements=(measurement,))
+        if measurement == "prefill":
+            sizes = itertools.product(request.batches, tokens_of(shape, request))
+            yield from (replace(part, batches=(batch,), tokens=(tokens,)) for batch, tokens in sizes)
+        elif measurement == "decode":
+            yield from (replace(part, decode_batches=(batch,)) for batch in request.decode_batches)
+        elif measurement == "training":
+            yield part
 
 
 def run_once(name: str, variant: Variant, request: Request, device: str):

@@ -60,10 +60,7 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
 
     A measurement that fails gives a row with `error`, and the others go on.
     """
-    tokens = request.tokens or shape.prefill
-    if shape.kind != "text":
-        # the size of a picture is the model's: the caller chooses among those that it has
-        tokens = tuple(t for t in shape.prefill if t in tokens) or shape.prefill
+    tokens = tokens_of(shape, request)
     groups = [(t,) for t in tokens] if shape.options else [tokens]
     try:
         names = trained_names(shape)
@@ -102,6 +99,14 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
                 yield row
             # the last function holds the model too
             model = run = None
+
+
+def tokens_of(shape: Shape, request: Request) -> tuple[int, ...]:
+    """Of the forwards: those asked for. The size of a picture is the model's: it can be chosen among those it has."""
+    tokens = request.tokens or shape.prefill
+    if shape.kind == "text":
+        return tokens
+    return tuple(t for t in shape.prefill if t in tokens) or shape.prefill
 
 
 def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, request: Request, timer: Timer):
