@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import goals
-from summaries import models_summary, profiles, quality_summary, square_blast
+from summaries import VARIANTS, models_summary, papers_summary, profiles, quality_summary, square_blast
 
 from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
@@ -79,10 +79,14 @@ def groups_section() -> str:
     )
 
 
+#: tokens of a forward, and the texts of one, that README leaves to NOTES
+OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}
+
+
 def models_section() -> str:
-    """Whole models: prefill, decoding, a training step."""
+    """Whole models: prefill of the usual sizes, decoding, a training step."""
     result = read_result(RESULTS / "models_h100.json")
-    good = [row for row in result["rows"] if "error" not in row]
+    good = [row for row in result["rows"] if "error" not in row and not of_other_size(row)]
     modes = sorted({row["mode"] for row in good if "mode" in row})
     compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
     return (
@@ -90,6 +94,34 @@ def models_section() -> str:
         f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{machine(result['environment'], commits_of(good))}, transformers {result['environment']['transformers']}."
     )
+
+
+def of_other_size(row: dict) -> bool:
+    """Whether it is a prefill that README leaves out."""
+    other = row.get("tokens") in OTHER_TOKENS or row.get("batch") in OTHER_BATCHES.get(row["model"], ())
+    return row["measurement"] == "prefill" and other
+
+
+def other_sizes_section() -> str:
+    """Prefill of the sizes that README leaves out."""
+    rows = read_result(RESULTS / "models_h100.json")["rows"]
+    return f"{models_summary([row for row in rows if of_other_size(row)])} Conditions as in README."
+
+
+def papers_section() -> str:
+    """The paper's ranks and blocks in whole models."""
+    rows = read_result(RESULTS / "models_h100.json")["rows"]
+    return f"{papers_summary([row for row in rows if row['measurement'] != 'storage'])} Conditions as above."
+
+
+def storage_section() -> str:
+    """Whole models on disk."""
+    table: dict[str, dict] = {}
+    for row in read_result(RESULTS / "models_h100.json")["rows"]:
+        if row["measurement"] == "storage":
+            line = table.setdefault(row["model"], {"GB on disk (s to load)": row["model"]})
+            line[VARIANTS.get(row["variant"], row["variant"])] = f"{row['disk_bytes'] / 1e9:.3f} ({row['load_s']:.1f})"
+    return format_table(sorted(table.values(), key=lambda line: line["GB on disk (s to load)"]))
 
 
 def dependent_launches_section() -> str:
@@ -207,6 +239,7 @@ SECTIONS = {
     "speed": speed_section,
     "groups": groups_section,
     "models": models_section,
+    "papers": papers_section,
     "roofline": roofline_section,
 }
 
@@ -217,6 +250,8 @@ DOCUMENTS = {
         "layer-goals": goals.layer_goals,
         "model-goals": goals.model_goals,
         "profiles": profiles_section,
+        "other-sizes": other_sizes_section,
+        "storage": storage_section,
         "dependent-launches": dependent_launches_section,
         "one-token": one_token_section,
         "square-blast": square_blast_section,

@@ -17,8 +17,7 @@ METHODS = {
     "ours, block-joint, refined": "+ blocks, refined",
 }
 VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
-#: the paper's own ranks and blocks, in the column of ours that comes closest
-PAPERS = {"low_rank:paper": "low_rank", "monarch:paper": "monarch:4x4", "blast:paper": "blast:4x4"}
+PAPERS = {"low_rank:paper": "low-rank", "monarch:paper": "Monarch", "blast:paper": "BLAST"}
 
 
 def quality_summary(rows: list[dict]) -> str:
@@ -53,34 +52,53 @@ def quality_summary(rows: list[dict]) -> str:
 def models_summary(rows: list[dict]) -> str:
     """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster."""
     table, attending = [], []
+    for (measurement, model, size), found in by_size(rows).items():
+        line = {"": measurement, "model": model, "batch x tokens": size, "dense, ms": f"{found['dense']['ms']:.2f}"}
+        memory = []
+        for variant, title in VARIANTS.items():
+            row, mark = fastest(found, variant)
+            line[title] = f"{row['speed over dense']:.2f}x{mark}" if row else ""
+            memory += [row["peak / dense"]] if row else []
+        if memory:
+            table.append(line | {"peak memory": f"{min(memory):.2f} to {max(memory):.2f}"})
+        if "dense+attention" in found:
+            attending.append(f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms")
+    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
+    return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}"
+
+
+def papers_summary(rows: list[dict]) -> str:
+    """As `models_summary`, at the ranks and blocks of the paper, and what these keep of a model's projections."""
+    kept = {(row["model"], row["variant"].removesuffix("+fused")): row["projection_parameters"] for row in rows}
+    table = []
+    for (measurement, model, size), found in by_size(rows).items():
+        entries = {title: (variant, *fastest(found, variant)) for variant, title in PAPERS.items()}
+        if not any(row for _, row, _ in entries.values()):
+            continue
+        line = {"": measurement, "model": model, "batch x tokens": size, "dense, ms": f"{found['dense']['ms']:.2f}"}
+        for title, (variant, row, mark) in entries.items():
+            share = 100 * kept[model, variant] / kept[model, "dense"] if row else 0
+            line[title] = f"{row['speed over dense']:.2f}x{mark} ({share:.0f} %)" if row else ""
+        table.append(line)
+    return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`; in brackets what is kept of all projections."
+
+
+def by_size(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """{(measurement, model, size in words): {variant: row of `compared`}}, where dense was measured."""
+    lines: dict[tuple, dict] = {}
     for measurement in ("prefill", "decode", "training"):
-        lines: dict[tuple, dict] = {}
         for row in compared(rows, measurement):
             size = f"{row['batch']} x {row['tokens']}" if "tokens" in row else f"{row['batch']} x 1"
-            kept = row["form"].partition(", keeps ")[2]
-            size += f", {kept} kept" if kept else ""
-            line = lines.setdefault((row["model"], size), {})
-            name = row["variant"].removesuffix("+fused")
-            column = PAPERS.get(name, name)
-            if name == "dense":
-                line["dense, ms"] = f"{row['ms']:.2f}"
-            elif name == "dense+attention":
-                attending.append(f"{row['model']}, {size}, {row['ms']:.2f} ms")
-            elif column in VARIANTS and row["speed over dense"] is not None:
-                marks = "†" * (name in PAPERS) + "*" * (name != row["variant"])
-                entry = row["speed over dense"], marks, row["peak / dense"] or 1.0
-                line[column] = max(line.get(column, entry), entry)
-        for (model, size), line in lines.items():
-            found = {title: line.get(name) for name, title in VARIANTS.items()}
-            memory = [entry[2] for entry in found.values() if entry]
-            table.append(
-                {"": measurement, "model": model, "batch x tokens": size, "dense, ms": line.get("dense, ms", "")}
-                | {title: f"{entry[0]:.2f}x{entry[1]}" if entry else "" for title, entry in found.items()}
-                | {"peak memory": f"{min(memory):.2f} to {max(memory):.2f}" if memory else ""}
-            )
-    marks = "\\* with `hf_blr.fuse`; † the paper's ranks and blocks."
-    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
-    return f"{format_table(table)}\n\n{marks} Peak memory is that of dense.{also}"
+            share = row["form"].partition(", keeps ")[2]
+            size += f", {share} kept" if share else ""
+            lines.setdefault((measurement, row["model"], size), {})[row["variant"]] = row
+    return {place: found for place, found in lines.items() if "dense" in found}
+
+
+def fastest(found: dict[str, dict], variant: str) -> tuple[dict | None, str]:
+    """The variant's row, or that with `fuse` where it is faster, which has a mark."""
+    entries = [(found[v], mark) for v, mark in ((variant, ""), (f"{variant}+fused", "*")) if v in found]
+    return min(entries, key=lambda entry: entry[0]["ms"], default=(None, ""))
 
 
 def profiles(rows: list[dict]) -> str:
