@@ -127,13 +127,57 @@ def test_plots_of_every_kind(files, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     assert main(["report", *files, "--out", str(out)]) == 0
-    names = {"speed-up", "roofline", "prefill", "decode", "quality"}
-    assert {path.stem for path in out.glob("*.svg")} == {path.stem for path in out.glob("*.png")} == names
+    names = {"speed-up", "roofline", "prefill-Llama-7B", "decode-Llama-7B", "quality"}
+    assert {path.name for path in out.glob("*.svg")} == {f"{name}.svg" for name in names}
+    assert {path.name for path in out.glob("*.png")} == {f"{name}.png" for name in names}
     text = (out / "report.html").read_text()
     assert text.count("<svg") == 5 and "blast 4x16" in text
     # the same numbers give the same page
     assert main(["report", *files, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "report.html").read_text() == text
+
+
+def test_a_page_of_all_that_was_measured(tmp_path):
+    """The command that README gives."""
+    files = sorted(map(str, RESULTS.glob("*.json")))
+    assert main(["report", *files, "--out", str(tmp_path), "--no-plots"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for title in ("Prefill of whole models", "Layers of Llama-7B", "Perplexity", "one_token_h100", "groups_h100"):
+        assert f"## {title}" in text
+
+
+def test_plots_of_what_was_measured(tmp_path, recwarn):
+    pytest.importorskip("matplotlib")
+    from hf_blr.results.plots import as_svg, figures
+
+    kept = {name: read_result(RESULTS / f"{name}.json") for name in ("models_h100", "models_h200", "quality")}
+    found = figures(kept)
+    # two files of one kind do not take each other's names
+    assert {"decode-Llama-7B-models_h100", "decode-Llama-7B-models_h200", "quality", "methods"} <= set(found)
+    caption, figure = found["quality-time-models_h100"]
+    assert "NVIDIA H100" in caption
+    forward, step = figure.axes
+    scores = {row["structure"]: row["ppl"] for row in kept["quality"]["rows"] if half_of_wikitext(row)}
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in step.lines}
+    assert drawn["low_rank"] == (pytest.approx(3.32, abs=0.01), scores["low_rank"])
+    assert "Llama-7B" in step.get_xlabel() and "SmolLM2" in step.get_ylabel() and "prefill" in forward.get_xlabel()
+    # every bar says its milliseconds, and none is left out
+    (axes,) = found["prefill-Llama-7B-models_h100"][1].axes
+    assert len(axes.patches) == len(axes.get_yticks()) == sum(" ms" in text.get_text() for text in axes.texts)
+    for name in ("quality", "methods", "prefill-Llama-7B-models_h100"):
+        assert as_svg(found[name][1]).startswith("<svg")
+    # a figure whose panels collapse warns
+    assert not [str(w.message) for w in recwarn if "layout" in str(w.message)]
+
+
+def half_of_wikitext(row: dict) -> bool:
+    return (row["ratio"], row["method"], row["dataset"]) == (0.5, "ours", "wikitext2")
+
+
+def test_rows_that_differ_in_something_else_are_not_compared():
+    twice = {"rows": [model_row("dense", 2.0, launches=n) for n in (0, 1)]}
+    assert kind_of(twice) is None and kind_of({"rows": twice["rows"][:1]}) == "models"
+    assert [table.title for table in tables("launches", twice)] == ["launches"]
 
 
 def test_what_is_no_result_file_is_said(tmp_path, capsys):
@@ -159,6 +203,13 @@ class TestInABrowser:
         assert main(["report", *files, "--out", str(tmp_path), "--no-plots"]) == 0
         document, console = browse(tmp_path / "report.html", tmp_path)
         assert "Prefill of whole models" in document and console == []
+
+    def test_so_does_the_page_of_what_was_measured(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        files = [str(RESULTS / f"{name}.json") for name in ("models_h100", "quality", "groups_h100")]
+        assert main(["report", *files, "--out", str(tmp_path)]) == 0
+        document, console = browse(tmp_path / "report.html", tmp_path)
+        assert document.count("<svg") > 10 and console == []
 
     def test_a_mistake_would_show(self, tmp_path):
         (tmp_path / "x.html").write_text("<p>shown</p><script>nonsense()</script>")

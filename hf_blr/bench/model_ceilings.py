@@ -109,9 +109,9 @@ def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, 
         group = next((names for names in TOGETHER if own in names), own)
         if isinstance(module, BLRLinear):
             together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
-            # of single low-rank layers cuBLAS adds the bias
-            own = module.spec.structure in ("monarch", "blast") or (fused and own in sum(TOGETHER, ()))
-            projection = Projection(module.spec, adds=module.bias is not None and own)
+            # cuBLAS adds that of a low-rank layer by itself
+            by_us = module.spec.structure in ("monarch", "blast") or (fused and own in sum(TOGETHER, ()))
+            projection = Projection(module.spec, adds=module.bias is not None and by_us)
         else:
             projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)
         found.setdefault(together, []).append(projection)

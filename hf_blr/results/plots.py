@@ -1,12 +1,11 @@
-"""Plots of result files, as matplotlib figures."""
+"""Which plots result files have the numbers for, and what all plots share. Figures are matplotlib's."""
 
 from __future__ import annotations
 
 import io
+import re
 
-from hf_blr.bench.ceilings import predictions
-from hf_blr.evaluation.devices import DEVICES
-from hf_blr.results.tables import compared, kind_of
+from hf_blr.results.tables import kind_of
 
 COLOURS = {
     "dense": "#444444",
@@ -16,9 +15,10 @@ COLOURS = {
     "blast": "#d62728",
     "auto": "#9467bd",
 }
-STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDP"
+STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
 #: inches; small, so that letters stay readable on a phone
 SIZE = (5.5, 3.8)
+LEGEND_ROW = 0.21
 
 
 def pyplot():
@@ -30,6 +30,8 @@ def pyplot():
     matplotlib.use("Agg")
     # letters stay letters, and the same data gives the same file
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hf_blr", "font.size": 10})
+    # a page has many, and all are kept until it is written
+    matplotlib.rcParams["figure.max_open_warning"] = 0
     import matplotlib.pyplot as plt
 
     return plt
@@ -37,124 +39,88 @@ def pyplot():
 
 def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
     """{name: (caption, figure)} of every plot that these result files have the numbers for."""
+    from hf_blr.results.layer_plots import roofline, speed_up
+    from hf_blr.results.model_plots import bars, lines_by_model
+    from hf_blr.results.quality_plots import by_bytes, by_method, by_time
+
     plt, found = pyplot(), {}
-    for result in results.values():
-        kind, rows = kind_of(result), result["rows"]
-        device = result.get("environment", {}).get("device", "")
-        if kind == "layers":
-            found["speed-up"] = f"Speed over dense against tokens. {device}", speed_up(plt, rows)
-            if "H100" in device:
-                found["roofline"] = f"Measured rates under the ceilings of the card. {device}", roofline(plt, rows)
-        if kind == "models":
-            for measurement in ("prefill", "decode"):
-                lines = compared([r for r in rows if "error" not in r], measurement)
-                if lines:
-                    found[measurement] = (
-                        f"{measurement.title()} of whole models. {device}",
-                        bars(plt, lines, measurement),
-                    )
-        if kind == "quality":
-            found["quality"] = "Perplexity against bytes; the lower left is best.", quality(plt, rows)
+    kinds: dict[str | None, dict[str, dict]] = {}
+    for name, result in results.items():
+        kinds.setdefault(kind_of(result), {})[name] = result
+
+    def add(kind: str, file: str, name: str, caption: str, figure):
+        """Under a name of its own, the file's in it where there are several of its kind; no figure, no plot."""
+        if figure:
+            name += f" {file}" * (len(kinds[kind]) > 1)
+            said = f"{caption} {results[file].get('environment', {}).get('device', '')}".strip()
+            found[re.sub(r"[^A-Za-z0-9._]+", "-", name)] = said, figure
+
+    for file, result in kinds.get("layers", {}).items():
+        rows = result["rows"]
+        add("layers", file, "speed-up", "Speed over dense against tokens.", speed_up(plt, rows))
+        if "H100" in result.get("environment", {}).get("device", ""):
+            add("layers", file, "roofline", "Measured rates under the ceilings of the card.", roofline(plt, rows))
+    for file, result in kinds.get("quality", {}).items():
+        rows = result["rows"]
+        add("quality", file, "quality", "Perplexity against bytes; the lower left is best.", by_bytes(plt, rows))
+        add("quality", file, "methods", "What each method makes of a structure.", by_method(plt, rows))
+    for file, result in kinds.get("models", {}).items():
+        rows = result["rows"]
+        for quality in kinds.get("quality", {}).values():
+            caption = "Perplexity against milliseconds; the lower left is best."
+            add("models", file, "quality-time", caption, by_time(plt, quality["rows"], rows))
+        for (measurement, model), lines in lines_by_model(rows).items():
+            title = f"{model}, {measurement}"
+            add("models", file, f"{measurement} {model}", f"{title}.", bars(plt, lines, title))
     return found
 
 
-def speed_up(plt, rows: list[dict]):
-    """One line for each structure and pair of block counts, of the first model's first layer."""
-    first = rows[0]["model"], rows[0]["layer"]
-    lines: dict[tuple, list] = {}
-    for row in rows:
-        if (row["model"], row["layer"]) == first and row["impl"] == "hf_blr" and row["direction"] == "forward":
-            key = row["structure"], "{}x{}".format(*row["blocks"])
-            lines.setdefault(key, []).append((row["tokens"], row["speedup_vs_dense"]))
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    seen: dict[str, int] = {}
-    for (structure, blocks), points in lines.items():
-        style = STYLES[seen.setdefault(structure, 0) % len(STYLES)]
-        seen[structure] += 1
-        label = structure if structure == "low_rank" else f"{structure} {blocks}"
-        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", color=COLOURS[structure], label=label)
-    axes.axhline(1, color=COLOURS["dense"], linewidth=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="speed over dense", title=f"{first[0]} {first[1]}".strip())
-    axes.legend(fontsize=8, ncols=2)
-    return figure
+def structure_of(variant: str) -> str:
+    """`blast` of `blast:4x4+fused`."""
+    return re.split("[:+]", variant)[0]
 
 
-def roofline(plt, rows: list[dict]):
-    """Operations a second against operations per byte of memory traffic, under the ceilings of an H100."""
-    device = DEVICES["H100-measured"]
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    intensity = [2**i for i in range(-1, 13)]
-    axes.plot(intensity, [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity], color="black")
-    points = predictions(rows, device)
-    for structure, colour in COLOURS.items():
-        mine = [row for row in points if row["structure"] == structure]
-        x, y = [r["flops"] / r["bytes"] for r in mine], [r["flops"] / r["us"] / 1e6 for r in mine]
-        axes.scatter(x, y, s=12, color=colour, alpha=0.6, label=structure)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
-    return figure
+class Looks:
+    """A colour for each structure; lines of one structure differ in dashes and markers."""
+
+    def __init__(self):
+        self.seen: dict[str, int] = {}
+
+    def __call__(self, structure: str | None) -> dict:
+        structure = structure or "dense"
+        number = self.seen[structure] = self.seen.get(structure, -1) + 1
+        return look(COLOURS.get(structure, COLOURS["auto"]), number)
 
 
-def bars(plt, lines: list[dict], measurement: str):
-    """Milliseconds of each variant, one group a model, batch and number of tokens."""
-    groups = list(dict.fromkeys(group_of(line) for line in lines))
-    variants = list(dict.fromkeys(line["variant"] for line in lines))
-    # groups differ by orders of magnitude, so dense is one in each
-    times = {(group_of(r), r["variant"]): 1 / r["speed over dense"] for r in lines if r["speed over dense"]}
-    shown = {(group_of(r), r["variant"]): r["ms"] for r in lines}
-    figure, axes = plt.subplots(figsize=(SIZE[0], 1.6 + 0.22 * len(groups) * (len(variants) + 1)), layout="constrained")
-    shades: dict[str, int] = {}
-    for index, variant in enumerate(variants):
-        structure = variant.partition(":")[0]
-        shade = shades[structure] = shades.get(structure, -1) + 1
-        heights = [times.get((group, variant), 0) for group in groups]
-        places = [i * (len(variants) + 1) + index for i in range(len(groups))]
-        drawn = axes.barh(places, heights, color=COLOURS[structure], alpha=1 - 0.25 * min(shade, 3), label=variant)
-        labels = [f"{shown[group, variant]:.3g} ms" if (group, variant) in shown else "" for group in groups]
-        axes.bar_label(drawn, labels, fontsize=7, padding=2)
-    axes.set_yticks([i * (len(variants) + 1) + (len(variants) - 1) / 2 for i in range(len(groups))], groups, fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(1, color=COLOURS["dense"], linewidth=1)
-    axes.set(xlabel=f"{measurement} time, dense = 1")
-    axes.margins(x=0.15)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+def look(colour: str, number: int) -> dict:
+    """Of the line with that number."""
+    style, marker = STYLES[number % len(STYLES)], MARKERS[number % len(MARKERS)]
+    return {"color": colour, "linestyle": style, "marker": marker, "markersize": 5}
 
 
-def group_of(line: dict) -> str:
-    tokens = f" x {line['tokens']}" if "tokens" in line else ""
-    return f"{line['model']}\n{line['batch']}{tokens}"
+def plain_numbers(axis):
+    """20, 30 and 40 on a logarithmic axis, instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def quality(plt, rows: list[dict]):
-    """Perplexity against bytes, a panel for each model and text."""
-    rows = [row for row in rows if row.get("ppl") and row.get("bytes")]
-    panels = list(dict.fromkeys((row.get("model"), row.get("dataset")) for row in rows)) or [(None, None)]
-    figure, grid = plt.subplots(
-        len(panels), 1, figsize=(SIZE[0], SIZE[1] * len(panels)), layout="constrained", squeeze=False
-    )
-    for axes, panel in zip(grid[:, 0], panels, strict=True):
-        mine = [row for row in rows if (row.get("model"), row.get("dataset")) == panel]
-        seen: dict[str | None, int] = {}
-        for key in dict.fromkeys(quality_key(row) for row in mine):
-            structure, blocks, method = key
-            points = sorted((row["bytes"] / 1e6, row["ppl"]) for row in mine if quality_key(row) == key)
-            # one colour a structure; its methods differ in line and marker
-            number = seen[structure] = seen.get(structure, -1) + 1
-            look = {"linestyle": STYLES[number % len(STYLES)], "marker": MARKERS[number % len(MARKERS)]}
-            label = " ".join(part for part in (structure, blocks, method) if part)
-            axes.plot(*zip(*points, strict=True), **look, color=COLOURS[structure or "dense"], label=label)
-        for ppl in {row["dense_ppl"] for row in mine if row.get("dense_ppl")}:
-            axes.axhline(ppl, color=COLOURS["dense"], linewidth=1)
-        axes.set(yscale="log", xlabel="MB", ylabel="perplexity", title=" on ".join(part for part in panel if part))
-        axes.legend(fontsize=8)
-    return figure
+def with_legend(plt, panels: int, labels: int, columns: int = 2):
+    """(figure, axes of each panel) with room below for a legend of that many labels, which `add_legend` draws."""
+    height = SIZE[1] * panels + LEGEND_ROW * -(-labels // columns)
+    figure, grid = plt.subplots(panels, 1, figsize=(SIZE[0], height), layout="constrained", squeeze=False)
+    return figure, grid[:, 0]
 
 
-def quality_key(row: dict) -> tuple[str | None, str, str | None]:
-    """What one line of the plot shows: structure, blocks, method."""
-    blocks = row.get("blocks")
-    return row.get("structure"), "{}x{}".format(*blocks) if blocks else "", row.get("method")
+def add_legend(figure, columns: int = 2):
+    """Below all panels, each label once."""
+    entries: dict[str, object] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def as_svg(figure) -> str:

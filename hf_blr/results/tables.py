@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-#: fields by which rows are told apart
-KINDS = {"layers": "us", "models": "measurement", "quality": "dense_ppl"}
+#: fields by which rows are told apart: all of them are there
+KINDS = {"layers": ("us", "impl", "speedup_vs_dense"), "models": ("measurement", "model"), "quality": ("dense_ppl",)}
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,18 @@ class Table:
             self.columns.extend(dict.fromkeys(column for row in self.rows for column in row))
 
 
+#: what tells rows of one model apart
+SETTINGS = ("model", "variant", "measurement", "batch", "tokens", "form", "mode", "activation_budget")
+
+
 def kind_of(result: dict) -> str | None:
     """ "layers", "models" or "quality"; None for rows of another kind, which are shown as they are."""
     rows = result["rows"]
-    return next((kind for kind, name in KINDS.items() if rows and name in rows[0]), None)
+    kind = next((kind for kind, names in KINDS.items() if rows and all(name in rows[0] for name in names)), None)
+    if kind == "models" and len({tuple(row.get(name) for name in SETTINGS) for row in rows}) < len(rows):
+        # they differ in something else, and must not be compared as if they did not
+        return None
+    return kind
 
 
 def tables(name: str, result: dict) -> list[Table]:

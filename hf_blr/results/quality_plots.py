@@ -1,0 +1,150 @@
+"""Plots of perplexities: against bytes, by method, and against milliseconds measured elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hf_blr.results.model_plots import lines_by_model, size_of
+from hf_blr.results.plots import COLOURS, Looks, add_legend, look, plain_numbers, with_legend
+
+#: perplexities above this many times dense's are not shown: they would press all others into one line
+HIGHEST = 30
+#: structures whose methods are compared, at most
+STRUCTURES_BY_METHOD = 2
+#: structures that a plot of perplexity against time needs
+FEWEST_STRUCTURES = 3
+
+
+def by_bytes(plt, rows: list[dict]):
+    """A panel for each model and text, a line for each structure, of the method that most rows are of."""
+    rows = usable(rows)
+    main = main_method(rows)
+    shown = [row for row in rows if row.get("method") == main or row.get("structure") is None]
+    looks = looks_of(shown)
+    return panels(
+        plt,
+        shown,
+        lambda row: label_of(row) or row.get("method") or "dense",
+        lambda row: f"{row.get('model')} on {row.get('dataset')}",
+        lambda row: looks[label_of(row) or row.get("method")],
+    )
+
+
+def by_method(plt, rows: list[dict]):
+    """A panel for each of the structures with most methods, on the first text, a line for each method.
+
+    None where no structure was fitted by more than one.
+    """
+    rows = [row for row in usable(rows) if row.get("structure")]
+    rows = [row for row in rows if row.get("dataset") == rows[0].get("dataset")]
+    methods: dict[str, set] = {}
+    for row in rows:
+        methods.setdefault(label_of(row), set()).add(row.get("method"))
+    chosen = sorted((name for name in methods if len(methods[name]) > 1), key=lambda name: -len(methods[name]))
+    chosen = chosen[:STRUCTURES_BY_METHOD]
+    if not chosen:
+        return None
+    shown = [row for row in rows if label_of(row) in chosen]
+    numbers = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in shown))}
+    return panels(
+        plt,
+        sorted(shown, key=lambda row: chosen.index(label_of(row))),
+        lambda row: row["method"],
+        lambda row: f"{label_of(row)}: {row.get('model')} on {row.get('dataset')}",
+        lambda row: look(f"C{numbers[row['method']]}", numbers[row["method"]]),
+    )
+
+
+def by_time(plt, quality: list[dict], models: list[dict]):
+    """Perplexity against the time of a forward and of a decoding step, half of the projections kept, by structure.
+
+    The perplexities may be of another, smaller model than the times: the axes say of which. Of the models and sizes
+    that were timed, the one with most structures is taken. None where none has `FEWEST_STRUCTURES`.
+    """
+    quality = usable(quality)
+    main = main_method(quality)
+    quality = [row for row in quality if row.get("method") == main and row.get("ratio") == 0.5]
+    quality = [row for row in quality if row.get("dataset") == quality[0].get("dataset")]
+    scored = {variant_of(row): row for row in quality}
+    models = [row for row in models if row.get("ratio", 0.5) == 0.5]
+    best: dict[str, tuple] = {}
+    for (measurement, model), lines in lines_by_model(models).items():
+        timed: dict[str, dict[str, float]] = {}
+        for line in lines:
+            name = line["variant"].removesuffix("+fused")
+            times = timed.setdefault(size_of(line), {})
+            times[name] = min(times.get(name, line["ms"]), line["ms"])
+        for size, times in timed.items():
+            common = [name for name in scored if name in times]
+            fewest = max(FEWEST_STRUCTURES - 1, len(best[measurement][0]) if measurement in best else 0)
+            if measurement != "training" and len(common) > fewest:
+                best[measurement] = common, f"{model}, {size}", times
+    if not best:
+        return None
+    looks = looks_of(quality)
+    names = {name for common, *_ in best.values() for name in common}
+    figure, grid = with_legend(plt, len(best), len(names) + 1, 3)
+    for axes, (measurement, (common, timed_on, times)) in zip(grid, best.items(), strict=True):
+        for name in common:
+            row = scored[name]
+            axes.plot([times[name]], [row["ppl"]], **(looks[label_of(row)] | {"linestyle": ""}), label=label_of(row))
+        row = scored[common[0]]
+        if "dense" in times and row.get("dense_ppl"):
+            axes.plot([times["dense"]], [row["dense_ppl"]], "o", color=COLOURS["dense"], label="dense")
+        axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {row.get('model')}")
+        axes.set_title(f"half of the projections kept; {row.get('dataset')}", fontsize=9)
+        axes.margins(0.08)
+    add_legend(figure, 3)
+    return figure
+
+
+def panels(plt, rows: list[dict], label, panel, look_of):
+    """Perplexity against megabytes: of each row `panel` is the title, `label` the line and `look_of` its look."""
+    titles, labels = (list(dict.fromkeys(map(name, rows))) for name in (panel, label))
+    figure, grid = with_legend(plt, max(1, len(titles)), len(labels))
+    for axes, title in zip(grid, titles, strict=False):
+        mine = [row for row in rows if panel(row) == title]
+        for name in labels:
+            line = sorted((row for row in mine if label(row) == name), key=lambda row: row["bytes"])
+            if line:
+                points = [row["bytes"] / 1e6 for row in line], [row["ppl"] for row in line]
+                axes.plot(*points, **look_of(line[0]), label=name)
+        for ppl in {row["dense_ppl"] for row in mine if row.get("dense_ppl")}:
+            axes.axhline(ppl, color=COLOURS["dense"], linewidth=1)
+        axes.set(yscale="log", xlabel="MB", ylabel="perplexity", title=title)
+        plain_numbers(axes.yaxis)
+    add_legend(figure)
+    return figure
+
+
+def looks_of(rows: list[dict]) -> dict[str, dict]:
+    """{label: look} of the structures, and of the methods of rows without one."""
+    looks, found = Looks(), {}
+    for row in rows:
+        name = label_of(row) or row.get("method")
+        if name not in found:
+            found[name] = looks(row.get("structure"))
+    return found
+
+
+def usable(rows: list[dict]) -> list[dict]:
+    """Those with a perplexity that is worth a look, and a size."""
+    rows = [row for row in rows if row.get("ppl") and row.get("bytes")]
+    return [row for row in rows if row["ppl"] <= HIGHEST * (row.get("dense_ppl") or float("inf"))]
+
+
+def main_method(rows: list[dict]) -> str | None:
+    """That of most rows."""
+    counted = Counter(row.get("method") for row in rows if row.get("structure"))
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def label_of(row: dict) -> str:
+    """`blast 4x16`; "" for rows without a structure."""
+    blocks = row.get("blocks")
+    return f"{row.get('structure') or ''}{' {}x{}'.format(*blocks) if blocks else ''}"
+
+
+def variant_of(row: dict) -> str:
+    """As `bench model` calls it: `blast:4x16`."""
+    return label_of(row).replace(" ", ":")
