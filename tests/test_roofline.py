@@ -233,3 +233,5 @@ def test_from_the_command_line(tmp_path, capsys):
     assert "project and mix" in capsys.readouterr().out
     assert main(["roofline", "--check", str(ROOT / "benchmarks/results/layers_h100.json")]) == 0
     assert "within 25 %" in capsys.readouterr().out
+    assert main(["roofline", "--check", str(ROOT / "benchmarks/results/groups_h100.json")]) == 2
+    assert "bench layers" in capsys.readouterr().err

@@ -48,12 +48,17 @@ def run(args):
     )
     if args.check:
         measured = read_result(args.check)
-        if kind_of(measured) == "models":
+        kind = kind_of(measured)
+        if kind == "models":
             rows = model_predictions(measured["rows"], device)
             print(format_table(list(map(model_line, rows))))
-        else:
+        elif kind == "layers":
             rows = predictions(measured["rows"], device)
             print(format_table(deviations(rows)))
+        else:
+            raise ValueError(
+                f"{args.check} holds no rows of hf-blr bench layers or hf-blr bench model: name one that does"
+            )
         result["rows"] = rows
     else:
         specs = [spec for shape in args.shapes for spec in wanted_specs(args, *shape)]
