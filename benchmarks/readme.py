@@ -86,7 +86,7 @@ OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}
 def models_section() -> str:
     """Whole models: prefill of the usual sizes, decoding, a training step."""
     result = read_result(RESULTS / "models_h100.json")
-    good = [row for row in result["rows"] if "error" not in row and not of_other_size(row)]
+    good = [row for row in model_rows() if not of_other_size(row)]
     modes = sorted({row["mode"] for row in good if "mode" in row})
     compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
     return (
@@ -94,6 +94,11 @@ def models_section() -> str:
         f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{machine(result['environment'], commits_of(good))}, transformers {result['environment']['transformers']}."
     )
+
+
+def model_rows() -> list[dict]:
+    """Of whole models, without those that failed."""
+    return [row for row in read_result(RESULTS / "models_h100.json")["rows"] if "error" not in row]
 
 
 def of_other_size(row: dict) -> bool:
@@ -104,20 +109,19 @@ def of_other_size(row: dict) -> bool:
 
 def other_sizes_section() -> str:
     """Prefill of the sizes that README leaves out."""
-    rows = read_result(RESULTS / "models_h100.json")["rows"]
-    return f"{models_summary([row for row in rows if of_other_size(row)])} Conditions as in README."
+    return f"{models_summary([row for row in model_rows() if of_other_size(row)])} Conditions as in README."
 
 
 def papers_section() -> str:
     """The paper's ranks and blocks in whole models."""
-    rows = read_result(RESULTS / "models_h100.json")["rows"]
-    return f"{papers_summary([row for row in rows if row['measurement'] != 'storage'])} Conditions as above."
+    rows = [row for row in model_rows() if row["measurement"] != "storage"]
+    return f"{papers_summary(rows)} Conditions as above."
 
 
 def storage_section() -> str:
     """Whole models on disk."""
     table: dict[str, dict] = {}
-    for row in read_result(RESULTS / "models_h100.json")["rows"]:
+    for row in model_rows():
         if row["measurement"] == "storage":
             line = table.setdefault(row["model"], {"GB on disk (s to load)": row["model"]})
             line[VARIANTS.get(row["variant"], row["variant"])] = f"{row['disk_bytes'] / 1e9:.3f} ({row['load_s']:.1f})"
@@ -164,7 +168,7 @@ def roofline_section() -> str:
         name = f"{row['tokens']}" + (", training" if row["direction"] != "forward" else "")
         groups.setdefault(name, []).append(abs(row["deviation"]))
     table = [off_by(name, "layers", off) for name, off in groups.items()]
-    models = model_predictions(read_result(RESULTS / "models_h100.json")["rows"], device)
+    models = model_predictions(model_rows(), device)
     for measurement, name in (("prefill", "whole models, prefill"), ("decode", "whole models, decoding")):
         off = [abs(row["deviation"]) for row in models if row["measurement"] == measurement]
         table.append(off_by(name, "rows", off))
@@ -185,7 +189,7 @@ def quality_section() -> str:
 
 def profiles_section() -> str:
     """Where the time of whole models goes."""
-    return profiles(read_result(RESULTS / "models_h100.json")["rows"])
+    return profiles(model_rows())
 
 
 def square_blast_section() -> str:

@@ -53,6 +53,8 @@ def test_a_request_is_cut_by_what_is_compiled_apart():
     # pictures are of the model's sizes
     assert [t for (m,), _, t, _ in sizes("DiT-XL/2") if m == "prefill"] == [(256,)] * 2
     assert [t for (m,), _, t, _ in sizes("ViT-B/16") if m == "prefill"] == [(197,)] * 2
+    assert [m for (m,), *_ in sizes("DiT-XL/2")] == ["prefill"] * 2
+    assert [m for (m,), *_ in sizes("ViT-B/16")] == ["prefill"] * 2 + ["training"]
 
 
 def test_the_command_line_asks_for_each_model_and_variant(monkeypatch):

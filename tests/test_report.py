@@ -163,7 +163,12 @@ def test_plots_of_what_was_measured(tmp_path, recwarn):
     assert "Llama-7B" in step.get_xlabel() and "SmolLM2" in step.get_ylabel() and "prefill" in forward.get_xlabel()
     # every bar says its milliseconds, and none is left out
     (axes,) = found["prefill-Llama-7B-models_h100"][1].axes
-    assert len(axes.patches) == len(axes.get_yticks()) == sum(" ms" in text.get_text() for text in axes.texts)
+    shown = {
+        (row["batch"], row["tokens"], row["variant"].removesuffix("+fused"))
+        for row in kept["models_h100"]["rows"]
+        if (row["model"], row["measurement"]) == ("Llama-7B", "prefill")
+    }
+    assert len(axes.patches) == len(shown) == sum(" ms" in text.get_text() for text in axes.texts)
     for name in ("quality", "methods", "prefill-Llama-7B-models_h100"):
         assert as_svg(found[name][1]).startswith("<svg")
     # a figure whose panels collapse warns
@@ -175,9 +180,43 @@ def half_of_wikitext(row: dict) -> bool:
 
 
 def test_rows_that_differ_in_something_else_are_not_compared():
-    twice = {"rows": [model_row("dense", 2.0, launches=n) for n in (0, 1)]}
-    assert kind_of(twice) is None and kind_of({"rows": twice["rows"][:1]}) == "models"
+    twice = {"varied": ["launches"], "rows": [model_row("dense", 2.0, launches=n) for n in (0, 1)]}
+    assert kind_of(twice) is None
     assert [table.title for table in tables("launches", twice)] == ["launches"]
+    # rows that failed, or were measured again, are compared
+    failed = {"model": "DiT-XL/2", "variant": "dense", "measurement": "build", "error": "no diffusers"}
+    again = {"rows": [*MODELS["rows"], failed, failed, model_row("dense", 9.5)]}
+    assert kind_of(again) == "models" and tables("x", again)[-1].title == "What failed"
+
+
+def test_plots_of_several_files_and_of_rows_that_say_little():
+    pytest.importorskip("matplotlib")
+    from hf_blr.results.plots import figures
+
+    half = [("low_rank", None, 31.0), ("monarch", [4, 4], 35.0), ("blast", [4, 4], 29.0)]
+    scored = [
+        {"model": "small", "dataset": "d", "structure": s, "blocks": b, "ratio": 0.5, "ppl": p, "bytes": 1e8}
+        | {"dense_ppl": 17.6, "method": "ours"}
+        for s, b, p in half
+    ]
+    timed = [
+        model_row(v, ms) for v, ms in (("dense", 8.0), ("low_rank", 4.0), ("monarch:4x4", 5.0), ("blast:4x4", 6.0))
+    ]
+    # another ratio is another layer
+    other = [model_row("blast:4x4", 1.0, ratio=0.2)]
+    files = {"m": {"rows": timed + other}, "q": {"rows": scored}}
+    (axes,) = figures(files)["quality-time"][1].axes
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
+    assert drawn == {"low_rank": (4, 31), "monarch 4x4": (5, 35), "blast 4x4": (6, 29), "dense": (8, 17.6)}
+    # a second model's perplexities are not put beside the first's
+    files["q"]["rows"] = scored + [row | {"model": "large", "ppl": 9.0} for row in scored]
+    (axes,) = figures(files)["quality-time"][1].axes
+    assert len(axes.lines) == 4 and "small" in axes.get_ylabel()
+    names = set(figures({**files, "q2": files["q"]}))
+    assert {"quality-time-q", "quality-time-q2", "quality-q", "quality-q2"} <= names
+    # no method, and no perplexity that is worth a look
+    figures({"q": {"rows": [{k: v for k, v in row.items() if k != "method"} for row in scored]}})
+    assert figures({"q": {"rows": [row | {"ppl": 1e9} for row in scored]}}) == {}
 
 
 def test_what_is_no_result_file_is_said(tmp_path, capsys):

@@ -198,6 +198,19 @@ def test_few_tokens_draw_less_where_a_device_says_so():
     assert not any(s.few for s in stages(LOW_RANK, 16, "dense"))
 
 
+def test_long_rows_of_few_tokens_are_products_and_a_mix():
+    down = Blast(11008, 4096, 1488, (4, 4))
+    assert [s.name for s in stages(down, 32)] == ["project", "mix", "expand"]
+    assert [s.name for s in stages(down, 16)] == ["project and mix", "expand"]
+    assert sum(s.flops for s in stages(down, 32)) == down.flops(32)
+
+
+def test_layers_that_run_together_are_launched_by_the_tiles_of_all():
+    q = Monarch(4096, 4096, 256, (4, 4))
+    assert [s.name for s in stages(q, 128)] == ["project", "swap blocks", "expand"]
+    assert [s.name for s in stages(q, 128, layers=3)] == ["project", "expand"]
+
+
 def test_our_tiles_cost_time_and_cublas_tiles_do_not():
     device = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e9, tile_seconds=1.0)
     wide = Monarch(4096, 11008, 352, (4, 4))
@@ -210,7 +223,7 @@ def test_our_tiles_cost_time_and_cublas_tiles_do_not():
     assert seconds(wide, 1024) == 0 and seconds(wide, 1024, adds=True) == 8 * 4 * 22
     assert seconds(LOW_RANK, 1000) == 0 and seconds(LOW_RANK, 1000, adds=True) == 8 * 32
     assert seconds(Blast(4096, 8192, 512, (4, 16)), 1024) == 8 * 64
-    assert seconds(wide, 32, adds=True) == 0
+    assert seconds(wide, 32, adds=True) == seconds(LOW_RANK, 1000, form="pytorch", adds=True) == 0
 
 
 def test_odd_outputs_draw_less_at_few_tokens():

@@ -23,6 +23,7 @@ from hf_blr.evaluation.whole_models import (
     step_parts,
     step_seconds,
 )
+from hf_blr.ops.triton.launch import reads_swapped
 from hf_blr.structures import Blast, LowRank, Monarch
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -151,6 +152,17 @@ def test_a_group_of_equal_layers_is_as_many_kernels_as_one(spec, tokens):
     assert sum(s.flops for s in together) == 3 * sum(s.flops for s in alone)
     # the input is read once instead of three times
     assert sum(s.bytes for s in together) == 3 * sum(s.bytes for s in alone) - 2 * tokens * 64 * 2
+
+
+def test_a_group_is_launched_by_the_same_rule_as_the_kernels():
+    spec = Monarch(4096, 4096, 256, (4, 4))
+    for tokens in (48, 128, 256, 1024):
+        for group in ((Projection(spec),) * 3, (Projection(spec),)):
+            names = [s.name for s in group_stages(group, tokens)]
+            assert ("swap blocks" in names) != reads_swapped(4, 4 * len(group), 1024, 256, tokens)
+    # a bias in one of them: their last stages differ
+    names = [s.name for s in group_stages((Projection(spec, adds=True), Projection(spec)), 128)]
+    assert names == ["project", "expand", "swap blocks", "expand"]
 
 
 def test_unequal_layers_share_the_first_stage():

@@ -48,9 +48,9 @@ def parts(request: Request, shape: Shape) -> Iterator[Request]:
         if measurement == "prefill":
             sizes = itertools.product(request.batches, tokens_of(shape, request))
             yield from (replace(part, batches=(batch,), tokens=(tokens,)) for batch, tokens in sizes)
-        elif measurement == "decode":
+        elif measurement == "decode" and shape.kind == "text":
             yield from (replace(part, decode_batches=(batch,)) for batch in request.decode_batches)
-        elif measurement == "training":
+        elif measurement == "training" and shape.kind != "diffusion":
             yield part
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hf_blr.evaluation.devices import Ceilings
 from hf_blr.ops.dispatch import FEW_TOKENS
-from hf_blr.ops.triton.decode_launch import decodes
+from hf_blr.ops.triton.decode_launch import decodes, stacks
 from hf_blr.ops.triton.launch import Device, fused_mix_config, fuses_mix, mixes_along_t, reads_swapped
 from hf_blr.structures import BLRSpec
 
@@ -72,7 +72,9 @@ class Stage:
         return max(self.bounds(device).values()) + start
 
 
-def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2, adds: bool = False) -> list[Stage]:
+def stages(
+    spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2, adds: bool = False, layers: int = 1
+) -> list[Stage]:
     """The kernels of one forward.
 
     Args:
@@ -80,11 +82,16 @@ def stages(spec: BLRSpec, tokens: int, form: str = "hf_blr", itemsize: int = 2, 
         tokens: T.
         form: of `FORMS`.
         itemsize: bytes of a number.
-        adds: whether our last stage adds a bias or activates, for which cuBLAS cannot be asked; for "hf_blr".
+        adds: whether the last stage adds a bias or activates, for which "hf_blr" cannot ask cuBLAS.
+        layers: equal ones that run together, of which these are one's kernels: what is launched goes by all.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
-    kernels = dense_stages(spec, tokens) if form == "dense" else blr_stages(spec, tokens, form, adds)
+    kernels = (
+        dense_stages(spec, tokens)
+        if form == "dense"
+        else blr_stages(spec, tokens, form, adds and form == "hf_blr", layers)
+    )
     found = in_bytes(kernels, itemsize)
     if tokens > FEW_TOKENS:
         return found
@@ -115,7 +122,7 @@ def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
         yield Stage("sum of parts", 0, 0, (tokens * n,))
 
 
-def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool) -> Iterator[Stage]:
+def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: int) -> Iterator[Stage]:
     """In numbers instead of bytes."""
     t, k, n, r = tokens, spec.in_features, spec.out_features, spec.rank
     (b1, b2), (_, q) = spec.num_blocks, spec.block_shape
@@ -137,8 +144,11 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool) -> Iterator[St
         yield Stage("expand", expand, u + t * n, (z,))
         return
     if form == "hf_blr" and decodes(t, b1, b2):
-        name = "project and mix" if s else "project"
-        yield Stage(name, project + mix, t * k + v + s, (z,))
+        if s and stacks(t, b1, layers * r, k // b1, HOPPER, mix=True):
+            yield Stage("project", project, t * k + v, (y,))
+            yield Stage("mix", mix, s, (y, z))
+        else:
+            yield Stage("project and mix" if s else "project", project + mix, t * k + v + s, (z,))
         yield Stage("expand", expand, u + t * n, (z,))
         return
     yield Stage("project", project, t * k + v, (y,))
@@ -150,7 +160,7 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool) -> Iterator[St
             "mix and expand", expand + columns * 2 * b1 * t * r, s + u + t * n, (y,), again, tiles=columns * rows
         )
         return
-    in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b1, b2, q, r, t, adds)
+    in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b1, layers * b2, q, r, t, adds)
     if not in_place:
         yield from between_stages(spec, form, y, z, s, mix)
     tiles = b2 * -(-q // 128) * -(-t // 128) if in_place or adds else 0

@@ -94,7 +94,7 @@ def step_parts(
 ) -> dict[str, float]:
     """`step_seconds` by the parts of `forward_parts`."""
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
-    # values go into the cache by a kernel of their own, keys with their rotation, or by another without one
+    # values go into the cache by a kernel of their own; keys by that of their rotation, or by one more without any
     others = (1 if sizes.rotary else 2) if one_block else EAGER_KERNELS
     if sizes.own_attention:
         # our kernel reads the keys as they are, and another puts its pieces together
@@ -152,13 +152,13 @@ def layer_stages(k: int, n: int, tokens: int, itemsize: int) -> list[Stage]:
 
 def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2) -> list[Stage]:
     """The kernels of projections that run together: one first stage, and one of each other where sizes are equal."""
-    each = [stages(p.spec, tokens, p.form, itemsize, p.adds) for p in group]
+    each = [stages(p.spec, tokens, p.form, itemsize, p.adds, group.count(p)) for p in group]
     if len(each) == 1:
         return each[0]
     x = tokens * group[0].spec.in_features * itemsize
     first = merged([kernels[0] for kernels in each])
     found = [replace(first, outside=first.outside - (len(each) - 1) * x)]
-    if len({p.spec for p in group}) == 1:
+    if len(set(group)) == 1:
         return found + [merged(list(kernels)) for kernels in zip(*(k[1:] for k in each), strict=True)]
     return found + [stage for kernels in each for stage in kernels[1:]]
 

@@ -66,9 +66,11 @@ def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
         add("quality", file, "methods", "What each method makes of a structure.", by_method(plt, rows))
     for file, result in kinds.get("models", {}).items():
         rows = result["rows"]
-        for quality in kinds.get("quality", {}).values():
+        scored = kinds.get("quality", {})
+        for name, quality in scored.items():
             caption = "Perplexity against milliseconds; the lower left is best."
-            add("models", file, "quality-time", caption, by_time(plt, quality["rows"], rows))
+            name = "quality-time" + f" {name}" * (len(scored) > 1)
+            add("models", file, name, caption, by_time(plt, quality["rows"], rows))
         for (measurement, model), lines in lines_by_model(rows).items():
             title = f"{model}, {measurement}"
             add("models", file, f"{measurement} {model}", f"{title}.", bars(plt, lines, title))

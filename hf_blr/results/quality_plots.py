@@ -16,8 +16,13 @@ FEWEST_STRUCTURES = 3
 
 
 def by_bytes(plt, rows: list[dict]):
-    """A panel for each model and text, a line for each structure, of the method that most rows are of."""
+    """A panel for each model and text, a line for each structure, of the method that most rows are of.
+
+    None where no row can be shown.
+    """
     rows = usable(rows)
+    if not rows:
+        return None
     main = main_method(rows)
     shown = [row for row in rows if row.get("method") == main or row.get("structure") is None]
     looks = looks_of(shown)
@@ -45,13 +50,13 @@ def by_method(plt, rows: list[dict]):
     if not chosen:
         return None
     shown = [row for row in rows if label_of(row) in chosen]
-    numbers = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in shown))}
+    numbers = {method: i for i, method in enumerate(dict.fromkeys(row.get("method") for row in shown))}
     return panels(
         plt,
         sorted(shown, key=lambda row: chosen.index(label_of(row))),
-        lambda row: row["method"],
+        lambda row: row.get("method") or "",
         lambda row: f"{label_of(row)}: {row.get('model')} on {row.get('dataset')}",
-        lambda row: look(f"C{numbers[row['method']]}", numbers[row["method"]]),
+        lambda row: look(f"C{numbers[row.get('method')]}", numbers[row.get("method")]),
     )
 
 
@@ -64,7 +69,7 @@ def by_time(plt, quality: list[dict], models: list[dict]):
     quality = usable(quality)
     main = main_method(quality)
     quality = [row for row in quality if row.get("method") == main and row.get("ratio") == 0.5]
-    quality = [row for row in quality if row.get("dataset") == quality[0].get("dataset")]
+    quality = [row for row in quality if all(row.get(of) == quality[0].get(of) for of in ("model", "dataset"))]
     scored = {variant_of(row): row for row in quality}
     models = [row for row in models if row.get("ratio", 0.5) == 0.5]
     best: dict[str, tuple] = {}
@@ -101,8 +106,8 @@ def by_time(plt, quality: list[dict], models: list[dict]):
 def panels(plt, rows: list[dict], label, panel, look_of):
     """Perplexity against megabytes: of each row `panel` is the title, `label` the line and `look_of` its look."""
     titles, labels = (list(dict.fromkeys(map(name, rows))) for name in (panel, label))
-    figure, grid = with_legend(plt, max(1, len(titles)), len(labels))
-    for axes, title in zip(grid, titles, strict=False):
+    figure, grid = with_legend(plt, len(titles), len(labels))
+    for axes, title in zip(grid, titles, strict=True):
         mine = [row for row in rows if panel(row) == title]
         for name in labels:
             line = sorted((row for row in mine if label(row) == name), key=lambda row: row["bytes"])

@@ -22,18 +22,16 @@ class Table:
             self.columns.extend(dict.fromkeys(column for row in self.rows for column in row))
 
 
-#: what tells rows of one model apart
-SETTINGS = ("model", "variant", "measurement", "batch", "tokens", "form", "mode", "activation_budget")
-
-
 def kind_of(result: dict) -> str | None:
-    """ "layers", "models" or "quality"; None for rows of another kind, which are shown as they are."""
+    """ "layers", "models" or "quality"; None for rows of another kind, which are shown as they are.
+
+    So are those of a file that says under "varied" in what else its rows differ: they must not be compared as if they
+    did not.
+    """
     rows = result["rows"]
-    kind = next((kind for kind, names in KINDS.items() if rows and all(name in rows[0] for name in names)), None)
-    if kind == "models" and len({tuple(row.get(name) for name in SETTINGS) for row in rows}) < len(rows):
-        # they differ in something else, and must not be compared as if they did not
+    if result.get("varied"):
         return None
-    return kind
+    return next((kind for kind, names in KINDS.items() if rows and all(name in rows[0] for name in names)), None)
 
 
 def tables(name: str, result: dict) -> list[Table]:

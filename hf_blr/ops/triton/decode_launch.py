@@ -58,7 +58,7 @@ def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: b
     and up 50.6 and 41.8, o 13.7 and 13.3, 11008 x 4096 42.7 and 22.8; the last, 8 tokens, 22.3 and 20.9. BLAST, whose
     mix is a kernel of its own then, o 15.4 and 16.8, gate and up 49.9 and 52.5, 11008 x 4096 38.2 and 28.1 (16x16
     blocks 45.8 and 31.7), 8192 x 2048 20.5 and 16.1. Low-rank, whose few rows would keep most multiprocessors idle,
-    q, k, v 29.2 and 30.3: not there.
+    o 15.6 and 19.7, cuBLAS 14.3: not there.
 
     Args:
         mix: BLAST's, where a row is read by parts in `groups`.

@@ -125,7 +125,8 @@ def fuses_mix(b1: int, b2: int, q: int, rank: int, tokens: int) -> bool:
     return b1 <= 4 and b2 >= 16 and q % 128 == 0 and rank % 16 == 0 and tokens >= 512
 
 
-#: {step along the rank: (outputs of a block from which, tiles of 128 x 128 up to which) a copy and cuBLAS are faster}
+#: {step along the rank: (outputs of a block from which, tiles of 128 x 128 up to which, where each sums 16 steps or
+#: more) a copy and cuBLAS are faster}
 SWAPPED = {64: (3072, 64), 32: (1536, 128), 16: (512, 64)}
 
 
