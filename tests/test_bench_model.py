@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import generation, measure, models, rows
+from hf_blr.bench.compile_first import shallow
 from hf_blr.bench.forms import StepGraph, compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.timing import Timer
@@ -79,7 +80,10 @@ def test_variants_by_name():
 def test_usual_variants_are_those_that_can_be_built():
     usual = {name: list(map(str, usual_variants(shape))) for name, shape in SHAPES.items()}
     assert len(usual["Llama-7B"]) == 8 and len(usual["Llama-3-8B"]) == 5
-    assert "blast:paper" in usual["DiT-XL/2"] and "monarch:paper" not in usual["DiT-XL/2"]
+    assert "blast:paper+fused" in usual["DiT-XL/2"] and "monarch:paper+fused" not in usual["DiT-XL/2"]
+    for name in ("GPT2-S", "ViT-B/16"):
+        for variant in usual_variants(SHAPES[name]):
+            build_model(shallow(SHAPES[name]), variant, 0.5, "cpu", torch.float32)
 
 
 def test_a_replayed_step_generates_the_same_text():
