@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_blr.cli.table import format_table
 from hf_blr.results.files import read_result
-from hf_blr.results.tables import compared
+from hf_blr.results.tables import by_size
 
 RESULTS = Path(__file__).parent / "results"
 #: the layer of most single goals: q, k, v and o of Llama-7B, 4096 -> 4096
@@ -90,15 +90,12 @@ def model_goals() -> str:
     """Llama-7B's shape as a whole."""
     rows = [row for row in read_result(RESULTS / "models_h100.json")["rows"] if "error" not in row]
 
-    def line(measurement, **wanted):
-        """Fused variants and those that are in no group; what is not fused is slower."""
-        found = []
-        for row in compared(rows, measurement):
-            speed = row["speed over dense"]
-            matches = row["model"] == "Llama-7B" and all(row.get(key) == value for key, value in wanted.items())
-            if matches and row["variant"].endswith(("+fused", "+attention", "pivoted")) and speed is not None:
-                found.append((speed, f"{row['variant'].removesuffix('+fused')} {speed:.2f}"))
-        return ", ".join(text for _, text in sorted(found, reverse=True))
+    def line(measurement, batch, tokens=1):
+        found = by_size(rows, measurement).get(("Llama-7B", f"{batch} x {tokens}"), {})
+        speeds = sorted(
+            ((row["speed over dense"], name) for name, row in found.items() if name != "dense"), reverse=True
+        )
+        return ", ".join(f"{name} {speed:.2f}" for speed, name in speeds)
 
     decoding = [r for r in rows if (r["model"], r["measurement"], r.get("batch")) == ("Llama-7B", "decode", 1)]
     dense = min((row for row in decoding if row["variant"] == "dense"), key=lambda row: row["graph_ms"])
@@ -114,12 +111,12 @@ def model_goals() -> str:
             (f"prefill, {batch} x {tokens}", "1.5" if (batch, tokens) == (1, 1024) else "", found)
             for tokens in (128, 1024, 4096)
             for batch in (1, 8)
-            if (found := line("prefill", batch=batch, tokens=tokens))
+            if (found := line("prefill", batch, tokens))
         ),
-        ("decoding one text, tokens a second", "1.7", line("decode", batch=1)),
+        ("decoding one text, tokens a second", "1.7", line("decode", 1)),
         ("... the device's part of it", "", ", ".join(f"{name} {speed:.2f}" for speed, name in graphs)),
-        ("... 8 texts", "", line("decode", batch=8)),
-        ("... 32 texts", "", line("decode", batch=32)),
+        ("... 8 texts", "", line("decode", 8)),
+        ("... 32 texts", "", line("decode", 32)),
         ("peak memory of decoding one text, of dense", "0.55", f"{min(memory):.2f} to {max(memory):.2f}"),
     ]
     return as_table(table)

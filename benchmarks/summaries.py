@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hf_blr.bench.model_ceilings import sizes_of_row
 from hf_blr.bench.models import SHAPES
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
 from hf_blr.evaluation.whole_models import forward_parts, step_parts
-from hf_blr.results.tables import compared
+from hf_blr.results.tables import by_size
 
 METHODS = {
     "whitened SVD": "whitened SVD",
@@ -52,53 +54,44 @@ def quality_summary(rows: list[dict]) -> str:
 def models_summary(rows: list[dict]) -> str:
     """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster."""
     table, attending = [], []
-    for (measurement, model, size), found in by_size(rows).items():
-        line = {"": measurement, "model": model, "batch x tokens": size, "dense, ms": f"{found['dense']['ms']:.2f}"}
-        memory = []
-        for variant, title in VARIANTS.items():
-            row, mark = fastest(found, variant)
-            line[title] = f"{row['speed over dense']:.2f}x{mark}" if row else ""
-            memory += [row["peak / dense"]] if row else []
-        if memory:
+    for line, found in lines_of(rows):
+        shown = {title: found[variant] for variant, title in VARIANTS.items() if variant in found}
+        if shown:
+            memory = [row["peak / dense"] for row in shown.values()]
+            line |= {title: speed(shown.get(title)) for title in VARIANTS.values()}
             table.append(line | {"peak memory": f"{min(memory):.2f} to {max(memory):.2f}"})
         if "dense+attention" in found:
-            attending.append(f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms")
+            size = f"{line['model']}, {line['batch x tokens']}"
+            attending.append(f"{size}, {found['dense+attention']['ms']:.2f} ms")
     also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
     return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}"
 
 
 def papers_summary(rows: list[dict]) -> str:
     """As `models_summary`, at the ranks and blocks of the paper, and what these keep of a model's projections."""
-    kept = {(row["model"], row["variant"].removesuffix("+fused")): row["projection_parameters"] for row in rows}
+    numbers = {(row["model"], row["variant"].removesuffix("+fused")): row["projection_parameters"] for row in rows}
     table = []
-    for (measurement, model, size), found in by_size(rows).items():
-        entries = {title: (variant, *fastest(found, variant)) for variant, title in PAPERS.items()}
-        if not any(row for _, row, _ in entries.values()):
-            continue
-        line = {"": measurement, "model": model, "batch x tokens": size, "dense, ms": f"{found['dense']['ms']:.2f}"}
-        for title, (variant, row, mark) in entries.items():
-            share = 100 * kept[model, variant] / kept[model, "dense"] if row else 0
-            line[title] = f"{row['speed over dense']:.2f}x{mark} ({share:.0f} %)" if row else ""
-        table.append(line)
+    for line, found in lines_of(rows):
+        model = line["model"]
+        kept = {v: numbers[model, v] / numbers[model, "dense"] for v in PAPERS if v in found}
+        entries = {PAPERS[v]: f"{speed(found[v])} ({100 * share:.0f} %)" for v, share in kept.items()}
+        if entries:
+            table.append(line | {title: entries.get(title, "") for title in PAPERS.values()})
     return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`; in brackets what is kept of all projections."
 
 
-def by_size(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """{(measurement, model, size in words): {variant: row of `compared`}}, where dense was measured."""
-    lines: dict[tuple, dict] = {}
+def lines_of(rows: list[dict]) -> Iterator[tuple[dict, dict[str, dict]]]:
+    """(the first columns, {variant: row of `by_size`}) of each measurement, model and size with a dense row."""
     for measurement in ("prefill", "decode", "training"):
-        for row in compared(rows, measurement):
-            size = f"{row['batch']} x {row['tokens']}" if "tokens" in row else f"{row['batch']} x 1"
-            share = row["form"].partition(", keeps ")[2]
-            size += f", {share} kept" if share else ""
-            lines.setdefault((measurement, row["model"], size), {})[row["variant"]] = row
-    return {place: found for place, found in lines.items() if "dense" in found}
+        for (model, size), found in by_size(rows, measurement).items():
+            if "dense" in found:
+                dense = f"{found['dense']['ms']:.2f}"
+                yield {"": measurement, "model": model, "batch x tokens": size, "dense, ms": dense}, found
 
 
-def fastest(found: dict[str, dict], variant: str) -> tuple[dict | None, str]:
-    """The variant's row, or that with `fuse` where it is faster, which has a mark."""
-    entries = [(found[v], mark) for v, mark in ((variant, ""), (f"{variant}+fused", "*")) if v in found]
-    return min(entries, key=lambda entry: entry[0]["ms"], default=(None, ""))
+def speed(row: dict | None) -> str:
+    """Over dense, with a mark where it is fused; nothing of no row."""
+    return f"{row['speed over dense']:.2f}x" + "*" * row["variant"].endswith("+fused") if row else ""
 
 
 def profiles(rows: list[dict]) -> str:

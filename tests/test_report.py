@@ -11,7 +11,7 @@ import pytest
 from hf_blr.cli import main
 from hf_blr.results.files import read_result, write_result
 from hf_blr.results.page import page
-from hf_blr.results.tables import Table, compared, conditions, kind_of, tables
+from hf_blr.results.tables import Table, by_size, compared, conditions, kind_of, tables
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ENVIRONMENT = {"date": "2026-11-22", "device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "0123456789"}
@@ -74,6 +74,21 @@ def test_each_variant_is_compared_with_denses_fastest_form():
     assert decode["tokens/s"] == 250 and decode["speed over dense"] == 2 and "tokens" not in decode
     # without a dense row there is nothing to compare with
     assert compared(MODELS["rows"][:1], "prefill")[0]["speed over dense"] is None
+
+
+def test_of_fused_and_not_the_faster_counts():
+    rows = [model_row(v, ms) for v, ms in (("dense", 8.0), ("blast:4x4", 5.0), ("blast:4x4+fused", 4.0))]
+    rows += [model_row("low_rank+fused", 3.0), model_row("low_rank", 2.0), model_row("dense", 1.0, batch=8)]
+    rows += [model_row("dense", 9.0, "compiled", measurement="training", activation_budget=0.5)]
+    found = by_size(rows, "prefill")
+    assert list(found) == [("Llama-7B", "1 x 1024"), ("Llama-7B", "8 x 1024")]
+    assert {name: row["variant"] for name, row in found["Llama-7B", "1 x 1024"].items()} == {
+        "dense": "dense",
+        "blast:4x4": "blast:4x4+fused",
+        "low_rank": "low_rank",
+    }
+    assert list(by_size(rows, "training")) == [("Llama-7B", "1 x 1024, 50 % of activations kept")]
+    assert list(by_size(MODELS["rows"][:5], "decode")) == [("Llama-7B", "1 x 1")]
 
 
 def test_kinds_of_files():

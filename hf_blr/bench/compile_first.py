@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from hf_blr.bench.models import SHAPES, Shape
-from hf_blr.bench.rows import Request, model_rows, tokens_of
+from hf_blr.bench.rows import Request, measured_of, model_rows, tokens_of
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 
@@ -43,14 +43,14 @@ def compile_first(todo: list[tuple[str, Variant]], request: Request, device: str
 
 def parts(request: Request, shape: Shape) -> Iterator[Request]:
     """The request cut by what is compiled apart: each measurement, and each size of a forward or of a generation."""
-    for measurement in request.measurements:
+    for measurement in measured_of(shape, request):
         part = replace(request, measurements=(measurement,))
         if measurement == "prefill":
             sizes = itertools.product(request.batches, tokens_of(shape, request))
             yield from (replace(part, batches=(batch,), tokens=(tokens,)) for batch, tokens in sizes)
-        elif measurement == "decode" and shape.kind == "text":
+        elif measurement == "decode":
             yield from (replace(part, decode_batches=(batch,)) for batch in request.decode_batches)
-        elif measurement == "training" and shape.kind != "diffusion":
+        elif measurement == "training":
             yield part
 
 

@@ -110,7 +110,7 @@ def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, 
         if isinstance(module, BLRLinear):
             together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
             # cuBLAS adds that of a low-rank layer by itself
-            by_us = module.spec.structure in ("monarch", "blast") or (fused and own in sum(TOGETHER, ()))
+            by_us = module.spec.structure in ("monarch", "blast") or (fused and group != own)
             projection = Projection(module.spec, adds=module.bias is not None and by_us)
         else:
             projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)

@@ -109,9 +109,15 @@ def tokens_of(shape: Shape, request: Request) -> tuple[int, ...]:
     return tuple(t for t in shape.prefill if t in tokens) or shape.prefill
 
 
+def measured_of(shape: Shape, request: Request) -> tuple[str, ...]:
+    """Those asked for that this kind of model has: pictures are not decoded, diffusers' models are no Trainer's."""
+    missing = {"text": (), "image": ("decode",), "diffusion": ("decode", "training", "storage")}[shape.kind]
+    return tuple(measurement for measurement in request.measurements if measurement not in missing)
+
+
 def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, request: Request, timer: Timer):
     """(settings, function) of each measurement, in an order in which none disturbs the next."""
-    wanted, mode = request.measurements, request.mode
+    wanted, mode = measured_of(shape, request), request.mode
     for form in request.forms if "prefill" in wanted else ():
         for batch in request.batches:
             for t in tokens:
@@ -122,7 +128,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                         model, shape.kind, b, t, f, mode, timer, request.profile
                     ),
                 )
-    if "decode" in wanted and shape.kind == "text":
+    if "decode" in wanted:
         for form in request.forms:
             for batch in request.decode_batches:
                 settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": form}
@@ -133,7 +139,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                         model, b, request.prompt, request.new_tokens, f, mode, timer.device, request.profile
                     ),
                 )
-    if "training" in wanted and shape.kind != "diffusion":
+    if "training" in wanted:
         batch, t = request.training_batch, tokens[0]
         if shape.kind == "text":
             t = min(request.training_tokens, longest_text(model))
@@ -147,7 +153,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                     model, shape.kind, names, batch, t, f, mode, timer, request.activation_budget
                 ),
             )
-    if "storage" in wanted and shape.kind != "diffusion":
+    if "storage" in wanted:
         yield {"measurement": "storage", "form": "eager"}, lambda: measure.storage(model, timer.device)
 
 

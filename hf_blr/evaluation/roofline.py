@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hf_blr.evaluation.devices import Ceilings
 from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.decode_launch import decodes, stacks
-from hf_blr.ops.triton.launch import Device, fused_mix_config, fuses_mix, mixes_along_t, reads_swapped
+from hf_blr.ops.triton.launch import Device, fused_mix_config, fuses_mix, gemm_tiles, mixes_along_t, reads_swapped
 from hf_blr.structures import BLRSpec
 
 #: dense: one product. hf_blr: what the package launches on a GPU. pytorch: `ops.reference`. paper: PyTorch as arXiv
@@ -163,8 +163,7 @@ def blr_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: int) -
     in_place = form == "hf_blr" and spec.structure == "monarch" and reads_swapped(b1, layers * b2, q, r, t, adds)
     if not in_place:
         yield from between_stages(spec, form, y, z, s, mix)
-    tiles = b2 * -(-q // 128) * -(-t // 128) if in_place or adds else 0
-    yield Stage("expand", expand, u + t * n, (z,), tiles=tiles)
+    yield Stage("expand", expand, u + t * n, (z,), tiles=gemm_tiles(t, q, b2) if in_place or adds else 0)
     if form == "pytorch" and spec.structure != "low_rank":
         yield Stage("order outputs", 0, 2 * t * n, product=False)
 

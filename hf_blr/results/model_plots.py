@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from hf_blr.results.plots import COLOURS, SIZE, structure_of
-from hf_blr.results.tables import compared
+from hf_blr.results.tables import by_size
 
 #: inches of one bar, or of one heading
 BAR = 0.19
 
 
-def lines_by_model(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """{(measurement, model): rows of `compared`}, of those that have more than dense."""
-    found: dict[tuple[str, str], list[dict]] = {}
+def sizes_by_model(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[str, dict]]]:
+    """{(measurement, model): {size: {variant: row}}} of `by_size`, of models that have more than dense."""
+    found: dict[tuple[str, str], dict] = {}
     good = [row for row in rows if "error" not in row]
     for measurement in ("prefill", "decode", "training"):
-        for line in compared(good, measurement):
-            found.setdefault((measurement, line["model"]), []).append(line)
-    return {key: lines for key, lines in found.items() if any(structure_of(x["variant"]) != "dense" for x in lines)}
+        for (model, size), group in by_size(good, measurement).items():
+            if measurement == "decode":
+                size = texts(next(iter(group.values()))["batch"])
+            found.setdefault((measurement, model), {})[size] = group
+    return {
+        key: sizes
+        for key, sizes in found.items()
+        if any(set(map(structure_of, s)) != {"dense"} for s in sizes.values())
+    }
 
 
-def bars(plt, lines: list[dict], title: str):
-    """Time of each variant as a share of dense's, fused where that is faster, under a heading for each size."""
-    sizes: dict[str, dict[str, dict]] = {}
-    for line in lines:
-        group, name = sizes.setdefault(size_of(line), {}), line["variant"].removesuffix("+fused")
-        if name not in group or line["ms"] < group[name]["ms"]:
-            group[name] = line
+def texts(number: int) -> str:
+    return f"{number} text{'s' * (number > 1)}"
+
+
+def bars(plt, sizes: dict[str, dict[str, dict]], title: str):
+    """Time of each variant as a share of dense's, under a heading for each size."""
     count = sum(len(group) + 1 for group in sizes.values())
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.0 + BAR * count), layout="constrained")
     places, names, place = [], [], 0
@@ -50,13 +55,6 @@ def bars(plt, lines: list[dict], title: str):
     axes.set(xlabel="time, dense = 1", title=title)
     axes.margins(x=0.3)
     return figure
-
-
-def size_of(line: dict) -> str:
-    if "tokens" not in line:
-        return f"{line['batch']} text{'s' * (line['batch'] > 1)}"
-    kept = line["form"].partition(", keeps ")[2]
-    return f"{line['batch']} x {line['tokens']}" + f", {kept} kept" * bool(kept)
 
 
 def said_of(line: dict) -> str:

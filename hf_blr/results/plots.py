@@ -40,7 +40,7 @@ def pyplot():
 def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
     """{name: (caption, figure)} of every plot that these result files have the numbers for."""
     from hf_blr.results.layer_plots import roofline, speed_up
-    from hf_blr.results.model_plots import bars, lines_by_model
+    from hf_blr.results.model_plots import bars, sizes_by_model
     from hf_blr.results.quality_plots import by_bytes, by_method, by_time
 
     plt, found = pyplot(), {}
@@ -52,13 +52,13 @@ def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
         """Under a name of its own, the file's in it where there are several of its kind; no figure, no plot."""
         if figure:
             name += f" {file}" * (len(kinds[kind]) > 1)
-            said = f"{caption} {results[file].get('environment', {}).get('device', '')}".strip()
+            said = f"{caption} {device_of(results[file])}".strip()
             found[re.sub(r"[^A-Za-z0-9._]+", "-", name)] = said, figure
 
     for file, result in kinds.get("layers", {}).items():
         rows = result["rows"]
         add("layers", file, "speed-up", "Speed over dense against tokens.", speed_up(plt, rows))
-        if "H100" in result.get("environment", {}).get("device", ""):
+        if "H100" in device_of(result):
             add("layers", file, "roofline", "Measured rates under the ceilings of the card.", roofline(plt, rows))
     for file, result in kinds.get("quality", {}).items():
         rows = result["rows"]
@@ -71,10 +71,14 @@ def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
             caption = "Perplexity against milliseconds; the lower left is best."
             name = "quality-time" + f" {name}" * (len(scored) > 1)
             add("models", file, name, caption, by_time(plt, quality["rows"], rows))
-        for (measurement, model), lines in lines_by_model(rows).items():
+        for (measurement, model), sizes in sizes_by_model(rows).items():
             title = f"{model}, {measurement}"
-            add("models", file, f"{measurement} {model}", f"{title}.", bars(plt, lines, title))
+            add("models", file, f"{measurement} {model}", f"{title}.", bars(plt, sizes, title))
     return found
+
+
+def device_of(result: dict) -> str:
+    return result.get("environment", {}).get("device", "")
 
 
 def structure_of(variant: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hf_blr.results.model_plots import lines_by_model, size_of
+from hf_blr.results.model_plots import sizes_by_model
 from hf_blr.results.plots import COLOURS, Looks, add_legend, look, plain_numbers, with_legend
 
 #: perplexities above this many times dense's are not shown: they would press all others into one line
@@ -73,29 +73,26 @@ def by_time(plt, quality: list[dict], models: list[dict]):
     scored = {variant_of(row): row for row in quality}
     models = [row for row in models if row.get("ratio", 0.5) == 0.5]
     best: dict[str, tuple] = {}
-    for (measurement, model), lines in lines_by_model(models).items():
-        timed: dict[str, dict[str, float]] = {}
-        for line in lines:
-            name = line["variant"].removesuffix("+fused")
-            times = timed.setdefault(size_of(line), {})
-            times[name] = min(times.get(name, line["ms"]), line["ms"])
-        for size, times in timed.items():
-            common = [name for name in scored if name in times]
+    for (measurement, model), sizes in sizes_by_model(models).items():
+        for size, timed in sizes.items():
+            common = [name for name in scored if name in timed]
             fewest = max(FEWEST_STRUCTURES - 1, len(best[measurement][0]) if measurement in best else 0)
             if measurement != "training" and len(common) > fewest:
-                best[measurement] = common, f"{model}, {size}", times
+                best[measurement] = common, f"{model}, {size}", timed
     if not best:
         return None
     looks = looks_of(quality)
     names = {name for common, *_ in best.values() for name in common}
     figure, grid = with_legend(plt, len(best), len(names) + 1, 3)
-    for axes, (measurement, (common, timed_on, times)) in zip(grid, best.items(), strict=True):
+    for axes, (measurement, (common, timed_on, timed)) in zip(grid, best.items(), strict=True):
         for name in common:
             row = scored[name]
-            axes.plot([times[name]], [row["ppl"]], **(looks[label_of(row)] | {"linestyle": ""}), label=label_of(row))
+            axes.plot(
+                [timed[name]["ms"]], [row["ppl"]], **(looks[label_of(row)] | {"linestyle": ""}), label=label_of(row)
+            )
         row = scored[common[0]]
-        if "dense" in times and row.get("dense_ppl"):
-            axes.plot([times["dense"]], [row["dense_ppl"]], "o", color=COLOURS["dense"], label="dense")
+        if "dense" in timed and row.get("dense_ppl"):
+            axes.plot([timed["dense"]["ms"]], [row["dense_ppl"]], "o", color=COLOURS["dense"], label="dense")
         axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {row.get('model')}")
         axes.set_title(f"half of the projections kept; {row.get('dataset')}", fontsize=9)
         axes.margins(0.08)

@@ -124,6 +124,25 @@ def compared_row(row: dict, dense: dict | None) -> dict:
     return line
 
 
+def by_size(rows: list[dict], measurement: str) -> dict[tuple[str, str], dict[str, dict]]:
+    """{(model, size in words): {variant: row of `compared`}}; with `+fused` or without, whichever is faster.
+
+    The names have no `+fused`; a row's own variant says which it is.
+    """
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in compared(rows, measurement):
+        group, name = found.setdefault((row["model"], size_of(row)), {}), row["variant"].removesuffix("+fused")
+        if name not in group or row["ms"] < group[name]["ms"]:
+            group[name] = row
+    return found
+
+
+def size_of(row: dict) -> str:
+    """`8 x 1024` of a row of `compared`, batch and tokens, and what it keeps of the activations where that is said."""
+    kept = row["form"].partition(", keeps ")[2]
+    return f"{row['batch']} x {row.get('tokens', 1)}" + f", {kept} kept" * bool(kept)
+
+
 def storage_rows(rows: list[dict]) -> list[dict]:
     return [
         {

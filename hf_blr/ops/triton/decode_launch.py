@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.launch import INTERPRETER, Device, pow2
 
+#: rows of weights in a tile of `decode_stack`: the least that Hopper's products take
+STACK_ROWS = 64
 #: 32-bit registers of a multiprocessor
 REGISTERS = 1 << 16
 
@@ -67,7 +69,7 @@ def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: b
         return False
     if mix:
         return tokens > 16 and groups * row >= 8192
-    programs = groups * -(-rows // 64)
+    programs = groups * -(-rows // STACK_ROWS)
     return tokens > 16 or (row > 2048 and 2 * programs > device.sms)
 
 
@@ -75,10 +77,10 @@ def stack_config(tokens: int, itemsize: int, device: Device) -> DecodeConfig:
     """For `decode_stack_kernel`."""
     if device == INTERPRETER:
         return DecodeConfig(16, 16, 4, 1)
-    # steps of 128 bytes; 64 rows are the least that Hopper's products take. Eight stages 22.8 us of 11008 x 4096, six
-    # 23.6, twelve 22.7 but q, k, v 26.8 instead of 24.7
-    stage = (64 + decode_rows(tokens)) * 128
-    return DecodeConfig(64, 128 // itemsize, 4, max(1, min(8, device.shared_memory // stage)))
+    # steps of 128 bytes. H100, eight stages 22.8 us of 11008 x 4096, six 23.6, twelve 22.7 but q, k, v 26.8 instead of
+    # 24.7
+    stage = (STACK_ROWS + decode_rows(tokens)) * 128
+    return DecodeConfig(STACK_ROWS, 128 // itemsize, 4, max(1, min(8, device.shared_memory // stage)))
 
 
 def project_config(

@@ -147,8 +147,12 @@ def reads_swapped(b1: int, b2: int, q: int, rank: int, tokens: int, adds: bool =
     if adds or step < 16:
         return step >= 32
     outputs, few = SWAPPED[step]
-    tiles = -(-tokens // 128) * -(-q // 128) * b2
-    return q < outputs and (tiles > few or b1 * rank < 16 * step)
+    return q < outputs and (gemm_tiles(tokens, q, b2) > few or b1 * rank < 16 * step)
+
+
+def gemm_tiles(tokens: int, q: int, blocks: int) -> int:
+    """Of 128 x 128 outputs, as many programs as `gemm_config` asks for at many tokens."""
+    return blocks * -(-q // 128) * -(-tokens // 128)
 
 
 def mixes_along_t(b1: int, b2: int) -> bool:
