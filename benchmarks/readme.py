@@ -15,6 +15,7 @@ from hf_blr.bench.ceilings import predictions
 from hf_blr.bench.model_ceilings import model_predictions
 from hf_blr.cli.table import format_table
 from hf_blr.evaluation.devices import DEVICES
+from hf_blr.ops.triton.launch import reads_swapped
 from hf_blr.results.files import read_result
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,39 @@ def one_token_section() -> str:
     )
 
 
+def monarch_last_stage_section() -> str:
+    """Both ways to run Monarch's last stage at many tokens, and which one the rule takes."""
+    result = read_result(RESULTS / "monarch_last_stage_h100.json")
+    table: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        sizes = row["b1"], row["b2"], row["q"], row["rank"]
+        place = f"{row['layer']}, {row['b1']} x {row['b2']}, rank {row['rank']}"
+        marks = ("*", "") if reads_swapped(*sizes, row["tokens"]) else ("", "*")
+        us = f"{row['in_place_us']:.0f}{marks[0]} / {row['copied_us']:.0f}{marks[1]}"
+        table.setdefault((row["layer"], *sizes), {"us, in place / copied": place})[f"{row['tokens']} tokens"] = us
+    return (
+        f"{format_table(list(table.values()))}\n\n\\* what the rule takes. {result['dtype']}, {result['protocol']}. "
+        f"{machine(result['environment'])}."
+    )
+
+
+def stacks_section() -> str:
+    """The first stages of few tokens, as single kernels and as stacks of products."""
+    result = read_result(RESULTS / "stacks_h100.json")
+    first, table = "us, by decode_project / as a stack / by cuBLAS", {}
+    for row in result["rows"]:
+        key = row["structure"], *row["blocks"], row["model"], row["layer"]
+        line = table.setdefault(
+            key, {"us, by decode_project / as a stack / by cuBLAS": "{} {} x {}, {} {}".format(*key)}
+        )
+        found = [row["project_us"], row["stack_us"], *([row["cublas_us"]] if row["cublas_us"] else [])]
+        line[f"{row['tokens']} tokens"] = " / ".join(f"{us:.1f}" for us in found)
+    tokens = sorted({row["tokens"] for row in result["rows"]})
+    columns = [first, *(f"{t} tokens" for t in tokens)]
+    where = machine(result["environment"], commits_of(result["rows"]))
+    return f"{format_table(list(table.values()), columns)}\n\n{result['dtype']}, {result['protocol']}. {where}."
+
+
 def roofline_section() -> str:
     """How well the predictions do on the layers and whole models that were measured."""
     device = DEVICES["H100-measured"]
@@ -258,6 +292,8 @@ DOCUMENTS = {
         "storage": storage_section,
         "dependent-launches": dependent_launches_section,
         "one-token": one_token_section,
+        "monarch-last-stage": monarch_last_stage_section,
+        "stacks": stacks_section,
         "square-blast": square_blast_section,
         "counters": goals.counters,
         "quality-rows": quality_rows_section,

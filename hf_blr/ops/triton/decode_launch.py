@@ -56,8 +56,8 @@ def decodes(tokens: int, b1: int, b2: int) -> bool:
 def stacks(tokens: int, groups: int, rows: int, row: int, device: Device, mix: bool = False) -> bool:
     """Whether the first stage of few tokens is `decode_stack`'s: for `groups` x `rows` of `row` weights.
 
-    H100, both stages, us by `decode_project` and by `decode_stack`: Monarch 4x4, 32 tokens, q, k, v 34.5 and 24.7, gate
-    and up 50.6 and 41.8, o 13.7 and 13.3, 11008 x 4096 42.7 and 22.8; the last, 8 tokens, 22.3 and 20.9. BLAST, whose
+    H100, both stages, us by `decode_project` and by `decode_stack`: Monarch 4x4, 32 tokens, q, k, v 34.7 and 24.7, gate
+    and up 50.9 and 41.8, o 13.7 and 13.3, 11008 x 4096 43.2 and 22.8; the last, 8 tokens, 22.3 and 20.8. BLAST, whose
     mix is a kernel of its own then, o 15.4 and 16.8, gate and up 49.9 and 52.5, 11008 x 4096 38.2 and 28.1 (16x16
     blocks 45.8 and 31.7), 8192 x 2048 20.5 and 16.1. Low-rank, whose few rows would keep most multiprocessors idle,
     o 15.6 and 19.7, cuBLAS 14.3: not there.

@@ -135,8 +135,8 @@ def reads_swapped(b1: int, b2: int, q: int, rank: int, tokens: int, adds: bool =
 
     cuBLAS is faster by more than the copy where it is much to multiply, where too few tiles with long sums fill the
     card, and where the rank lets ours take short steps only. Whole layers, H100, us in place and copied: 1024 tokens,
-    4096 x 4096 37.0 and 40.2, gate and up of 4096 x 11008 (steps of 32) 177 and 141, of 4096 x 14336 (of 64) 195 and
-    184, 2048 x 8192 with 16 x 16 blocks (of 16) 74 and 56; 128 tokens, 11008 x 4096 49 and 34.
+    4096 x 4096 37 and 41, gate and up of 4096 x 11008 (steps of 32) 177 and 141, of 4096 x 14336 (of 64) 195 and 185,
+    2048 x 8192 with 16 x 16 blocks (of 16) 74 and 57; 128 tokens, 11008 x 4096 49 and 35.
 
     Args:
         b1, b2, q: input and output blocks, of all layers of one launch, and outputs of each.
