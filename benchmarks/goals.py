@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
+
+from conditions import RESULTS
 
 from hf_blr.cli.table import format_table
 from hf_blr.results.files import read_result
 from hf_blr.results.tables import by_size
 
-RESULTS = Path(__file__).parent / "results"
 #: the layer of most single goals: q, k, v and o of Llama-7B, 4096 -> 4096
 LAYER = "q,k,v,o"
 STRUCTURES = {

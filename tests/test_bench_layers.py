@@ -144,7 +144,7 @@ def test_kernels_that_a_cache_holds_are_left_alone(tmp_path):
 
 def test_kept_results_are_still_read():
     module = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
-    assert "4 x 16" in module["speed_section"]()
+    assert "4 x 16" in module["layer_sections"].speed_section()
 
 
 def test_sizes():

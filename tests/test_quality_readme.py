@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import readme
+import quality_sections
 from summaries import square_blast
 
 REFINE = """
@@ -33,7 +33,7 @@ def test_refinement_needs_no_datasets_package():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality_sections, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_each_method_has_one_line_with_all_texts(results):
     ]
     where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
     (results / "quality.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
-    for section in (readme.quality_section(), readme.quality_rows_section()):
+    for section in (quality_sections.quality_section(), quality_sections.quality_rows_section()):
         check(section)
 
 

@@ -295,7 +295,7 @@ def test_readme_script_reads_the_files_that_the_benchmark_writes(tmp_path, monke
     import runpy
 
     module = runpy.run_path(str(RESULTS.parent / "readme.py"))
-    section = module["models_section"]
+    section = module["model_sections"].models_section
     monkeypatch.setitem(section.__globals__, "RESULTS", tmp_path)
     environment = {**ENVIRONMENT, "transformers": "5.17.0"}
     rows = [row | {"commit": ENVIRONMENT["commit"]} for row in MODELS["rows"]]
