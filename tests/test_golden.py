@@ -1,0 +1,62 @@
+"""Checkpoints written by commit 0d2265a keep loading, and the fits behind them keep giving the same factors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import build
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_blr import BLRConfig, compress
+from hf_blr.linear import BLRLinear
+
+GOLDEN = Path(__file__).parent / "golden"
+#: {folder: what was asked for}; the fifth, `mixed_bfloat16`, is a GPT-2 with a structure for each of its projections
+FITTED = {
+    "low_rank": {"structure": "low_rank"},
+    "pivoted": {"structure": "pivoted"},
+    "monarch": {"structure": "monarch", "num_blocks": 2},
+    "blast": {"structure": "blast", "num_blocks": (2, 4)},
+}
+
+
+def dense_llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = LlamaConfig(**sizes, **heads, **tokens, initializer_range=0.1, tie_word_embeddings=True)
+    return build(LlamaForCausalLM, config)
+
+
+@pytest.mark.parametrize("name", [*FITTED, "mixed_bfloat16"])
+def test_a_golden_checkpoint_loads_bit_for_bit(name):
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name)
+    stored = load_file(GOLDEN / name / "model.safetensors")
+    loaded = model.state_dict()
+    for key, value in stored.items():
+        assert loaded[key].dtype == value.dtype and torch.equal(loaded[key], value), key
+    expected = load_file(GOLDEN / name / "expected_logits.safetensors")
+    with torch.no_grad():
+        logits = model(input_ids=expected["input_ids"]).logits.float()
+    # another CPU may round products otherwise
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(logits, expected["logits"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_golden_fit_gives_the_same_factors(name):
+    model = dense_llama()
+    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    config = BLRConfig(ratio=0.6, seed=0, fit_rounds=6, allocation="uniform", **FITTED[name])
+    compress(model, config, calibration=[{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], progress=False)
+    stored = load_file(GOLDEN / name / "model.safetensors")
+    found = {key: module for key, module in model.named_modules() if isinstance(module, BLRLinear)}
+    assert found
+    for layer, module in found.items():
+        golden = {key: stored[f"{layer}.{key}"] for key in module.tensors()}
+        expected = type(module).from_factors(module.spec, golden).dense_weight()
+        torch.testing.assert_close(module.dense_weight(), expected, rtol=1e-4, atol=1e-4)
+        for key, tensor in module.tensors().items():
+            # the sign of an index of the rank is free, and another LAPACK may choose the other
+            torch.testing.assert_close(tensor.abs(), golden[key].abs(), rtol=1e-3, atol=1e-3)
