@@ -23,7 +23,7 @@ from hf_blr.bench.layers import FUNCTIONS, PROTOCOL, relative_error
 from hf_blr.bench.shapes import RANK_MULTIPLE
 from hf_blr.bench.timing import Timer
 from hf_blr.environment import environment
-from hf_blr.fusion import pack
+from hf_blr.inference.fusion import pack
 from hf_blr.ops import reference
 from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.results.files import ResultFile

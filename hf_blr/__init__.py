@@ -24,12 +24,12 @@ _HOMES = {
     "disable": "hf_blr.integration",
     "enable": "hf_blr.integration",
     "from_config": "hf_blr.integration",
-    "fuse": "hf_blr.fusion",
+    "fuse": "hf_blr.inference.fusion",
     "lora_targets": "hf_blr.integration",
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
-    "tune": "hf_blr.tuning",
-    "unfuse": "hf_blr.fusion",
+    "tune": "hf_blr.inference.tuning",
+    "unfuse": "hf_blr.inference.fusion",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: RUF022

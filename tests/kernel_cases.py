@@ -3,7 +3,7 @@
 import torch
 
 from hf_blr import ops
-from hf_blr.fusion import pack
+from hf_blr.inference.fusion import pack
 from hf_blr.ops import reference
 from hf_blr.ops.activations import activated
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.absorption import CLASSES, Absorbed
 from hf_blr.config import BLRConfig
+from hf_blr.inference.absorption import CLASSES, Absorbed
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank

@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 import hf_blr
 from hf_blr import BLRConfig, ops
-from hf_blr.integration import attention
+from hf_blr.inference import attention
 from hf_blr.ops.attention import by_kernel, one_query_attention, suits_kernel
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")

@@ -15,8 +15,8 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
+from hf_blr.inference.siblings import Siblings
 from hf_blr.ops.activations import ACTIVATIONS
-from hf_blr.siblings import Siblings
 
 pytest.importorskip("triton")
 from test_attention import inputs as attention_inputs  # noqa: E402

@@ -23,14 +23,13 @@ FLOORS = [
     ["plan"],
     ["targets"],
     ["config"],
-    ["fusion", "tuning"],
-    ["absorption", "siblings", "integration.attention"],
+    ["inference"],
     ["linear"],
     ["dense"],
     ["ops"],
     ["structures", "environment", "results.files"],
 ]
-MAY_IMPORT_TRANSFORMERS = ("config", "dense", "integration", "finetune", "evaluation", "bench", "cli")
+MAY_IMPORT_TRANSFORMERS = ("config", "dense", "inference", "integration", "finetune", "evaluation", "bench", "cli")
 
 
 def module_name(path):

@@ -14,8 +14,8 @@ from torch import nn
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
+from hf_blr.inference.siblings import MARK, Siblings
 from hf_blr.linear import BLRLinear
-from hf_blr.siblings import MARK, Siblings
 from hf_blr.structures import Blast
 
 pytest.importorskip("triton")

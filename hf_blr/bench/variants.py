@@ -13,9 +13,9 @@ from hf_blr.bench.models import Shape
 from hf_blr.bench.shapes import align_rank, random_order
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
-from hf_blr.fusion import fuse
+from hf_blr.inference.attention import use_attention
+from hf_blr.inference.fusion import fuse
 from hf_blr.integration import record_plan, swap_in
-from hf_blr.integration.attention import use_attention
 from hf_blr.plan import LayerPlan, Plan, resolve_plan
 from hf_blr.structures import STRUCTURES, as_block_pair
 from hf_blr.targets import find_targets

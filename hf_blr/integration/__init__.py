@@ -46,7 +46,7 @@ def register_flops(counter):
 
 def register_attention(modeling):
     """Tell transformers the attention function of fused models."""
-    from hf_blr.integration import attention
+    from hf_blr.inference import attention
 
     attention.register_attention()
 

@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from hf_blr.inference.siblings import Siblings
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
-from hf_blr.siblings import Siblings
 
 #: (projection, activation) in one parent, the second called on what the first returns
 AFTER = (

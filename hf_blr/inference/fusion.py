@@ -8,10 +8,10 @@ import re
 import torch
 from torch import Tensor, nn
 
-from hf_blr.absorption import absorb, bring_back
-from hf_blr.integration.attention import restore_attention, use_attention
+from hf_blr.inference.absorption import absorb, bring_back
+from hf_blr.inference.attention import restore_attention, use_attention
+from hf_blr.inference.siblings import Siblings
 from hf_blr.linear import BLRLinear
-from hf_blr.siblings import Siblings
 
 #: names under which models keep projections that are handed one tensor
 TOGETHER = (
