@@ -7,13 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from hf_blr.calibration.blockwise import evaluating
+from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.compression import put_factors
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
-from hf_blr.factorize.blockwise import evaluating
-from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.gram import damped, solve_psd
-from hf_blr.factorize.sequential import SequentialChain
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.reference import blast_dense
 from hf_blr.plan import resolve_plan

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from hf_blr.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
+from hf_blr.calibration.fisher import Statistics
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize import factorize
-from hf_blr.factorize.fisher import Statistics
 from hf_blr.ops.reference import DENSE
 from hf_blr.plan import Plan
 from hf_blr.structures import BLRSpec, structure_class

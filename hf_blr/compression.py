@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_blr.budget import share_budget
-from hf_blr.calibration import calibration_batches, check_statistics, statistics_of, token_count
+from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of, token_count
+from hf_blr.calibration.blockwise import Batch
+from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.sequential import Problem
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight, set_dense_weight
 from hf_blr.factorize import factorize
-from hf_blr.factorize.blockwise import Batch
-from hf_blr.factorize.fisher import Statistics
-from hf_blr.factorize.sequential import Problem
 from hf_blr.integration.record import blr_modules, forget_quantizer, record_plan
 from hf_blr.linear import LINEARS
 from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan

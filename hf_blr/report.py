@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from hf_blr.factorize.joint import BlockReport
+from hf_blr.calibration.joint import BlockReport
 from hf_blr.structures import BLRSpec
 
 

@@ -6,11 +6,11 @@ from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
 from torch import nn
 
 from hf_blr import BLRConfig, collect_statistics, compress, to_dense
-from hf_blr.calibration import batch_size
+from hf_blr.calibration.batches import batch_size
+from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
+from hf_blr.calibration.fisher import Statistics
 from hf_blr.dense import dense_weight, is_transposed
 from hf_blr.factorize import factorize
-from hf_blr.factorize.blockwise import BlockChain, iterate_grams, whole_model_grams
-from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import resolve_plan

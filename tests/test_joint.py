@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_blr import BLRConfig, compress
-from hf_blr.factorize import joint, sequential
+from hf_blr.calibration import joint, sequential
 from tests.test_sequential import batches_for, divergence
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_vit
 

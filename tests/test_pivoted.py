@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_blr
 from hf_blr import BLRConfig
+from hf_blr.calibration.pairs import as_pairs
 from hf_blr.factorize import factorize
-from hf_blr.factorize.pairs import as_pairs
 from hf_blr.factorize.pivots import LARGEST, pivoted
 from hf_blr.finetune import refine
 from hf_blr.integration import blr_modules

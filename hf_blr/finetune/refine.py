@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_blr.factorize.fisher import Statistics, fisher_statistics
-from hf_blr.factorize.pairs import as_pairs, pivoted_layers
+from hf_blr.calibration.fisher import Statistics, fisher_statistics
+from hf_blr.calibration.pairs import as_pairs, pivoted_layers
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable

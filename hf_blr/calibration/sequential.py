@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hf_blr.calibration.blockwise import BlockChain, ReachedBlock, hooked
 from hf_blr.dense import dense_weight, is_dense_linear
-from hf_blr.factorize.blockwise import BlockChain, ReachedBlock, hooked
 from hf_blr.factorize.gram import cholesky, damped
 
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best

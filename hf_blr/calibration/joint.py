@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_blr.factorize.pairs import as_pairs
+from hf_blr.calibration.pairs import as_pairs
 from hf_blr.linear import BLRLinear
 
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size

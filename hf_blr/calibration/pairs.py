@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hf_blr.calibration.fisher import Statistics
 from hf_blr.factorize import factorize
-from hf_blr.factorize.fisher import Statistics
 from hf_blr.factorize.pivots import pivoted
 from hf_blr.linear import LowRankLinear, PivotedLinear
 from hf_blr.ops.reference import DENSE

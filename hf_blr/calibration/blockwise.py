@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_blr.factorize.calibrate import GramCollector
-from hf_blr.factorize.precision import calibrating
+from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.precision import calibrating
 
 Batch = dict[str, Tensor]
 

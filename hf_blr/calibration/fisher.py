@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.factorize.blockwise import Batch, evaluating, hooked, run
-from hf_blr.factorize.calibrate import GramCollector
+from hf_blr.calibration.blockwise import Batch, evaluating, hooked, run
+from hf_blr.calibration.grams import GramCollector
 from hf_blr.factorize.metric import metric_blocks
 
 #: models of fewer parameters than this take so many sequences at once on a GPU; 2048 tokens of one with 135 M and 49152
