@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.sequential import SequentialChain
-from hf_blr.compression import put_factors
+from hf_blr.compression.pipeline import put_factors
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize.gram import damped, solve_psd

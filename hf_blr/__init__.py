@@ -15,7 +15,7 @@ _HOMES = {
     "BLRConfig": "hf_blr.config",
     "BLRLinear": "hf_blr.linear",
     "Blast": "hf_blr.structures",
-    "CompressionReport": "hf_blr.report",
+    "CompressionReport": "hf_blr.compression",
     "LowRank": "hf_blr.structures",
     "Pivoted": "hf_blr.structures",
     "Monarch": "hf_blr.structures",

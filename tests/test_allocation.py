@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_blr import BLRConfig, collect_statistics, compress
-from hf_blr.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
-from hf_blr.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
 from hf_blr.calibration.fisher import fisher_statistics, sampled_loss
+from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
+from hf_blr.compression.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
 from hf_blr.factorize import factorize
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
 from hf_blr.ops.reference import DENSE

@@ -33,8 +33,8 @@ def add_arguments(parser):
 
 
 def run(args):
-    from hf_blr.budget import share_budget
     from hf_blr.calibration import collect_statistics
+    from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
     if args.output.exists() and not args.overwrite:
@@ -70,7 +70,7 @@ def run(args):
 
 def budget_of(args, model):
     """The Budget that the options name."""
-    from hf_blr.budget import Budget
+    from hf_blr.compression.budget import Budget
     from hf_blr.evaluation.devices import DEVICES
     from hf_blr.evaluation.roofline import predict
 

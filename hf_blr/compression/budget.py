@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from hf_blr.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize import factorize
