@@ -16,7 +16,7 @@ FLOORS = [
     ["bench"],
     ["integration", "compression"],
     ["evaluation", "finetune"],
-    ["integration.record", "integration.alignment"],
+    ["checkpoint"],
     ["calibration"],
     ["text", "factorize"],
     ["plan"],
@@ -28,7 +28,17 @@ FLOORS = [
     ["ops"],
     ["structures", "environment", "results.files"],
 ]
-MAY_IMPORT_TRANSFORMERS = ("config", "dense", "inference", "integration", "finetune", "evaluation", "bench", "cli")
+MAY_IMPORT_TRANSFORMERS = (
+    "checkpoint",
+    "config",
+    "dense",
+    "inference",
+    "integration",
+    "finetune",
+    "evaluation",
+    "bench",
+    "cli",
+)
 
 
 def module_name(path):

@@ -6,9 +6,9 @@ import copy
 
 from torch import nn
 
+from hf_blr.checkpoint.layout import match_plan, swap_in
+from hf_blr.checkpoint.record import blr_modules, forget_plan, record_plan
 from hf_blr.config import BLRConfig
-from hf_blr.integration.layout import match_plan, swap_in
-from hf_blr.integration.record import blr_modules, forget_plan, record_plan
 from hf_blr.plan import plan_from_layers, resolve_plan
 
 

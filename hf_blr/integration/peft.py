@@ -7,8 +7,8 @@ import inspect
 
 from torch import nn
 
+from hf_blr.checkpoint.record import blr_modules
 from hf_blr.integration.on_import import when_imported
-from hf_blr.integration.record import blr_modules
 from hf_blr.linear import BLRLinear
 
 LORA_CONFIG = "peft.tuners.lora.config"

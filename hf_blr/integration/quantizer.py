@@ -7,14 +7,14 @@ import copy
 import torch
 from transformers.quantizers.base import HfQuantizer
 
+from hf_blr.checkpoint.headers import check_files
+from hf_blr.checkpoint.layout import match_plan, swap_in
+from hf_blr.checkpoint.record import forget_quantizer, record_plan
+from hf_blr.checkpoint.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.config import AUTO, BLRConfig
-from hf_blr.integration.headers import check_files
-from hf_blr.integration.layout import match_plan, swap_in
 from hf_blr.integration.loading import to_dense
 from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
-from hf_blr.integration.record import forget_quantizer, record_plan
 from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_placeholder, fit_weight
-from hf_blr.integration.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, plan_from_layers, resolve_plan
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_blr.integration.layout import ModuleNames
-from hf_blr.integration.verify import describe
+from hf_blr.checkpoint.layout import ModuleNames
+from hf_blr.checkpoint.verify import describe
 from hf_blr.plan import Plan
 from hf_blr.structures import STRUCTURES
 

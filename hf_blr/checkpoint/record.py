@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from hf_blr.checkpoint.alignment import align
 from hf_blr.config import QUANT_METHOD, BLRConfig
-from hf_blr.integration.alignment import align
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, layers_from_plan
 

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import nn
 
-from hf_blr.integration.record import blr_modules
+from hf_blr.checkpoint.record import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.targets import keep_in_fp32_names
 
