@@ -15,7 +15,7 @@ FLOORS = [
     ["results"],
     ["bench"],
     ["integration", "compression"],
-    ["evaluation", "finetune"],
+    ["evaluation", "finetune", "roofline"],
     ["checkpoint"],
     ["calibration"],
     ["text", "factorize"],

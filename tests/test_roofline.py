@@ -8,9 +8,9 @@ import pytest
 
 from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions, spec_of
 from hf_blr.cli import main
-from hf_blr.evaluation.devices import DEVICES, Ceilings
-from hf_blr.evaluation.roofline import FORMS, bound_of, break_even, predict, stages
-from hf_blr.evaluation.training import training_stages
+from hf_blr.roofline.devices import DEVICES, Ceilings
+from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
+from hf_blr.roofline.training import training_stages
 from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
 ROOT = Path(__file__).parents[1]

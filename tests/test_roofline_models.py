@@ -11,9 +11,10 @@ from hf_blr.bench.model_ceilings import model_predictions, model_sizes_of, sizes
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
-from hf_blr.evaluation.devices import DEVICES, Ceilings
-from hf_blr.evaluation.roofline import stages
-from hf_blr.evaluation.whole_models import (
+from hf_blr.ops.triton.launch import reads_swapped
+from hf_blr.roofline.devices import DEVICES, Ceilings
+from hf_blr.roofline.stages import stages
+from hf_blr.roofline.whole_models import (
     EAGER_KERNELS,
     Projection,
     forward_parts,
@@ -23,7 +24,6 @@ from hf_blr.evaluation.whole_models import (
     step_parts,
     step_seconds,
 )
-from hf_blr.ops.triton.launch import reads_swapped
 from hf_blr.structures import Blast, LowRank, Monarch
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

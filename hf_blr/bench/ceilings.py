@@ -9,9 +9,9 @@ import torch
 from hf_blr import ops
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
-from hf_blr.evaluation.devices import Ceilings
-from hf_blr.evaluation.roofline import bound_of, stages
-from hf_blr.evaluation.training import training_stages
+from hf_blr.roofline.devices import Ceilings
+from hf_blr.roofline.stages import bound_of, stages
+from hf_blr.roofline.training import training_stages
 from hf_blr.structures import BLRSpec, LowRank, structure_class
 
 

@@ -12,11 +12,11 @@ from hf_blr.bench.forms import repeated_blocks
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.dense import feature_sizes, is_dense_linear
-from hf_blr.evaluation.devices import Ceilings
-from hf_blr.evaluation.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
 from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
 from hf_blr.linear import BLRLinear
+from hf_blr.roofline.devices import Ceilings
+from hf_blr.roofline.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
 from hf_blr.structures import LowRank
 
 #: without the host between their kernels, so that ceilings have a say

@@ -71,8 +71,8 @@ def run(args):
 def budget_of(args, model):
     """The Budget that the options name."""
     from hf_blr.compression.budget import Budget
-    from hf_blr.evaluation.devices import DEVICES
-    from hf_blr.evaluation.roofline import predict
+    from hf_blr.roofline.devices import DEVICES
+    from hf_blr.roofline.stages import predict
 
     limits = {"floor": args.floor, "ceiling": args.ceiling}
     if args.parameters is not None:

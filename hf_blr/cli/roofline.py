@@ -15,8 +15,8 @@ from hf_blr.bench.shapes import aligned_spec
 from hf_blr.cli import options
 from hf_blr.cli.bench import sizes
 from hf_blr.cli.table import format_table
-from hf_blr.evaluation.devices import DEVICES
-from hf_blr.evaluation.roofline import FORMS, bound_of, break_even, predict, stages
+from hf_blr.roofline.devices import DEVICES
+from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
 
 
 def add_arguments(parser):

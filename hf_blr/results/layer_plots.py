@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hf_blr.bench.ceilings import predictions
-from hf_blr.evaluation.devices import DEVICES
 from hf_blr.results.plots import COLOURS, SIZE, Looks, add_legend, with_legend
+from hf_blr.roofline.devices import DEVICES
 
 
 def speed_up(plt, rows: list[dict]):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hf_blr.evaluation.devices import Ceilings
-from hf_blr.evaluation.roofline import Stage, in_bytes, stages
+from hf_blr.roofline.devices import Ceilings
+from hf_blr.roofline.stages import Stage, in_bytes, stages
 from hf_blr.structures import BLRSpec, LowRank
 
 #: kernels between a decoding block's projections that torch.compile merges into others: halves of the rotary embedding,

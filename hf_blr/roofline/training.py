@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_blr.evaluation.roofline import HOPPER, Stage, in_bytes, size_of, stages
 from hf_blr.ops.triton.launch import ds_config, ds_group
+from hf_blr.roofline.stages import HOPPER, Stage, in_bytes, size_of, stages
 from hf_blr.structures import BLRSpec
 
 

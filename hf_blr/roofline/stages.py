@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from hf_blr.evaluation.devices import Ceilings
 from hf_blr.ops.dispatch import FEW_TOKENS
 from hf_blr.ops.triton.decode_launch import decodes, stacks
 from hf_blr.ops.triton.launch import Device, fused_mix_config, fuses_mix, gemm_tiles, mixes_along_t, reads_swapped
+from hf_blr.roofline.devices import Ceilings
 from hf_blr.structures import BLRSpec
 
 #: dense: one product. hf_blr: what the package launches on a GPU. pytorch: `ops.reference`. paper: PyTorch as arXiv
