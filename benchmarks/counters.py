@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_blr import ops
-from hf_blr.environment import environment
-from hf_blr.results.files import write_result
+from hf_blr.bench.environment import environment
+from hf_blr.bench.report.files import write_result
 from hf_blr.structures import Blast, LowRank, Monarch
 
 TOKENS, FEATURES = 1024, 4096

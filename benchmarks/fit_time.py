@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
-from hf_blr.environment import environment
-from hf_blr.results.files import ResultFile
+from hf_blr.bench.report.files import ResultFile
 from hf_blr.targets import find_targets
 
 #: singular value i of a weight is i^-DECAY of the first; trained projections have 0.3 to 0.6

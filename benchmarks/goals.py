@@ -6,9 +6,9 @@ import statistics
 
 from conditions import RESULTS
 
+from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.tables import by_size
 from hf_blr.cli.table import format_table
-from hf_blr.results.files import read_result
-from hf_blr.results.tables import by_size
 
 #: the layer of most single goals: q, k, v and o of Llama-7B, 4096 -> 4096
 LAYER = "q,k,v,o"

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from hf_blr import ops
+from hf_blr.bench.environment import environment
 from hf_blr.bench.layers import FUNCTIONS, PROTOCOL, relative_error
+from hf_blr.bench.report.files import ResultFile
 from hf_blr.bench.shapes import RANK_MULTIPLE
 from hf_blr.bench.timing import Timer
-from hf_blr.environment import environment
 from hf_blr.inference.fusion import pack
 from hf_blr.ops import reference
 from hf_blr.ops.dispatch import FEW_TOKENS
-from hf_blr.results.files import ResultFile
 from hf_blr.structures import make_spec
 
 TOKENS = (1024, 1, 4096, 16)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from quality import row_key
 
-from hf_blr.results.files import merged, read_result, write_result
+from hf_blr.bench.report.files import merged, read_result, write_result
 
 
 def main(argv=None):

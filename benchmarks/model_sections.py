@@ -5,8 +5,8 @@ from __future__ import annotations
 from conditions import RESULTS, commits_of, machine
 from summaries import VARIANTS, models_summary, papers_summary, profiles
 
+from hf_blr.bench.report.files import read_result
 from hf_blr.cli.table import format_table
-from hf_blr.results.files import read_result
 
 #: tokens of a forward, and the texts of one, that README leaves to NOTES
 OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}

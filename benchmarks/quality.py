@@ -25,11 +25,11 @@ import baselines
 from protocol import PROTOCOL, Bench, read_texts
 
 from hf_blr import BLRConfig, compress
+from hf_blr.bench.environment import environment
+from hf_blr.bench.report.files import ResultFile
 from hf_blr.cli import options
-from hf_blr.environment import environment
 from hf_blr.finetune import refine
 from hf_blr.plan import resolve_plan
-from hf_blr.results.files import ResultFile
 
 OURS = "ours"
 REFINED = "ours, refined"

@@ -7,8 +7,8 @@ import json
 from conditions import RESULTS, commits_of, machine
 from summaries import quality_summary, square_blast
 
+from hf_blr.bench.report.files import read_result
 from hf_blr.cli.table import format_table
-from hf_blr.results.files import read_result
 
 
 def demo_section() -> str:

@@ -28,8 +28,8 @@ from symmetries import (
     model_and_grams,
 )
 
-from hf_blr.environment import environment
-from hf_blr.results.files import ResultFile, read_result
+from hf_blr.bench.environment import environment
+from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.structures import make_spec
 
 MONARCH = ("monarch", (4, 4))

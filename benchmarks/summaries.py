@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from hf_blr.bench.model_ceilings import sizes_of_row
 from hf_blr.bench.models import SHAPES
+from hf_blr.bench.report.tables import by_size
 from hf_blr.cli.table import format_table
-from hf_blr.results.tables import by_size
 from hf_blr.roofline.devices import DEVICES
 from hf_blr.roofline.whole_models import forward_parts, step_parts
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_blr.bench.environment import environment
+from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
-from hf_blr.environment import environment
 from hf_blr.factorize import factorize
-from hf_blr.results.files import ResultFile, read_result
 from hf_blr.structures import make_spec, structure_class
 
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)

@@ -10,12 +10,12 @@ from hf_blr.bench import generation, measure, models, rows
 from hf_blr.bench.compile_first import shallow
 from hf_blr.bench.forms import StepGraph, compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES
+from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
 from hf_blr.cli.bench import usual_variants
 from hf_blr.integration import blr_modules
-from hf_blr.results.files import ResultFile, read_result
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
 def test_a_training_step_that_keeps_fewer_activations():
     from tiny import tiny_shape
 
-    from hf_blr.results.tables import compared
+    from hf_blr.bench.report.tables import compared
 
     settings = {"forms": ("compiled",), "mode": "default", "training_tokens": 8, "dtype": torch.float32}
     variants, found = [Variant("dense"), Variant.parse("low_rank")], []

@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parents[1] / "hf_blr"
 #: from the top of the house to its ground: a file imports from rooms further down, or from its own
 FLOORS = [
     ["cli", "__main__", "__init__"],
-    ["results"],
     ["bench"],
     ["integration", "compression"],
     ["evaluation", "finetune", "roofline"],
@@ -26,7 +25,7 @@ FLOORS = [
     ["linear"],
     ["dense"],
     ["ops"],
-    ["structures", "environment", "results.files"],
+    ["structures"],
 ]
 MAY_IMPORT_TRANSFORMERS = (
     "checkpoint",

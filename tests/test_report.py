@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_blr.bench.report.files import read_result, write_result
+from hf_blr.bench.report.page import page
+from hf_blr.bench.report.tables import Table, by_size, compared, conditions, kind_of, tables
 from hf_blr.cli import main
-from hf_blr.results.files import read_result, write_result
-from hf_blr.results.page import page
-from hf_blr.results.tables import Table, by_size, compared, conditions, kind_of, tables
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ENVIRONMENT = {"date": "2026-11-22", "device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "commit": "0123456789"}
@@ -163,7 +163,7 @@ def test_a_page_of_all_that_was_measured(tmp_path):
 
 def test_plots_of_what_was_measured(tmp_path, recwarn):
     pytest.importorskip("matplotlib")
-    from hf_blr.results.plots import as_svg, figures
+    from hf_blr.bench.report.plots import as_svg, figures
 
     kept = {name: read_result(RESULTS / f"{name}.json") for name in ("models_h100", "models_h200", "quality")}
     found = figures(kept)
@@ -206,7 +206,7 @@ def test_rows_that_differ_in_something_else_are_not_compared():
 
 def test_plots_of_several_files_and_of_rows_that_say_little():
     pytest.importorskip("matplotlib")
-    from hf_blr.results.plots import figures
+    from hf_blr.bench.report.plots import figures
 
     half = [("low_rank", None, 31.0), ("monarch", [4, 4], 35.0), ("blast", [4, 4], 29.0)]
     scored = [

@@ -17,16 +17,16 @@ import torch
 
 from hf_blr.bench import cases, layers
 from hf_blr.bench.compile_first import compile_first
+from hf_blr.bench.environment import environment
 from hf_blr.bench.forms import FORMS, MODES
 from hf_blr.bench.measure import MEASUREMENTS, PROTOCOL
 from hf_blr.bench.models import SHAPES, Shape
+from hf_blr.bench.report.files import ResultFile
 from hf_blr.bench.rows import Request, model_rows
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
-from hf_blr.environment import environment
-from hf_blr.results.files import ResultFile
 
 #: the paper's ranks, and ours, as `hf_blr.fuse` makes them run
 VARIANTS = (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hf_blr.bench.environment import environment
 from hf_blr.config import ALLOCATIONS, BLRConfig
-from hf_blr.environment import environment
 
 
 def add_model(parser: argparse.ArgumentParser, help="a folder or hub id of a causal language model"):

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.page import page
+from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli.table import format_table
-from hf_blr.results.files import read_result
-from hf_blr.results.page import page
-from hf_blr.results.tables import Table, tables
 
 
 def add_arguments(parser):
@@ -40,7 +40,7 @@ def run(args):
 
 def draw(results: dict) -> dict[str, tuple[str, str, object]]:
     """{name: (caption, SVG, figure)}."""
-    from hf_blr.results.plots import as_svg, figures
+    from hf_blr.bench.report.plots import as_svg, figures
 
     return {name: (caption, as_svg(figure), figure) for name, (caption, figure) in figures(results).items()}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_blr.results.plots import COLOURS, SIZE, structure_of
-from hf_blr.results.tables import by_size
+from hf_blr.bench.report.plots import COLOURS, SIZE, structure_of
+from hf_blr.bench.report.tables import by_size
 
 #: inches of one bar, or of one heading
 BAR = 0.19

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hf_blr.results.model_plots import sizes_by_model
-from hf_blr.results.plots import COLOURS, Looks, add_legend, look, plain_numbers, with_legend
+from hf_blr.bench.report.model_plots import sizes_by_model
+from hf_blr.bench.report.plots import COLOURS, Looks, add_legend, look, plain_numbers, with_legend
 
 #: perplexities above this many times dense's are not shown: they would press all others into one line
 HIGHEST = 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 
-from hf_blr.results.tables import kind_of
+from hf_blr.bench.report.tables import kind_of
 
 COLOURS = {
     "dense": "#444444",
@@ -39,9 +39,9 @@ def pyplot():
 
 def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
     """{name: (caption, figure)} of every plot that these result files have the numbers for."""
-    from hf_blr.results.layer_plots import roofline, speed_up
-    from hf_blr.results.model_plots import bars, sizes_by_model
-    from hf_blr.results.quality_plots import by_bytes, by_method, by_time
+    from hf_blr.bench.report.layer_plots import roofline, speed_up
+    from hf_blr.bench.report.model_plots import bars, sizes_by_model
+    from hf_blr.bench.report.quality_plots import by_bytes, by_method, by_time
 
     plt, found = pyplot(), {}
     kinds: dict[str | None, dict[str, dict]] = {}

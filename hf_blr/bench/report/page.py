@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 
-from hf_blr.results.tables import Table
+from hf_blr.bench.report.tables import Table
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 0 1rem 4rem; color: #1b1f24; }
