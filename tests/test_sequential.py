@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_blr import BLRConfig, compress, compression
+from hf_blr import BLRConfig, compress
 from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.sequential import SequentialChain, residual_writers
 from hf_blr.dense import dense_weight
@@ -161,7 +161,7 @@ def test_layers_left_dense_make_up_for_those_before_them(build, monkeypatch):
     results = {}
     for moved in (False, True):
         if not moved:
-            monkeypatch.setattr(compression, "set_dense_weight", lambda module, weight: None)
+            monkeypatch.setattr("hf_blr.compression.pipeline.set_dense_weight", lambda module, weight: None)
         model = copy.deepcopy(dense)
         compress(model, config, calibration=batches, progress=False)
         monkeypatch.undo()

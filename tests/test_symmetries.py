@@ -1,4 +1,4 @@
-"""The symmetries that benchmarks/rotations.py measures leave a Llama's logits as they are."""
+"""The symmetries that experiments/rotations.py measures leave a Llama's logits as they are."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_logits
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import model_symmetries as symmetries  # noqa: E402
 from model_symmetries import changed  # noqa: E402
 from rotation_choices import fitted_rotation, log_error  # noqa: E402

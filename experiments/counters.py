@@ -1,10 +1,10 @@
 """Hardware counters of the prefill kernels, one row a kernel: where their time goes.
 
     ncu --clock-control none --cache-control none --profile-from-start off --csv --page raw --metrics METRICS \
-        python benchmarks/counters.py run > counters.csv
-    python benchmarks/counters.py read counters.csv --json benchmarks/results/counters_h100.json
+        python experiments/counters.py run > counters.csv
+    python experiments/counters.py read counters.csv --json benchmarks/results/counters_h100.json
 
-`python benchmarks/counters.py metrics` prints METRICS. Needs Nsight Compute and a Hopper GPU.
+`python experiments/counters.py metrics` prints METRICS. Needs Nsight Compute and a Hopper GPU.
 """
 
 from __future__ import annotations

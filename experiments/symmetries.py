@@ -1,6 +1,6 @@
 """What the order of MLP channels and a storage without gauge freedom buy in relative error on the activations.
 
-    python benchmarks/symmetries.py wikitext2/valid.txt [--out benchmarks/results/symmetries.json]
+    python experiments/symmetries.py wikitext2/valid.txt [--out benchmarks/results/symmetries.json]
 
 `reorder`: gate, up and down fitted with their shared channels in several orders. `storage`: the rank that the same
 number of stored values buys when a factor pair of rank r costs r (m + n) - r^2 instead of r (m + n).
@@ -135,7 +135,9 @@ def free_numbers(b1, b2, p, q, r):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "symmetries.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "symmetries.json"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     protocol = (

@@ -1,7 +1,7 @@
 """What the order of heads and rotations of values and of the residual stream buy in relative error on the activations.
 
-    python benchmarks/rotations.py wikitext2/valid.txt [--layers 12 2 25] [--out benchmarks/results/symmetries.json]
-    python benchmarks/rotations.py wikitext2/valid.txt --shared 6 18 --layers 6 12 18
+    python experiments/rotations.py wikitext2/valid.txt [--layers 12 2 25] [--out benchmarks/results/symmetries.json]
+    python experiments/rotations.py wikitext2/valid.txt --shared 6 18 --layers 6 12 18
 
 Each projection is fitted as it is and after a change that leaves the model's outputs alone (`model_symmetries.py`), at
 equal stored numbers. `ratio` near one in the table printed at the end: the change buys nothing.
@@ -130,7 +130,9 @@ def main():
     parser.add_argument("text")
     parser.add_argument("--layers", type=int, nargs="+", default=(12, *(i for i in LAYERS if i != 12)))
     parser.add_argument("--shared", type=int, nargs="+", help="fit one rotation of the stream to these, and only that")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "symmetries.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "symmetries.json"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     file = open_results(args.out)

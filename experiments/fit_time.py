@@ -1,6 +1,6 @@
 """Seconds and memory of compressing a model of a known shape, by its first layers; random weights and tokens.
 
-    python benchmarks/fit_time.py [--model Llama-7B] [--layers 2] [--structure blast --blocks 16 16]
+    python experiments/fit_time.py [--model Llama-7B] [--layers 2] [--structure blast --blocks 16 16]
 
 A fit goes through a model layer by layer, each like the others: the whole model's time is that of one layer times their
 number. Time depends on how many tokens there are and not on which. Weights are drawn with a spectrum that falls like a
@@ -37,7 +37,9 @@ def main(argv=None):
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "fit_time.json")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "fit_time.json"
+    )
     args = parser.parse_args(argv)
     shape, device = SHAPES[args.model], torch.device(args.device)
     with torch.device("meta"):
