@@ -21,6 +21,8 @@ from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.targets import find_targets
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 #: singular value i of a weight is i^-DECAY of the first; trained projections have 0.3 to 0.6
 DECAY = 0.4
 
@@ -37,9 +39,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
-    parser.add_argument(
-        "--json", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "fit_time.json"
-    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "fit_time.json")
     args = parser.parse_args(argv)
     shape, device = SHAPES[args.model], torch.device(args.device)
     with torch.device("meta"):

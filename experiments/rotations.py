@@ -32,6 +32,8 @@ from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.structures import make_spec
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 MONARCH = ("monarch", (4, 4))
 STRUCTURES = (("low_rank", (1, 1)), MONARCH, ("blast", (4, 16)), ("blast", (16, 16)))
 #: up reads what gate reads, and has its shape
@@ -130,9 +132,7 @@ def main():
     parser.add_argument("text")
     parser.add_argument("--layers", type=int, nargs="+", default=(12, *(i for i in LAYERS if i != 12)))
     parser.add_argument("--shared", type=int, nargs="+", help="fit one rotation of the stream to these, and only that")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "symmetries.json"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "symmetries.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     file = open_results(args.out)

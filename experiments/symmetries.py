@@ -21,6 +21,8 @@ from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.factorize import factorize
 from hf_blr.structures import make_spec, structure_class
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 LAYERS, WINDOWS, SEQLEN, ROUNDS, RATIOS = (2, 12, 25), 16, 512, 6, (0.5, 0.8)
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 STRUCTURES = (("monarch", (4, 4)), ("blast", (4, 16)))
@@ -135,9 +137,7 @@ def free_numbers(b1, b2, p, q, r):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "benchmarks" / "results" / "symmetries.json"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "symmetries.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     protocol = (
