@@ -23,6 +23,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 demo: $(READY)
 	$(BIN)/hf-blr demo $(ARGS)

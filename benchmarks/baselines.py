@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.sequential import SequentialChain
-from hf_blr.compression.pipeline import put_factors
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize.gram import damped, solve_psd
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.ops.reference import blast_dense
+from hf_blr.linear import BLRLinear
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast
+from hf_blr.structures.blast.reference import blast_dense
 
 
 def svd_llm_updated(dense: nn.Module, ratio: float, statistics: Statistics, batches: list[Tensor]) -> nn.Module:
@@ -36,7 +36,9 @@ def svd_llm_updated(dense: nn.Module, ratio: float, statistics: Statistics, batc
                 _, v = low_rank_factors(weight, plan[name].spec.rank, damped(statistics.grams[name], config.damping))
                 image = v @ damped(problem.gram, config.damping)
                 u = solve_psd((image @ v.mT).double(), (image @ weight.mT).double()).mT.float()
-                put_factors(model, name, plan[name], {"u": u, "v": v})
+                model.set_submodule(
+                    name, BLRLinear.from_fit(plan[name].spec, {"u": u, "v": v}, model.get_submodule(name))
+                )
     return model
 
 
@@ -51,7 +53,8 @@ def blast_by_gradients(dense: nn.Module, ratio: float, num_blocks, steps: int) -
         weights = torch.stack([dense_weight(model.get_submodule(name)).float() for name in names])
         factors = preconditioned_descent(weights, spec, steps)
         for i, name in enumerate(names):
-            put_factors(model, name, plan[name], {key: value[i] for key, value in factors.items()})
+            fitted = {key: value[i] for key, value in factors.items()}
+            model.set_submodule(name, BLRLinear.from_fit(spec, fitted, model.get_submodule(name)))
     return model
 
 

@@ -26,8 +26,8 @@ from hf_blr.bench.shapes import RANK_MULTIPLE
 from hf_blr.bench.timing import Timer
 from hf_blr.inference.fusion import pack
 from hf_blr.ops import reference
-from hf_blr.ops.dispatch import FEW_TOKENS
-from hf_blr.structures import make_spec
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.structures import FACTOR, make_spec
 
 TOKENS = (1024, 1, 4096, 16)
 #: group: (K, N of each projection)
@@ -87,7 +87,7 @@ def calls(structure, x):
 
     @torch.no_grad()
     def together(layers):
-        return ops.siblings_linear(structure, x, layers)
+        return ops.grouped_linear(structure, x, layers)
 
     return {"apart": apart, "together": together}
 
@@ -97,7 +97,7 @@ def compile_kernels(case):
     group, tokens = case
     x = torch.randn(tokens, GROUPS[group][0], device="cuda", dtype=torch.bfloat16)
     for structure, blocks in FORMS:
-        layers = random_layers([spec.factor_shapes() for spec in group_specs(group, structure, blocks)])
+        layers = random_layers([spec.shapes(FACTOR) for spec in group_specs(group, structure, blocks)])
         for how, call in calls(structure, x).items():
             call(copies(layers, FEW_TOKENS + 1, 0, packed=how == "together")[0])
 
@@ -119,7 +119,7 @@ def bench(group, tokens, timer):
     del apart, together
     for structure, blocks in FORMS:
         specs = group_specs(group, structure, blocks)
-        layers = random_layers([spec.factor_shapes() for spec in specs])
+        layers = random_layers([spec.shapes(FACTOR) for spec in specs])
         eager = getattr(reference, FUNCTIONS[structure])
         exact = [eager(x.double(), *(t.double() for t in layer.values())) for layer in layers]
         for how, call in calls(structure, x).items():

@@ -7,11 +7,11 @@ import statistics
 from conditions import RESULTS, commits_of, machine
 from model_sections import model_rows
 
-from hf_blr.bench.ceilings import predictions
-from hf_blr.bench.model_ceilings import model_predictions
+from hf_blr.bench.model_peaks import model_predictions
+from hf_blr.bench.peaks import predictions
 from hf_blr.bench.report.files import read_result
 from hf_blr.cli.table import format_table
-from hf_blr.ops.triton.launch import reads_swapped
+from hf_blr.ops.rules.swap import reads_swapped
 from hf_blr.roofline.devices import DEVICES
 
 #: the layer that the speed table shows: q, k, v and o of Llama-7B, 4096 -> 4096

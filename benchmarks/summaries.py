@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_blr.bench.model_ceilings import sizes_of_row
+from hf_blr.bench.model_peaks import sizes_of_row
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.tables import by_size
 from hf_blr.cli.table import format_table

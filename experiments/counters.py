@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from hf_blr import ops
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import write_result
-from hf_blr.structures import Blast, LowRank, Monarch
+from hf_blr.structures import FACTOR, Blast, LowRank, Monarch
 
 TOKENS, FEATURES = 1024, 4096
 #: {a row's key: (metric of ncu, factor)}
@@ -55,8 +55,7 @@ def run():
     calls = []
     for spec in SPECS.values():
         factors = {
-            name: 0.03 * torch.randn(shape, device="cuda", dtype=x.dtype)
-            for name, shape in spec.factor_shapes().items()
+            name: 0.03 * torch.randn(shape, device="cuda", dtype=x.dtype) for name, shape in spec.shapes(FACTOR).items()
         }
         calls.append(lambda f=FUNCTIONS[spec.structure], factors=factors: f(x, **factors))
     calls.append(lambda: F.linear(x, dense))
@@ -86,7 +85,7 @@ def rows(path: Path) -> list[dict]:
 
 def kernel_count(spec) -> int:
     """Two products, and a mix unless the last product does it."""
-    from hf_blr.ops.triton.launch import fuses_mix
+    from hf_blr.ops.rules.mix import fuses_mix
 
     (b1, b2), (_, q) = spec.num_blocks, spec.block_shape
     apart = spec.structure == "blast" and not fuses_mix(b1, b2, q, spec.rank, TOKENS)

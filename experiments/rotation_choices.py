@@ -6,8 +6,8 @@ import torch
 from model_symmetries import changed
 from symmetries import balanced_kmeans
 
-from hf_blr.factorize import factorize
-from hf_blr.ops.reference import DENSE
+from hf_blr.factorize import FitOptions, factorize
+from hf_blr.ops.table import implementation_of
 from hf_blr.structures import make_spec
 
 
@@ -72,7 +72,8 @@ def log_error(weight, gram, structure, blocks, rounds):
     """Log of the squared error at half of the numbers; its gradient takes the factors as fixed, being at their best."""
     with torch.no_grad():
         spec = make_spec(structure, *reversed(weight.shape), ratio=0.5, num_blocks=blocks)
-        near = DENSE[structure](**factorize(weight.contiguous(), spec, gram, rounds=rounds, tolerance=0).tensors)
+        fitted = factorize(weight.contiguous(), spec, gram, options=FitOptions(rounds=rounds, tolerance=0))
+        near = implementation_of(structure).dense(**fitted.tensors)
     rest = weight - near
     return torch.log((rest @ gram * rest).sum())
 

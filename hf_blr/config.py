@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_blr.structures import as_block_pair, structure_class
+from hf_blr.factorize.options import FitOptions
+from hf_blr.structures import as_block_pair, structure_named
 
 QUANT_METHOD = "hf_blr"
 #: bump when a checkpoint written before cannot be read as it is
@@ -195,14 +196,9 @@ class BLRConfig(QuantizationConfigMixin):
         return self.fisher and self.ratio is not None and self.allocation != "uniform"
 
     @property
-    def fit_options(self) -> dict[str, Any]:
-        """The keyword arguments of `factorize`."""
-        return {
-            "rounds": self.fit_rounds,
-            "tolerance": self.fit_tolerance,
-            "damping": self.damping,
-            "seed": self.seed,
-        }
+    def fit_options(self) -> FitOptions:
+        """What every fit is told."""
+        return FitOptions(self.fit_rounds, self.fit_tolerance, self.damping, self.seed)
 
     def device_for(self, weight: torch.Tensor) -> torch.device:
         """Where the fit of this weight runs."""
@@ -238,7 +234,7 @@ def check_budget(where: str, settings: dict):
     """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank, in range."""
     try:
         if settings["structure"] != AUTO or where != "BLRConfig":
-            structure_class(settings["structure"])
+            structure_named(settings["structure"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     ratio, rank = settings["ratio"], settings["rank"]

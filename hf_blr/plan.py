@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed
+from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
 from hf_blr.targets import find_targets, override_for
@@ -24,22 +26,44 @@ class LayerPlan:
     spec: BLRSpec
     bias: bool
     transposed: bool
+    storage: Format = PLAIN
 
-    def to_dict(self) -> dict:
-        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed}
+    def to_dict(self) -> dict[str, Any]:
+        # the plain format goes without saying, also for a release that knows no other
+        kept = {} if self.storage is PLAIN else {"format": self.storage.name}
+        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept}
 
     @classmethod
-    def from_dict(cls, data: dict) -> LayerPlan:
+    def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
+        """The inverse of `to_dict`. Raises ValueError for missing, unknown or wrongly typed entries."""
+        if not isinstance(data, dict):
+            raise ValueError(f"a layer's plan is a dict, got {type(data).__name__}")
         data = dict(data)
         try:
             bias, transposed = data.pop("bias"), data.pop("transposed")
         except KeyError as error:
             raise ValueError(f"a layer's plan needs the key {error}, got {sorted(data)}") from None
-        return cls(spec_from_dict(data), bias, transposed)
+        for key, value in (("bias", bias), ("transposed", transposed)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} must be True or False, got {value!r}")
+        storage = format_named(data.pop("format", PLAIN.name))
+        return cls(spec_from_dict(data), bias, transposed, storage)
 
-    def build(self, device=None, dtype=None) -> BLRLinear:
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{state-dict key: shape} of all that the module keeps, its bias among it."""
+        bias = {"bias": (self.spec.out_features,)} if self.bias else {}
+        return {name: t.shape for name, t in self.storage.stored(self.spec).items()} | bias
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
-        return BLRLinear.from_spec(self.spec, bias=self.bias, transposed=self.transposed, device=device, dtype=dtype)
+        return BLRLinear.from_spec(
+            self.spec,
+            bias=self.bias,
+            transposed=self.transposed,
+            device=device,
+            dtype=dtype,
+            storage=self.storage,
+        )
 
 
 Plan = dict[str, LayerPlan]

@@ -15,6 +15,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hf_blr.ops.rules.blast import blast_route
+from hf_blr.ops.rules.device import Device
+from hf_blr.ops.rules.few_tokens import DecodeConfig
 from hf_blr.ops.triton import (
     attend,
     blast,
@@ -29,8 +32,6 @@ from hf_blr.ops.triton import (
     pivoted,
     swap,
 )
-from hf_blr.ops.triton.decode_launch import DecodeConfig
-from hf_blr.ops.triton.launch import Device
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -93,10 +94,10 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
         swap.swap_blocks(empty(b1, tokens, rank // b1 * b2), b2)
         return
     if tokens <= 32:
-        blast.blast_fwd(x, u, s, v, bias)
-        low_rank.low_rank_fwd(x, empty(n, rank), empty(rank, k), bias)
+        blast.forward(x, u, s, v, bias)
+        low_rank.forward(x, empty(n, rank), empty(rank, k), bias)
         r = rank // b1
-        monarch.monarch_fwd(x, empty(b2, q, b1 * r), empty(b1, b2 * r, p), None)
+        monarch.forward(x, empty(b2, q, b1 * r), empty(b1, b2 * r, p), None)
         return
     blast.blast_expand(empty(b1, tokens, rank), u, s, bias, empty(tokens, n))
     blocks = empty(tokens, n).view(tokens, b2, q).transpose(0, 1)
@@ -104,13 +105,14 @@ def call_ops(dtype, tokens, k, n, rank, b1, b2, backward):
     block_gemm.block_gemm(empty(b1, tokens, rank // b1 * b2), empty(b2, q, rank), blocks, swap=True)
 
 
-def call_siblings(tokens, k, n, rank, b1, b2):
+def call_grouped(tokens, k, n, rank, b1, b2):
     """The launches of two layers on one input that differ from those of a wider layer; BLAST alone has such."""
     p, q = k // b1, n // b2
     x, out = torch.empty(tokens, k, dtype=torch.bfloat16), torch.empty(tokens, 2 * n, dtype=torch.bfloat16)
     u, s, v = (x.new_empty(s) for s in ((2 * b2, q, rank), (b2, b1, 2 * rank), (b1, 2 * rank, p)))
     if tokens <= 32:
-        decode_expand.decode_expand(blast.blast_decode(x, s, v), u, None, out)
+        route = blast_route(tokens, (b1, b2), (p, q, 2 * rank), blast.device_of(x))
+        decode_expand.decode_expand(blast.blast_decode(x, s, v, route), u, None, out)
     else:
         blast.blast_expand(x.new_empty(b1, tokens, 2 * rank), u, s, None, out)
         mix.blast_mix(x.new_empty(b1, tokens, 2 * rank), s, layers=2)
@@ -125,8 +127,8 @@ def call_activated(k, n, rank, b1, b2):
 
     u, s, v, bias = empty(b2, q, rank), empty(b2, b1, rank), empty(b1, rank, p), empty(n)
     for tokens in (1, 16, 1024):
-        blast.blast_fwd(empty(tokens, k), u, s, v, bias, activation="gelu")
-        low_rank.low_rank_fwd(empty(tokens, k), empty(n, rank), empty(rank, k), None, activation="gelu_tanh")
+        blast.forward(empty(tokens, k), u, s, v, bias, activation="gelu")
+        low_rank.forward(empty(tokens, k), empty(n, rank), empty(rank, k), None, activation="gelu_tanh")
     for z in (empty(b2, 1, 2 * rank), empty(2 * b2, 1, rank)):
         decode_one.expand_one(z, empty(2 * b2, q, rank), None, empty(1, n), "silu", gated=True)
 
@@ -135,7 +137,7 @@ def call_pivoted(dtype, tokens, k, n, rank, index=torch.int32):
     x, u, c = (torch.empty(s, dtype=dtype) for s in ((tokens, k), (n, rank), (rank, k - rank)))
     order = torch.arange(k, dtype=index)
     if tokens <= 32:
-        pivoted.pivoted_fwd(x, u, c, order, None)
+        pivoted.forward(x, u, c, order, None)
     else:
         y, rest = columns.gather_columns(x, order, rank)
         columns.gather_columns(x, order[rank:], 0)
@@ -175,8 +177,8 @@ def main(capability: int):
     # one token of long rows, of many blocks and of float32
     for dtype, sizes in ((bf16, (11008, 4096, 1488, 16, 16)), (torch.float32, (768, 2304, 191, 6, 6))):
         call_ops(dtype, 1, *sizes, False)
-    call_siblings(16, 4096, 4096, 1024, 4, 4)
-    call_siblings(1024, 4096, 1024, 416, 4, 16)
+    call_grouped(16, 4096, 4096, 1024, 4, 4)
+    call_grouped(1024, 4096, 1024, 416, 4, 16)
     call_activated(4096, 11008, 1408, 4, 4)
     for tokens in (1, 32, 1024):
         call_pivoted(bf16, tokens, 4096, 4096, 992)

@@ -4,23 +4,14 @@ import torch
 
 from hf_blr import ops
 from hf_blr.inference.fusion import pack
-from hf_blr.ops import reference
 from hf_blr.ops.activations import activated
+from hf_blr.structures import structures
 
-FUNCTIONS = {
-    "low_rank": (ops.low_rank_linear, reference.low_rank_linear),
-    "pivoted": (ops.pivoted_linear, reference.pivoted_linear),
-    "monarch": (ops.monarch_linear, reference.monarch_linear),
-    "blast": (ops.blast_linear, reference.blast_linear),
-}
-NAMES = {
-    "low_rank": ("x", "u", "v", "bias"),
-    "pivoted": ("x", "u", "c", "order", "bias"),
-    "monarch": ("x", "u", "v", "bias"),
-    "blast": ("x", "u", "s", "v", "bias"),
-}
+#: {structure: (its op, its plain form)}
+FUNCTIONS = {name: (ops.linear_of(name), ops.implementation_of(name).linear) for name in structures()}
+NAMES = {name: ("x", *record.spec.names(), "bias") for name, record in structures().items()}
 #: those that can share an input
-SIBLINGS = tuple(name for name in FUNCTIONS if name != "pivoted")
+SIBLINGS = tuple(name for name, record in structures().items() if record.grouped)
 
 
 def factor_shapes(structure, b1, b2, p, q, r):
@@ -120,7 +111,7 @@ def assert_siblings_within_budget(structure, tokens, sizes, b1=2, p=8, device="c
     factors, biases = make_layers(structure, sizes, b1=b1, p=p, device=device, **kwargs)
     x = torch.randn(tokens, b1 * p, generator=torch.Generator(device).manual_seed(1), device=device).to(factors[0][0])
     eager = FUNCTIONS[structure][1]
-    outs = ops.siblings_linear(structure, x, factors, biases, impl="triton")
+    outs = ops.grouped_linear(structure, x, factors, biases, impl="triton")
     for out, f, b in zip(outs, factors, biases, strict=True):
         exact = eager(x.double(), *(t.double() for t in f), None if b is None else b.double())
         allowed = 2 * (eager(x, *f, b) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()

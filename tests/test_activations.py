@@ -44,17 +44,15 @@ def test_every_activation_in_every_last_stage(structure, activation, tokens):
 @interpreted
 def test_in_the_stage_that_mixes(monkeypatch):
     pytest.importorskip("triton")
-    from hf_blr.ops.triton import blast
-
-    monkeypatch.setattr(blast, "fuses_mix", lambda *sizes: True)
+    monkeypatch.setattr("hf_blr.ops.rules.blast.fuses_mix", lambda *sizes: True)
     torch.testing.assert_close(*compared("blast", 37, "gelu"), rtol=2e-5, atol=2e-5)
 
 
 @interpreted
 def test_in_the_programs_that_loop(monkeypatch):
     pytest.importorskip("triton")
+    from hf_blr.ops.rules.few_tokens import DecodeConfig
     from hf_blr.ops.triton import decode_expand
-    from hf_blr.ops.triton.decode_launch import DecodeConfig
 
     monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: DecodeConfig(4, 16, 2, 1, programs=1))
     torch.testing.assert_close(*compared("blast", 5, "silu"), rtol=2e-5, atol=2e-5)
@@ -114,10 +112,10 @@ def test_gated_layers_that_lie_apart(structure):
 @interpreted
 def test_one_token_of_gated_layers_takes_two_launches(monkeypatch):
     pytest.importorskip("triton")
-    from hf_blr.ops.triton import siblings
+    from hf_blr.ops.triton import grouped
 
-    calls, last = [], siblings.expand_one
-    monkeypatch.setattr(siblings, "expand_one", lambda *a, **k: calls.append(k) or last(*a, **k))
+    calls, last = [], grouped.expand_one
+    monkeypatch.setattr(grouped, "expand_one", lambda *a, **k: calls.append(k) or last(*a, **k))
     for structure in SIBLINGS:
         assert_gated_within_budget(structure, 1, [(9, 32)] * 2)
     assert calls == [{"gated": True}] * len(SIBLINGS)

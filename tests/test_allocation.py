@@ -10,9 +10,9 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.fisher import fisher_statistics, sampled_loss
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.compression.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
-from hf_blr.factorize import factorize
+from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
-from hf_blr.ops.reference import DENSE
+from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast, LowRank, Monarch, make_spec
 from tests.test_sequential import batches_for, divergence
@@ -115,15 +115,17 @@ def test_output_weighting_lowers_the_error_it_weighs(spec):
     metric = torch.block_diag(*blocks)
     errors = {}
     for given in (None, output_gram[None]):
-        fitted = factorize(weight, spec, gram, given, rounds=30, tolerance=0.0, damping=0.0)
-        change = weight - DENSE[spec.structure](**fitted.tensors)
+        fitted = factorize(weight, spec, gram, given, options=FitOptions(rounds=30, tolerance=0.0, damping=0.0))
+        change = weight - implementation_of(spec.structure).dense(**fitted.tensors)
         errors[given is not None] = ((metric @ change) * (change @ gram)).sum().item()
     assert errors[True] < 0.97 * errors[False]
 
 
 def test_low_rank_is_optimal_in_the_metric_of_both_sides():
     weight, gram, output_gram = torch.randn(24, 32), positive(32, 2), positive(24, 3)
-    fitted = factorize(weight, LowRank(32, 24, 6), gram.float(), output_gram[None].float(), damping=0.0)
+    fitted = factorize(
+        weight, LowRank(32, 24, 6), gram.float(), output_gram[None].float(), options=FitOptions(damping=0.0)
+    )
     damped = output_gram + OUTPUT_DAMPING * output_gram.diagonal().mean() * torch.eye(24)
     left, right = torch.linalg.cholesky(damped), torch.linalg.cholesky(gram)
     change = weight - fitted.tensors["u"] @ fitted.tensors["v"]
@@ -147,7 +149,7 @@ def test_the_curve_is_the_loss_of_the_best_low_rank_matrix():
     gram, output_gram = positive(32, 2).float(), positive(24, 3).float()[None]
     curve = loss_curve(weight, gram, output_gram, tokens=10, damping=0.0)
     assert len(curve) == 25 and curve[-1] == 0 and (curve.diff() <= 0).all()
-    fitted = factorize(weight, LowRank(32, 24, 7), gram, output_gram, damping=0.0)
+    fitted = factorize(weight, LowRank(32, 24, 7), gram, output_gram, options=FitOptions(damping=0.0))
     change = (weight - fitted.tensors["u"] @ fitted.tensors["v"]).double()
     damped = output_gram[0] + OUTPUT_DAMPING * output_gram[0].diagonal().mean() * torch.eye(24)
     loss = ((damped.double() @ change) * (change @ gram.double())).sum() / 2 / 10**2
@@ -243,8 +245,8 @@ def test_trials_say_what_whole_fits_give():
     assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
     for ratio, factor in trials:
         spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))
-        fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], rounds=12)
-        change = DENSE["blast"](**fitted.tensors) - layer.matrices()[0]
+        fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], options=FitOptions(rounds=12))
+        change = implementation_of("blast").dense(**fitted.tensors) - layer.matrices()[0]
         expected = predicted_loss(change, *layer.matrices()[1:], statistics.tokens)
         low_rank = interpolate(layer.curve(), spec.equivalent_rank)
         assert factor == pytest.approx(expected / low_rank, rel=1e-3)

@@ -9,7 +9,7 @@ from tiny import tiny_shape
 from hf_blr.bench import compile_first as module
 from hf_blr.bench.compile_first import compile_first, parts, run_once, shallow
 from hf_blr.bench.forms import repeated_blocks
-from hf_blr.bench.model_ceilings import projection_groups
+from hf_blr.bench.model_peaks import projection_groups
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.rows import Request
 from hf_blr.bench.variants import Variant, build_model

@@ -115,7 +115,7 @@ def test_a_fused_block_is_one_call_for_each_group():
             torch.testing.assert_close(block(x, position_embeddings=positions), expected, rtol=1e-4, atol=1e-4)
     (graph,) = graphs
     calls = [str(node.target) for node in graph.graph.nodes if "hf_blr" in str(node.target)]
-    assert sorted(call.split(".")[1] for call in calls) == ["blast", "blast", "blast_siblings", "blast_siblings"]
+    assert sorted(call.split(".")[1] for call in calls) == ["blast", "blast", "grouped_blast", "grouped_blast"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from kernel_cases import assert_siblings_within_budget, assert_within_budget, make_inputs, recorded_grids  # noqa: E402
 
-from hf_blr.ops.triton import blast, decode_stack, monarch  # noqa: E402
+from hf_blr.ops.triton import decode_stack  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 
@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py r
 @pytest.fixture
 def grids(monkeypatch):
     """Every first stage of several blocks is such a stack; the grids that were launched."""
-    for module in (monarch, blast):
-        monkeypatch.setattr(module, "stacks", lambda tokens, groups, *sizes, **kw: tokens > 1 and groups > 1)
+    for rule in ("monarch", "blast"):
+        stacks = f"hf_blr.ops.rules.{rule}.stacks"
+        monkeypatch.setattr(stacks, lambda tokens, groups, *sizes, **kw: tokens > 1 and groups > 1)
     return recorded_grids(monkeypatch, decode_stack, "decode_stack_kernel")
 
 

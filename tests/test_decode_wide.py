@@ -12,8 +12,8 @@ from kernel_cases import (  # noqa: E402
     recorded_grids,
 )
 
+from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_wide  # noqa: E402
-from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from hf_blr.factorize import als, factorize, relative_error
-from hf_blr.factorize.als import BlastProblem, fit_blast
+from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.gram import cholesky, conjugate_gradients, damped
-from hf_blr.factorize.monarch import fit_monarch
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.ops.reference import DENSE
-from hf_blr.structures import Blast, LowRank, Monarch, make_spec
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, make_spec
+from hf_blr.structures.blast import fit as als
+from hf_blr.structures.blast.fit import BlastProblem
+from hf_blr.structures.monarch.fit import fit as fit_monarch
 
 
 def random_problem(n=24, k=32, tokens=200, seed=0, dtype=torch.float64):
@@ -52,8 +53,8 @@ def test_low_rank_ignores_what_a_singular_gram_never_excites(n, k):
 
 
 def blast_losses(weight, gram, spec, rounds=12):
-    factors, losses = fit_blast(weight, spec, gram, rounds=rounds, tolerance=0.0, seed=0)
-    return DENSE["blast"](**factors), losses
+    factors, losses = als.fit(weight, spec, gram, FitOptions(rounds, tolerance=0.0))
+    return implementation_of("blast").dense(**factors), losses
 
 
 @pytest.mark.parametrize("with_gram", [True, False], ids=["activations", "weights"])
@@ -74,10 +75,10 @@ def test_blast_solves_are_stationary_at_an_exact_fit(limit, monkeypatch):
     monkeypatch.setitem(als.INTERMEDIATE, "cpu", limit)
     spec = Blast(32, 24, 9, (4, 3))
     generator = torch.Generator().manual_seed(1)
-    u, s, v = (torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.factor_shapes().values())
+    u, s, v = (torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.shapes(FACTOR).values())
     _, gram, _ = random_problem()
     gram = damped(gram, 1e-3)
-    problem = BlastProblem(DENSE["blast"](u, s, v), gram, spec)
+    problem = BlastProblem(implementation_of("blast").dense(u, s, v), gram, spec)
     state = problem.complete(s, v)
     assert state.loss == pytest.approx(0, abs=1e-8 * problem.energy.item())
     s_again, v_again = problem.alternate(state)
@@ -93,10 +94,10 @@ def test_each_blast_solve_goes_to_the_best_of_its_factor(steps, monkeypatch):
     spec = Blast(32, 24, 9, (4, 3))
     problem = BlastProblem(weight, gram, spec)
     generator = torch.Generator().manual_seed(1)
-    start = [torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.factor_shapes().values()]
+    start = [torch.randn(x, generator=generator, dtype=torch.float64) for x in spec.shapes(FACTOR).values()]
 
     def loss(u, s, v):
-        residual = weight - DENSE["blast"](u, s, v)
+        residual = weight - implementation_of("blast").dense(u, s, v)
         return ((residual @ gram) * residual).sum()
 
     state = problem.complete(start[1], start[2])
@@ -165,22 +166,29 @@ def test_blast_comes_back_to_a_matrix_of_lower_rank(n, k, seed):
 def test_blast_beats_low_rank_at_equal_parameters():
     weight, gram, _ = random_problem(64, 64, tokens=500)
     low_rank = factorize(weight, make_spec("low_rank", 64, 64, ratio=0.5), gram)
-    blast = factorize(weight, make_spec("blast", 64, 64, ratio=0.5, num_blocks=(4, 4)), gram, rounds=40, tolerance=0.0)
+    blast = factorize(
+        weight,
+        make_spec("blast", 64, 64, ratio=0.5, num_blocks=(4, 4)),
+        gram,
+        options=FitOptions(rounds=40, tolerance=0.0),
+    )
     assert blast.rel_error < 0.95 * low_rank.rel_error
 
 
 def test_blast_recovers_a_matrix_that_is_one():
     spec = Blast(32, 32, 6, (4, 4))
     generator = torch.Generator().manual_seed(3)
-    truth = DENSE["blast"](*(torch.randn(x, generator=generator) for x in spec.factor_shapes().values()))
-    fitted = factorize(truth, spec, rounds=200, tolerance=0.0)
+    truth = implementation_of("blast").dense(
+        *(torch.randn(x, generator=generator) for x in spec.shapes(FACTOR).values())
+    )
+    fitted = factorize(truth, spec, options=FitOptions(rounds=200, tolerance=0.0))
     # there are local minima, so not zero; low-rank of the same rank is far off
     assert fitted.rel_error < 0.2 < 0.35 < factorize(truth, LowRank(32, 32, 6)).rel_error
 
 
 def test_blast_of_one_block_is_low_rank():
     weight, gram, x = random_problem()
-    fitted = factorize(weight, Blast(32, 24, 9, (1, 1)), gram, damping=0.0)
+    fitted = factorize(weight, Blast(32, 24, 9, (1, 1)), gram, options=FitOptions(damping=0.0))
     assert fitted.rel_error == pytest.approx(whitened_svd(weight, x, 9).item(), rel=1e-3)
 
 
@@ -188,9 +196,9 @@ def test_blast_of_one_block_is_low_rank():
 def test_monarch_error_never_rises_and_beats_blocks_fitted_alone(blocks):
     weight, gram, _ = random_problem()
     gram = damped(gram, 1e-6)
-    factors, losses = fit_monarch(weight, Monarch(32, 24, 2, blocks), gram, rounds=8, tolerance=0.0)
+    factors, losses = fit_monarch(weight, Monarch(32, 24, 2, blocks), gram, FitOptions(rounds=8, tolerance=0.0))
     assert all(after <= before * (1 + 1e-9) for before, after in zip(losses, losses[1:], strict=False))
-    residual = weight - DENSE["monarch"](**factors)
+    residual = weight - implementation_of("monarch").dense(**factors)
     assert ((residual @ gram) * residual).sum().item() == pytest.approx(losses[-1], rel=1e-6)
     if blocks[0] > 1:
         # losses[0] is that of the blocks fitted one by one
@@ -223,7 +231,7 @@ def test_difficult_grams_give_finite_factors_and_a_small_error(structure, blocks
     fitted = factorize(weight, make_spec(structure, 32, 24, ratio=0.6, num_blocks=blocks), gram)
     assert all(torch.isfinite(t).all() for t in fitted.tensors.values())
     assert fitted.rel_error < 0.35
-    dense = DENSE[structure](**fitted.tensors).double()
+    dense = implementation_of(structure).dense(**fitted.tensors).double()
     assert relative_error(weight, dense, damped(gram, 1e-4)) == pytest.approx(fitted.rel_error, rel=1e-2, abs=1e-4)
 
 
@@ -233,23 +241,23 @@ def test_any_scale_of_weight(structure, scale):
     weight, gram, _ = random_problem()
     spec = make_spec(structure, 32, 24, ratio=0.6, num_blocks=None if structure in ("low_rank", "pivoted") else 2)
     plain, scaled = factorize(weight, spec, gram), factorize(weight * scale, spec, gram)
-    dense = DENSE[structure](**scaled.tensors)
-    torch.testing.assert_close(dense, DENSE[structure](**plain.tensors) * scale)
+    dense = implementation_of(structure).dense(**scaled.tensors)
+    torch.testing.assert_close(dense, implementation_of(structure).dense(**plain.tensors) * scale)
 
 
 def test_more_rounds_and_tolerance_do_what_they_say():
     weight, gram, _ = random_problem(64, 64)
     spec = Blast(64, 64, 20, (4, 4))
-    few, many = (factorize(weight, spec, gram, rounds=r, tolerance=0.0) for r in (2, 10))
+    few, many = (factorize(weight, spec, gram, options=FitOptions(rounds=r, tolerance=0.0)) for r in (2, 10))
     assert (few.rounds, many.rounds) == (2, 10)
     assert many.rel_error < few.rel_error
-    assert factorize(weight, spec, gram, rounds=50, tolerance=0.2).rounds < 10
+    assert factorize(weight, spec, gram, options=FitOptions(rounds=50, tolerance=0.2)).rounds < 10
 
 
 def test_the_same_seed_gives_the_same_factors():
     weight, gram, _ = random_problem()
     spec = Blast(32, 24, 6, (4, 4))
-    first, again, other = (factorize(weight, spec, gram, seed=s).tensors["u"] for s in (1, 1, 2))
+    first, again, other = (factorize(weight, spec, gram, options=FitOptions(seed=s)).tensors["u"] for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -70,7 +70,7 @@ def test_layers_that_run_together(structure):
     layers = [make_inputs(structure, 1, *SIZE[1:], torch.float32, seed=seed) for seed in (0, 1)]
     x, factors = layers[0][0].detach(), [tuple(t.detach() for t in layer[1:-1]) for layer in layers]
     expected = sum(expected_forward([x, *layer]) for layer in factors)
-    assert counted(lambda: ops.siblings_linear(structure, x, factors, impl="triton")) == expected
+    assert counted(lambda: ops.grouped_linear(structure, x, factors, impl="triton")) == expected
     assert counted(lambda: ops.gated_linear(structure, x, factors, impl="triton")) == expected
 
 

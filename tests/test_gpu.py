@@ -22,8 +22,8 @@ pytest.importorskip("triton")
 from test_attention import inputs as attention_inputs  # noqa: E402
 
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
+from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402
-from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -188,14 +188,14 @@ def test_siblings_keep_the_error_budget(structure, tokens, sizes):
 def test_siblings_run_in_a_cuda_graph(structure, tokens):
     factors, _ = make_layers(structure, [(64, 32), (64, 32), (16, 16)], dtype=torch.bfloat16, device="cuda")
     x = torch.randn(tokens, 16, device="cuda", dtype=torch.bfloat16)
-    ops.siblings_linear(structure, x, factors)
+    ops.grouped_linear(structure, x, factors)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = ops.siblings_linear(structure, x, factors)
+        outs = ops.grouped_linear(structure, x, factors)
     x.neg_()
     graph.replay()
-    assert all(map(torch.equal, outs, ops.siblings_linear(structure, x, factors)))
+    assert all(map(torch.equal, outs, ops.grouped_linear(structure, x, factors)))
 
 
 @pytest.mark.parametrize("structure", SIBLINGS)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_blr.config import BLRConfig
 from hf_blr.factorize import Factors
 from hf_blr.integration import blr_modules, register, to_dense
+from hf_blr.structures import FACTOR
 
 register()
 
@@ -82,7 +83,7 @@ def test_streaming_never_holds_the_dense_model(tmp_path, monkeypatch):
 
     def fit(weight, spec, **options):
         seen.append(anonymous_bytes())
-        return Factors({name: torch.ones(shape) for name, shape in spec.factor_shapes().items()}, 0.0, 0)
+        return Factors({name: torch.ones(shape) for name, shape in spec.shapes(FACTOR).items()}, 0.0, 0)
 
     monkeypatch.setattr("hf_blr.integration.streaming.factorize", fit)
     before = anonymous_bytes()

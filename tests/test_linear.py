@@ -6,8 +6,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_blr.dense import build_dense, dense_weight, feature_sizes, is_dense_linear
-from hf_blr.linear import BlastLinear, BLRLinear, LowRankLinear, MonarchLinear, PivotedLinear
-from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
+from hf_blr.linear import BLRLinear
+from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted
+from hf_blr.structures.blast.layer import BlastLinear
+from hf_blr.structures.low_rank.layer import LowRankLinear
+from hf_blr.structures.monarch.layer import MonarchLinear
+from hf_blr.structures.pivoted.layer import PivotedLinear
 
 SPECS = [LowRank(12, 8, 3), Monarch(12, 8, 1, (3, 4)), Blast(12, 8, 4, (3, 4)), Pivoted(12, 8, 3)]
 
@@ -44,7 +48,7 @@ def test_from_spec_picks_the_class_and_constructors_check_it():
 
 def test_from_factors_refuses_wrong_shapes():
     spec = SPECS[2]
-    factors = {name: torch.zeros(shape) for name, shape in spec.factor_shapes().items()}
+    factors = {name: torch.zeros(shape) for name, shape in spec.shapes(FACTOR).items()}
     with pytest.raises(ValueError, match="must have the shapes"):
         BlastLinear.from_factors(spec, {**factors, "s": torch.zeros(3, 4, 4)})
     with pytest.raises(ValueError, match="must have the shapes"):

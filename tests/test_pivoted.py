@@ -10,16 +10,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_blr
-from hf_blr import BLRConfig
-from hf_blr.calibration.pairs import as_pairs
+from hf_blr import BLRConfig, ops
+from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.factorize import factorize
-from hf_blr.factorize.pivots import LARGEST, pivoted
 from hf_blr.finetune import refine
 from hf_blr.integration import blr_modules
-from hf_blr.linear import BLRLinear, LowRankLinear
-from hf_blr.ops import pivoted_linear, reference
-from hf_blr.ops.reference import pivoted_dense
+from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank, Pivoted, make_spec
+from hf_blr.structures.low_rank.layer import LowRankLinear
+from hf_blr.structures.pivoted.pivots import LARGEST, pivoted
+from hf_blr.structures.pivoted.reference import pivoted_dense, pivoted_linear
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
 
@@ -122,8 +122,8 @@ def test_any_order_of_any_integers_in_any_memory(tokens, index):
     wide_x = torch.randn(tokens, 60)
     apart = torch.stack([order, order], 1)[:, 0].to(index)
     factors = [torch.cat([t, t], 1)[:, : t.shape[1]].detach().requires_grad_() for t in (u, c)]
-    got = pivoted_linear(wide_x[:, ::2], *factors, apart, bias, impl="triton")
-    exact = reference.pivoted_linear(*wide((wide_x[:, ::2], u, c)), order, bias.double())
+    got = ops.pivoted_linear(wide_x[:, ::2], *factors, apart, bias, impl="triton")
+    exact = pivoted_linear(*wide((wide_x[:, ::2], u, c)), order, bias.double())
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_the_backward_keeps_y_and_nothing_as_large_as_x():
     tensors = make_inputs("pivoted", 40, 1, 1, 30, 20, 7, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        pivoted_linear(*tensors, impl="triton")
+        ops.pivoted_linear(*tensors, impl="triton")
     assert [tuple(t.shape) for t in saved] == [(40, 30), (20, 7), (7, 23), (30,), (40, 7)]
     assert saved[0].data_ptr() == tensors[0].data_ptr()
 
@@ -182,7 +182,7 @@ def test_layers_are_pairs_while_they_are_trained():
     model = tiny_gpt2()
     hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6), progress=False)
     before, first = copy.deepcopy(model), model.transformer.h[0].attn.c_attn
-    with as_pairs(model):
+    with with_stand_ins(model):
         pair = model.transformer.h[0].attn.c_attn
         assert isinstance(pair, LowRankLinear) and pair.spec.rank == first.spec.rank and pair.transposed
         gram = pair.u.T @ pair.u

@@ -22,7 +22,7 @@ from hf_blr.dense import dense_weight
 from hf_blr.factorize import relative_error
 from hf_blr.finetune import refine
 from hf_blr.ops import blast_linear, low_rank_linear, monarch_linear
-from hf_blr.structures import Blast
+from hf_blr.structures import FACTOR, Blast
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +30,7 @@ WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed
 def test_descent_recovers_a_planted_matrix():
     spec = Blast(32, 24, 4, (4, 2))
     generator = torch.Generator().manual_seed(0)
-    planted = {name: torch.randn(2, *shape, generator=generator) for name, shape in spec.factor_shapes().items()}
+    planted = {name: torch.randn(2, *shape, generator=generator) for name, shape in spec.shapes(FACTOR).items()}
     weights = baselines.dense_of(planted)
     factors = baselines.preconditioned_descent(weights, Blast(32, 24, 6, (4, 2)), steps=300)
     for weight, found in zip(weights, baselines.dense_of(factors), strict=True):

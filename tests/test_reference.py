@@ -5,14 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_blr.ops import reference
-from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, Pivoted
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR, INDEX, Blast, LowRank, Monarch, Pivoted, structures
+from hf_blr.structures.blast.reference import blast_dense, blast_linear
+from hf_blr.structures.low_rank.reference import low_rank_linear
+from hf_blr.structures.monarch.reference import monarch_dense, monarch_linear
+from hf_blr.structures.pivoted.reference import pivoted_linear
 
 OPS = {
-    "low_rank": reference.low_rank_linear,
-    "pivoted": reference.pivoted_linear,
-    "monarch": reference.monarch_linear,
-    "blast": reference.blast_linear,
+    "low_rank": low_rank_linear,
+    "pivoted": pivoted_linear,
+    "monarch": monarch_linear,
+    "blast": blast_linear,
 }
 SPECS = [
     LowRank(7, 5, 3),
@@ -31,10 +35,8 @@ def ids(spec):
 
 def random_factors(spec, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    factors = [
-        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in spec.factor_shapes().values()
-    ]
-    return factors + [torch.randperm(k, generator=generator).int() for (k,) in spec.index_shapes().values()]
+    factors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in spec.shapes(FACTOR).values()]
+    return factors + [torch.randperm(k, generator=generator).int() for (k,) in spec.shapes(INDEX).values()]
 
 
 def differentiable(tensors):
@@ -79,7 +81,7 @@ def test_op_is_multiplication_by_the_dense_matrix(spec, lead, bias):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    structure=st.sampled_from(sorted(STRUCTURES)),
+    structure=st.sampled_from(sorted(structures())),
     p=st.integers(1, 5),
     q=st.integers(1, 5),
     b1=st.integers(1, 4),
@@ -90,10 +92,10 @@ def test_op_is_multiplication_by_the_dense_matrix(spec, lead, bias):
 def test_any_sizes(structure, p, q, b1, b2, rank, tokens):
     blocks = (1, 1) if structure in ("low_rank", "pivoted") else (b1, b2)
     rank = min(rank, p, q) if structure == "pivoted" else rank
-    spec = STRUCTURES[structure](p * blocks[0], q * blocks[1], rank, blocks)
+    spec = structures()[structure].spec(p * blocks[0], q * blocks[1], rank, blocks)
     factors = random_factors(spec)
     dense = dense_of(spec, factors)
-    torch.testing.assert_close(reference.DENSE[structure](*factors), dense)
+    torch.testing.assert_close(implementation_of(structure).dense(*factors), dense)
     x = torch.randn(tokens, spec.in_features, dtype=torch.float64)
     torch.testing.assert_close(OPS[structure](x, *factors), x @ dense.T)
 
@@ -127,7 +129,7 @@ def test_inputs_need_not_be_contiguous():
 
 def test_blast_with_equal_s_is_low_rank_and_with_a_pattern_is_monarch():
     u, v = random_factors(LowRank(6, 10, 4))
-    blast = reference.blast_dense(
+    blast = blast_dense(
         u.view(5, 2, 4), torch.ones(5, 3, 4, dtype=u.dtype), v.view(4, 3, 2).transpose(0, 1).contiguous()
     )
     torch.testing.assert_close(blast, u @ v)
@@ -141,4 +143,4 @@ def test_blast_with_equal_s_is_low_rank_and_with_a_pattern_is_monarch():
         for j in range(2):
             us[i, :, 2 * i + j] = mu[i][:, j]
             vs[j, 2 * i + j] = mv[j][i]
-    torch.testing.assert_close(reference.blast_dense(us, s, vs), reference.monarch_dense(mu, mv))
+    torch.testing.assert_close(blast_dense(us, s, vs), monarch_dense(mu, mv))

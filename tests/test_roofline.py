@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions, spec_of
+from hf_blr.bench.peaks import deviations, measure_peaks, predictions, spec_of
 from hf_blr.cli import main
-from hf_blr.roofline.devices import DEVICES, Ceilings
+from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
 from hf_blr.roofline.training import training_stages
-from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
+from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -108,7 +108,7 @@ def test_a_large_rank_is_predicted_to_cost_less_time_if_pivoted(tokens):
 @pytest.mark.parametrize("spec", [LOW_RANK, PIVOTED, MONARCH, BLAST, Blast(4096, 4096, 1024, (4, 4))], ids=str)
 def test_a_training_step_is_three_times_the_products(spec, tokens):
     kernels = training_stages(spec, tokens)
-    s = spec.factor_shapes().get("s", (0, 0, 0))
+    s = spec.shapes(FACTOR).get("s", (0, 0, 0))
     mix = 2 * tokens * s[0] * s[1] * s[2]
     # z again, dy and ds beside the forward's mix; the first product again where y was too large to keep
     expected = 3 * (spec.flops(tokens) - mix) + 4 * mix
@@ -129,14 +129,14 @@ def test_ds_of_few_pairs_of_blocks_comes_with_z_and_dy():
 
 
 def test_an_intermediate_that_fits_half_of_l2_costs_no_memory():
-    small, large = (Ceilings("", 1e12, 1e12, l2) for l2 in (1e6, 1e9))
+    small, large = (Peaks("", 1e12, 1e12, l2) for l2 in (1e6, 1e9))
     project = stages(BLAST, 1024)[0]
     assert project.memory_bytes(large.l2) == project.outside == 16 * MIB
     assert project.memory_bytes(small.l2) == project.bytes == 48 * MIB
 
 
 def test_predictions_by_hand():
-    device = Ceilings("", flops=1e12, bandwidth=1e9, l2=0, product_seconds=1e-3, kernel_seconds=1e-4)
+    device = Peaks("", flops=1e12, bandwidth=1e9, l2=0, product_seconds=1e-3, kernel_seconds=1e-4)
     spec = LowRank(100, 50, 10)
     # 64 tokens: both stages bound by bytes
     expected = 2 * (64 * 100 + 10 * 100 + 64 * 10) / 1e9 + 2 * (64 * 10 + 50 * 10 + 64 * 50) / 1e9
@@ -181,12 +181,12 @@ def test_predictions_against_the_kept_measurements():
 
 
 def test_ceilings_are_measured_on_any_device():
-    found = measure_ceilings("cpu", size=64, copied_bytes=1 << 16)
+    found = measure_peaks("cpu", size=64, copied_bytes=1 << 16)
     assert found.flops > 0 and found.bandwidth > 0 and found.few_bandwidth > 0 and found.kernel_seconds > 0
 
 
 def test_few_tokens_draw_less_where_a_device_says_so():
-    device = Ceilings("", flops=1e30, bandwidth=2e9, l2=1e9, few_bandwidth=1e9, kernel_seconds=0.0)
+    device = Peaks("", flops=1e30, bandwidth=2e9, l2=1e9, few_bandwidth=1e9, kernel_seconds=0.0)
     for tokens, rate in ((1, 2e9), (2, 1e9), (32, 1e9), (33, 2e9)):
         kernels = stages(LOW_RANK, tokens)
         assert sum(s.seconds(device) for s in kernels) == pytest.approx(
@@ -212,7 +212,7 @@ def test_layers_that_run_together_are_launched_by_the_tiles_of_all():
 
 
 def test_our_tiles_cost_time_and_cublas_tiles_do_not():
-    device = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e9, tile_seconds=1.0)
+    device = Peaks("", flops=1e30, bandwidth=1e30, l2=1e9, tile_seconds=1.0)
     wide = Monarch(4096, 11008, 352, (4, 4))
 
     def seconds(spec, tokens, **kw):
@@ -227,7 +227,7 @@ def test_our_tiles_cost_time_and_cublas_tiles_do_not():
 
 
 def test_odd_outputs_draw_less_at_few_tokens():
-    device = Ceilings("", flops=1e30, bandwidth=2.0, l2=1e30, odd_bandwidth=1.0)
+    device = Peaks("", flops=1e30, bandwidth=2.0, l2=1e30, odd_bandwidth=1.0)
     odd, even = (
         [stages(LowRank(64, n, 1), t, "dense")[0].seconds(device) / (t * (64 + n) + 64 * n) for t in (1, 2, 33)]
         for n in (57, 56)

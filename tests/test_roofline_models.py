@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import tiny_shape
 
-from hf_blr.bench.model_ceilings import model_predictions, model_sizes_of, sizes_of
+from hf_blr.bench.model_peaks import model_predictions, model_sizes_of, sizes_of
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
-from hf_blr.ops.triton.launch import reads_swapped
-from hf_blr.roofline.devices import DEVICES, Ceilings
+from hf_blr.ops.rules.swap import reads_swapped
+from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import stages
 from hf_blr.roofline.whole_models import (
     EAGER_KERNELS,
@@ -28,9 +28,9 @@ from hf_blr.structures import Blast, LowRank, Monarch
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 #: counts one thing each
-BYTES = Ceilings("", flops=1e30, bandwidth=1.0, l2=1e30)
-FLOPS = Ceilings("", flops=1.0, bandwidth=1e30, l2=1e30)
-STARTS = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e30, product_seconds=100.0, kernel_seconds=1.0)
+BYTES = Peaks("", flops=1e30, bandwidth=1.0, l2=1e30)
+FLOPS = Peaks("", flops=1.0, bandwidth=1e30, l2=1e30)
+STARTS = Peaks("", flops=1e30, bandwidth=1e30, l2=1e30, product_seconds=100.0, kernel_seconds=1.0)
 
 
 def parameters(sizes):
@@ -101,7 +101,7 @@ def test_arithmetic_of_a_forward(name, causal):
 
 
 def test_attention_takes_at_least_its_exponentials():
-    device = Ceilings("", flops=1e30, bandwidth=1e30, l2=1e30, scores=1.0)
+    device = Peaks("", flops=1e30, bandwidth=1e30, l2=1e30, scores=1.0)
     for name, pairs in (("Llama-3.2-1B", 64 * 64 // 2), ("ViT-B/16", 64 * 64)):
         sizes = model_sizes_of(name, "dense", 0.5)
         assert forward_parts(sizes, 3, 64, device)["attention"] == sizes.blocks * 3 * sizes.heads * pairs

@@ -23,7 +23,7 @@ def poisoned_buffers(monkeypatch):
 def test_the_reference_is_each_layer_alone(structure):
     factors, biases = make_layers(structure, GROUPED_QUERIES, dtype=torch.float64)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    outs = ops.siblings_linear(structure, x, factors, biases, impl="reference")
+    outs = ops.grouped_linear(structure, x, factors, biases, impl="reference")
     for out, f, b in zip(outs, factors, biases, strict=True):
         assert torch.equal(out, FUNCTIONS[structure][1](x, *f, b))
 
@@ -59,12 +59,10 @@ def test_blast_with_many_blocks(tokens, rank, blocks):
 @interpreted
 def test_mix_inside_the_last_stage(monkeypatch):
     pytest.importorskip("triton")
-    from hf_blr.ops.triton import blast, siblings
-
     # in all layers, and in the first alone
     for smallest in (0, 12):
-        for module in (blast, siblings):
-            monkeypatch.setattr(module, "fuses_mix", lambda b1, b2, q, r, t, smallest=smallest: q >= smallest)
+        rule = "hf_blr.ops.rules.blast.fuses_mix"
+        monkeypatch.setattr(rule, lambda b1, b2, q, r, t, smallest=smallest: q >= smallest)
         for dtype in (torch.float32, torch.float16):
             assert_siblings_within_budget("blast", 35, EQUAL, dtype=dtype)
             assert_siblings_within_budget("blast", 35, GROUPED_QUERIES, dtype=dtype, bias=False)
@@ -75,12 +73,12 @@ def test_mix_inside_the_last_stage(monkeypatch):
 def test_no_tokens_and_any_leading_shape(structure):
     pytest.importorskip("triton")
     factors, biases = make_layers(structure, EQUAL)
-    assert [o.shape for o in ops.siblings_linear(structure, torch.randn(0, 16), factors, biases, impl="triton")] == [
+    assert [o.shape for o in ops.grouped_linear(structure, torch.randn(0, 16), factors, biases, impl="triton")] == [
         (0, f[0].shape[:-1].numel()) for f in factors
     ]
     x = torch.randn(4, 3, 16).transpose(0, 1)
-    outs = ops.siblings_linear(structure, x, factors, biases, impl="triton")
-    expected = ops.siblings_linear(structure, x, factors, biases, impl="reference")
+    outs = ops.grouped_linear(structure, x, factors, biases, impl="triton")
+    expected = ops.grouped_linear(structure, x, factors, biases, impl="reference")
     torch.testing.assert_close(outs, expected)
 
 
@@ -99,4 +97,4 @@ def test_opcheck(structure):
 def test_layers_that_do_not_fit_are_refused():
     (one, other), _ = (make_layers("blast", [(4, 2)], b2=b2)[0] for b2 in (3, 2)), None
     with pytest.raises(ValueError, match="same block counts"):
-        ops.siblings_linear("blast", torch.randn(2, 16), one + other)
+        ops.grouped_linear("blast", torch.randn(2, 16), one + other)

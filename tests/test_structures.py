@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, Pivoted, make_spec, max_rank, spec_from_dict
+from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted, make_spec, max_rank, spec_from_dict, structures
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from hf_blr.structures import STRUCTURES, Blast, LowRank, Monarch, Pivoted, make
     ],
 )
 def test_shapes_and_parameter_counts(spec, shapes, parameters):
-    assert spec.factor_shapes() == shapes
+    assert spec.shapes(FACTOR) == shapes
     assert spec.num_parameters == parameters
 
 
@@ -31,7 +31,7 @@ def test_half_of_a_llama_attention_layer_gives_the_published_ranks(structure, ra
 
 
 @given(
-    structure=st.sampled_from(sorted(STRUCTURES)),
+    structure=st.sampled_from(sorted(structures())),
     p=st.integers(1, 9),
     q=st.integers(1, 9),
     b1=st.integers(1, 5),
@@ -41,7 +41,7 @@ def test_half_of_a_llama_attention_layer_gives_the_published_ranks(structure, ra
 def test_a_ratio_buys_the_largest_rank_that_fits(structure, p, q, b1, b2, ratio):
     blocks = (1, 1) if structure in ("low_rank", "pivoted") else (b1, b2)
     k, n = p * blocks[0], q * blocks[1]
-    cls = STRUCTURES[structure]
+    cls = structures()[structure].spec
     if ratio * k * n < cls.parameters_at(1, k, n, blocks):
         with pytest.raises(ValueError, match="buys no"):
             make_spec(structure, k, n, ratio=ratio, num_blocks=blocks)
@@ -53,7 +53,7 @@ def test_a_ratio_buys_the_largest_rank_that_fits(structure, p, q, b1, b2, ratio)
     assert spec_from_dict(spec.to_dict()) == spec
 
 
-@given(st.sampled_from(sorted(STRUCTURES)), st.integers(2, 60), st.integers(2, 60))
+@given(st.sampled_from(sorted(structures())), st.integers(2, 60), st.integers(2, 60))
 def test_max_rank_is_the_last_that_saves_anything(structure, k, n):
     highest = max_rank(structure, k, n, 1)
     with pytest.raises(ValueError, match=r"nothing is saved.*at most " + str(highest)):

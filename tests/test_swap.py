@@ -25,7 +25,7 @@ def test_the_copy_is_the_permutation(b1, b2, r, tokens):
 @pytest.mark.parametrize("bias", [True, False])
 def test_both_ways_keep_the_error_budget(in_place, bias, monkeypatch):
     swaps, run = [], block_gemm.block_gemm
-    monkeypatch.setattr(monarch, "reads_swapped", lambda *sizes, **kw: in_place)
+    monkeypatch.setattr("hf_blr.ops.rules.monarch.reads_swapped", lambda *sizes, **kw: in_place)
     monkeypatch.setattr(monarch, "block_gemm", lambda *a, swap, **kw: swaps.append(swap) or run(*a, swap=swap, **kw))
     for sizes in ((40, 2, 3, 8, 20, 16), (33, 4, 2, 5, 17, 6)):
         assert_within_budget("monarch", make_inputs("monarch", *sizes, torch.float32, bias=bias))

@@ -10,11 +10,12 @@ from tiny import tiny_llama
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
-from hf_blr.ops.triton import decode_launch, launch, tuned
+from hf_blr.ops.rules import columns, few_tokens, mix, products
+from hf_blr.ops.triton import tuned
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures with a clock of its own, on the CPU")
-RULE = launch.MixConfig(16, 16, False, 4)
-OTHER = launch.MixConfig(32, 16, False, 4)
+RULE = mix.MixConfig(16, 16, False, 4)
+OTHER = mix.MixConfig(32, 16, False, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +90,14 @@ def test_saving_keeps_what_other_processes_added(folder):
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_at_most_eight_settings_are_tried(device):
     rules = [
-        launch.gemm_config(1024, 1024, 2, device),
-        launch.mix_config(4, 4, 1024, False, device),
-        launch.mix_config(16, 16, 1024, True, device),
-        decode_launch.project_config(4, 4096, 1024, 16, True, 2, device),
-        decode_launch.one_config(1024, 4096, 1, 2, device),
-        decode_launch.one_mix_config(4, 1024, 2, device),
-        decode_launch.expand_config(1024, 4096, 16, 2, device),
-        launch.column_config(device),
+        products.gemm_config(1024, 1024, 2, device),
+        mix.mix_config(4, 4, 1024, False, device),
+        mix.mix_config(16, 16, 1024, True, device),
+        few_tokens.project_config(4, 4096, 1024, 16, True, 2, device),
+        few_tokens.one_config(1024, 4096, 1, 2, device),
+        few_tokens.one_mix_config(4, 1024, 2, device),
+        few_tokens.expand_config(1024, 4096, 16, 2, device),
+        columns.column_config(device),
     ]
     for rule in rules:
         found = tuned.candidates(rule)

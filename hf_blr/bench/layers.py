@@ -15,17 +15,16 @@ from torch import Tensor
 
 from hf_blr import ops
 from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
-from hf_blr.bench.shapes import random_order
+from hf_blr.bench.shapes import BASELINE, typical_indices
 from hf_blr.bench.timing import Timer, cold_caches, seconds_of
-from hf_blr.ops import reference
-from hf_blr.ops.dispatch import FEW_TOKENS
-from hf_blr.structures import BLRSpec
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR, BLRSpec
 
 PROTOCOL = (
     "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
     "above, L2 is flushed before each replay"
 )
-FUNCTIONS = {name: f"{name}_linear" for name in ("low_rank", "pivoted", "monarch", "blast")}
 
 
 def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_calls: dict | None = None) -> list:
@@ -45,14 +44,14 @@ def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_
     rows = [measure.row("dense", (1, 1), min(k, n), "cublas" if timer.on_gpu else "eager", F.linear, dense, F.linear)]
     for spec in case.specs:
         weights = random_factors(spec, timer.device, dtype)
-        exact = getattr(reference, FUNCTIONS[spec.structure])
+        exact, count = implementation_of(spec.structure).linear, len(spec.names(FACTOR))
         for impl in wanted_impls(case, spec, impls):
             function = implementation(spec.structure, impl)
-            row = measure.row(spec.structure, spec.num_blocks, spec.rank, impl, function, weights, exact)
+            row = measure.row(spec.structure, spec.num_blocks, spec.rank, impl, function, weights, exact, count)
             rows.append(row | {"first_call_s": (first_calls or {}).get((spec, impl))})
     dense_us = rows[0]["us"]
-    low_rank = [r["us"] for r in rows if r["structure"] == "low_rank" and r["impl"] == "eager"]
-    compared = {"dense_us": dense_us, "lowrank_us": low_rank[0] if low_rank else None}
+    baseline = [r["us"] for r in rows if r["structure"] == BASELINE and r["impl"] == "eager"]
+    compared = {"dense_us": dense_us, "lowrank_us": baseline[0] if baseline else None}
     return [row | compared | {"speedup_vs_dense": dense_us / row["us"]} for row in rows]
 
 
@@ -65,9 +64,11 @@ class Measurement:
     x: Tensor
     grad: Tensor
 
-    def row(self, structure, blocks, rank, impl, function, weights, exact) -> dict:
+    def row(self, structure, blocks, rank, impl, function, weights, exact, factors=1) -> dict:
+        """factors: how many of the weights are; what follows are indices."""
         case, few = self.case, self.case.tokens <= FEW_TOKENS
-        call = prepared_call(function, self.x, self.grad, case.direction)
+        call = prepared_call(function, self.x, self.grad, case.direction, factors)
+        wide = [t.double() for t in (self.x, *weights[:factors])]
         microseconds = self.timer(call, self.timer.copies(weights, case.tokens), flush=not few)
         return {
             "model": case.model,
@@ -81,7 +82,7 @@ class Measurement:
             "rank": rank,
             "impl": impl,
             "us": microseconds,
-            "rel_error": relative_error(function(self.x, *weights), exact(*wide(self.x, *weights))),
+            "rel_error": relative_error(function(self.x, *weights), exact(*wide, *weights[factors:])),
             "first_call_s": None,
         }
 
@@ -89,8 +90,8 @@ class Measurement:
 def implementation(structure: str, impl: str):
     """The function `(x, *factors)` of a structure in one of `IMPLS`."""
     if impl == "hf_blr":
-        return getattr(ops, FUNCTIONS[structure])
-    function = getattr(reference, FUNCTIONS[structure])
+        return ops.linear_of(structure)
+    function = implementation_of(structure).linear
     if impl == "eager":
         return function
     # torch.compile gives up, in silence, after eight shapes of one function
@@ -111,15 +112,16 @@ def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -
     prepared_call(F.linear, x, grad, case.direction)([weight])
     seconds = {}
     for spec in case.specs:
-        call = prepared_call(implementation(spec.structure, "hf_blr"), x, grad, case.direction)
+        function, count = implementation(spec.structure, "hf_blr"), len(spec.names(FACTOR))
+        call = prepared_call(function, x, grad, case.direction, count)
         weights = random_factors(spec, device, dtype)
         with cold_caches(keep):
             seconds[spec, "hf_blr"] = seconds_of(lambda c=call, w=weights: c(w), device)
     return seconds
 
 
-def prepared_call(function, x: Tensor, grad: Tensor, direction: str):
-    """`call(weights)`: the layer forward without autograd, or forward and backward to x and every factor."""
+def prepared_call(function, x: Tensor, grad: Tensor, direction: str, factors: int = 1):
+    """`call(weights)`: the layer forward without autograd, or forward and backward to x and the first `factors`."""
     if direction == FORWARD:
 
         def call(weights):
@@ -130,9 +132,8 @@ def prepared_call(function, x: Tensor, grad: Tensor, direction: str):
     x = x.detach().requires_grad_()
 
     def step(weights):
-        weights = [w.detach().requires_grad_(w.is_floating_point()) for w in weights]
-        leaves = [w for w in (x, *weights) if w.requires_grad]
-        torch.autograd.grad(function(x, *weights), leaves, grad)
+        leaves = [w.detach().requires_grad_() for w in weights[:factors]]
+        torch.autograd.grad(function(x, *leaves, *weights[factors:]), [x, *leaves], grad)
 
     return step
 
@@ -146,14 +147,9 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
 
 def random_factors(spec: BLRSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Factors and indices in the order in which the ops take them, scaled so that outputs stay near one."""
-    shapes = spec.factor_shapes().values()
+    shapes = spec.shapes(FACTOR).values()
     factors = [torch.randn(s, device=device, dtype=dtype) * max(1, s[-1]) ** -0.5 for s in shapes]
-    return factors + [random_order(spec, device) for _ in spec.index_names]
-
-
-def wide(*tensors: Tensor) -> list[Tensor]:
-    """In float64; indices as they are."""
-    return [t.double() if t.is_floating_point() else t for t in tensors]
+    return [*factors, *typical_indices(spec, device).values()]
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:

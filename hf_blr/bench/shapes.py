@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_blr.structures import BLRSpec, as_block_pair, make_spec, structure_class
+from hf_blr.structures import BLRSpec, make_spec, structure_named, structures
 
-#: our ranks: wide loads need multiples of 16, and Monarch's last stage multiples of 32 in each block pair
-RANK_MULTIPLE = {"low_rank": 16, "pivoted": 16, "monarch": 32, "blast": 16}
+PAPER_STRUCTURES = ("low_rank", "monarch", "blast")
+#: whose plain form every other structure is compared with, beside dense
+BASELINE = "low_rank"
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,35 @@ class Layer:
 
     def paper_spec(self, structure: str) -> BLRSpec:
         """The paper's sizes. Raises ValueError where it has none for this structure."""
-        if structure == "pivoted":
-            raise ValueError("the paper has no pivoted layers; leave :paper out")
-        if structure == "monarch":
-            if self.monarch is None:
-                raise ValueError(f"the paper has no Monarch layer for {self.name}")
+        if structure == "monarch" and self.monarch is not None:
             total, blocks = self.monarch
             rank = total // blocks
-        else:
+        elif structure in ("low_rank", "blast"):
             rank, blocks = self.rank, 1 if structure == "low_rank" else self.blast_blocks
-        return structure_class(structure)(self.in_features, self.out_features, rank, as_block_pair(blocks))
+        else:
+            raise ValueError(f"the paper has no {structure} for the layer {self.name}; leave :paper out")
+        return structure_named(structure).spec(self.in_features, self.out_features, rank, (blocks, blocks))
+
+    def specs(self, small: bool) -> list[BLRSpec]:
+        """What is timed: the paper's sizes, other blocks at its rank, and what it does not have at as many parameters.
+
+        small: of a model whose layers are cut into equal blocks only.
+        """
+        k, n, b = self.in_features, self.out_features, self.blast_blocks
+        other_blocks = {(4, 4)} if small else {(4, 4), (2, 16), (4, 16), (4, 32)}
+        found: list[BLRSpec] = []
+        for record in structures().values():
+            if record.name not in PAPER_STRUCTURES:
+                found.append(aligned_spec(record.name, k, n, self.paper_spec(BASELINE).ratio))
+            elif record.name == "monarch":
+                total, blocks = self.monarch or (0, 0)
+                found += [record.spec(k, n, total // c, (c, c)) for c in sorted({blocks, 4}) if total]
+            elif record.name == "blast":
+                pairs = [pair for pair in sorted({(b, b), *other_blocks}) if k % pair[0] == 0 and n % pair[1] == 0]
+                found += [record.spec(k, n, self.rank, pair) for pair in pairs]
+            else:
+                found.append(self.paper_spec(record.name))
+        return found
 
 
 def aligned_spec(structure: str, in_features: int, out_features: int, ratio: float, num_blocks=None) -> BLRSpec:
@@ -58,14 +78,14 @@ def aligned_spec(structure: str, in_features: int, out_features: int, ratio: flo
 
 
 def align_rank(spec: BLRSpec) -> BLRSpec:
-    multiple = RANK_MULTIPLE[spec.structure]
+    multiple = structure_named(spec.structure).rank_multiple
     return replace(spec, rank=spec.rank // multiple * multiple or spec.rank)
 
 
-def random_order(spec: BLRSpec, device) -> torch.Tensor:
-    """An order `[K]` of the kind that fits give: pivots anywhere, and both parts ascending."""
-    order = torch.randperm(spec.in_features, device=device).int()
-    return torch.cat([order[: spec.rank].sort().values, order[spec.rank :].sort().values])
+def typical_indices(spec: BLRSpec, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """{name: index} of the kind that fits give; of most structures none."""
+    typical = structure_named(spec.structure).load("typical_indices")
+    return {} if typical is None else typical(spec, device)
 
 
 LLAMA_7B = (

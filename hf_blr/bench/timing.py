@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hf_blr.ops.dispatch import FEW_TOKENS
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 
 
 class Timer:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from hf_blr.bench.models import Shape
-from hf_blr.bench.shapes import align_rank, random_order
+from hf_blr.bench.shapes import align_rank, typical_indices
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
 from hf_blr.inference.attention import use_attention
 from hf_blr.inference.fusion import fuse
 from hf_blr.integration import record_plan, swap_in
 from hf_blr.plan import LayerPlan, Plan, resolve_plan
-from hf_blr.structures import STRUCTURES, as_block_pair
+from hf_blr.structures import block_pair_of, structures
 from hf_blr.targets import find_targets
 
 
@@ -45,16 +45,14 @@ class Variant:
         structure, _, detail = layers.partition(":")
         if structure == "dense" and not detail:
             return cls("dense", fused=bool(plus))
-        if structure not in STRUCTURES:
+        if structure not in structures():
             raise ValueError(
-                f"expected dense or one of {', '.join(STRUCTURES)} (:paper or :B1xB2 after it), got {text!r}"
+                f"expected dense or one of {', '.join(structures())} (:paper or :B1xB2 after it), got {text!r}"
             )
         if detail in ("", "paper"):
             return cls(structure, detail == "paper", fused=bool(plus))
         try:
-            numbers = [int(part) for part in detail.split("x")]
-            blocks = as_block_pair(numbers[0] if len(numbers) == 1 else tuple(numbers))
-            return cls(structure, blocks=blocks, fused=bool(plus))
+            return cls(structure, blocks=block_pair_of(detail), fused=bool(plus))
         except ValueError:
             raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
 
@@ -88,9 +86,10 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
             return model
         plan = plan_for(model, shape, variant, ratio)
         for module in swap_in(model, plan).values():
-            if "order" in module.spec.index_names and not module.order.is_meta:
+            if module.device.type != "meta":
                 # a fresh module's ascending order would make gathers cheaper than they are
-                module.order.copy_(random_order(module.spec, device))
+                for name, index in typical_indices(module.spec, device).items():
+                    module.indices()[name].copy_(index)
     if variant.fused and device != "meta" and not fuse(model):
         raise ValueError(f"no layers of {type(model).__name__} can run together as {variant.structure}")
     record_plan(model, BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks), plan)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_blr.calibration.pairs import as_pairs
+from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.linear import BLRLinear
 
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
@@ -54,12 +54,12 @@ def refine_block(
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
         seed: of the order of the batches.
     """
-    with as_pairs(block):
+    with with_stand_ins(block):
         return refine_factors(name, block, run, entered, wanted, steps, seed)
 
 
 def refine_factors(name, block, run, entered, wanted, steps, seed) -> BlockReport | None:
-    """`refine_block` of a block without pivoted layers."""
+    """`refine_block` of a block whose layers are in the form that trains."""
     factors = {
         f"{path}.{factor}": parameter
         for path, module in block.named_modules()

@@ -9,9 +9,7 @@ from torch import nn
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.plan import Plan
-from hf_blr.structures import STRUCTURES
-
-FACTOR_NAMES = frozenset(name for spec in STRUCTURES.values() for name in spec.factor_names + spec.index_names)
+from hf_blr.structures import structures
 
 
 def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
@@ -26,6 +24,7 @@ def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
         ValueError: naming the tensors that a planned module has no place for, or that have another shape.
     """
     names, extra, misshapen = ModuleNames(model), [], []
+    of_layers = {tensor for record in structures().values() for tensor in record.spec.names()}
     for key, shape in stored_shapes(files or []):
         owner, _, leaf = key.rpartition(".")
         name = names.find(owner)
@@ -33,15 +32,12 @@ def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
             # of a head that this class does not have
             continue
         if name not in plan:
-            if leaf in FACTOR_NAMES and not hasattr(names.modules[name], leaf):
+            if leaf in of_layers and not hasattr(names.modules[name], leaf):
                 extra.append(f"{key} (the config's layers do not list this module)")
             continue
-        spec = plan[name].spec
-        wanted = (
-            spec.factor_shapes() | spec.index_shapes() | ({"bias": (spec.out_features,)} if plan[name].bias else {})
-        )
+        wanted = plan[name].stored_shapes()
         if leaf not in wanted:
-            extra.append(f"{key} (a {spec.structure} module has {', '.join(wanted)})")
+            extra.append(f"{key} (a {plan[name].spec.structure} module has {', '.join(wanted)})")
         elif shape != wanted[leaf]:
             misshapen.append(f"{key} (shape {shape}, the config's layers say {wanted[leaf]})")
     if extra or misshapen:

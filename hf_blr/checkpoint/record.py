@@ -82,7 +82,7 @@ def drop_fused_conversions(model: nn.Module, plan: Plan):
     have fused are saved one by one, under names that load as well.
     """
     conversions = conversions_for_saving(model)
-    keys = [f"{name}.{factor}" for name, layer in plan.items() for factor in layer.spec.factor_names]
+    keys = [f"{name}.{factor}" for name, layer in plan.items() for factor in layer.storage.stored(layer.spec)]
     kept = [conversion for conversion in conversions if not fuses(conversion, keys)]
     if len(kept) < len(conversions):
         model._weight_conversions = kept

@@ -27,6 +27,7 @@ from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
+from hf_blr.cli.options import block_counts as sizes
 
 #: the paper's ranks, and ours, as `hf_blr.fuse` makes them run
 VARIANTS = (
@@ -66,7 +67,12 @@ def add_common(parser):
 def add_layers_arguments(parser):
     parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="of the paper's table")
     parser.add_argument(
-        "--shapes", nargs="+", type=sizes, default=[], metavar="KxN", help="other layers, in x out features, instead"
+        "--shapes",
+        nargs="+",
+        type=sizes,
+        default=[],
+        metavar="KxN",
+        help="other layers, in x out features, instead",
     )
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
@@ -221,14 +227,3 @@ def head(args, protocol: str) -> dict:
     """What stands above the rows of a result file."""
     where = environment() | ({"commit": args.commit} if args.commit else {})
     return {"environment": where, "dtype": args.dtype, "protocol": protocol}
-
-
-def sizes(text: str) -> tuple[int, int]:
-    """`4096x11008`, or `4` for `4x4`."""
-    try:
-        numbers = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"expected two sizes such as 4096x11008, got {text!r}")
-    return numbers[0], numbers[-1]

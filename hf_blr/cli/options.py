@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hf_blr.bench.environment import environment
-from hf_blr.config import ALLOCATIONS, BLRConfig
+from hf_blr.config import ALLOCATIONS, AUTO, BLRConfig
+from hf_blr.structures import block_pair_of, structures
 
 
 def add_model(parser: argparse.ArgumentParser, help="a folder or hub id of a causal language model"):
@@ -37,7 +38,7 @@ def add_blr(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("what the layers become")
     group.add_argument(
         "--structure",
-        choices=("low_rank", "pivoted", "monarch", "blast", "auto"),
+        choices=(*structures(), AUTO),
         default="blast",
         help="auto chooses one for each layer, its blocks too",
     )
@@ -112,13 +113,12 @@ def blr_config(args) -> BLRConfig:
     )
 
 
-def block_counts(text: str) -> int | tuple[int, int]:
-    """`4` or `4x16`."""
+def block_counts(text: str) -> tuple[int, int]:
+    """`4x16`, or `4` for `4x4`; also sizes such as `4096x11008`."""
     try:
-        counts = [int(part) for part in text.lower().split("x")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected B or B1xB2, such as 4x16, got {text!r}") from None
-    return counts[0] if len(counts) == 1 else tuple(counts)
+        return block_pair_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def load_model(path: str, args, tokenizer=True):

@@ -1,6 +1,6 @@
 """predict speed from sizes: arithmetic, traffic, the bound, and from how many tokens on a layer is faster than dense
 
-Exact counts for every kernel that runs, and a device's ceilings. --measure takes those of the GPU at hand, with a copy
+Exact counts for every kernel that runs, and a device's peaks. --measure takes those of the GPU at hand, with a copy
 and a product; --check compares predictions with the rows of `hf-blr bench layers` or `hf-blr bench model`.
 
 Example: hf-blr roofline --device H100-measured --shapes 4096x4096 --blocks 4x4 4x16 --tokens 1 1024
@@ -13,18 +13,19 @@ from pathlib import Path
 
 from hf_blr.bench.shapes import aligned_spec
 from hf_blr.cli import options
-from hf_blr.cli.bench import sizes
+from hf_blr.cli.options import block_counts as sizes
 from hf_blr.cli.table import format_table
 from hf_blr.roofline.devices import DEVICES
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
+from hf_blr.structures import structure_named, structures
 
 
 def add_arguments(parser):
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose ceilings")
-    device.add_argument("--measure", action="store_true", help="measure the ceilings of the GPU at hand")
+    device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose peaks")
+    device.add_argument("--measure", action="store_true", help="measure the peaks of the GPU at hand")
     parser.add_argument("--shapes", nargs="+", type=sizes, default=[(4096, 4096)], metavar="KxN")
-    parser.add_argument("--structures", nargs="+", default=["low_rank", "pivoted", "monarch", "blast"], metavar="S")
+    parser.add_argument("--structures", nargs="+", default=list(structures()), choices=list(structures()), metavar="S")
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16), (16, 16)], metavar="B1xB2")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024, 4096])
@@ -35,12 +36,12 @@ def add_arguments(parser):
 
 
 def run(args):
-    from hf_blr.bench.ceilings import deviations, measure_ceilings, predictions
-    from hf_blr.bench.model_ceilings import model_predictions
+    from hf_blr.bench.model_peaks import model_predictions
+    from hf_blr.bench.peaks import deviations, measure_peaks, predictions
     from hf_blr.bench.report.files import read_result
     from hf_blr.bench.report.tables import kind_of
 
-    device = measure_ceilings(options.default_device()) if args.measure else DEVICES[args.device]
+    device = measure_peaks(options.default_device()) if args.measure else DEVICES[args.device]
     result = {"device": asdict(device)}
     print(
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e9:.0f} GB/s, "
@@ -78,14 +79,14 @@ def model_line(row: dict) -> dict:
 
 def wanted_specs(args, k: int, n: int):
     for structure in args.structures:
-        for blocks in [None] if structure in ("low_rank", "pivoted") else args.blocks:
+        for blocks in args.blocks if structure_named(structure).spec.blocked else [None]:
             yield aligned_spec(structure, k, n, args.ratio, blocks)
 
 
 def rows_of(spec, args, device) -> list[dict]:
     rows = []
     for tokens in args.tokens:
-        kernels = stages(spec, tokens, args.form)
+        kernels = stages(spec, tokens, args.form, chip=device.chip)
         groups = [(s.name, [s]) for s in kernels] if args.stages else [("", kernels)]
         dense = predict(spec, tokens, device, "dense")
         for name, group in groups:

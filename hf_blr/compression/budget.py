@@ -19,24 +19,13 @@ from hf_blr.compression.allocation import Option, allocate, interpolate, loss_cu
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.factorize import factorize
-from hf_blr.ops.reference import DENSE
+from hf_blr.ops.table import implementation_of
 from hf_blr.plan import Plan
-from hf_blr.structures import BLRSpec, structure_class
+from hf_blr.structures import BLRSpec, structure_named, structures
 from hf_blr.targets import override_for
 
 logger = logging.getLogger(__name__)
 
-#: what structure="auto" chooses from; where the blocks do not divide a layer, it does without
-CANDIDATES = (
-    ("low_rank", (1, 1)),
-    ("pivoted", (1, 1)),
-    ("monarch", (4, 4)),
-    ("blast", (4, 4)),
-    ("blast", (4, 16)),
-    ("blast", (16, 16)),
-)
-#: their predicted loss needs no fit
-CLOSED_FORM = ("low_rank", "pivoted")
 #: what the trial fits keep, as fractions of the ratio and of the way from it to one: what blocks gain over low-rank
 #: changes with what is kept, and layers keep more or less than the ratio
 TRIAL_RATIOS = 0.6, 0.5
@@ -125,10 +114,9 @@ class Layer:
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
         weight, gram, output_gram = self.matrices()
-        fitted = factorize(weight, spec, gram, output_gram, **self.config.fit_options)
-        return predicted_loss(
-            DENSE[spec.structure](**fitted.tensors) - weight, gram, output_gram, self.statistics.tokens
-        )
+        fitted = factorize(weight, spec, gram, output_gram, self.config.fit_options)
+        dense = implementation_of(spec.structure).dense(**fitted.tensors)
+        return predicted_loss(dense - weight, gram, output_gram, self.statistics.tokens)
 
 
 def trial_factors(
@@ -147,7 +135,8 @@ def trial_factors(
         name = names[len(names) // 2]
         for shape in shapes[name]:
             trials = factors[kind, shape.structure, shape.num_blocks] = []
-            for kept in (less * ratio, ratio + more * (1 - ratio)) if shape.structure not in CLOSED_FORM else ():
+            closed = structure_named(shape.structure).closed_form
+            for kept in () if closed else (less * ratio, ratio + more * (1 - ratio)):
                 spec = at_ratio(shape, kept)
                 low_rank = interpolate(curves[name], spec.equivalent_rank)
                 if low_rank > 0:
@@ -170,12 +159,19 @@ def kind_of(name: str) -> str:
 
 
 def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
-    """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto"."""
+    """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto".
+
+    Where the blocks of a candidate do not divide a layer, the layer does without it.
+    """
     k, n = spec.in_features, spec.out_features
     if config.structure != AUTO:
         return [type(spec)(k, n, 1, spec.num_blocks)]
-    fitting = [(s, blocks) for s, blocks in CANDIDATES if k % blocks[0] == 0 and n % blocks[1] == 0]
-    shapes = [structure_class(structure)(k, n, 1, blocks) for structure, blocks in fitting]
+    shapes = [
+        record.spec(k, n, 1, blocks)
+        for record in structures().values()
+        for blocks in record.auto_blocks
+        if k % blocks[0] == 0 and n % blocks[1] == 0
+    ]
     return [shape for shape in shapes if shape.num_parameters < shape.dense_parameters]
 
 

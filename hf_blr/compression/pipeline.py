@@ -20,8 +20,8 @@ from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight, set_dense_weight
 from hf_blr.factorize import factorize
-from hf_blr.linear import LINEARS
-from hf_blr.plan import LayerPlan, Plan, check_plan, plan_from_layers, resolve_plan
+from hf_blr.linear import BLRLinear
+from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets
 
 logger = logging.getLogger(__name__)
@@ -125,24 +125,12 @@ def replace_layer(model, name, plan: Plan, problem: Problem, output_gram, config
             spec,
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
-            **config.fit_options,
+            config.fit_options,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    put_factors(model, name, plan[name], factors.tensors)
+    model.set_submodule(name, BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage))
     return LayerReport(name, spec, factors.rel_error, factors.rounds, time.perf_counter() - started)
-
-
-def put_factors(model: nn.Module, name: str, layer: LayerPlan, tensors: dict[str, Tensor]):
-    """Replaces a dense layer by one with these factors, in its dtype, device, mode and with its bias."""
-    module = model.get_submodule(name)
-    # indices stay integers
-    tensors = {
-        key: value.to(module.weight if value.is_floating_point() else module.weight.device)
-        for key, value in tensors.items()
-    }
-    fitted = LINEARS[type(layer.spec)].from_factors(layer.spec, tensors, module.bias, layer.transposed)
-    model.set_submodule(name, fitted.train(module.training))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.als import fit_blast
-from hf_blr.factorize.balance import balanced
-from hf_blr.factorize.gram import damped
+from hf_blr.factorize.gram import damped, squared_error
 from hf_blr.factorize.metric import OutputMetric
-from hf_blr.factorize.monarch import fit_monarch, squared_error
-from hf_blr.factorize.pivots import pivoted
-from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.ops.reference import DENSE
-from hf_blr.structures import BLRSpec, LowRank, Monarch, Pivoted
+from hf_blr.factorize.options import FitOptions
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR, BLRSpec, structure_named
 
-__all__ = ["Factors", "factorize"]
+__all__ = ["Factors", "FitOptions", "factorize"]
 
 
 @dataclass(frozen=True)
@@ -39,25 +35,22 @@ def factorize(
     spec: BLRSpec,
     gram: Tensor | None = None,
     output_gram: Tensor | None = None,
-    *,
-    rounds: int = 16,
-    tolerance: float = 3e-3,
-    damping: float = 1e-4,
-    seed: int = 0,
+    options: FitOptions | None = None,
 ) -> Factors:
     """The factors of `spec` that come closest to W on the inputs that `gram` describes.
 
     Args:
         weight: W `[N, K]`, any float dtype; the fit runs in float32 on its device.
         spec: structure and sizes.
-        gram: H = X X^T `[K, K]` of the layer's inputs, up to a factor. None weighs all inputs alike.
+        gram: H = X^T X `[K, K]` of the layer's inputs X `[T, K]`, up to a factor. None weighs all inputs alike.
         output_gram: G = sum of g g^T over the gradients g of the loss by the layer's outputs, as diagonal blocks
             `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike.
-        rounds, tolerance, damping, seed: as in `BLRConfig`.
+        options: rounds, tolerance, damping and seed.
 
     Raises:
         ValueError: if the shapes do not match, or the weight or the Gram holds NaN or infinity.
     """
+    record, options = structure_named(spec.structure), options or FitOptions()
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise ValueError(f"the weight must be [{spec.out_features}, {spec.in_features}], got {tuple(weight.shape)}")
     if gram is not None and gram.shape[-1] != spec.in_features:
@@ -67,33 +60,37 @@ def factorize(
     weight = weight.detach().float().contiguous()
     scale = weight.square().mean().sqrt()
     if scale == 0:
-        zeros = {name: weight.new_zeros(shape) for name, shape in spec.factor_shapes().items()}
-        for name, (size,) in spec.index_shapes().items():
-            zeros[name] = torch.arange(size, dtype=torch.int32, device=weight.device)
-        return Factors(zeros, 0.0, 0)
+        return Factors(zero_tensors(spec, weight.device), 0.0, 0)
     weight = weight / scale
     if gram is not None:
-        gram = damped(gram.to(weight), damping)
+        gram = damped(gram.to(weight), options.damping)
         gram = gram / gram.diagonal().mean()
-    metric = None if output_gram is None else OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
+    metric = None
+    if output_gram is not None and record.weighed:
+        metric = OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
     image = weight if metric is None else metric.whiten(weight)
-    if isinstance(spec, (LowRank, Pivoted)):
-        tensors, losses = dict(zip(("u", "v"), low_rank_factors(image, spec.rank, gram), strict=True)), []
-    elif isinstance(spec, Monarch):
-        tensors, losses = fit_monarch(image, spec, gram, rounds=rounds, tolerance=tolerance)
-    else:
-        tensors, losses = fit_blast(image, spec, gram, rounds=rounds, tolerance=tolerance, seed=seed)
+    tensors, losses = record.load("fit")(image, spec, gram, options)
     if metric is not None:
-        tensors["u"] = metric.restore(tensors["u"])
-    tensors = pivoted(**tensors) if isinstance(spec, Pivoted) else balanced(spec, tensors)
-    error = relative_error(weight, DENSE[spec.structure](**tensors), gram)
-    share = {"u": scale} if isinstance(spec, Pivoted) else dict.fromkeys(("u", "v"), scale.sqrt())
-    tensors = {name: (t * share[name] if name in share else t).contiguous() for name, t in tensors.items()}
+        tensors[record.weighed] = metric.restore(tensors[record.weighed])
+    tensors = record.load("finish")(spec, tensors)
+    error = relative_error(weight, implementation_of(spec.structure).dense(**tensors), gram)
+    share = scale ** (1 / len(record.scaled))
+    tensors = {name: (t * share if name in record.scaled else t).contiguous() for name, t in tensors.items()}
     return Factors(tensors, error, max(len(losses) - 1, 0))
 
 
+def zero_tensors(spec: BLRSpec, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a matrix of zeros: factors of zeros, indices in their first order."""
+    return {
+        name: torch.zeros(shape, device=device)
+        if kind == FACTOR
+        else torch.arange(shape[0], dtype=torch.int32, device=device)
+        for name, (shape, kind) in spec.tensors().items()
+    }
+
+
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
-    """||(W - W') X|| / ||W X|| for gram = X X^T; in the Frobenius norm without one."""
+    """||(W - W') X|| / ||W X|| for inputs X with this Gram matrix; in the Frobenius norm without one."""
     residual = weight - approximation
     if gram is None:
         return (residual.double().norm() / weight.double().norm()).item()

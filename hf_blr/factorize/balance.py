@@ -5,27 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_blr.structures import BLRSpec, Monarch
+from hf_blr.structures import BLRSpec
 
 
 def balanced(spec: BLRSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same matrix, with equal norms in u and v for each index of the rank, and BLAST's s of unit mean square.
+    """The same matrix, with equal norms in u and v for each index of the rank, which all blocks share.
 
-    tensors: {"u", ("s",) "v"} in the shapes of the spec.
+    tensors: u `[N, R]` or `[B2, Q, R]`, v `[R, K]` or `[B1, R, P]`; others are passed on as they are.
     """
-    u, s, v = tensors["u"], tensors.get("s"), tensors["v"]
-    (b1, b2), (p, _), r = spec.num_blocks, spec.block_shape, spec.rank
-    tiny = torch.finfo(u.dtype).tiny
-    if s is not None:
-        scale = s.square().mean(1, keepdim=True).sqrt().clamp_min(tiny)  # [B2, 1, R]
-        u, s = u * scale, s / scale
-    if isinstance(spec, Monarch):
-        # each block pair has ranks of its own
-        columns, rows = u.view(b2, -1, b1, r), v.view(b1, b2, r, p).transpose(0, 1)  # [B2, Q, B1, R], [B2, B1, R, P]
-    else:
-        columns, rows = u.reshape(1, -1, 1, r), v.view(b1, r, p).transpose(0, 1).reshape(1, 1, r, -1)
+    u, v = tensors["u"], tensors["v"]
+    b1, p, r = spec.num_blocks[0], spec.block_shape[0], spec.rank
+    columns, rows = equal_norms(u.reshape(1, -1, 1, r), v.view(b1, r, p).transpose(0, 1).reshape(1, 1, r, -1))
+    scaled = {"u": columns.reshape(u.shape), "v": rows.view(r, b1, p).transpose(0, 1).reshape(v.shape)}
+    return {name: (scaled.get(name, tensor)).contiguous() for name, tensor in tensors.items()}
+
+
+def equal_norms(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns `[I, Q, J, R]` and rows `[I, J, R, P]` whose products stay the same and whose norms become equal."""
+    tiny = torch.finfo(columns.dtype).tiny
     share = (columns.norm(dim=1) / rows.norm(dim=-1).clamp_min(tiny)).clamp_min(tiny).sqrt()
-    columns, rows = columns / share.unsqueeze(1), rows * share.unsqueeze(-1)
-    inner = rows.transpose(0, 1) if isinstance(spec, Monarch) else rows.view(r, b1, p).transpose(0, 1)
-    scaled = {"u": columns.reshape(u.shape), "s": s, "v": inner.reshape(v.shape)}
-    return {name: scaled[name].contiguous() for name in spec.factor_names}
+    return columns / share.unsqueeze(1), rows * share.unsqueeze(-1)

@@ -120,3 +120,8 @@ def conjugate_gradients(
         length = torch.where(going, slope / curvature, 0.0)
         x, residual = x + length * direction, residual - length * image
     return x
+
+
+def squared_error(residual: Tensor, gram: Tensor) -> float:
+    """||residual X||^2 for residual `[N, K]` and gram = X X^T."""
+    return ((residual @ gram).double() * residual.double()).sum().item()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
-from hf_blr.calibration.pairs import as_pairs, pivoted_layers
+from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
@@ -20,7 +20,7 @@ from hf_blr.targets import remaining_targets
 #: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
 DENSE_STEP_TOKENS = 8192
 
-#: what decides in which form a pivoted layer trains needs less text than a fit
+#: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
 
 
@@ -80,7 +80,7 @@ def refine(
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
-    with tempfile.TemporaryDirectory() as folder, as_pairs(model, statistics_of_pivoted(model, windows)), impl:
+    with tempfile.TemporaryDirectory() as folder, with_stand_ins(model, statistics_for(model, windows)), impl:
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, also=left)
         groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
@@ -108,9 +108,9 @@ def targets_left_dense(model: nn.Module) -> list[str]:
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 
-def statistics_of_pivoted(model: nn.Module, windows: Tensor) -> Statistics | None:
-    """Of the pivoted layers' inputs and outputs, on some of the windows; None without such layers."""
-    names = list(pivoted_layers(model))
+def statistics_for(model: nn.Module, windows: Tensor) -> Statistics | None:
+    """Of the inputs and outputs of layers that train in another form, on some of the windows; None without any."""
+    names = list(stood_in(model))
     if not names:
         return None
     some = windows[: max(1, STATISTICS_TOKENS // windows.shape[1])].to(next(model.parameters()).device)

@@ -83,7 +83,7 @@ def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
 
 def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
     projection, kind = parent._modules.get(name), activation_of(parent, attribute)
-    if not (kind and isinstance(projection, BLRLinear)) or projection.activation or projection.u.is_meta:
+    if not (kind and isinstance(projection, BLRLinear)) or projection.activation or projection.device.type == "meta":
         return False
     expected = on_trial(parent, projection)
     activation = getattr(parent, attribute)
@@ -186,9 +186,8 @@ def take_out(parent: nn.Module, attribute: str):
 @torch.no_grad()
 def on_trial(function, projection: BLRLinear) -> Tensor | None:
     """What a function makes of a random `[1, 2, K]`, in plain PyTorch; None if it wants something else."""
-    u = projection.u
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, projection.in_features, generator=generator).to(u.device, u.dtype)
+    x = torch.randn(1, 2, projection.in_features, generator=generator).to(projection.device, projection.dtype)
     try:
         with use_impl("reference"):
             return function(x)

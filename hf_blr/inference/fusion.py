@@ -8,10 +8,12 @@ import re
 import torch
 from torch import Tensor, nn
 
+from hf_blr.formats import PLAIN
 from hf_blr.inference.absorption import absorb, bring_back
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.siblings import Siblings
 from hf_blr.linear import BLRLinear
+from hf_blr.structures import structure_named
 
 #: names under which models keep projections that are handed one tensor
 TOGETHER = (
@@ -89,7 +91,9 @@ def unfuse(model: nn.Module):
 
 def kind_of(module: nn.Module) -> tuple | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
-    if not isinstance(module, BLRLinear) or "v" not in module.spec.factor_names or module.v.is_meta:
+    if not isinstance(module, BLRLinear) or module.storage is not PLAIN or module.device.type == "meta":
+        return None
+    if not structure_named(module.spec.structure).grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
     common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)

@@ -56,7 +56,7 @@ class Siblings:
             self.unclaimed = 0
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        return ops.siblings_linear(*self.layers(x))
+        return ops.grouped_linear(*self.layers(x))
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:
         """activation(first) * second `[..., N]` on x; None if it is better computed apart."""
@@ -76,7 +76,7 @@ class Siblings:
         if not torch.compiler.is_compiling() and x.is_inference():
             return False
         tensors = [t for module in self.modules for t in module._parameters.values()]
-        return resolve_impl(None, "siblings", x, *tensors) == "triton"
+        return resolve_impl(None, x, tensors) == "triton"
 
     def wants_gradient(self, index: int, x: Tensor) -> bool:
         if not torch.is_grad_enabled():

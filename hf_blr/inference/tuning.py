@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.dispatch import resolve_impl
+from hf_blr.ops.table import implementation_of
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
         ValueError: if no BLR module of the model runs on kernels.
     """
     modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
-    modules = [module for module in modules if resolve_impl(None, "siblings", module.u) == "triton"]
+    modules = [module for module in modules if has_kernels(module)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
 
@@ -39,10 +40,17 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     seen = set()
     for module in modules:
         group = [module] if module.siblings is None else module.siblings[0].modules
-        kind = (module.u.dtype, module.u.device, *((m.spec, m.bias is None) for m in group))
+        kind = (module.dtype, module.device, *((m.spec, m.bias is None) for m in group))
         if kind not in seen:
             seen.add(kind)
             for count in tokens:
                 with tuning():
-                    module(torch.randn(count, module.in_features, dtype=module.u.dtype, device=module.u.device))
-    return file_of(modules[0].u.device)
+                    module(torch.randn(count, module.in_features, dtype=module.dtype, device=module.device))
+    return file_of(modules[0].device)
+
+
+def has_kernels(module: BLRLinear) -> bool:
+    """Whether kernels can run for this layer, where it is and in its dtype."""
+    factors = list(module.factors().values())
+    kernels = implementation_of(module.spec.structure).kernel is not None
+    return resolve_impl(None, factors[0], factors, kernels=kernels) == "triton"

@@ -79,16 +79,9 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
         )
     check_finite(name, weight)
     matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
-    fitted = factorize(matrix, module.spec, **config.fit_options)
+    fitted = factorize(matrix, module.spec, options=config.fit_options)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
-    # a fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which
-    # multiply with other rounding than the same factors read back from a file
-    return {
-        factor: tensor.to(weight.device, weight.dtype if tensor.is_floating_point() else tensor.dtype).clone(
-            memory_format=torch.contiguous_format
-        )
-        for factor, tensor in fitted.tensors.items()
-    }
+    return module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
 
 
 def check_finite(name: str, weight: torch.Tensor):

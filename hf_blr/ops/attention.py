@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
-from hf_blr.ops.library import contiguous_rows, define_ops
+from hf_blr.ops.library import contiguous_rows, define_op
 
 #: keys up to which the kernel was measured, and faster than PyTorch's
 MOST_KEYS = 4096
@@ -37,7 +37,7 @@ def one_query_attention(
             f"expected q [B, HQ, 1, D], k, v [B, H, L, D] with HQ a multiple of H, and a bool mask [B, 1, 1, L], got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
-    if resolve_impl(impl, "attention", q, k, v) == "triton":
+    if resolve_impl(impl, q, (k, v)) == "triton":
         return by_kernel(q, k, v, mask, scale)
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -59,7 +59,7 @@ def suits_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return False
-    return resolve_impl(None, "attention", q, k, v) == "triton"
+    return resolve_impl(None, q, (k, v)) == "triton"
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
@@ -79,6 +79,6 @@ def _attend_fake(q, k, v, mask, scale):
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
-define_ops(
-    {"one_query_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor": (_attend, _attend_fake)}
+define_op(
+    "one_query_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor", _attend, _attend_fake
 )

@@ -6,15 +6,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+
 IMPLS = ("auto", "triton", "reference", "dense")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-#: up to here a layer is bound by reading its factors, and kernels made for that run
-FEW_TOKENS = 32
 
 #: tensor descriptors and tuples in kernels; older releases do not compile these
 OLDEST_TRITON = (3, 6)
@@ -39,32 +39,42 @@ def current_impl() -> str:
     return _default
 
 
-def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
+def resolve_impl(
+    impl: str | None,
+    x: Tensor,
+    factors: Sequence[Tensor | None],
+    *,
+    indices: Sequence[Tensor] = (),
+    structure: str = "",
+    kernels: bool = True,
+    pays: Callable[[int], bool] | None = None,
+) -> str:
     """The implementation to run, "triton", "reference" or "dense".
 
-    The rule of "auto", measured on an H100 and, in float32, on an H200 (`benchmarks/NOTES.md`): kernels wherever they
-    can run on a GPU, except in float32, where tensor cores are no help, and for low-rank where `decodes_low_rank` says
-    no: it is two plain matrix products, which cuBLAS does best there. Pivoted layers are the same two products behind a
-    gather of the inputs, for which there is a kernel; inside their op the same rule decides who multiplies.
-    "dense" multiplies the factors out and x by the result, which only pays in training with many times more tokens than
-    the rank; nothing chooses it by itself.
+    The rule of "auto", measured on an H100 and, in float32, on an H200: kernels wherever they can run on a GPU, except
+    in float32, where tensor cores are no help, and where the structure's record says that PyTorch's own products are
+    faster. "dense" multiplies the factors out and x by the result, which only pays in training with many times more
+    tokens than the rank; nothing chooses it by itself.
 
     Args:
         impl: "auto", "triton", "reference", or None for the default.
-        structure: "low_rank", "pivoted", "monarch" or "blast"; "siblings" for several layers in one call, "activated"
-            for one whose last stage has an activation to apply, "attention" of one query: kernels always pay there.
-        x, tensors: the input, and the factors beginning with u; indices may be of any integer dtype.
+        x: the input.
+        factors: what must have x's dtype, the bias among it.
+        indices: integers of any dtype.
+        structure: for messages.
+        kernels: whether there are any.
+        pays: (tokens) -> whether the kernels are faster than PyTorch's products; None: always.
 
     Raises:
         ValueError: for an unknown name.
         RuntimeError: if "triton" is asked for and cannot run; it says why.
     """
-    impl = _default if impl is None else check_impl(impl)
+    impl = current_impl() if impl is None else check_impl(impl)
     if impl in ("reference", "dense"):
         return impl
-    if impl == "auto" and not (x.is_cuda and worthwhile(structure, x)):
+    if impl == "auto" and not (kernels and x.is_cuda and worthwhile(x, pays)):
         return "reference"
-    reason = why_not_triton(x, tensors)
+    reason = why_not_triton(x, factors, indices) if kernels else f"{structure} has no kernels"
     if reason is None:
         return "triton"
     if impl == "triton":
@@ -72,21 +82,11 @@ def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor |
     return "reference"
 
 
-def worthwhile(structure: str, x: Tensor) -> bool:
+def worthwhile(x: Tensor, pays: Callable[[int], bool] | None) -> bool:
     """Whether kernels that can run are faster than PyTorch's products."""
     if compute_dtype(x) == torch.float32:
         return False
-    if structure == "low_rank":
-        return decodes_low_rank(x.numel() // x.shape[-1])
-    return True
-
-
-def decodes_low_rank(tokens: int) -> bool:
-    """Whether the decode kernels multiply a low-rank or pivoted layer faster than cuBLAS.
-
-    4096 x 4096, H100, us of both at 16 tokens: rank 1024 9.3 and 14.4, rank 1632 14.3 and 18.5.
-    """
-    return tokens <= FEW_TOKENS // 2
+    return pays is None or pays(x.numel() // x.shape[-1])
 
 
 def few_tokens(x: Tensor) -> bool:
@@ -94,7 +94,7 @@ def few_tokens(x: Tensor) -> bool:
     return x.numel() <= FEW_TOKENS * x.shape[-1]
 
 
-def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
+def why_not_triton(x: Tensor, factors: Sequence[Tensor | None], indices: Sequence[Tensor] = ()) -> str | None:
     """None if the kernels can run on these tensors, else the reason in words."""
     if _TRITON_PROBLEM:
         return _TRITON_PROBLEM
@@ -106,10 +106,11 @@ def why_not_triton(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
     dtype = compute_dtype(x)
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of bfloat16, float16, float32"
-    for t in tensors:
+    for t in (*factors, *indices):
         if t is not None and t.device != x.device:
             return f"the factors are on {t.device} and the input on {x.device}"
-        if t is not None and t.is_floating_point() and t.dtype != dtype and compute_dtype(t) != dtype:
+    for t in factors:
+        if t is not None and t.dtype != dtype and compute_dtype(t) != dtype:
             return f"the factors have dtype {t.dtype} and the input {dtype}"
     return None
 

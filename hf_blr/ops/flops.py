@@ -3,78 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from hf_blr.ops import attention, library, siblings  # noqa: F401 (define the ops)
+from hf_blr.ops.grouped import ops_of
+from hf_blr.structures import FACTOR, structures
+
+Shape = Sequence[int]
 
 
-def register(counter: ModuleType):
+def register(counter: ModuleType) -> None:
     """Add the formulas to `torch.utils.flop_counter`; a second call changes nothing."""
-    for name, formula in FORMULAS.items():
-        packet = getattr(torch.ops.hf_blr, name)
+    for packet, formula in formulas():
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(formula)
 
 
-def products(x, *factors) -> int:
+def formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
+    """(op, its operations from the shapes of its tensors) of every structure with kernels, and of attention."""
+    from hf_blr.ops import attention  # noqa: F401 (defines the op)
+
+    for record in structures().values():
+        if record.kernels:
+            count = len(record.spec.names(FACTOR))
+            yield getattr(torch.ops.hf_blr, record.name), forward_formula(count)
+            yield getattr(torch.ops.hf_blr, f"{record.name}_backward"), backward_formula(count)
+        if record.grouped:
+            yield from ((op, several) for op in ops_of(record.name))
+    yield torch.ops.hf_blr.one_query_attention, one_query_attention
+
+
+def products(x: Shape, *factors: Shape) -> int:
     """Each number of the factors meets each row of x `[T, K]` once: a multiplication and an addition."""
     return 2 * x[0] * sum(map(math.prod, factors))
 
 
-def pair(x, u, v, *others, **kwargs) -> int:
-    return products(x, u, v)
+def forward_formula(count: int) -> Callable[..., int]:
+    """Of an op whose first `count` tensors behind x are factors."""
+
+    def formula(x: Shape, *tensors: Any, **kwargs: Any) -> int:
+        return products(x, *tensors[:count])
+
+    return formula
 
 
-def blast(x, u, s, v, *others, **kwargs) -> int:
-    return products(x, u, s, v)
+def backward_formula(count: int) -> Callable[..., int]:
+    """Gradients of x and of `count` factors: those of the last stage, of mixes between, and of the first stage."""
+
+    def formula(grad: Shape, x: Shape, *inputs: Any, **kwargs: Any) -> int:
+        (last, *mixes, first), (y, (need_x, need_last, *need_mixes, need_first)) = inputs[:count], inputs[-2:]
+        through = need_x or need_first
+        work = [last] * (need_last + (through or any(need_mixes))) + [first] * (need_x + need_first)
+        # y is computed again where it was not kept
+        work += [first] * ((need_last or any(need_mixes)) and not math.prod(y))
+        for mix, need_mix in zip(mixes, need_mixes, strict=True):
+            work += [mix] * (need_last + need_mix + through)
+        return products(x, *work)
+
+    return formula
 
 
-def several(x, *lists, **kwargs) -> int:
-    """Of siblings: lists of u, of s where there is one, and of v."""
+def several(x: Shape, *lists: Any, **kwargs: Any) -> int:
+    """Of grouped layers: lists of u, of s where there is one, and of v."""
     *factors, _ = [entry for entry in lists if not isinstance(entry, str)]
     return products(x, *(shape for shapes in factors for shape in shapes))
 
 
-def pair_backward(grad, x, u, v, y, needs, **kwargs) -> int:
-    """Gradients of x, u and v, or c; y is computed again where it was not kept."""
-    need_x, need_u, need_v = needs
-    again = [v] * (need_u and not math.prod(y))
-    return products(x, *again, *[u] * (need_u + (need_x or need_v)), *[v] * (need_x + need_v))
-
-
-def pivoted_backward(grad, x, u, c, order, y, needs, **kwargs) -> int:
-    return pair_backward(grad, x, u, c, y, needs)
-
-
-def blast_backward(grad, x, u, s, v, y, needs, **kwargs) -> int:
-    need_x, need_u, need_s, need_v = needs
-    again = [v] * ((need_u or need_s) and not math.prod(y))
-    through = need_x or need_v
-    mixes = [s] * (need_u + need_s + through)
-    return products(x, *again, *mixes, *[u] * (need_u + (through or need_s)), *[v] * (need_x + need_v))
-
-
-def one_query_attention(q, k, *others, **kwargs) -> int:
+def one_query_attention(q: Shape, k: Shape, *others: Any, **kwargs: Any) -> int:
     """Scores and sums, for every query over all keys, seen or not."""
     batch, heads, _, d = q
     return 4 * batch * heads * k[2] * d
-
-
-#: {op: its operations, from the shapes of its tensors}
-FORMULAS = {
-    "low_rank": pair,
-    "pivoted": pair,
-    "monarch": pair,
-    "blast": blast,
-    "monarch_siblings": several,
-    "blast_siblings": several,
-    "monarch_gated": several,
-    "blast_gated": several,
-    "low_rank_backward": pair_backward,
-    "pivoted_backward": pivoted_backward,
-    "monarch_backward": pair_backward,
-    "blast_backward": blast_backward,
-    "one_query_attention": one_query_attention,
-}

@@ -1,12 +1,14 @@
-"""Ceilings of devices, as data; `hf_blr.bench.ceilings` measures those of the one at hand."""
+"""Peaks of devices, as data; `hf_blr.bench.peaks` measures those of the one at hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_blr.ops.rules.device import H100, Device
+
 
 @dataclass(frozen=True)
-class Ceilings:
+class Peaks:
     """What bounds a kernel.
 
     Args:
@@ -22,6 +24,7 @@ class Ceilings:
             multiprocessors at work: tiles start, and are stored, while nothing is multiplied.
         odd_bandwidth: bytes a second that cuBLAS draws for few tokens where the outputs are no multiple of 8, so that
             their rows begin anywhere (GPT-2's 50257 words); None: `bandwidth`.
+        chip: what the choice of kernels depends on.
         product_seconds: what a product of many tokens costs beyond the above: start, first loads, drain.
         kernel_seconds: the same of a decode kernel or an elementwise one, following another in a CUDA graph.
     """
@@ -37,23 +40,24 @@ class Ceilings:
     tile_seconds: float = 0.0
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0
+    chip: Device = H100
 
 
 #: as the makers state them, with nothing lost to starts and drains: a prediction from these is a floor.
 #: Orin Nano: a quarter of its 40 sparse int8 TOPS, in its 15 W mode
 DATASHEETS = {
-    "A40": Ceilings("A40", 149.7e12, 696e9, 6e6),
-    "Orin-Nano-8GB": Ceilings("Orin-Nano-8GB", 10e12, 68e9, 2e6),
-    "RTX-4090": Ceilings("RTX-4090", 165.2e12, 1008e9, 72e6),
-    "A100": Ceilings("A100", 312e12, 2039e9, 40e6),
-    "H100": Ceilings("H100", 989.4e12, 3350e9, 50e6),
-    "H200": Ceilings("H200", 989.4e12, 4800e9, 50e6),
+    "A40": Peaks("A40", 149.7e12, 696e9, 6e6, chip=Device((8, 6), 84, 101376)),
+    "Orin-Nano-8GB": Peaks("Orin-Nano-8GB", 10e12, 68e9, 2e6, chip=Device((8, 7), 8, 166912)),
+    "RTX-4090": Peaks("RTX-4090", 165.2e12, 1008e9, 72e6, chip=Device((8, 9), 128, 101376)),
+    "A100": Peaks("A100", 312e12, 2039e9, 40e6, chip=Device((8, 0), 108, 166912)),
+    "H100": Peaks("H100", 989.4e12, 3350e9, 50e6),
+    "H200": Peaks("H200", 989.4e12, 4800e9, 50e6),
 }
 #: a product of 8192^3 and a large copy on one H100, and the starts and drains of `benchmarks/NOTES.md`; L2's bandwidth
 #: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do. Scores are those of
 #: DiT's attention (heads of 72) at 16384 tokens and of Llama-3.2-1B's (of 64) at 8 x 1024, 1.28e12 both
 MEASURED = {
-    "H100-measured": Ceilings(
+    "H100-measured": Peaks(
         "H100-measured",
         flops=790e12,
         bandwidth=3.0e12,

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hf_blr.roofline.devices import Ceilings
-from hf_blr.roofline.stages import Stage, in_bytes, stages
+from hf_blr.ops.rules.device import H100, Device
+from hf_blr.roofline.devices import Peaks
+from hf_blr.roofline.stage import Stage, in_bytes
+from hf_blr.roofline.stages import stages
 from hf_blr.structures import BLRSpec, LowRank
 
 #: kernels between a decoding block's projections that torch.compile merges into others: halves of the rotary embedding,
@@ -63,12 +65,12 @@ class ModelSizes:
     own_attention: bool = False
 
 
-def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> float:
+def forward_seconds(sizes: ModelSizes, batch: int, tokens: int, device: Peaks, itemsize: int = 2) -> float:
     """Seconds of a forward over `[batch, tokens]` that keeps no cache, with the output of one token of each."""
     return sum(forward_parts(sizes, batch, tokens, device, itemsize).values())
 
 
-def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, itemsize: int = 2) -> dict[str, float]:
+def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Peaks, itemsize: int = 2) -> dict[str, float]:
     """`forward_seconds` by "projections", "attention" and "elementwise" of all blocks, and what runs "once"."""
     pairs = tokens * tokens // (2 if sizes.causal else 1)
     read = batch * tokens * (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
@@ -78,7 +80,7 @@ def forward_parts(sizes: ModelSizes, batch: int, tokens: int, device: Ceilings, 
 
 
 def step_seconds(
-    sizes: ModelSizes, batch: int, cache: int, device: Ceilings, one_block: bool = True, itemsize: int = 2
+    sizes: ModelSizes, batch: int, cache: int, device: Peaks, one_block: bool = True, itemsize: int = 2
 ) -> float:
     """Seconds of one decoding step, the sum of `step_parts`.
 
@@ -90,7 +92,7 @@ def step_seconds(
 
 
 def step_parts(
-    sizes: ModelSizes, batch: int, cache: int, device: Ceilings, one_block: bool = True, itemsize: int = 2
+    sizes: ModelSizes, batch: int, cache: int, device: Peaks, one_block: bool = True, itemsize: int = 2
 ) -> dict[str, float]:
     """`step_seconds` by the parts of `forward_parts`."""
     read = 2 * batch * cache * sizes.kv_heads * sizes.head_dim
@@ -111,12 +113,12 @@ def step_parts(
 
 
 def seconds_by_part(
-    sizes: ModelSizes, batch: int, tokens: int, attention: Stage, device: Ceilings, itemsize: int
+    sizes: ModelSizes, batch: int, tokens: int, attention: Stage, device: Peaks, itemsize: int
 ) -> dict[str, float]:
     """attention: that of one block, in numbers."""
     t = batch * tokens
     block = {
-        "projections": [s for group in sizes.groups for s in group_stages(group, t, itemsize)],
+        "projections": [s for group in sizes.groups for s in group_stages(group, t, itemsize, device.chip)],
         "attention": in_bytes([attention], itemsize),
         "elementwise": in_bytes(elementwise_stages(sizes, t), itemsize),
     }
@@ -150,9 +152,9 @@ def layer_stages(k: int, n: int, tokens: int, itemsize: int) -> list[Stage]:
     return stages(LowRank(k, n, 1), tokens, "dense", itemsize)
 
 
-def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2) -> list[Stage]:
+def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2, chip: Device = H100) -> list[Stage]:
     """The kernels of projections that run together: one first stage, and one of each other where sizes are equal."""
-    each = [stages(p.spec, tokens, p.form, itemsize, p.adds, group.count(p)) for p in group]
+    each = [stages(p.spec, tokens, p.form, itemsize, p.adds, group.count(p), chip) for p in group]
     if len(each) == 1:
         return each[0]
     x = tokens * group[0].spec.in_features * itemsize

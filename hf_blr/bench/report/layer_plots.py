@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_blr.bench.ceilings import predictions
+from hf_blr.bench.peaks import predictions
 from hf_blr.bench.report.plots import COLOURS, SIZE, Looks, add_legend, with_legend
 from hf_blr.roofline.devices import DEVICES
 

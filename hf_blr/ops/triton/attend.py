@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import device_of, dot_precision, pow2
+from hf_blr.ops.rules.device import device_of, dot_precision, pow2
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 
 #: keys that a program takes at a time, at most
@@ -166,7 +166,7 @@ def attend(q, k, v, mask, scale):
         *v.stride()[:3],
         mask.stride(0),
         WHOLE=whole,
-        PDL=device.is_hopper,
+        PDL=device.has_pdl,
         PRECISION=dot_precision(q.dtype),
         LINE=min(block, 128 // q.element_size()),
         STEPS=steps,
@@ -184,7 +184,7 @@ def attend(q, k, v, mask, scale):
             out,
             pieces,
             d,
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             BN=PIECES,
             BD=block,
             num_warps=4,

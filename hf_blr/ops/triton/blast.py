@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_blr.ops.rules.blast import BlastRoute, blast_route
+from hf_blr.ops.rules.device import device_of, dot_precision
+from hf_blr.ops.rules.products import fused_mix_config
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_launch import decodes, stacks
 from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.decode_stack import project_stack
-from hf_blr.ops.triton.launch import device_of, dot_precision, fused_mix_config, fuses_mix, mixes_along_t
 from hf_blr.ops.triton.mix import blast_mix, blast_mix_bwd, stack_along_t
 from hf_blr.ops.triton.tiles import load_tile
 from hf_blr.ops.triton.tuned import launch
@@ -86,7 +87,7 @@ def blast_expand(y, u, s, bias, out, activation=""):
     def run(config):
         # a descriptor cuts off at the end of y, not of one layer's part of it
         whole = width == r or r % config.bk == 0
-        tma = device.is_hopper and fits_tma(y) and fits_tma(u) and whole
+        tma = device.has_tma and fits_tma(y) and fits_tma(u) and whole
         grid = (b2 * triton.cdiv(q, config.bn), triton.cdiv(tokens, config.bt), width // r)
         blast_expand_kernel[grid](
             descriptor(y, config.bt, config.bk) if tma else y,
@@ -117,30 +118,28 @@ def blast_expand(y, u, s, bias, out, activation=""):
     launch(run, "blast_expand", rule, tokens, (b1, b2, q, r, width), y)
 
 
-def blast_fwd(x, u, s, v, bias, keep=False, activation=""):
+def forward(x, u, s, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, R]` if asked to keep it.
 
     u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
     """
-    tokens, (b1, r, _), (b2, q, _) = x.shape[0], v.shape, u.shape
+    tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
     if tokens == 0:
         return out, x.new_empty(b1, 0, r) if keep else empty
-    if decodes(tokens, b1, b2) and not keep:
-        decode_expand(blast_decode(x, s, v), u, bias, out, activation)
+    adds = bias is not None or bool(activation)
+    route = blast_route(tokens, (b1, b2), (p, q, r), device_of(x), adds, keep)
+    if route.few:
+        decode_expand(blast_decode(x, s, v, route), u, bias, out, activation)
         return out, empty
-    # a y that is kept is laid out along r, and the kernel that adds a bias or activates reads z along r
-    along_t = (
-        mixes_along_t(b1, b2) and not (fuses_mix(b1, b2, q, r, tokens) or keep) and bias is None and not activation
-    )
-    y = blast_project(x, v, along_t)
-    blast_finish(y, u, s, bias, out, activation)
+    y = blast_project(x, v, route.along_t)
+    blast_finish(y, u, s, bias, out, route, activation)
     return out, y if keep else empty
 
 
-def blast_decode(x, s, v):
+def blast_decode(x, s, v, route: BlastRoute):
     """z `[B2, T, R]` at few tokens."""
-    if stacks(x.shape[0], *v.shape, device_of(x), mix=True):
+    if route.stacked:
         y = x.new_empty(v.shape[0], x.shape[0], s.shape[2])
         project_stack(x, v, y)
         return blast_mix(y, s)
@@ -157,20 +156,20 @@ def blast_project(x, v, along_t):
     return y
 
 
-def blast_finish(y, u, s, bias, out, activation=""):
+def blast_finish(y, u, s, bias, out, route: BlastRoute, activation=""):
     """out `[T, N]` from y `[B1, T, R]`.
 
     For S layers that share x: out `[T, S*N]` from y `[B1, T, S*R]`, u `[S*B2, Q, R]`, s `[B2, B1, S*R]` and bias
     `[S*N]`.
     """
-    (blocks, q, r), (b1, tokens, width) = u.shape, y.shape
-    if fuses_mix(b1, s.shape[0], q, r, tokens):
+    (blocks, q, r), (_, tokens, width) = u.shape, y.shape
+    if route.fused:
         blast_expand(y, u, s, bias, out, activation)
     else:
         expand(blast_mix(y, s, width // r), u, bias, out.view(tokens, blocks, q).transpose(0, 1), activation)
 
 
-def blast_bwd(grad, x, u, s, v, y, needs):
+def backward(grad, x, u, s, v, y, needs):
     """(dx, du, ds, dv); what `needs` does not ask for is empty, as y may be."""
     need_x, need_u, need_s, need_v = needs
     tokens, (b1, _, p), (b2, q, _) = x.shape[0], v.shape, u.shape

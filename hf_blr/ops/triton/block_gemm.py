@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_blr.ops.rules.device import device_of, dot_precision
+from hf_blr.ops.rules.products import gemm_config
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.launch import device_of, dot_precision, gemm_config
 from hf_blr.ops.triton.tiles import load_tile
 from hf_blr.ops.triton.tuned import launch
 
@@ -77,7 +78,7 @@ def block_gemm(a, b, c, bias=None, swap=False, activation=""):
     rule = gemm_config(chunk if swap else 1 << 10, tokens, c.element_size(), device, bool(activation))
 
     def run(config):
-        tma = device.is_hopper and fits_tma(a) and fits_tma(b) and not (swap and chunk % config.bk)
+        tma = device.has_tma and fits_tma(a) and fits_tma(b) and not (swap and chunk % config.bk)
         grid = (triton.cdiv(n, config.bn), triton.cdiv(tokens, config.bt), groups)
         block_gemm_kernel[grid](
             descriptor(a, config.bt, config.bk) if tma else a,

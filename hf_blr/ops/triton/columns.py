@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import column_config, device_of, vector_width
+from hf_blr.ops.rules.columns import column_config
+from hf_blr.ops.rules.device import device_of, vector_width
 from hf_blr.ops.triton.tuned import launch
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
+from hf_blr.ops.rules.few_tokens import decode_rows, early_steps, expand_config, lines
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.decode_launch import decode_rows, early_steps, expand_config, lines
 from hf_blr.ops.triton.decode_one import expand_one
 from hf_blr.ops.triton.decode_wide import expand_wide
-from hf_blr.ops.triton.launch import device_of, dot_precision, vector_width
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -125,7 +125,7 @@ def decode_expand(z, u, bias, out, activation=""):
             ACTIVATION=activation,
             LINES=lines(r - early * config.length, line),
             LINE=line,
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             PRECISION=dot_precision(z.dtype),
             VEC=vec,
             EARLY=early,

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blr.ops.rules.device import device_of, vector_width
+from hf_blr.ops.rules.few_tokens import one_config
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.decode_launch import one_config
-from hf_blr.ops.triton.launch import device_of, vector_width
 from hf_blr.ops.triton.tiles import sum_of_products, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -152,7 +152,7 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             GATED=gated,
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             VEC=vec,
             STEPS=triton.cdiv(r, config.length),
             BQ=config.rows,

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_blr.ops.triton.decode_launch import one_mix_config
-from hf_blr.ops.triton.launch import device_of, pow2, vector_width
+from hf_blr.ops.rules.device import device_of, pow2, vector_width
+from hf_blr.ops.rules.few_tokens import one_mix_config
 from hf_blr.ops.triton.tiles import mix_of, sum_of_products, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -102,7 +102,7 @@ def project_mixed_one(x: Tensor, v: Tensor, s: Tensor, z: Tensor):
             *(n // vec for n in sizes),
             B1=b1,
             B2=len(z),
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             VEC=vec,
             STEPS=triton.cdiv(p, config.length),
             BI=pow2(len(z)),

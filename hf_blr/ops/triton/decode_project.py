@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.decode_launch import decode_rows, lines, project_config
+from hf_blr.ops.rules.device import device_of, dot_precision, pow2, vector_width
+from hf_blr.ops.rules.few_tokens import decode_rows, lines, project_config
 from hf_blr.ops.triton.decode_one import project_one
 from hf_blr.ops.triton.decode_one_mix import project_mixed_one
-from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import in_part, mix_of, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -146,7 +146,7 @@ def decode_project(x, v, s, z, add=False):
             LINE=line,
             MIX=mix,
             ADD=add,
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
             DOT_MIX=parts >= 16,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.decode_launch import decode_rows, stack_config
-from hf_blr.ops.triton.launch import device_of, dot_precision, vector_width
+from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
+from hf_blr.ops.rules.few_tokens import decode_rows, stack_config
 from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -85,7 +85,7 @@ def launch_stack(x, v, out, part, strides):
             tokens,
             rows,
             *(n // vec for n in sizes),
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
             BT=bt,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blr.ops.rules.device import device_of, dot_precision, pow2, vector_width
+from hf_blr.ops.rules.few_tokens import DecodeConfig, decode_rows, lines
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.decode_launch import DecodeConfig, decode_rows, lines
-from hf_blr.ops.triton.launch import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_past_loads
 
 
@@ -147,7 +147,7 @@ def expand_wide(config: DecodeConfig, z: Tensor, u: Tensor, bias: Tensor | None,
         LINES=lines(part, line),
         LINE=line,
         AHEAD=config.ahead,
-        PDL=device.is_hopper,
+        PDL=device.has_pdl,
         PRECISION=dot_precision(z.dtype),
         VEC=vec,
         STEPS=triton.cdiv(part, length),

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from hf_blr.ops.dispatch import decodes_low_rank
+from hf_blr.ops.rules.low_rank import runs_few
 from hf_blr.ops.triton.block_gemm import block_gemm
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_launch import decodes
 from hf_blr.ops.triton.decode_project import decode_project
 
 
-def low_rank_fwd(x, u, v, bias, keep=False, activation=""):
+def forward(x, u, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
 
     u `[N, R]`, v `[R, K]`, bias `[N]` or None.
     """
     tokens, (n, r) = x.shape[0], u.shape
-    # one that activates comes here at any number of tokens
-    decoding = decodes_low_rank(tokens) if activation else decodes(tokens, 1, 1)
-    if tokens == 0 or keep or not decoding:
+    if tokens == 0 or not runs_few(tokens, bool(activation), keep):
         y = F.linear(x, v)
         return finish(y, u, bias, activation), y if keep else x.new_empty(0)
     z, out = x.new_empty(1, tokens, r), x.new_empty(tokens, n)
@@ -37,7 +34,7 @@ def finish(y, u, bias, activation=""):
     return out
 
 
-def low_rank_bwd(grad, x, u, v, y, needs):
+def backward(grad, x, u, v, y, needs):
     """(dx, du, dv); what `needs` does not ask for is empty, as y may be."""
     need_x, need_u, need_v = needs
     dx, du, dv = (x.new_empty(0) for _ in range(3))

@@ -6,15 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import (
-    device_of,
-    dot_precision,
-    ds_config,
-    ds_group,
-    mix_config,
-    pow2,
-    vector_width,
-)
+from hf_blr.ops.rules.device import device_of, dot_precision, pow2, vector_width
+from hf_blr.ops.rules.mix import ds_config, ds_group, mix_config
 from hf_blr.ops.triton.tuned import launch
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.dispatch import decodes_low_rank
+from hf_blr.ops.rules.device import device_of, pow2, vector_width
+from hf_blr.ops.rules.few_tokens import early_steps, lines, pivoted_project_config
+from hf_blr.ops.rules.low_rank import kernels_pay
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_launch import early_steps, lines, pivoted_project_config
 from hf_blr.ops.triton.decode_project import decode_project
-from hf_blr.ops.triton.launch import device_of, pow2, vector_width
 from hf_blr.ops.triton.low_rank import finish
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -89,13 +89,13 @@ def pivoted_project_kernel(
     tl.store(y_ptr + o_r, b_y.to(y_ptr.dtype.element_ty), mask=m_r)
 
 
-def pivoted_fwd(x, u, c, order, bias, keep=False, activation=""):
+def forward(x, u, c, order, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[T, R]` if asked to keep it.
 
     u `[N, R]`, c `[R, K - R]`, order `[K]`, bias `[N]` or None.
     """
     tokens, (n, r) = x.shape[0], u.shape
-    if not tokens or keep or not decodes_low_rank(tokens):
+    if not tokens or keep or not kernels_pay(tokens):
         y = project(x, c, order)
         return finish(y, u, bias, activation), y if keep else x.new_empty(0)
     if tokens == 1:
@@ -109,7 +109,7 @@ def pivoted_fwd(x, u, c, order, bias, keep=False, activation=""):
     return out, x.new_empty(0)
 
 
-def pivoted_bwd(grad, x, u, c, order, y, needs):
+def backward(grad, x, u, c, order, y, needs):
     """(dx, du, dc); what `needs` does not ask for is empty, as y may be."""
     need_x, need_u, need_c = needs
     r = u.shape[1]
@@ -154,7 +154,7 @@ def project_one(x, c, order):
             ORDER_LINES=pow2(triton.cdiv(len(order), order_line)),
             LINE=line,
             ORDER_LINE=order_line,
-            PDL=device.is_hopper,
+            PDL=device.has_pdl,
             VEC=vec,
             UNROLL=config.stages,
             EARLY=early,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_blr.ops.triton.launch import device_of, swap_config
+from hf_blr.ops.rules.columns import swap_config
+from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.triton.tuned import launch
 
 

@@ -19,8 +19,11 @@ from pathlib import Path
 import torch
 import triton
 
-from hf_blr.ops.triton.decode_launch import DecodeConfig, OneConfig
-from hf_blr.ops.triton.launch import ColumnConfig, GemmConfig, MixConfig, pow2
+from hf_blr.ops.rules.columns import ColumnConfig
+from hf_blr.ops.rules.device import pow2
+from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
+from hf_blr.ops.rules.mix import MixConfig
+from hf_blr.ops.rules.products import GemmConfig
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_blr.structures.spec import BLRSpec
+
 #: pivots are exchanged until no number of c is larger. Large ones are ill-conditioned: what bfloat16 rounds off c then
 #: counts more than what it rounds off u
 LARGEST = 2.0
+
+
+def finish(spec: BLRSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`pivoted` of the low-rank factors "u" and "v"."""
+    return pivoted(tensors["u"], tensors["v"])
 
 
 def pivoted(u: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -44,3 +51,9 @@ def pivoted(u: Tensor, v: Tensor) -> dict[str, Tensor]:
     # u' = u times the pivots' block of v
     pivots = triangle.mT @ basis[order[:r]].mT
     return {"u": (u.double() @ pivots).to(u.dtype), "c": c.to(v.dtype), "order": order.int()}
+
+
+def random_indices(spec: BLRSpec, device: torch.device | str) -> dict[str, Tensor]:
+    """An order `[K]` of the kind that fits give: pivots anywhere, and both parts ascending."""
+    order = torch.randperm(spec.in_features, device=device).int()
+    return {"order": torch.cat([order[: spec.rank].sort().values, order[spec.rank :].sort().values])}

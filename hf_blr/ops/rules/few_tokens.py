@@ -1,16 +1,13 @@
-"""How the kernels for few tokens are launched: pure functions of sizes, dtype and device properties.
-
-Each returns the setting that won on an H100, cut down until it fits smaller cards. `benchmarks/NOTES.md` has what was
-tried.
-"""
+"""Which kernels for few tokens run, and how they are launched."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hf_blr.ops.dispatch import FEW_TOKENS
-from hf_blr.ops.triton.launch import INTERPRETER, Device, pow2
+from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
 
+#: up to here a layer is bound by reading its factors, and kernels made for that run
+FEW_TOKENS = 32
 #: rows of weights in a tile of `decode_stack`: the least that Hopper's products take
 STACK_ROWS = 64
 #: 32-bit registers of a multiprocessor
@@ -48,7 +45,7 @@ class OneConfig:
     programs: int
 
 
-def decodes(tokens: int, b1: int, b2: int) -> bool:
+def runs_decode_kernels(tokens: int, b1: int, b2: int) -> bool:
     """Whether the kernels for few tokens run; they hold an accumulator for each block."""
     return tokens <= FEW_TOKENS and b1 <= 64 and b2 <= 64
 

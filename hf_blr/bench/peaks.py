@@ -1,4 +1,4 @@
-"""The ceilings of the device at hand: a copy and a product reach them. And how far predictions from them are off."""
+"""The peaks of the device at hand: a copy and a product reach them. And how far predictions from them are off."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from hf_blr import ops
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
-from hf_blr.roofline.devices import Ceilings
+from hf_blr.ops.rules.device import H100, device_of
+from hf_blr.roofline.devices import Peaks
 from hf_blr.roofline.stages import bound_of, stages
 from hf_blr.roofline.training import training_stages
-from hf_blr.structures import BLRSpec, LowRank, structure_class
+from hf_blr.structures import BLRSpec, LowRank, structure_named
 
 
-def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 << 30) -> Ceilings:
-    """The ceilings of the device at hand.
+def measure_peaks(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 << 30) -> Peaks:
+    """The peaks of the device at hand.
 
     Args:
         device: "cuda", or "cpu" for a try.
@@ -43,7 +44,7 @@ def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int =
     kernel = timer.median(timer.captured(tiny_kernels)) / 100
     few = few_bandwidth(timer, size, dtype, kernel)
     name = torch.cuda.get_device_name() if timer.on_gpu else "cpu"
-    return Ceilings(
+    return Peaks(
         name,
         flops,
         bandwidth,
@@ -52,6 +53,7 @@ def measure_ceilings(device: str = "cuda", size: int = 8192, copied_bytes: int =
         scores=attention_scores(timer, size // 4, dtype),
         product_seconds=max(product, 0.0),
         kernel_seconds=kernel,
+        chip=device_of(x) if timer.on_gpu else H100,
     )
 
 
@@ -80,10 +82,10 @@ def spec_of(row: dict) -> BLRSpec:
         k, n = layer.in_features, layer.out_features
     if row["structure"] == "dense":
         return LowRank(k, n, 1)
-    return structure_class(row["structure"])(k, n, row["rank"], tuple(row["blocks"]))
+    return structure_named(row["structure"]).spec(k, n, row["rank"], tuple(row["blocks"]))
 
 
-def predictions(rows: list[dict], device: Ceilings) -> list[dict]:
+def predictions(rows: list[dict], device: Peaks) -> list[dict]:
     """The rows of `bench layers` that ran dense or in the package's own form, with what was predicted.
 
     Returns:
@@ -94,7 +96,8 @@ def predictions(rows: list[dict], device: Ceilings) -> list[dict]:
         if row["impl"] not in ("cublas", "hf_blr"):
             continue
         count = stages if row["direction"] == "forward" else training_stages
-        kernels = count(spec_of(row), row["tokens"], "dense" if row["structure"] == "dense" else "hf_blr")
+        form = "dense" if row["structure"] == "dense" else "hf_blr"
+        kernels = count(spec_of(row), row["tokens"], form, chip=device.chip)
         predicted = sum(stage.seconds(device) for stage in kernels) * 1e6
         more = {"predicted_us": predicted, "deviation": predicted / row["us"] - 1, "bound": bound_of(kernels, device)}
         sums = {"flops": sum(s.flops for s in kernels), "bytes": sum(s.bytes for s in kernels)}

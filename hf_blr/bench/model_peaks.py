@@ -1,4 +1,4 @@
-"""Predictions of a device's ceilings for the rows of `bench model`, and how far they are off."""
+"""Predictions of a device's peaks for the rows of `bench model`, and how far they are off."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_blr.dense import feature_sizes, is_dense_linear
 from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
 from hf_blr.linear import BLRLinear
-from hf_blr.roofline.devices import Ceilings
+from hf_blr.roofline.devices import Peaks
 from hf_blr.roofline.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
 from hf_blr.structures import LowRank
 
-#: without the host between their kernels, so that ceilings have a say
+#: without the host between their kernels, so that peaks have a say
 PREDICTED_FORMS = ("compiled",)
 
 
-def model_predictions(rows: list[dict], device: Ceilings) -> list[dict]:
+def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
     """The rows of `bench model` with a prefill or a decoding step of a text or image model in the compiled form.
 
     Returns:
@@ -109,8 +109,8 @@ def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, 
         group = next((names for names in TOGETHER if own in names), own)
         if isinstance(module, BLRLinear):
             together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
-            # cuBLAS adds that of a low-rank layer by itself
-            by_us = module.spec.structure in ("monarch", "blast") or (fused and group != own)
+            # cuBLAS adds that of a structure of plain products by itself
+            by_us = module.spec.blocked or (fused and group != own)
             projection = Projection(module.spec, adds=module.bias is not None and by_us)
         else:
             projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)

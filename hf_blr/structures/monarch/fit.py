@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.gram import cholesky, solve_psd
+from hf_blr.factorize.balance import equal_norms
+from hf_blr.factorize.gram import cholesky, solve_psd, squared_error
+from hf_blr.factorize.options import FitOptions
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.structures import Monarch
+from hf_blr.structures.monarch import Monarch
+from hf_blr.structures.spec import BLRSpec
 
 #: alternating solves for u and v of one block column before the next column's turn; with two, a round lowers the error
 #: as much as the column's truncated SVD would, in a quarter of its time on a GPU, which is slow at eigenvectors
 INNER_STEPS = 2
 
 
-def fit_monarch(weight, spec: Monarch, gram=None, *, rounds, tolerance) -> tuple[dict[str, Tensor], list[float]]:
+def fit(
+    weight: Tensor, spec: Monarch, gram: Tensor | None, options: FitOptions
+) -> tuple[dict[str, Tensor], list[float]]:
     """Factors of W `[N, K]` for the input Gram matrix `[K, K]`, and the squared error after each round.
 
     Starts from the truncated SVD of each block alone. Then a column of blocks at a time: with the other columns fixed,
@@ -32,7 +37,7 @@ def fit_monarch(weight, spec: Monarch, gram=None, *, rounds, tolerance) -> tuple
     roots = [cholesky(h[j, j]) for j in range(b1)]
     residual = blocks - (u @ v).permute(1, 2, 0, 3)  # [B2, Q, B1, P]
     losses = [squared_error(residual.reshape(weight.shape), gram)]
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         before = u, v
         u, v = u.clone(), v.clone()
         for j in range(b1):
@@ -48,7 +53,7 @@ def fit_monarch(weight, spec: Monarch, gram=None, *, rounds, tolerance) -> tuple
             u, v = before
             break
         losses.append(loss)
-        if losses[-1] > (1 - tolerance) * losses[-2]:
+        if losses[-1] > (1 - options.tolerance) * losses[-2]:
             break
     return packed(u, v, spec), losses
 
@@ -65,12 +70,16 @@ def alternate(u: Tensor, image: Tensor, h: Tensor, root: Tensor) -> tuple[Tensor
     return solve_psd(v @ h @ v.mT, v @ image.mT).mT, v
 
 
-def squared_error(residual: Tensor, gram: Tensor) -> float:
-    """||residual X||^2 for residual `[N, K]` and gram = X X^T."""
-    return ((residual @ gram).double() * residual.double()).sum().item()
-
-
 def packed(u: Tensor, v: Tensor, spec: Monarch) -> dict[str, Tensor]:
     """u `[B1, B2, Q, R]`, v `[B1, B2, R, P]` -> the stored shapes `[B2, Q, B1*R]`, `[B1, B2*R, P]`."""
-    shapes = spec.factor_shapes()
+    shapes = spec.sizes()
     return {"u": u.permute(1, 2, 0, 3).reshape(shapes["u"]), "v": v.reshape(shapes["v"])}
+
+
+def balanced(spec: BLRSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same matrix, with equal norms in u and v for each index of the rank of each pair of blocks."""
+    u, v = tensors["u"], tensors["v"]
+    (b1, b2), p, r = spec.num_blocks, spec.block_shape[0], spec.rank
+    # [B2, Q, B1, R], [B2, B1, R, P]
+    columns, rows = equal_norms(u.view(b2, -1, b1, r), v.view(b1, b2, r, p).transpose(0, 1))
+    return {"u": columns.reshape(u.shape).contiguous(), "v": rows.transpose(0, 1).reshape(v.shape).contiguous()}

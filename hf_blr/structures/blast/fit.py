@@ -17,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_blr.factorize.balance import balanced
 from hf_blr.factorize.gram import conjugate_gradients, inverse_root, solve_psd
+from hf_blr.factorize.options import FitOptions
 from hf_blr.factorize.svd import low_rank_factors
-from hf_blr.structures import Blast
+from hf_blr.structures.blast import Blast
+from hf_blr.structures.spec import BLRSpec
 
 #: steps by conjugate gradients. For s, eight leave the error after some rounds where exact solves would; for v, eight
 #: instead of four gain less than one more round
@@ -32,18 +35,18 @@ INTERMEDIATE = {"cpu": 1 << 20, "cuda": 1 << 26}
 START_NOISE = 0.5
 
 
-def fit_blast(weight, spec: Blast, gram=None, *, rounds, tolerance, seed) -> tuple[dict[str, Tensor], list[float]]:
+def fit(weight: Tensor, spec: Blast, gram: Tensor | None, options: FitOptions) -> tuple[dict[str, Tensor], list[float]]:
     """Factors of W `[N, K]` for the input Gram matrix `[K, K]`, and the squared error after each round.
 
-    Starts from the closed low-rank solution of the same rank. Stops after `rounds`, or when a round lowers the squared
-    error by less than the fraction `tolerance`.
+    Starts from the closed low-rank solution of the same rank. Stops after the options' rounds, or when a round lowers
+    the squared error by less than their tolerance.
     """
     problem = BlastProblem(weight, gram, spec)
-    s, v = starting_point(weight, spec, gram, seed)
+    s, v = starting_point(weight, spec, gram, options.seed)
     state = problem.complete(s, v)
     losses = [state.loss]
     momentum, before = 0, (state.s, state.v)
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         after = problem.alternate(state)
         t = momentum / (momentum + 3)
         candidate = problem.complete(*(a + t * (a - b) for a, b in zip(after, before, strict=True)))
@@ -55,9 +58,16 @@ def fit_blast(weight, spec: Blast, gram=None, *, rounds, tolerance, seed) -> tup
         gain = 1 - candidate.loss / state.loss
         state, before, momentum = candidate, after, momentum + 1
         losses.append(state.loss)
-        if gain < tolerance:
+        if gain < options.tolerance:
             break
     return {"u": state.u, "s": state.s, "v": state.v}, losses
+
+
+def finish(spec: BLRSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same matrix with s of unit mean square over the input blocks, and `balanced` u and v."""
+    u, s = tensors["u"], tensors["s"]
+    scale = s.square().mean(1, keepdim=True).sqrt().clamp_min(torch.finfo(u.dtype).tiny)  # [B2, 1, R]
+    return balanced(spec, {"u": u * scale, "s": s / scale, "v": tensors["v"]})
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,6 @@ def starting_point(weight, spec: Blast, gram, seed) -> tuple[Tensor, Tensor]:
     b1, p = spec.num_blocks[0], spec.block_shape[0]
     _, v = low_rank_factors(weight, spec.rank, gram)
     # drawn on the CPU, so that every device starts from the same point
-    noise = torch.randn(spec.factor_shapes()["s"], generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(spec.sizes()["s"], generator=torch.Generator().manual_seed(seed))
     s = 1 + START_NOISE * noise.to(weight)
     return s, v.view(spec.rank, b1, p).transpose(0, 1).contiguous()

@@ -1,0 +1,40 @@
+"""Low-rank: W = u v."""
+
+from __future__ import annotations
+
+from hf_blr.structures.record import Structure
+from hf_blr.structures.spec import BLRSpec
+
+
+class LowRank(BLRSpec):
+    """W = u v, with u `[N, R]` and v `[R, K]`. One block on each side."""
+
+    structure = "low_rank"
+
+    def sizes(self):
+        return {"u": (self.out_features, self.rank), "v": (self.rank, self.in_features)}
+
+    @staticmethod
+    def parameters_per_rank(in_features, out_features, num_blocks):
+        return in_features + out_features
+
+
+RECORD = Structure(
+    spec=LowRank,
+    summary="W = u v: two plain products, in closed form",
+    linear="hf_blr.structures.low_rank.reference:low_rank_linear",
+    dense="hf_blr.structures.low_rank.reference:low_rank_dense",
+    fits="hf_blr.structures.low_rank.reference:fits",
+    module="hf_blr.structures.low_rank.layer:LowRankLinear",
+    fit="hf_blr.structures.low_rank.fit:fit",
+    finish="hf_blr.factorize.balance:balanced",
+    stages="hf_blr.structures.low_rank.stages:forward_stages",
+    backward_stages="hf_blr.structures.low_rank.stages:backward_stages",
+    colour="#1f77b4",
+    closed_form=True,
+    auto_blocks=((1, 1),),
+    kernels="hf_blr.ops.triton.low_rank",
+    kernels_pay="hf_blr.ops.rules.low_rank:kernels_pay",
+    # low-rank is Monarch with one block
+    grouped="hf_blr.ops.triton.grouped_monarch",
+)

@@ -1,0 +1,27 @@
+"""Pivoted low-rank in plain PyTorch: the oracle of the kernels, and what runs where no kernel does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_blr.ops.blocks import as_rows
+
+
+def pivoted_linear(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]`, u `[N, R]`, c `[R, K - R]`, order `[K]` -> `[..., N]`. PIFA, PMLR 267, pivots among the inputs."""
+    r = c.shape[0]
+    rows = as_rows(x).index_select(-1, order)
+    y = torch.addmm(rows[:, :r], rows[:, r:], c.mT)
+    return F.linear(y, u, bias).view(*x.shape[:-1], u.shape[0])
+
+
+def pivoted_dense(u: Tensor, c: Tensor, order: Tensor) -> Tensor:
+    """The matrix `[N, K]` that `pivoted_linear` multiplies by."""
+    return torch.cat([u, u @ c], dim=1).index_select(1, order.argsort())
+
+
+def fits(in_features: int, u: Tensor, c: Tensor, order: Tensor) -> bool:
+    r = u.shape[-1]
+    return order.shape == (in_features,) and c.shape == (r, in_features - r)

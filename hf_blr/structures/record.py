@@ -1,0 +1,89 @@
+"""What a structure consists of: one record that names, by import path, everything in which structures differ.
+
+What needs torch is named by its path and imported when it is first asked for, so that sizes can be planned without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from hf_blr.structures.spec import BLRSpec
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One structure. Paths are `package.module:name`; "" stands for none.
+
+    Args:
+        spec: its sizes; the structure's name is the spec's.
+        summary: what it is, in one line.
+        linear: (x, *tensors, bias=None) -> out, in plain PyTorch: the oracle of the kernels.
+        dense: (**tensors) -> the matrix `[N, K]`.
+        fits: (in features, *tensors) -> whether these tensors are one layer's for inputs of that size.
+        module: the subclass of `BLRLinear`.
+        fit: (W, spec, gram or None, `FitOptions`) -> (factors, squared error after each round).
+        finish: (spec, factors) -> the tensors as they are stored, of the same matrix.
+        scaled: the factors that carry the matrix's scale between them: c^(1/n) times each of these n is c times W.
+        stages: (spec, tokens, form, adds, layers, chip) -> the `roofline.stages.Stage`s of a forward, in numbers.
+        backward_stages: (spec, tokens, chip) -> those of a backward.
+        colour: in plots, as `#rrggbb`.
+        closed_form: its fit has no rounds, and `allocation.loss_curve` predicts its loss without a trial.
+        weighed: the factor that takes back what `OutputMetric` took out of W: its rows are the outputs, block by block.
+            "": errors are not weighed by outputs.
+        auto_blocks: the block counts that `structure="auto"` tries; none: it never takes this structure.
+        rank_multiple: ranks of this multiple are those that the kernels load in wide pieces.
+        kernels: module with `forward` and `backward` for a GPU.
+        kernels_pay: (tokens) -> whether the kernels beat PyTorch's products; "": always.
+        grouped: module with `forward` and `gated`, kernels that run several such layers on one input.
+        stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
+        typical_indices: (spec, device) -> {index: tensor} of the kind that fits give, for measuring.
+    """
+
+    spec: type[BLRSpec]
+    summary: str
+    linear: str
+    dense: str
+    fits: str
+    module: str
+    fit: str
+    finish: str
+    stages: str
+    backward_stages: str
+    colour: str
+    closed_form: bool = False
+    weighed: str = "u"
+    scaled: tuple[str, ...] = ("u", "v")
+    auto_blocks: tuple[tuple[int, int], ...] = ()
+    rank_multiple: int = 16
+    kernels: str = ""
+    kernels_pay: str = ""
+    grouped: str = ""
+    stand_in: str = ""
+    typical_indices: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.spec.structure
+
+    def load(self, part: str) -> Any:
+        """What the path in this field names; None where it is ""."""
+        path = getattr(self, part)
+        return resolved(path) if path else None
+
+
+@cache
+def resolved(path: str) -> Callable[..., Any] | Any:
+    """The object behind `package.module:name`, or the module behind a path without a name.
+
+    Raises:
+        ImportError: if there is no such module, or nothing of that name in it.
+    """
+    module, _, name = path.partition(":")
+    found = import_module(module)
+    if name and not hasattr(found, name):
+        raise ImportError(f"{module} has no {name!r}, which a structure's record names as {path!r}")
+    return getattr(found, name) if name else found
