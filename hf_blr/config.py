@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_blr import options
 from hf_blr.factorize.options import FitOptions
+from hf_blr.options import check_fields, integer, option
 from hf_blr.structures import as_block_pair, structure_named
 
 QUANT_METHOD = "hf_blr"
@@ -20,145 +24,224 @@ FORMAT_VERSION = 1
 AUTO = "auto"
 ALLOCATIONS = ("loss", "uniform")
 OVERRIDE_KEYS = ("structure", "ratio", "rank", "num_blocks")
+#: the groups of `--help`
+BECOMES, FITTED = "what the layers become", "how they are fitted"
 
 
+@dataclass(eq=False, repr=False)
 class BLRConfig(QuantizationConfigMixin):
     """How a model is compressed; saved in its `config.json` under `quantization_config`.
 
-    Args:
-        structure: "low_rank", "pivoted", "monarch" or "blast"; or "auto", which takes for each layer the structure,
-            blocks and rank of the least predicted loss (it needs text, a `ratio` and `fisher`).
-        ratio: kept / dense parameters of the replaced matrices, in (0, 1): of all of them together, or of each with
-            `allocation="uniform"`. Give this or `rank`.
-        rank: the rank of each replaced matrix; for Monarch, of each block pair.
-        num_blocks: b or (input blocks, output blocks). Default: (4, 16) for BLAST, (4, 4) for Monarch.
-        target_modules: which layers, in PEFT's vocabulary: a list of names or name endings, or a regular expression
-            that the whole name must match. None or "all-linear": every attention and MLP projection inside the
-            repeated blocks; never the head, embeddings, routers or tied weights.
-        modules_to_not_convert: names or endings (or one regular expression) to leave dense.
-        overrides: {pattern: {"structure" | "ratio" | "rank" | "num_blocks": ...}}; a pattern is a regular expression
-            that an ending of the module's name must match; the first that does is used.
-        dataset: text to fit to. None fits the weights alone; "builtin" (Python's own documentation), "wikitext2",
-            "c4", a text file or a folder of them, a list of strings, or a `datasets.Dataset` fit the outputs on it.
-        sequential: fit each layer on the inputs that the layers compressed before it give it, towards the dense
-            model's outputs, instead of on the dense model's inputs. Needs a model that is a chain of blocks.
-        block_steps: gradient steps that refine all factors of a block together once its layers are fitted; 0 for none.
-            Needs text, and `sequential`.
-        fisher: weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over
-            the calibration text, and needs a model with logits.
-        allocation: "loss" shares `ratio` out over the layers so that the predicted loss is least, and may leave some
-            dense; "uniform" gives each its own `ratio`. None is "loss" where `fisher` weighs a calibrated fit of a
-            `ratio`, else "uniform".
-        num_samples: calibration windows to take at most.
-        seqlen: tokens in a calibration window.
-        fit_rounds: rounds of alternating least squares (BLAST) or block descent (Monarch) at most.
-        fit_tolerance: stop when a round lowers the squared error by less than this fraction.
-        damping: added to the diagonal of each input Gram matrix, as a fraction of its mean.
-        fit_device: where the fits run; None is the weight's device, or "cuda" if there is one and the weight is on
-            the CPU.
-        seed: of the calibration windows and of the fits' starting points.
-        layers: the resolved plan, {module: spec}; filled in by the compression and read back from a checkpoint.
-        version: of this format.
+    Every field is checked when a config is made. `help(BLRConfig)` and the documentation list them.
 
     Raises:
-        ValueError: for values out of range, unknown keys, or a version newer than this package reads.
+        ValueError: for values of the wrong type or out of range, unknown keys, or a version newer than this package
+            reads.
     """
 
-    def __init__(
-        self,
-        structure: str = "blast",
-        ratio: float | None = None,
-        rank: int | None = None,
-        num_blocks: int | tuple[int, int] | None = None,
-        target_modules: str | list[str] | None = None,
-        modules_to_not_convert: str | list[str] | None = None,
-        overrides: dict[str, dict] | None = None,
-        dataset: Any = None,
-        sequential: bool = True,
-        fisher: bool = True,
-        allocation: str | None = None,
-        block_steps: int = 0,
-        num_samples: int = 128,
-        seqlen: int = 2048,
-        fit_rounds: int = 16,
-        fit_tolerance: float = 3e-3,
-        damping: float = 1e-4,
-        fit_device: str | None = None,
-        seed: int = 0,
-        layers: dict[str, dict] | None = None,
-        version: int = FORMAT_VERSION,
-        **unknown,
-    ):
+    structure: str = option(
+        "blast",
+        'A structure\'s name; or "auto", which takes for each layer the structure, blocks and rank of the least '
+        "predicted loss (it needs text, a ratio and `fisher`).",
+        options.anything,
+        flag="--structure",
+        group=BECOMES,
+    )
+    ratio: float | None = option(
+        None,
+        "Kept / dense parameters of the replaced matrices, 0 to 1: of all of them together, or of each with a uniform "
+        "allocation. Give this, a rank, or `layers`.",
+        options.ratio,
+        flag="--ratio",
+        group=BECOMES,
+        type=float,
+        size=True,
+    )
+    rank: int | None = option(
+        None,
+        "The rank of each replaced matrix; for Monarch, of each block pair.",
+        integer(1, optional=True),
+        flag="--rank",
+        group=BECOMES,
+        type=int,
+        size=True,
+    )
+    num_blocks: int | tuple[int, int] | None = option(
+        None,
+        "b, or input and output blocks; 4 x 16 for BLAST and 4 x 4 for Monarch if left out.",
+        options.anything,
+        flag="--num-blocks",
+        group=BECOMES,
+        metavar="B or B1xB2",
+    )
+    target_modules: str | list[str] | None = option(
+        None,
+        "Which layers, in PEFT's vocabulary: a list of names or name endings, or a regular expression that the whole "
+        'name must match. If left out, or "all-linear": every attention and MLP projection inside the repeated '
+        "blocks; never the head, embeddings, routers or tied weights.",
+        options.names_or_pattern,
+        flag="--target-modules",
+        group=BECOMES,
+        nargs="+",
+        metavar="NAME",
+    )
+    modules_to_not_convert: str | list[str] | None = option(
+        None,
+        "Names or endings (or one regular expression) of layers to leave dense.",
+        options.names_or_pattern,
+        flag="--keep-dense",
+        group=BECOMES,
+        nargs="+",
+        metavar="NAME",
+    )
+    overrides: dict[str, dict[str, Any]] | None = option(
+        None,
+        '{pattern: {"structure" | "ratio" | "rank" | "num_blocks": ...}}; a pattern is a regular expression that an '
+        "ending of the module's name must match; the first that does is used.",
+        options.dict_of_dicts,
+    )
+    dataset: Any = option(
+        None,
+        'Text to fit to: "builtin" (Python\'s own documentation), "wikitext2", "c4", a text file or a folder of them, '
+        "a list of strings, or a `datasets.Dataset`. None fits the weights alone.",
+        options.anything,
+        flag="--dataset",
+        group=FITTED,
+        cli_default="builtin",
+        none="none",
+    )
+    sequential: bool = option(
+        True,
+        "Fit each layer on the inputs that the layers compressed before it give it, towards the dense model's outputs, "
+        "instead of on the dense model's inputs. Needs a model that is a chain of blocks.",
+        options.boolean,
+        flag="--one-shot",
+        group=FITTED,
+        cli_help="fit each layer to the dense model's activations, not to those of the layers compressed before it: "
+        "faster",
+    )
+    fisher: bool = option(
+        True,
+        "Weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over the "
+        "calibration text, and needs a model with logits.",
+        options.boolean,
+        flag="--no-fisher",
+        group=FITTED,
+        cli_help="weigh all outputs of a layer alike: saves a backward pass over the calibration text",
+    )
+    allocation: str | None = option(
+        None,
+        '"loss" shares the ratio out over the layers so that the predicted loss is least, and may leave some dense; '
+        '"uniform" gives each its own ratio. If left out: "loss" where `fisher` weighs a calibrated fit of a ratio.',
+        options.one_of(None, *ALLOCATIONS),
+        flag="--allocation",
+        group=FITTED,
+        choices=ALLOCATIONS,
+    )
+    block_steps: int = option(
+        0,
+        "Gradient steps that refine all factors of a block together once its layers are fitted; 0 for none. Needs "
+        "text, and `sequential`.",
+        integer(0),
+        flag="--block-steps",
+        group=FITTED,
+        type=int,
+    )
+    num_samples: int = option(
+        128, "Calibration windows at most.", integer(1), flag="--num-samples", group=FITTED, type=int
+    )
+    seqlen: int = option(2048, "Tokens in a calibration window.", integer(2), flag="--seqlen", group=FITTED, type=int)
+    fit_rounds: int = option(
+        16,
+        "Rounds of alternating least squares (BLAST) or block descent (Monarch) at most.",
+        integer(1),
+        flag="--rounds",
+        group=FITTED,
+        type=int,
+    )
+    fit_tolerance: float = option(
+        3e-3,
+        "Stop when a round lowers the squared error by less than this fraction.",
+        options.fraction,
+        flag="--tolerance",
+        group=FITTED,
+        type=float,
+    )
+    damping: float = option(
+        1e-4,
+        "Added to the diagonal of each input Gram matrix, as a fraction of its mean.",
+        options.fraction,
+        flag="--damping",
+        group=FITTED,
+        type=float,
+    )
+    fit_device: str | None = option(
+        None,
+        'Where the fits run; if left out, on the weight\'s device, or on "cuda" if there is one and that is the CPU.',
+        options.text,
+        flag="--fit-device",
+        group=FITTED,
+        metavar="DEVICE",
+    )
+    seed: int = option(
+        0,
+        "Of the calibration windows and of the fits' starting points.",
+        integer(),
+        flag="--seed",
+        group=FITTED,
+        type=int,
+    )
+    layers: dict[str, dict[str, Any]] | None = option(
+        None,
+        "The resolved plan, {module: spec}; filled in by the compression and read back from a checkpoint. With a plan "
+        "neither ratio nor rank is needed.",
+        options.dict_of_dicts,
+    )
+    version: int = option(FORMAT_VERSION, "Of this format.", integer(1))
+    quant_method: str = field(default=QUANT_METHOD, kw_only=True)
+
+    def __post_init__(self) -> None:
         # transformers writes this key and hands it back
-        method = unknown.pop("quant_method", QUANT_METHOD)
-        if method != QUANT_METHOD:
-            raise ValueError(f"quant_method must be {QUANT_METHOD!r} for a BLRConfig, got {method!r}")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r} for a BLRConfig, got {self.quant_method!r}")
+        if not isinstance(self.version, int) or self.version > FORMAT_VERSION:
             raise ValueError(
-                f"this config has format version {version!r}, this hf_blr reads up to {FORMAT_VERSION}: upgrade hf_blr"
+                f"this config has format version {self.version!r}, this hf_blr reads up to {FORMAT_VERSION}: "
+                "upgrade hf_blr"
             )
-        if unknown:
-            raise ValueError(f"BLRConfig has no {sorted(unknown)}; it takes {sorted(self.keys())}")
-        self.quant_method = QUANT_METHOD
-        self.structure = structure
-        self.ratio = ratio
-        self.rank = rank
-        self.num_blocks = None if num_blocks is None else as_block_pair(num_blocks)
-        self.target_modules = target_modules
-        self.modules_to_not_convert = modules_to_not_convert
-        self.overrides = {pattern: dict(values) for pattern, values in (overrides or {}).items()}
-        self.dataset = os.fspath(dataset) if isinstance(dataset, os.PathLike) else dataset
-        self.sequential = sequential
-        self.fisher = fisher
-        self.allocation = allocation
-        self.block_steps = block_steps
-        self.num_samples = num_samples
-        self.seqlen = seqlen
-        self.fit_rounds = fit_rounds
-        self.fit_tolerance = fit_tolerance
-        self.damping = damping
-        self.fit_device = fit_device
-        self.seed = seed
-        self.layers = layers
-        self.version = version
+        check_fields("", vars(self), {f.name: f.metadata["check"] for f in option_fields()})
+        if self.num_blocks is not None:
+            self.num_blocks = as_block_pair(self.num_blocks)
+        self.overrides = {pattern: dict(values) for pattern, values in (self.overrides or {}).items()}
+        if isinstance(self.dataset, os.PathLike):
+            self.dataset = os.fspath(self.dataset)
         self.validate()
 
     @classmethod
     def keys(cls) -> list[str]:
         """The names that the constructor takes."""
-        code = cls.__init__.__code__
-        return list(code.co_varnames[1 : code.co_argcount])
+        return [f.name for f in option_fields()]
 
-    def validate(self):
-        check_budget("BLRConfig", {"structure": self.structure, "ratio": self.ratio, "rank": self.rank})
-        for pattern, values in self.overrides.items():
+    def validate(self) -> None:
+        """What fields mean together. Raises ValueError."""
+        check_budget("BLRConfig", {key: getattr(self, key) for key in OVERRIDE_KEYS}, planned=bool(self.layers))
+        for pattern, values in (self.overrides or {}).items():
             unknown = sorted(set(values) - set(OVERRIDE_KEYS))
             if unknown:
                 raise ValueError(f"overrides[{pattern!r}] has no {unknown}; it takes {list(OVERRIDE_KEYS)}")
-            check_budget(f"overrides[{pattern!r}]", self.settings_with(values))
+            checks = {"ratio": options.ratio, "rank": integer(1, optional=True)}
+            check_fields(f"overrides[{pattern!r}]: ", {"ratio": None, "rank": None, **values}, checks)
+            check_budget(f"overrides[{pattern!r}]", self.settings_with(values), planned=bool(self.layers))
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
-        for name, least in (("num_samples", 1), ("seqlen", 2), ("fit_rounds", 1), ("block_steps", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name in ("fit_tolerance", "damping"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-        for name in ("sequential", "fisher"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.block_steps and not self.sequential:
             raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
-        if self.allocation not in (None, *ALLOCATIONS):
-            raise ValueError(f"allocation must be one of {ALLOCATIONS} or None, got {self.allocation!r}")
-        if self.structure == AUTO and (not self.shares_budget or self.num_blocks is not None):
+        if self.structure == AUTO and not self.layers and (not self.shares_budget or self.num_blocks is not None):
             raise ValueError(
                 'structure="auto" shares out a ratio by Fisher information and chooses the blocks: set ratio, leave '
                 "num_blocks out, and allocation and fisher as they are"
             )
-        if self.allocation == "loss" and (self.ratio is None or not self.fisher):
+        if self.allocation == "loss" and not self.layers and (self.ratio is None or not self.fisher):
             raise ValueError('allocation="loss" shares out a ratio by Fisher information: set ratio, and fisher=True')
         texts = (
             self.dataset is None
@@ -171,7 +254,7 @@ class BLRConfig(QuantizationConfigMixin):
                 f"got {type(self.dataset).__name__}"
             )
 
-    def settings_with(self, override: dict) -> dict:
+    def settings_with(self, override: dict[str, Any]) -> dict[str, Any]:
         """structure, ratio, rank and num_blocks, with the override's values in place of the config's own."""
         settings = {key: getattr(self, key) for key in OVERRIDE_KEYS}
         if override.get("ratio") is not None:
@@ -211,39 +294,61 @@ class BLRConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; text that was passed in memory is described, not stored."""
         data = {key: copy.deepcopy(getattr(self, key)) for key in self.keys() if key != "dataset"}
-        data["num_blocks"] = None if self.num_blocks is None else list(self.num_blocks)
+        data["num_blocks"] = None if self.num_blocks is None else list(as_block_pair(self.num_blocks))
         for values in data["overrides"].values():
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = list(values["num_blocks"])
         dataset = self.dataset
         if dataset is not None and not isinstance(dataset, str):
-            dataset = f"<{type(dataset).__name__} of {len(dataset)} texts>"
+            size = f" of {len(dataset)} texts" if hasattr(dataset, "__len__") else ""
+            dataset = f"<{type(dataset).__name__}{size}>"
         return {**data, "dataset": dataset, "quant_method": QUANT_METHOD}
 
     # transformers 5.0 calls this before it exists in its own base class
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, BLRConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
-def check_budget(where: str, settings: dict):
-    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank, in range."""
+def option_fields() -> list[Any]:
+    """The fields that a user sets, in their order."""
+    return [f for f in fields(BLRConfig) if "help" in f.metadata]
+
+
+def naming_unknown(init: Any) -> Any:
+    """The constructor with an error for unknown keys that lists the known ones."""
+
+    @functools.wraps(init)
+    def __init__(self: BLRConfig, *args: Any, **values: Any) -> None:
+        unknown = sorted(set(values) - {*self.keys(), "quant_method"})
+        if unknown:
+            raise ValueError(f"BLRConfig has no {unknown}; it takes {sorted(self.keys())}")
+        init(self, *args, **values)
+
+    return __init__
+
+
+BLRConfig.__init__ = naming_unknown(BLRConfig.__init__)  # type: ignore[method-assign]
+BLRConfig.__doc__ = (BLRConfig.__doc__ or "").replace(
+    "\n    Raises:",
+    "\n    Args:\n" + "".join(f"        {f.name}: {f.metadata['help']}\n" for f in option_fields()) + "\n    Raises:",
+)
+
+
+def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
+    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank; at most, if planned."""
     try:
         if settings["structure"] != AUTO or where != "BLRConfig":
             structure_named(settings["structure"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    ratio, rank = settings["ratio"], settings["rank"]
-    if (ratio is None) == (rank is None):
+    given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
+    if len(given) != 1 and not (planned and not given):
         raise ValueError(
             f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "
-            f"got ratio={ratio!r} and rank={rank!r}"
+            f"got ratio={settings['ratio']!r} and rank={settings['rank']!r}"
         )
-    if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
-        raise ValueError(f"{where}: ratio is kept / dense parameters and must be in (0, 1], got {ratio!r}")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"{where}: rank must be an integer of at least 1, got {rank!r}")

@@ -174,7 +174,7 @@ def test_run_gives_another_program_the_loader(dense, tmp_path):
 
 
 def test_block_counts():
-    assert block_counts("4") == 4 and block_counts("4x16") == (4, 16)
+    assert block_counts("4") == (4, 4) and block_counts("4x16") == (4, 16)
     with pytest.raises(Exception, match="4x16"):
         block_counts("four")
 

@@ -58,11 +58,49 @@ def test_text_in_memory_is_described_and_not_stored():
         (dict(ratio=0.5, damping=-1), "damping"),
         (dict(ratio=0.5, overrides={"q": {"ratio": 2}}), r"overrides\['q'\].*got 2"),
         (dict(ratio=0.5, overrides={"q": {"rnak": 2}}), r"overrides\['q'\] has no \['rnak'\]"),
+        (dict(rank=True), "rank must be an integer"),
+        (dict(ratio=True), "ratio must be"),
+        (dict(ratio=0.5, seed="x"), "seed must be an integer, got 'x'"),
+        (dict(ratio=0.5, overrides=5), "overrides must be a dict of dicts"),
+        (dict(ratio=0.5, overrides={"q": 3}), "overrides must be a dict of dicts"),
+        (dict(ratio=0.5, overrides={"q": {"rank": True}}), r"overrides\['q'\]: rank must be"),
+        (dict(ratio=0.5, target_modules=3), "target_modules must be a regular expression or a list of names"),
+        (dict(ratio=0.5, modules_to_not_convert=[1]), "modules_to_not_convert must be"),
+        (dict(ratio=0.5, layers="x"), "layers must be a dict of dicts"),
+        (dict(ratio=0.5, fit_device=0), "fit_device must be a string or None"),
+        (dict(ratio=0.5, num_blocks=True), "num_blocks"),
+        (dict(ratio=0.5, structure=3), "structure must be one of"),
+        (dict(ratio=0.5, version="new"), "version"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         BLRConfig(**arguments)
+
+
+def test_a_plan_needs_neither_ratio_nor_rank():
+    spec = {"structure": "low_rank", "in_features": 8, "out_features": 8, "rank": 2, "num_blocks": [1, 1]}
+    config = BLRConfig(layers={"0": {**spec, "bias": False, "transposed": False}})
+    assert config.ratio is None and config.rank is None
+    assert BLRConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="exactly one of ratio"):
+        BLRConfig(ratio=0.5, rank=2, layers=config.layers)
+
+
+def test_every_field_says_what_it_is_and_the_command_line_takes_it():
+    import argparse
+
+    from hf_blr.cli import options
+    from hf_blr.config import option_fields
+
+    parser = argparse.ArgumentParser()
+    options.add_blr(parser)
+    args = parser.parse_args(["--ratio", "0.5", "--one-shot", "--num-blocks", "4x16", "--dataset", "none"])
+    assert options.blr_config(args) == BLRConfig(ratio=0.5, sequential=False, num_blocks=(4, 16))
+    shown = parser.format_help()
+    for field in option_fields():
+        assert field.metadata["help"] and field.name in (BLRConfig.__doc__ or "")
+        assert field.metadata["cli"].get("flag", "") in shown
 
 
 def test_an_override_of_one_budget_replaces_the_other_and_a_new_structure_forgets_the_blocks():

@@ -289,7 +289,7 @@ def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
         got = tiny_logits(torch.compile(model, fullgraph=True, backend=backend))
     torch.testing.assert_close(got, expected)
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    calls = [str(node.target) for node in nodes if "siblings" in str(node.target)]
+    calls = [str(node.target) for node in nodes if "grouped" in str(node.target)]
     assert len(graphs) == 1 and len(calls) == 4
 
 

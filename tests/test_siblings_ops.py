@@ -87,10 +87,10 @@ def test_no_tokens_and_any_leading_shape(structure):
 def test_opcheck(structure):
     pytest.importorskip("triton")
     factors, biases = make_layers(structure, GROUPED_QUERIES)
-    op = getattr(torch.ops.hf_blr, f"{structure}_siblings")
+    op = getattr(torch.ops.hf_blr, f"grouped_{structure}")
     torch.library.opcheck(op, (torch.randn(3, 16), *map(list, zip(*factors, strict=True)), biases))
     factors, biases = make_layers(structure, EQUAL[:2])
-    op = getattr(torch.ops.hf_blr, f"{structure}_gated")
+    op = getattr(torch.ops.hf_blr, f"grouped_{structure}_gated")
     torch.library.opcheck(op, (torch.randn(1, 16), *map(list, zip(*factors, strict=True)), biases, "silu"))
 
 

@@ -11,7 +11,6 @@ from hf_blr.cli import options
 from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.plan import read_plan
 from hf_blr.cli.table import format_table
-from hf_blr.plan import plan_from_layers
 
 
 def add_arguments(parser):
@@ -28,14 +27,7 @@ def run(args):
     from hf_blr.compression import compress
 
     options.check_output(args.output, args.overwrite)
-    layers = None
-    if args.plan is not None:
-        layers = read_plan(args.plan)
-        specs = [layer.spec for layer in plan_from_layers(layers).values()]
-        # the plan says all; what stands in the config beside it should agree
-        args.ratio = sum(spec.num_parameters for spec in specs) / sum(spec.dense_parameters for spec in specs)
-    config = options.blr_config(args)
-    config.layers = layers
+    config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
     model, tokenizer = options.load_model(args.model, args)
     report = compress(model, config, tokenizer=tokenizer)
     print(format_table(layer_rows(report.layers)))

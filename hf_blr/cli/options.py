@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import Field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_blr.bench.environment import environment
-from hf_blr.config import ALLOCATIONS, AUTO, BLRConfig
+from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.structures import block_pair_of, structures
 
 
@@ -33,84 +35,46 @@ def add_json(parser: argparse.ArgumentParser):
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
 
 
-def add_blr(parser: argparse.ArgumentParser):
-    """The options that make a BLRConfig; returns the group of those that say how much is kept, for more of them."""
-    group = parser.add_argument_group("what the layers become")
-    group.add_argument(
-        "--structure",
-        choices=(*structures(), AUTO),
-        default="blast",
-        help="auto chooses one for each layer, its blocks too",
-    )
-    size = group.add_mutually_exclusive_group(required=True)
-    size.add_argument("--ratio", type=float, help="kept / dense parameters of the replaced layers, 0 to 1")
-    size.add_argument("--rank", type=int, help="rank of each replaced layer (Monarch: of each block pair)")
-    group.add_argument(
-        "--num-blocks",
-        type=block_counts,
-        metavar="B or B1xB2",
-        help="input x output blocks; 4x16 for BLAST and 4x4 for Monarch if left out",
-    )
-    group.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="names or endings of the layers to replace; all attention and MLP projections if left out",
-    )
-    group.add_argument("--keep-dense", nargs="+", metavar="NAME", help="names or endings of layers to leave alone")
-    fit = parser.add_argument_group("how they are fitted")
-    fit.add_argument(
-        "--dataset",
-        help='text to fit to: builtin, wikitext2, c4, a text file or a folder; "none" fits the weights alone',
-        default="builtin",
-    )
-    fit.add_argument(
-        "--one-shot",
-        action="store_true",
-        help="fit each layer to the dense model's activations, not to those of the layers compressed before it: faster",
-    )
-    fit.add_argument(
-        "--no-fisher",
-        action="store_true",
-        help="weigh all outputs of a layer alike: saves a backward pass over the calibration text",
-    )
-    fit.add_argument(
-        "--allocation",
-        choices=ALLOCATIONS,
-        help="loss: share the ratio out over the layers by what the model's loss feels (the default where it can be); "
-        "uniform: the same ratio for each",
-    )
-    fit.add_argument(
-        "--block-steps",
-        type=int,
-        default=0,
-        help="gradient steps that refine the factors of each block together after their fits; 0: none",
-    )
-    fit.add_argument("--num-samples", type=int, default=128, help="calibration windows at most")
-    fit.add_argument("--seqlen", type=int, default=2048, help="tokens in a calibration window")
-    fit.add_argument("--rounds", type=int, default=16, help="rounds of alternating solves at most")
-    fit.add_argument("--seed", type=int, default=0)
+def add_blr(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The options of a BLRConfig, from its fields; returns the group that says how much is kept, for more of them."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    size = None
+    for field in option_fields():
+        cli = dict(field.metadata["cli"])
+        if "flag" not in cli:
+            continue
+        title = cli.pop("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group: Any = groups[title]
+        if cli.pop("size", False):
+            size = group = size or group.add_mutually_exclusive_group(required=True)
+        add_field(group, field, cli)
+    assert size is not None
     return size
 
 
-def blr_config(args) -> BLRConfig:
-    return BLRConfig(
-        structure=args.structure,
-        ratio=args.ratio,
-        rank=args.rank,
-        num_blocks=args.num_blocks,
-        target_modules=args.target_modules,
-        modules_to_not_convert=args.keep_dense,
-        dataset=None if args.dataset == "none" else args.dataset,
-        sequential=not args.one_shot,
-        fisher=not args.no_fisher,
-        allocation=args.allocation,
-        block_steps=args.block_steps,
-        num_samples=args.num_samples,
-        seqlen=args.seqlen,
-        fit_rounds=args.rounds,
-        seed=args.seed,
-    )
+def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
+    """One option: a switch for a field that is True by default, a value for any other."""
+    flag, help = cli.pop("flag"), cli.pop("cli_help", field.metadata["help"].replace("%", "%%"))
+    cli.pop("none", None)
+    if field.default is True:
+        group.add_argument(flag, dest=field.name, action="store_false", help=help)
+        return
+    if field.name == "structure":
+        cli["choices"] = (*structures(), AUTO)
+    if field.name == "num_blocks":
+        cli["type"] = block_counts
+    group.add_argument(flag, dest=field.name, default=cli.pop("cli_default", field.default), help=help, **cli)
+
+
+def blr_config(args: argparse.Namespace, **others: Any) -> BLRConfig:
+    """The config of the options, with other fields in place of theirs."""
+    values = {field.name: getattr(args, field.name) for field in option_fields() if hasattr(args, field.name)} | others
+    for field in option_fields():
+        if values.get(field.name) is not None and values[field.name] == field.metadata["cli"].get("none"):
+            values[field.name] = None
+    return BLRConfig(**values)
 
 
 def block_counts(text: str) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def run(args):
 
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists; choose another file, or pass --overwrite")
-    if args.no_fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
+    if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
     given = args.ratio
     # short fits compare structures at this size where the budget names none
