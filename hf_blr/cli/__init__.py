@@ -49,5 +49,5 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the paragraphs of a description and shows each option's default, where there is one to show."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "%(default)" in (action.help or "")
+        silent = action.default in (None, True, False) or "%(default)" in (action.help or "")
         return action.help if silent else super()._get_help_string(action)

@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_blr import options
+from hf_blr.config import options
+from hf_blr.config.checks import check_budget, check_dataset, check_together
+from hf_blr.config.names import ALLOCATIONS, AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHOD
+from hf_blr.config.options import check_fields, integer, option
 from hf_blr.factorize.options import FitOptions
-from hf_blr.options import check_fields, integer, option
-from hf_blr.structures import as_block_pair, structure_named
+from hf_blr.structures import as_block_pair
 
-QUANT_METHOD = "hf_blr"
-#: bump when a checkpoint written before cannot be read as it is
-FORMAT_VERSION = 1
-
-#: the structure that stands for the best one for each layer
-AUTO = "auto"
-ALLOCATIONS = ("loss", "uniform")
-OVERRIDE_KEYS = ("structure", "ratio", "rank", "num_blocks")
 #: the groups of `--help`
 BECOMES, FITTED = "what the layers become", "how they are fitted"
 
@@ -224,35 +218,20 @@ class BLRConfig(QuantizationConfigMixin):
 
     def validate(self) -> None:
         """What fields mean together. Raises ValueError."""
-        check_budget("BLRConfig", {key: getattr(self, key) for key in OVERRIDE_KEYS}, planned=bool(self.layers))
+        planned = bool(self.layers)
+        check_budget("BLRConfig", {key: getattr(self, key) for key in OVERRIDE_KEYS}, planned)
         for pattern, values in (self.overrides or {}).items():
+            where = f"overrides[{pattern!r}]"
             unknown = sorted(set(values) - set(OVERRIDE_KEYS))
             if unknown:
-                raise ValueError(f"overrides[{pattern!r}] has no {unknown}; it takes {list(OVERRIDE_KEYS)}")
+                raise ValueError(f"{where} has no {unknown}; it takes {list(OVERRIDE_KEYS)}")
             checks = {"ratio": options.ratio, "rank": integer(1, optional=True)}
-            check_fields(f"overrides[{pattern!r}]: ", {"ratio": None, "rank": None, **values}, checks)
-            check_budget(f"overrides[{pattern!r}]", self.settings_with(values), planned=bool(self.layers))
+            check_fields(f"{where}: ", {"ratio": None, "rank": None, **values}, checks)
+            check_budget(where, self.settings_with(values), planned)
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
-        if self.block_steps and not self.sequential:
-            raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
-        if self.structure == AUTO and not self.layers and (not self.shares_budget or self.num_blocks is not None):
-            raise ValueError(
-                'structure="auto" shares out a ratio by Fisher information and chooses the blocks: set ratio, leave '
-                "num_blocks out, and allocation and fisher as they are"
-            )
-        if self.allocation == "loss" and not self.layers and (self.ratio is None or not self.fisher):
-            raise ValueError('allocation="loss" shares out a ratio by Fisher information: set ratio, and fisher=True')
-        texts = (
-            self.dataset is None
-            or isinstance(self.dataset, (str, list, tuple))
-            or hasattr(self.dataset, "column_names")
-        )
-        if not texts:
-            raise ValueError(
-                "dataset must be None, a name, a path, a list of strings or a datasets.Dataset, "
-                f"got {type(self.dataset).__name__}"
-            )
+        check_together(self, planned)
+        check_dataset(self.dataset)
 
     def settings_with(self, override: dict[str, Any]) -> dict[str, Any]:
         """structure, ratio, rank and num_blocks, with the override's values in place of the config's own."""
@@ -337,18 +316,3 @@ BLRConfig.__doc__ = (BLRConfig.__doc__ or "").replace(
     "\n    Raises:",
     "\n    Args:\n" + "".join(f"        {f.name}: {f.metadata['help']}\n" for f in option_fields()) + "\n    Raises:",
 )
-
-
-def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
-    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank; at most, if planned."""
-    try:
-        if settings["structure"] != AUTO or where != "BLRConfig":
-            structure_named(settings["structure"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
-    if len(given) != 1 and not (planned and not given):
-        raise ValueError(
-            f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "
-            f"got ratio={settings['ratio']!r} and rank={settings['rank']!r}"
-        )

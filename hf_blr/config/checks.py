@@ -1,0 +1,50 @@
+"""What the fields of a config mean together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_blr.config.names import AUTO
+from hf_blr.structures import structure_named
+
+if TYPE_CHECKING:
+    from hf_blr.config import BLRConfig
+
+
+def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
+    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank; at most, if planned."""
+    try:
+        if settings["structure"] != AUTO or where != "BLRConfig":
+            structure_named(settings["structure"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
+    if len(given) != 1 and not (planned and not given):
+        raise ValueError(
+            f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "
+            f"got ratio={settings['ratio']!r} and rank={settings['rank']!r}"
+        )
+
+
+def check_together(config: BLRConfig, planned: bool) -> None:
+    """Raises ValueError for settings that contradict each other."""
+    if config.block_steps and not config.sequential:
+        raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
+    if planned:
+        return
+    if config.structure == AUTO and (not config.shares_budget or config.num_blocks is not None):
+        raise ValueError(
+            'structure="auto" shares out a ratio by Fisher information and chooses the blocks: set ratio, leave '
+            "num_blocks out, and allocation and fisher as they are"
+        )
+    if config.allocation == "loss" and (config.ratio is None or not config.fisher):
+        raise ValueError('allocation="loss" shares out a ratio by Fisher information: set ratio, and fisher=True')
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raises ValueError for what can be no calibration text."""
+    if not (dataset is None or isinstance(dataset, (str, list, tuple)) or hasattr(dataset, "column_names")):
+        raise ValueError(
+            "dataset must be None, a name, a path, a list of strings or a datasets.Dataset, "
+            f"got {type(dataset).__name__}"
+        )
