@@ -42,7 +42,7 @@ def current_impl() -> str:
 def resolve_impl(impl: str | None, structure: str, x: Tensor, *tensors: Tensor | None) -> str:
     """The implementation to run, "triton", "reference" or "dense".
 
-    The rule of "auto", measured on an H100 and, in float32, on an H200 (`benchmarks/NOTES.md`): kernels wherever they
+    The rule of "auto", measured on an H100 and, in float32, on an H200 (`docs/log.md`): kernels wherever they
     can run on a GPU, except in float32, where tensor cores are no help, and for low-rank where `decodes_low_rank` says
     no: it is two plain matrix products, which cuBLAS does best there. Pivoted layers are the same two products behind a
     gather of the inputs, for which there is a kernel; inside their op the same rule decides who multiplies.

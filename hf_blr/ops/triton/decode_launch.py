@@ -1,6 +1,6 @@
 """How the kernels for few tokens are launched: pure functions of sizes, dtype and device properties.
 
-Each returns the setting that won on an H100, cut down until it fits smaller cards. `benchmarks/NOTES.md` has what was
+Each returns the setting that won on an H100, cut down until it fits smaller cards. `docs/log.md` has what was
 tried.
 """
 

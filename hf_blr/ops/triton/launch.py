@@ -1,7 +1,7 @@
 """How each kernel is launched: pure functions of sizes, dtype and device properties.
 
 There is no tuning at run time: each function returns the one setting that won on an H100, cut down until it
-fits the shared memory of smaller cards. `benchmarks/NOTES.md` has what was tried.
+fits the shared memory of smaller cards. `docs/log.md` has what was tried.
 """
 
 from __future__ import annotations
