@@ -27,7 +27,7 @@ lint: $(READY)
 # strict: a broken link, an anchor that is not there or a name without a docstring's module ends it
 docs: $(READY)
 	$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || $(BIN)/pip install -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: $(READY)
 	$(BIN)/hf-blr demo $(ARGS)
