@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: install test lint demo clean
+.PHONY: install test lint docs demo clean
 
 install: $(READY)
 
@@ -24,6 +24,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+# strict: a broken link, an anchor that is not there or a name without a docstring's module ends it
+docs: $(READY)
+	$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || $(BIN)/pip install -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: $(READY)
 	$(BIN)/hf-blr demo $(ARGS)

@@ -1,4 +1,4 @@
-"""Writes the result tables of README and NOTES from the result files; `--check` only says whether they are current."""
+"""Writes the result tables of README and docs from the result files; `--check` only says whether they are current."""
 
 import argparse
 import sys
@@ -6,7 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import front_section
 import goals
+import inventory_section
 import layer_sections
 import model_sections
 import quality_sections
@@ -16,27 +18,31 @@ ROOT = Path(__file__).parents[1]
 #: {document: {marker: what stands between its begin and its end}}
 DOCUMENTS = {
     ROOT / "README.md": {
+        "front": front_section.front_section,
+    },
+    ROOT / "docs" / "measured.md": {
         "demo": quality_sections.demo_section,
         "quality": quality_sections.quality_section,
+        "square-blast": quality_sections.square_blast_section,
+        "quality-rows": quality_sections.quality_rows_section,
         "speed": layer_sections.speed_section,
         "groups": layer_sections.groups_section,
+        "layer-goals": goals.layer_goals,
+        "roofline": layer_sections.roofline_section,
         "models": model_sections.models_section,
         "papers": model_sections.papers_section,
-        "roofline": layer_sections.roofline_section,
-    },
-    ROOT / "benchmarks" / "NOTES.md": {
-        "layer-goals": goals.layer_goals,
+        "other-sizes": model_sections.other_sizes_section,
         "model-goals": goals.model_goals,
         "profiles": model_sections.profiles_section,
-        "other-sizes": model_sections.other_sizes_section,
         "storage": model_sections.storage_section,
-        "dependent-launches": model_sections.dependent_launches_section,
-        "one-token": layer_sections.one_token_section,
-        "monarch-last-stage": layer_sections.monarch_last_stage_section,
-        "stacks": layer_sections.stacks_section,
-        "square-blast": quality_sections.square_blast_section,
         "counters": goals.counters,
-        "quality-rows": quality_sections.quality_rows_section,
+        "one-token": layer_sections.one_token_section,
+        "stacks": layer_sections.stacks_section,
+        "monarch-last-stage": layer_sections.monarch_last_stage_section,
+        "dependent-launches": model_sections.dependent_launches_section,
+    },
+    ROOT / "docs" / "log.md": {
+        "result-files": inventory_section.inventory_section,
     },
 }
 

@@ -1,4 +1,4 @@
-"""What the README promises: its table comes from a result file, and its quickstart runs."""
+"""What the README promises: tables come from result files, and its quickstart and the examples run."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def model_folder(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_the_table_is_that_of_the_result_file():
+def test_tables_of_readme_and_docs_are_those_of_the_result_files():
     command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
     assert subprocess.run(command).returncode == 0, "run python benchmarks/readme.py"
 

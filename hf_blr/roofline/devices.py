@@ -53,7 +53,7 @@ DATASHEETS = {
     "H100": Peaks("H100", 989.4e12, 3350e9, 50e6),
     "H200": Peaks("H200", 989.4e12, 4800e9, 50e6),
 }
-#: a product of 8192^3 and a large copy on one H100, and the starts and drains of `benchmarks/NOTES.md`; L2's bandwidth
+#: a product of 8192^3 and a large copy on one H100, and the starts and drains of `docs/log.md`; L2's bandwidth
 #: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do. Scores are those of
 #: DiT's attention (heads of 72) at 16384 tokens and of Llama-3.2-1B's (of 64) at 8 x 1024, 1.28e12 both
 MEASURED = {

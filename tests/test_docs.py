@@ -1,0 +1,124 @@
+"""What README and docs promise: their code runs, their links lead somewhere, and the first page stays short."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import conditions
+import front_section
+
+import hf_blr
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [README, *PAGES]
+
+#: a fence of Python, and the comment before it that says why it does not run
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+#: what stands for names of a hub, GPUs and long trainings; the tokenizer of the test has a token a byte
+STAND_INS = {
+    '"HuggingFaceTB/SmolLM2-135M"': "MODEL",
+    '"meta-llama/Meta-Llama-3-8B"': "MODEL",
+    '"wikitext2"': "TEXTS",
+    '"builtin"': "TEXTS",
+    '"cuda"': '"cpu"',
+    "max_steps=200": "max_steps=2, report_to='none'",
+}
+
+
+def blocks(page: Path) -> list[re.Match]:
+    return list(BLOCK.finditer(page.read_text()))
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What the code of a page finds in its namespace in place of a hub."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    texts = [f"{n} times {n} is {n * n}, and {n} more make {n * n + n}.\n" for n in range(140)]
+    return {"MODEL": str(folder), "TEXTS": texts}
+
+
+# PEFT asks transformers for it, not this project
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if blocks(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_in_order(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = dict(names)
+    for block in blocks(page):
+        if block["reason"]:
+            continue
+        code = block["code"]
+        for written, used in STAND_INS.items():
+            code = code.replace(written, used)
+        exec(compile(code, page.name, "exec"), namespace)
+
+
+def test_code_that_does_not_run_says_why_and_is_rare():
+    reasons = [block["reason"] for page in DOCUMENTS for block in blocks(page) if block["reason"]]
+    comments = sum(page.read_text().count("<!-- not run:") for page in DOCUMENTS)
+    assert len(reasons) == comments, "a comment stands on the line before a fence"
+    assert len(reasons) <= 5, reasons
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
+def test_relative_links_lead_to_files(page):
+    for target in LINK.findall(page.read_text()):
+        file = target.partition("#")[0]
+        if file and "://" not in file:
+            assert (page.parent / file).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert [page.name for page in PAGES if f": {page.name}" not in navigation] == []
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    names = [name for name in hf_blr.__all__ if not name.startswith("_")]
+    assert [name for name in names if not re.search(rf"\b{name}\b", page)] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 140
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_front_table_says_so_while_it_is_being_measured(results):
+    assert front_section.front_section() == "_(being measured)_"
+
+
+def test_the_front_table_has_a_line_for_each_row_and_the_conditions(results):
+    rows = [
+        {"row": "dense", "kept": 1.0, "mb": 269.03, "ppl": {"wikitext2": 17.62, "ptb": 41.6}, "prefill_ms": 24.71},
+        {"row": "pivoted", "kept": 0.5, "mb": 162.9, "ppl": {"wikitext2": 28.84, "ptb": 110.58}, "prefill_ms": 16.5},
+    ]
+    rows = [{**row, "decode_ms": 6.26, "speed_model": "Llama-3-8B"} for row in rows]
+    rows[1]["decode_ms"] = None
+    where = {"device": "card", "torch": "2", "transformers": "5", "commit": "1234567890", "date": "2026-01-01"}
+    (results / "front_h200.json").write_text(json.dumps({"environment": where, "protocol": "p.", "rows": rows}))
+    section = front_section.front_section()
+    dense, pivoted = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith(("| dense", "| pivoted"))
+    )
+    assert dense == ["dense", "100 %", "269", "17.62", "41.60", "24.71", "6.26"]
+    assert pivoted == ["pivoted", "50 %", "163", "28.84", "110.58", "16.50", ""]
+    assert "Llama-3-8B. p. card, torch 2, commit 1234567, 2026-01-01, transformers 5." in section
