@@ -26,6 +26,7 @@ FLOORS = [
     ["dense"],
     ["ops"],
     ["structures"],
+    ["atomic"],
 ]
 MAY_IMPORT_TRANSFORMERS = (
     "checkpoint",

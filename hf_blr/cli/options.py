@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hf_blr.atomic import write_text_atomically
 from hf_blr.bench.environment import environment
 from hf_blr.config import ALLOCATIONS, BLRConfig
 
@@ -154,8 +155,7 @@ def write_json(path: Path | None, result: dict):
     """Writes `result` with the machine and versions beside it."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, "environment": environment()}, indent=1) + "\n")
+    write_text_atomically(path, json.dumps({**result, "environment": environment()}, indent=1) + "\n")
     print(f"numbers written to {path}")
 
 
