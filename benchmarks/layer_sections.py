@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conditions import RESULTS, commits_of, machine
+from conditions import RESULTS, columns_of, commits_of, machine
 from model_sections import model_rows
 
 from hf_blr.bench.ceilings import predictions
@@ -36,7 +36,7 @@ def groups_section() -> str:
     result = read_result(RESULTS / "groups_h100.json")
     lines = group_lines([row for row in result["rows"] if row["blocks"] in ([1, 1], [4, 4])])
     return (
-        f"{format_table(lines, [column for column in lines[0] if column != 'commit'])}\n\n"
+        f"{format_table(lines, columns_of(lines))}\n\n"
         "Speed over dense at half the parameters, one by one -> together, bfloat16; dense is "
         "the faster of one product for each projection and one with the concatenated weights. "
         f"{result['protocol']}. {machine(result['environment'])}."
@@ -77,7 +77,7 @@ def monarch_last_stage_section() -> str:
         cell,
     )
     return (
-        f"{format_table(lines, [column for column in lines[0] if column != 'commit'])}\n\n"
+        f"{format_table(lines, columns_of(lines))}\n\n"
         f"\\* what the rule takes. {result['dtype']}, {result['protocol']}. "
         f"{machine(result['environment'])}."
     )

@@ -14,8 +14,7 @@ def layer_lines(rows: list[dict]) -> list[dict]:
     """
     return wide(
         [row for row in rows if row["impl"] in ("hf_blr", "cublas")],
-        lambda row: {key: row[key] for key in ("layer", "structure")}
-        | {"blocks": blocks_of(row), "rank": row["rank"]},
+        lambda row: {key: row[key] for key in ("layer", "structure")} | {"blocks": blocks_of(row), "rank": row["rank"]},
         lambda row: {tokens_of(row): row["us"] if row["structure"] == "dense" else f"{row['speedup_vs_dense']:.2f}x"},
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 
@@ -16,7 +15,9 @@ def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> dict:
 
 
 def wide(rows: list[dict], head: Callable[[dict], dict], cell: Callable[[dict], dict]) -> list[dict]:
-    """One line for each different `head`, to which each of its rows adds its `cell`, a column and its value.
+    """One line for each different `head`, to which each of its rows adds its `cell`, columns and values.
+
+    Where two rows have a value for the same column, the first stays.
 
     "commit" holds those that the line's rows were measured at.
     """
@@ -24,7 +25,8 @@ def wide(rows: list[dict], head: Callable[[dict], dict], cell: Callable[[dict], 
     for group in grouped(rows, lambda row: tuple(head(row).items())).values():
         line = head(group[0])
         for row in group:
-            line |= cell(row)
+            for column, value in cell(row).items():
+                line.setdefault(column, value)
         lines.append(line | {"commit": commits_of(group)})
     return lines
 
@@ -34,30 +36,24 @@ def commits_of(rows: list[dict]) -> str:
     return ", ".join(dict.fromkeys(row["commit"][:7] for row in rows if row.get("commit")))
 
 
-def most_common_commit(rows: list[dict], default: str = "") -> str:
-    """That of most rows; `default` is that of rows that name none."""
-    counted = Counter(row.get("commit", default)[:7] for row in rows)
-    return counted.most_common(1)[0][0] if counted else default[:7]
-
-
 def blocks_of(row: dict, times: str = " x ") -> str:
     """`4 x 16`; nothing of rows without blocks."""
     return times.join(map(str, row["blocks"])) if row.get("blocks") else ""
 
 
 def label_of(row: dict) -> str:
-    """`blast 4x16`; no blocks where there is one; "" for rows without a structure."""
+    """The structure and `4x16`; no blocks where there is one; "" for rows without a structure."""
     blocks = "" if row.get("blocks") == [1, 1] else blocks_of(row, "x")
     return f"{row.get('structure') or ''} {blocks}".strip()
 
 
 def variant_of(row: dict) -> str:
-    """As `bench model` calls it: `blast:4x16`."""
+    """As `bench model` calls it, with a colon before the blocks."""
     return label_of(row).replace(" ", ":")
 
 
 def structure_of(variant: str) -> str:
-    """`blast` of `blast:4x4+fused`."""
+    """What stands before `:4x4` and `+fused`."""
     return re.split("[:+]", variant)[0]
 
 
