@@ -28,7 +28,7 @@ def speed_up(plt, rows: list[dict]):
 def roofline(plt, rows: list[dict], device: Ceilings):
     """Operations a second against operations per byte of memory traffic, under the device's ceilings.
 
-    A line for each form; dense's points say how many tokens they are of, and those of the others follow them.
+    A line for each form, a point for each number of tokens, which dense's points name.
     """
     lines = grouped(predictions(forwards(rows), device), label_of)
     figure, (axes,) = with_legend(plt, 1, len(lines), 3)
@@ -39,8 +39,8 @@ def roofline(plt, rows: list[dict], device: Ceilings):
         axes.plot(x, y, **looks(mine[0]["structure"]) | {"linewidth": 1}, label=label)
         if mine[0]["structure"] == "dense":
             for row, place in zip(mine, zip(x, y, strict=True), strict=True):
-                said = f"{row['tokens']} token{'s' * (row['tokens'] > 1)}"
-                axes.annotate(said, place, (7, -9), textcoords="offset points", fontsize=8)
+                said = f"{row['tokens']}" + " token" * (row["tokens"] == 1)
+                axes.annotate(said, place, (5, -12), textcoords="offset points", fontsize=8)
     intensity = [2**i for i in range(-1, 13)]
     ceiling = [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity]
     axes.plot(intensity, ceiling, color=INK, linewidth=2)

@@ -64,6 +64,14 @@ def size_of(row: dict) -> str:
     return f"{row['batch']} x {row.get('tokens', 1)}" + f", {kept} kept" * bool(kept)
 
 
+def in_words(measurement: str, size: str) -> str:
+    """A size as plots and sentences have it: `8 texts` of a decoding step."""
+    if measurement != "decode":
+        return size
+    count = size.partition(" ")[0]
+    return f"{count} text" + "s" * (count != "1")
+
+
 def speed_lines(
     rows: list[dict], titles: dict[str, str], cell: Callable[[dict], str] | None = None
 ) -> Iterator[tuple[dict, list[dict]]]:

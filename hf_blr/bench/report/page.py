@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hf_blr.bench.report.cells import format_cell, is_numeric, sort_value
 from hf_blr.bench.report.plots import INK
 from hf_blr.bench.report.sections import Drawing, sections
@@ -29,7 +31,7 @@ def page(title: str, tables: list[Table], drawings: list[Drawing], notes: list[s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": format_cell, "key": sort_value, "in_theme": in_theme}
+    environment.filters |= {"shown": format_cell, "key": sort_value, "in_theme": in_theme, "unbroken": unbroken}
     environment.globals["numeric"] = numeric
     return environment.get_template("page.html.j2").render(
         title=title, summary=summary, sections=sections(tables, drawings), notes=notes
@@ -39,6 +41,11 @@ def page(title: str, tables: list[Table], drawings: list[Drawing], notes: list[s
 def numeric(table: Table) -> set[str]:
     """The columns of numbers."""
     return {column for column in table.columns if all(is_numeric(row.get(column)) for row in table.rows)}
+
+
+def unbroken(text: str) -> str:
+    """With sizes and shares that stay on one line."""
+    return re.sub(r"(?<=\d) (?=[x%])|(?<=x) (?=\d)|(?<=\d) (?=texts?$)", "\u00a0", text)
 
 
 def in_theme(svg: str):

@@ -16,7 +16,7 @@ COLOURS = {
 OTHER = "#9467bd"
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
 #: inches; small, so that letters stay readable on a phone
-SIZE = (5.5, 3.8)
+SIZE = (4.6, 3.4)
 LEGEND_ROW = 0.21
 #: where a point's label may stand, in points from it, the first that is free: right, left, above, below, corners
 PLACES = (
@@ -107,7 +107,7 @@ def label_points(figure, axes):
     taken = [box_of(axes.transData.transform(point), 4) for line in axes.lines for point in line.get_xydata()]
     inside = axes.get_window_extent()
     for line in axes.lines:
-        options = {"textcoords": "offset points", "fontsize": 8, "color": line.get_color()}
+        options = {"textcoords": "offset points", "fontsize": 8}
         for x, y in PLACES:
             side = "left" if x > 0 else "right" if x < 0 else "center"
             text = axes.annotate(line.get_label(), line.get_xydata()[-1], (x, y), ha=side, **options)

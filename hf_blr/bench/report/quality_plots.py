@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_blr.bench.report.lines import label_of, variant_of
-from hf_blr.bench.report.model_plots import sizes_by_model
+from hf_blr.bench.report.model_tables import in_words
 from hf_blr.bench.report.plots import (
     INK,
     SIZE,
@@ -15,6 +15,7 @@ from hf_blr.bench.report.plots import (
     with_legend,
 )
 from hf_blr.bench.report.quality_tables import main_method, scored, usable
+from hf_blr.bench.report.timed import timed_of
 
 #: structures whose methods are compared, at most
 STRUCTURES_BY_METHOD = 2
@@ -70,36 +71,37 @@ def by_method(plt, rows: list[dict]):
 def by_time(plt, quality: list[dict], models: list[dict]):
     """Perplexity against the time of a forward and of a decoding step, half of the projections kept, by structure.
 
-    The perplexities may be of another, smaller model than the times: the axes say of which. Of the models and sizes
-    that were timed, the one with most structures is taken. None where none has `FEWEST_STRUCTURES`.
+    The perplexities may be of another, smaller model than the times: the axes say of which. Of the models that were
+    timed, the one with most structures is taken. None where none has `FEWEST_STRUCTURES`.
     """
     halves = [row for row in scored(quality) if row.get("ratio") == 0.5]
     perplexities = {variant_of(row): row for row in halves}
-    models = [row for row in models if row.get("ratio", 0.5) == 0.5]
-    best: dict[str, tuple] = {}
-    for (measurement, model), sizes in sizes_by_model(models).items():
-        for size, timed in sizes.items():
-            common = [name for name in perplexities if name in timed]
-            fewest = max(FEWEST_STRUCTURES - 1, len(best[measurement][0]) if measurement in best else 0)
-            if measurement != "training" and len(common) > fewest:
-                best[measurement] = common, f"{model}, {size}", timed
-    if not best:
+    known = ("dense", *perplexities)
+    timed = timed_of([row for row in models if row.get("variant", "").removesuffix("+fused") in known], 0.5)
+    sizes = {
+        measurement: (size, found)
+        for measurement, (size, found) in (timed.sizes.items() if timed else ())
+        # as many as are needed, and dense
+        if measurement != "training" and len(found) > FEWEST_STRUCTURES
+    }
+    if not sizes:
         return None
     looks = looks_of(halves)
     figure, grid = plt.subplots(
-        len(best), 1, figsize=(SIZE[0], SIZE[1] * len(best)), layout="constrained", squeeze=False
+        len(sizes), 1, figsize=(SIZE[0], SIZE[1] * len(sizes)), layout="constrained", squeeze=False
     )
-    for axes, (measurement, (common, timed_on, timed)) in zip(grid[:, 0], best.items(), strict=True):
-        for name in common:
+    for axes, (measurement, (size, found)) in zip(grid[:, 0], sizes.items(), strict=True):
+        for name in [name for name in perplexities if name in found]:
             row = perplexities[name]
             point = looks[label_of(row)] | {"linestyle": ""}
-            axes.plot([timed[name]["ms"]], [row["ppl"]], **point, label=label_of(row))
-        row = perplexities[common[0]]
-        if "dense" in timed and row.get("dense_ppl"):
-            axes.plot([timed["dense"]["ms"]], [row["dense_ppl"]], "o", color=INK, label="dense")
-        axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {row.get('model')}")
-        axes.set_title(f"half of the projections kept; {row.get('dataset')}", fontsize=9)
-        axes.margins(0.12)
+            axes.plot([found[name]["ms"]], [row["ppl"]], **point, label=label_of(row))
+        first = halves[0]
+        if first.get("dense_ppl"):
+            axes.plot([found["dense"]["ms"]], [first["dense_ppl"]], "o", color=INK, label="dense")
+        timed_on = f"{timed.model}, {in_words(measurement, size)}"
+        axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {first.get('model')}")
+        axes.set_title(f"half of the projections kept; {first.get('dataset')}", fontsize=9)
+        axes.margins(0.15)
         label_points(figure, axes)
     return figure
 

@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from hf_blr.bench.report.lines import label_of, structure_of, variant_of
-from hf_blr.bench.report.model_tables import MEASUREMENTS, by_size
+from hf_blr.bench.report.model_tables import in_words
 from hf_blr.bench.report.quality_tables import scored
 from hf_blr.bench.report.tables import Table, card_of, kind_of, made
+from hf_blr.bench.report.timed import Timed, main_ratio, timed_of
 
 #: sizes whose perplexities the summary has, at most
 RATIOS = 2
@@ -32,19 +33,6 @@ class Summary:
     skipped: str = ""
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One model's rows of `by_size`: of each measurement at the size with most variants."""
-
-    model: str
-    ratio: float | None
-    sizes: dict[str, tuple[str, dict[str, dict]]]
-
-    @property
-    def variants(self) -> dict[str, None]:
-        return {name: None for _, rows in self.sizes.values() for name in rows}
-
-
 def summarised(results: dict[str, dict]) -> Summary:
     """The summary of these result files: of the card with most rows of whole models, and of the first perplexities."""
     models = [result for result in results.values() if kind_of(result) == "models"]
@@ -53,7 +41,8 @@ def summarised(results: dict[str, dict]) -> Summary:
         cards[card_of(result)] += len(result["rows"])
     card, *others = [card for card, _ in cards.most_common()] or [""]
     mine = [result for result in models if card_of(result) == card]
-    timed = timed_of([with_commit(row, result) for result in mine for row in result["rows"]])
+    rows = [with_commit(row, result) for result in mine for row in result["rows"]]
+    timed = timed_of(rows, main_ratio(rows))
     quality = [result for result in results.values() if kind_of(result) == "quality"]
     scores = scored(with_commit(row, result) for result in quality for row in result["rows"])
     ratios = ratios_of(scores, timed.ratio if timed else None)
@@ -70,21 +59,6 @@ def summarised(results: dict[str, dict]) -> Summary:
 
 def with_commit(row: dict, result: dict) -> dict:
     return {**row, "commit": row.get("commit") or result.get("environment", {}).get("commit", "")}
-
-
-def timed_of(rows: list[dict]) -> Timed | None:
-    """The model with most variants, at the ratio of most rows; None where nothing was compared with dense."""
-    good = [row for row in rows if "error" not in row]
-    ratios = Counter(row["ratio"] for row in good if row.get("ratio") and row["variant"] != "dense")
-    ratio = ratios.most_common(1)[0][0] if ratios else None
-    models: dict[str, dict] = {}
-    for measurement in MEASUREMENTS:
-        for (model, size), found in by_size([r for r in good if r.get("ratio", ratio) == ratio], measurement).items():
-            sizes = models.setdefault(model, {})
-            if "dense" in found and len(found) > len(sizes.get(measurement, ("", ["dense"]))[1]):
-                sizes[measurement] = size, found
-    best = max(models.items(), key=lambda entry: sum(len(rows) for _, rows in entry[1].values()), default=("", {}))
-    return Timed(best[0], ratio, best[1]) if best[1] else None
 
 
 def ratios_of(scores: list[dict], timed: float | None) -> list[float]:
@@ -113,7 +87,7 @@ def line_of(name: str, timed: Timed | None, ppl: dict, ratios: list[float]) -> d
     for measurement, (size, found) in timed.sizes.items() if timed else ():
         if row := found.get(name):
             rows.append(row)
-            line.setdefault("parameters", f"{100 * row['parameters (M)'] / found['dense']['parameters (M)']:.0f} %")
+            line.setdefault(f"parameters of {timed.model}", share_of_dense(row, found))
         line[column_of(measurement, timed.model, size)] = f"{row['speed over dense']:.2f}x" if row else ""
     for ratio in ratios:
         row = ppl.get((name, ratio), {})
@@ -123,8 +97,12 @@ def line_of(name: str, timed: Timed | None, ppl: dict, ratios: list[float]) -> d
     return line | {"commit": ", ".join(commits)}
 
 
+def share_of_dense(row: dict, found: dict[str, dict]) -> str:
+    return f"{100 * row['parameters (M)'] / found['dense']['parameters (M)']:.0f} %"
+
+
 def column_of(measurement: str, model: str, size: str) -> str:
-    return f"{measurement}, {model} {size}"
+    return f"{measurement}, {model}, {in_words(measurement, size)}"
 
 
 def by_worth(line: dict) -> tuple:
@@ -158,11 +136,12 @@ def facts(names: list[str], timed: Timed | None, scores: list[dict], ratios: lis
             continue
         if not found:
             name = min(here, key=lambda name: here[name]["parameters (M)"])
-            share = here[name]["parameters (M)"] / rows["dense"]["parameters (M)"]
-            found.append(Fact(f"{100 * share:.0f} %", "of the parameters", f"{spoken(name)}, {timed.model}"))
+            said = f"{spoken(name)}, {timed.model}"
+            found.append(Fact(share_of_dense(here[name], rows), "of the parameters", said))
         name = max(here, key=lambda name: here[name]["speed over dense"])
         speed = f"{here[name]['speed over dense']:.2f}x"
-        found.append(Fact(speed, f"as fast, {measurement}", f"{spoken(name)}, {timed.model}, {size}"))
+        said = f"{spoken(name)}, {timed.model}, {in_words(measurement, size)}"
+        found.append(Fact(speed, f"as fast as dense, {measurement}", said))
     for ratio in ratios:
         here = [row for row in scores if row["ratio"] == ratio and variant_of(row) in names]
         if here:
