@@ -49,7 +49,7 @@ def pyplot():
     matplotlib.use("Agg")
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     # letters stay letters
-    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10, "legend.frameon": False})
+    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10, "legend.frameon": False, "axes.titlesize": 10})
     matplotlib.rcParams.update(dict.fromkeys(inked, INK))
     # a page has many, and all are kept until it is written
     matplotlib.rcParams["figure.max_open_warning"] = 0

@@ -40,7 +40,7 @@ QUESTIONS = {
     ),
     "failed": (
         "What failed?",
-        "Cases that were tried and gave no number, with what they said.",
+        "These cases were tried and gave no number. The last column is what they said.",
     ),
     "other": (
         "What else was measured?",
