@@ -40,10 +40,13 @@ def roofline(plt, rows: list[dict], device: Ceilings):
         if mine[0]["structure"] == "dense":
             for row, place in zip(mine, zip(x, y, strict=True), strict=True):
                 said = f"{row['tokens']}" + " token" * (row["tokens"] == 1)
-                axes.annotate(said, place, (5, -12), textcoords="offset points", fontsize=8)
+                # the last is near the one before it, and has room above
+                offset = (-2, 9) if row is mine[-1] else (5, -12)
+                axes.annotate(said, place, offset, textcoords="offset points", fontsize=8)
     intensity = [2**i for i in range(-1, 13)]
     ceiling = [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity]
     axes.plot(intensity, ceiling, color=INK, linewidth=2)
+    axes.set_ylim(top=2e-12 * device.flops)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=layer_of(rows))
     add_legend(figure, 3)
     return figure

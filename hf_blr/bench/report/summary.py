@@ -51,6 +51,9 @@ def summarised(results: dict[str, dict]) -> Summary:
         return Summary()
     lines = lines_of(names, timed, scores, ratios)
     said = " ".join([*size_and_speed(timed), *perplexity(scores, ratios)])
+    # the table is of one card: what was scored elsewhere says so
+    if mine and ratios and card_of(quality[0]) not in ("", card):
+        said += f" They were scored on {card_of(quality[0])}."
     rows = [{"commit": commit} for line in lines for commit in line["commit"].split(", ")]
     table = made((mine or quality)[0], rows, "summary", "In short", lines, said)
     skipped = f"Whole models were measured on {' and '.join(others)} too: see below." if others else ""
