@@ -106,4 +106,5 @@ def roofline_section() -> str:
     """How well the predictions do on the layers and whole models that were measured."""
     device = DEVICES["H100-measured"]
     layers = predictions(read_result(RESULTS / "layers_h100.json")["rows"], device)
-    return format_table(prediction_lines(layers, model_predictions(model_rows(), device)))
+    lines = prediction_lines(layers, model_predictions(model_rows(), device))
+    return format_table(lines, columns_of(lines))

@@ -46,8 +46,8 @@ def roofline(plt, rows: list[dict], device: Ceilings):
     intensity = [2**i for i in range(-1, 13)]
     ceiling = [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity]
     axes.plot(intensity, ceiling, color=INK, linewidth=2)
-    axes.set_ylim(top=2e-12 * device.flops)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=layer_of(rows))
+    axes.set_ylim(top=2e-12 * device.flops)
     add_legend(figure, 3)
     return figure
 

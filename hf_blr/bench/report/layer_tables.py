@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from hf_blr.bench.report.lines import blocks_of, grouped, tokens_of, wide
+from hf_blr.bench.report.lines import blocks_of, commits_of, grouped, tokens_of, wide
 
 
 def layer_lines(rows: list[dict]) -> list[dict]:
@@ -56,4 +56,6 @@ def off_by(name: str, what: str, rows: list[dict]) -> dict:
     """The line of rows that have a `deviation`, predicted / measured - 1."""
     off = [abs(row["deviation"]) for row in rows]
     within = f"{sum(value <= 0.25 for value in off)} of {len(off)} {what}"
-    return {"tokens": name, "within 25 %": within, "median off": f"{100 * statistics.median(off):.0f} %"}
+    return {"tokens": name, "within 25 %": within, "median off": f"{100 * statistics.median(off):.0f} %"} | {
+        "commit": commits_of(rows)
+    }

@@ -145,4 +145,5 @@ def with_brackets(measured: float, predicted: float | None) -> str:
 
 def failed_lines(rows: list[dict]) -> list[dict]:
     names = ("model", "variant", "measurement", "batch", "tokens", "form", "error")
-    return [{name: row.get(name) for name in names} for row in rows if "error" in row]
+    failed = [row for row in rows if "error" in row]
+    return [{name: row.get(name) for name in names} | {"commit": commits_of([row])} for row in failed]

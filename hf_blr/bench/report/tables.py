@@ -26,6 +26,9 @@ KINDS = {
     "quality": ("dense_ppl",),
 }
 
+#: commits that a line names; of more, as where it sums up many rows, it says how many
+MOST_NAMED = 4
+
 
 @dataclass(frozen=True)
 class Table:
@@ -81,13 +84,17 @@ def made(result: dict, rows: list[dict], question: str, title: str, lines: list[
     in_rows = Counter(row["commit"][:7] for row in rows)
     in_lines = Counter(commit for several in commits for commit in several)
     main = max(in_lines, key=lambda commit: (in_lines[commit], in_rows[commit]))
-    others = [", ".join(commit for commit in several if commit != main) for several in commits]
+    others = [named([commit for commit in several if commit != main]) for several in commits]
     names = columns or list(dict.fromkeys(column for line in lines for column in line if column != "commit"))
     if any(others):
         names = [*names, "other commit"]
     shown = [{**line, "other commit": other} for line, other in zip(lines, others, strict=True)]
     shown = [{name: line.get(name) for name in names} for line in shown]
     return Table(title, shown, said, names, question, card_of(result), where_of(result, main), protocol_of(result))
+
+
+def named(commits: list[str]) -> str:
+    return ", ".join(commits) if len(commits) <= MOST_NAMED else f"{len(commits)} others"
 
 
 def protocol_of(result: dict) -> str:
