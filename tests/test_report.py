@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from hf_blr.bench.report.cells import sort_value
+from hf_blr.bench.report.conditions import kind_of, protocol_of, where_of
 from hf_blr.bench.report.files import read_result, write_result
 from hf_blr.bench.report.model_tables import by_size, compared
 from hf_blr.bench.report.page import page
 from hf_blr.bench.report.sections import QUESTIONS
 from hf_blr.bench.report.summary import Summary, summarised
-from hf_blr.bench.report.tables import Table, kind_of, protocol_of, tables, where_of
+from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli import main
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -157,6 +159,34 @@ def test_rows_of_another_commit_are_marked_in_the_row():
     assert [row["other commit"] for row in wide.rows] == ["fedcba9", "fedcba9"]
     # where all rows are of one, there is no such column
     assert all("other commit" not in table.columns for table in tables("x", MODELS))
+
+
+def test_what_cells_sort_by():
+    words = ["10581f1", "2026-01-31", "blast 4x4", "BLAST 4 x 4"]
+    assert [sort_value(word) for word in words] == words
+    cells = {"1.65x*": 1.65, "0.27 (0.4)": 0.27, "4 x 16": 4, "50 %": 50, "1.59x -> 2.00x": 1.59, "-3": -3}
+    assert {cell: sort_value(cell) for cell in cells} == cells
+    assert sort_value(None) == sort_value(float("nan")) == "" and sort_value(1e-05) == 1e-05
+
+
+def test_a_line_of_many_commits_counts_them():
+    rows = [model_row("dense", 8.0, commit=f"{i}{i}{i}{i}{i}{i}{i}{i}", batch=i) for i in range(1, 8)]
+    rows += [row | {"form": "compiled", "mode": "default"} for row in rows]
+    table = next(table for table in tables("x", {**MODELS, "rows": rows}) if "predicted" in table.title)
+    assert [row["other commit"] for row in table.rows] == ["6 others"]
+
+
+def test_rows_of_no_kind_say_once_what_they_share():
+    rows = [
+        {"study": "s", "ms": ms, "sizes": [4, 16], "parts": {"a": 1}, "commit": c * 40}
+        for ms, c in ((1.0, "a"), (2, "b"))
+    ]
+    (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows})
+    assert table.note == "In all rows: study s, sizes 4 x 16." and table.columns == ["ms", "other commit"]
+    assert table.rows == [{"ms": 1.0, "other commit": ""}, {"ms": 2, "other commit": "bbbbbbb"}]
+    # one row alone shares nothing
+    (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows[:1]})
+    assert table.note == "" and table.columns == ["study", "ms", "sizes"]
 
 
 def test_the_summary_says_how_small_how_fast_and_how_much_worse():

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings
 from hf_blr.bench.report.plots import pyplot
-from hf_blr.bench.report.tables import card_of, kind_of, measured_ceilings
 
 
 class Plot(NamedTuple):

@@ -56,6 +56,5 @@ def off_by(name: str, what: str, rows: list[dict]) -> dict:
     """The line of rows that have a `deviation`, predicted / measured - 1."""
     off = [abs(row["deviation"]) for row in rows]
     within = f"{sum(value <= 0.25 for value in off)} of {len(off)} {what}"
-    return {"tokens": name, "within 25 %": within, "median off": f"{100 * statistics.median(off):.0f} %"} | {
-        "commit": commits_of(rows)
-    }
+    median = f"{100 * statistics.median(off):.0f} %"
+    return {"tokens": name, "within 25 %": within, "median off": median, "commit": commits_of(rows)}

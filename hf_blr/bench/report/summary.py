@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from hf_blr.bench.report.conditions import card_of, kind_of
 from hf_blr.bench.report.lines import label_of, structure_of, variant_of
 from hf_blr.bench.report.model_tables import in_words
 from hf_blr.bench.report.quality_tables import scored
-from hf_blr.bench.report.tables import Table, card_of, kind_of, made
+from hf_blr.bench.report.tables import Table, made
 from hf_blr.bench.report.timed import Timed, main_ratio, timed_of
 
 #: sizes whose perplexities the summary has, at most
@@ -61,7 +62,7 @@ def summarised(results: dict[str, dict]) -> Summary:
 
 
 def with_commit(row: dict, result: dict) -> dict:
-    return {**row, "commit": row.get("commit") or result.get("environment", {}).get("commit", "")}
+    return {**row, "commit": (row.get("commit") or result.get("environment", {}).get("commit", ""))[:7]}
 
 
 def ratios_of(scores: list[dict], timed: float | None) -> list[float]:
@@ -96,7 +97,7 @@ def line_of(name: str, timed: Timed | None, ppl: dict, ratios: list[float]) -> d
         row = ppl.get((name, ratio), {})
         line[f"perplexity, {100 * ratio:.0f} % kept"] = row.get("dense_ppl" if name == "dense" else "ppl")
         rows += [row] if row and name != "dense" else []
-    commits = dict.fromkeys(commit[:7] for row in rows for commit in row["commit"].split(", "))
+    commits = dict.fromkeys(commit for row in rows for commit in row["commit"].split(", "))
     return line | {"commit": ", ".join(commits)}
 
 

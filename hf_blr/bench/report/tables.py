@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from hf_blr.bench.report.cells import format_cell
+from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings, protocol_of, where_of
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
 from hf_blr.bench.report.lines import grouped, structure_of
 from hf_blr.bench.report.model_tables import (
@@ -16,15 +18,7 @@ from hf_blr.bench.report.model_tables import (
     storage_lines,
 )
 from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines
-from hf_blr.roofline.devices import MEASURED, Ceilings
-
-#: fields by which rows are told apart: all of them are there
-KINDS = {
-    "layers": ("us", "impl", "speedup_vs_dense"),
-    "groups": ("group", "how", "speedup_vs_dense"),
-    "models": ("measurement", "model"),
-    "quality": ("dense_ppl",),
-}
+from hf_blr.roofline.devices import Ceilings
 
 #: commits that a line names; of more, as where it sums up many rows, it says how many
 MOST_NAMED = 4
@@ -57,23 +51,11 @@ class Table:
             self.columns.extend(dict.fromkeys(column for row in self.rows for column in row))
 
 
-def kind_of(result: dict) -> str | None:
-    """ "layers", "groups", "models" or "quality"; None for rows of another kind, which are shown as they are.
-
-    So are those of a file that says under "varied" in what else its rows differ: they must not be compared as if they
-    did not.
-    """
-    rows = result["rows"]
-    if result.get("varied"):
-        return None
-    return next((kind for kind, names in KINDS.items() if rows and all(name in rows[0] for name in names)), None)
-
-
 def tables(name: str, result: dict) -> list[Table]:
     """The tables of one result file. `name` is that of the file."""
     kind, default = kind_of(result), result.get("environment", {}).get("commit", "")
     make = {"layers": of_layers, "groups": of_groups, "models": of_models, "quality": of_quality}.get(kind, of_others)
-    rows = [{**row, "commit": row.get("commit") or default} for row in result["rows"]]
+    rows = [{**row, "commit": (row.get("commit") or default)[:7]} for row in result["rows"]]
     return [made(result, rows, *parts) for parts in make(name, rows, measured_ceilings(card_of(result))) if parts[2]]
 
 
@@ -81,7 +63,7 @@ def made(result: dict, rows: list[dict], question: str, title: str, lines: list[
     """The table of these lines: it is of the commit of most, and its column "other commit" names those of others."""
     commits = [line.get("commit", "").split(", ") for line in lines]
     # of two that all lines have, that of more rows
-    in_rows = Counter(row["commit"][:7] for row in rows)
+    in_rows = Counter(row["commit"] for row in rows)
     in_lines = Counter(commit for several in commits for commit in several)
     main = max(in_lines, key=lambda commit: (in_lines[commit], in_rows[commit]))
     others = [named([commit for commit in several if commit != main]) for several in commits]
@@ -95,30 +77,6 @@ def made(result: dict, rows: list[dict], question: str, title: str, lines: list[
 
 def named(commits: list[str]) -> str:
     return ", ".join(commits) if len(commits) <= MOST_NAMED else f"{len(commits)} others"
-
-
-def protocol_of(result: dict) -> str:
-    """What the file says on how it was measured, in sentences."""
-    said = [result.get(name) for name in ("dtype", "protocol", "conditions")]
-    return " ".join(f"{text.rstrip('.')}." for text in said if text)
-
-
-def where_of(result: dict, commit: str = "") -> str:
-    """Card, versions, commit and date; `commit` is the file's own if left out."""
-    where = result.get("environment", {})
-    versions = [f"{name} {where[name]}" for name in ("torch", "triton", "transformers") if where.get(name)]
-    commit = (commit or where.get("commit") or "")[:7]
-    parts = [where.get("device"), *versions, f"commit {commit}" if commit else None, where.get("date")]
-    return ", ".join(part for part in parts if part) + "."
-
-
-def card_of(result: dict) -> str:
-    return result.get("environment", {}).get("device", "")
-
-
-def measured_ceilings(card: str) -> Ceilings | None:
-    """Those that were measured on such a card, None where none were."""
-    return next((found for name, found in MEASURED.items() if name.removesuffix("-measured") in card), None)
 
 
 def of_layers(name: str, rows: list[dict], ceilings: Ceilings | None):
@@ -179,8 +137,13 @@ def of_quality(name: str, rows: list[dict], ceilings: Ceilings | None):
 
 
 def of_others(name: str, rows: list[dict], ceilings: Ceilings | None):
-    """Rows as they are, without what no cell can hold."""
-    yield "other", name, [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
+    """Rows as they are, without what no cell can hold; what all rows share is said once."""
+    lines = [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
+    columns = dict.fromkeys(key for line in lines for key in line if key != "commit")
+    shared = {key for key in columns if len({line.get(key) for line in lines}) == 1} if len(lines) > 1 else set()
+    said = ", ".join(f"{key} {format_cell(lines[0][key])}" for key in columns if key in shared)
+    varying = [key for key in columns if key not in shared] or list(columns)
+    yield "other", name, lines, f"In all rows: {said}." if said else "", varying
 
 
 def nested(value) -> bool:
