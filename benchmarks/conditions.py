@@ -12,6 +12,11 @@ def commits_of(rows: list[dict], default: str = "") -> str:
     return ", ".join(dict.fromkeys(row.get("commit", default)[:7] for row in rows))
 
 
+def columns_of(lines: list[dict]) -> list[str]:
+    """Those of a table that names its commits below."""
+    return [column for column in lines[0] if column != "commit"]
+
+
 def machine(environment: dict, commits: str = "") -> str:
     """commits: where rows are of more than one."""
     commits = commits or environment["commit"][:7]

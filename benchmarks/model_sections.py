@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from conditions import RESULTS, commits_of, machine
-from summaries import VARIANTS, models_summary, papers_summary, profiles
+from conditions import RESULTS, columns_of, commits_of, machine
 
+from hf_blr.bench.model_peaks import predicted_parts
 from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.lines import wide
+from hf_blr.bench.report.model_tables import (
+    MEASUREMENTS,
+    by_size,
+    memory,
+    profile_lines,
+    speed,
+    speed_lines,
+    storage_lines,
+)
 from hf_blr.cli.table import format_table
+from hf_blr.roofline.devices import DEVICES
 
+VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
+PAPERS = {"low_rank:paper": "low-rank", "monarch:paper": "Monarch", "blast:paper": "BLAST"}
 #: tokens of a forward, and the texts of one, that README leaves to NOTES
 OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}
 
@@ -30,6 +43,19 @@ def model_rows() -> list[dict]:
     return [row for row in read_result(RESULTS / "models_h100.json")["rows"] if "error" not in row]
 
 
+def models_summary(rows: list[dict]) -> str:
+    """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster."""
+    table = [line | {"peak memory": memory(shown)} for line, shown in speed_lines(rows, VARIANTS)]
+    attending = [
+        f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
+        for measurement in MEASUREMENTS
+        for (model, size), found in by_size(rows, measurement).items()
+        if "dense+attention" in found
+    ]
+    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
+    return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}"
+
+
 def of_other_size(row: dict) -> bool:
     """Whether it is a prefill that README leaves out."""
     other = row.get("tokens") in OTHER_TOKENS or row.get("batch") in OTHER_BATCHES.get(row["model"], ())
@@ -42,34 +68,38 @@ def other_sizes_section() -> str:
 
 
 def papers_section() -> str:
-    """The paper's ranks and blocks in whole models."""
-    rows = [row for row in model_rows() if row["measurement"] != "storage"]
-    return f"{papers_summary(rows)} Conditions as above."
+    """As `models_section`, at the ranks and blocks of the paper, and what these keep of a model's projections."""
+    rows = model_rows()
+    numbers = {(row["model"], row["variant"].removesuffix("+fused")): row["projection_parameters"] for row in rows}
+
+    def cell(row):
+        model, variant = row["model"], row["variant"].removesuffix("+fused")
+        return f"{speed(row)} ({100 * numbers[model, variant] / numbers[model, 'dense']:.0f} %)"
+
+    table = format_table([line for line, _ in speed_lines(rows, PAPERS, cell)])
+    return f"{table}\n\n\\* with `hf_blr.fuse`; in brackets what is kept of all projections. Conditions as above."
 
 
 def storage_section() -> str:
     """Whole models on disk."""
-    table: dict[str, dict] = {}
-    for row in model_rows():
-        if row["measurement"] == "storage":
-            line = table.setdefault(row["model"], {"GB on disk (s to load)": row["model"]})
-            line[VARIANTS.get(row["variant"], row["variant"])] = f"{row['disk_bytes'] / 1e9:.3f} ({row['load_s']:.1f})"
-    return format_table(sorted(table.values(), key=lambda line: line["GB on disk (s to load)"]))
+    lines = storage_lines(model_rows(), VARIANTS)
+    return format_table(lines, columns_of(lines))
 
 
 def profiles_section() -> str:
     """Where the time of whole models goes."""
-    return profiles(model_rows())
+    lines = profile_lines(model_rows(), lambda row: predicted_parts(row, DEVICES["H100-measured"]))
+    said = "Projections: all products, those of the output layer and of patches too."
+    return f"{format_table(lines, columns_of(lines))}\n\n{said}"
 
 
 def dependent_launches_section() -> str:
     """A decoding step with and without dependent launches in Inductor's kernels."""
     result = read_result(RESULTS / "dependent_launches_h100.json")
-    found: dict[tuple, dict] = {}
-    for row in result["rows"]:
-        found.setdefault((row["variant"], row["mode"]), {})[row["dependent_launches"]] = row["graph_ms"]
-    table = [
-        {"Llama-7B, one text": variant, "mode": mode, "ms without": f"{ms[False]:.2f}", "ms with": f"{ms[True]:.2f}"}
-        for (variant, mode), ms in found.items()
-    ]
-    return f"{format_table(table)}\n\n{result['dtype']}, {result['protocol']}. {machine(result['environment'])}."
+    lines = wide(
+        sorted(result["rows"], key=lambda row: row["dependent_launches"]),
+        lambda row: {"Llama-7B, one text": row["variant"], "mode": row["mode"]},
+        lambda row: {f"ms {'with' if row['dependent_launches'] else 'without'}": f"{row['graph_ms']:.2f}"},
+    )
+    where = f"{result['dtype']}, {result['protocol']}. {machine(result['environment'])}."
+    return f"{format_table(lines, columns_of(lines))}\n\n{where}"

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 
 from conditions import RESULTS, commits_of, machine
-from summaries import quality_summary, square_blast
 
 from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.lines import wide
+from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines, score
 from hf_blr.cli.table import format_table
+
+METHODS = {
+    "whitened SVD": "whitened SVD",
+    "ours": "ours",
+    "ours, block-joint": "+ blocks",
+    "ours, refined": "refined",
+    "ours, block-joint, refined": "+ blocks, refined",
+}
 
 
 def demo_section() -> str:
@@ -26,9 +35,26 @@ def demo_section() -> str:
 
 
 def quality_section() -> str:
-    """Perplexities of the quality benchmark, in short."""
+    """One line for each size and structure: perplexities fitted and refined, `text / text`, and the fit's seconds."""
     result = read_result(RESULTS / "quality.json")
-    return f"{quality_summary(result['rows'])}\n\n{quality_conditions(result)}"
+    texts = texts_of(result["rows"])
+
+    def cell(line):
+        seconds = line["seconds"] if line["method"] == "ours" else None
+        shown = {"MB": f"{line['MB']:.0f}", METHODS.get(line["method"], "ours"): scores(line, texts)}
+        return shown | ({} if seconds is None else {"fit, s": f"{seconds:.0f}"})
+
+    lines = [line for line in quality_lines(result["rows"]) if line["structure"] is None or line["method"] in METHODS]
+    table = wide(
+        sorted(lines, key=lambda line: (-line["ratio"], line["structure"] or "", numbers(line["blocks"]))),
+        lambda line: {
+            "kept": line["kept"],
+            "layers": f"{line['structure'] or line['method']} {line['blocks']}".strip(),
+        },
+        cell,
+    )
+    columns = ["kept", "layers", "MB", *METHODS.values(), "fit, s"]
+    return f"Perplexity on {' / '.join(texts)}:\n\n{format_table(table, columns)}\n\n{quality_conditions(result)}"
 
 
 def square_blast_section() -> str:
@@ -37,22 +63,45 @@ def square_blast_section() -> str:
     return f"{square_blast(result['rows'])}\n\n{quality_conditions(result)}"
 
 
+def square_blast(rows: list[dict]) -> str:
+    """BLAST 16x16 and low-rank at every size and stage: perplexities, `text / text` of the one, then of the other."""
+    texts, lines = texts_of(rows), quality_lines(rows)
+    found = {(line["kept"], line["structure"], line["blocks"], line["method"]): line for line in lines}
+    table = []
+    for kept in dict.fromkeys(line["kept"] for line in largest_first(lines) if line["structure"]):
+        cells = {"kept": kept}
+        for method, column in METHODS.items():
+            square = "activations" if method == "whitened SVD" else method
+            both = (found.get((kept, "blast", "16 x 16", square)), found.get((kept, "low_rank", "", method)))
+            cells[column] = ", ".join(scores(line, texts) if line and complete(line, texts) else "-" for line in both)
+        table.append(cells)
+    which = "BLAST 16x16 (beside whitened SVD: on activations alone), then low-rank"
+    return f"{which}; {' / '.join(texts)}:\n\n{format_table(table)}"
+
+
 def quality_rows_section() -> str:
     """All rows of the quality benchmark, one line for each method and size, a column for each text."""
     result = read_result(RESULTS / "quality.json")
-    lines: dict[tuple, dict] = {}
-    for row in result["rows"]:
-        blocks = "" if row["blocks"] is None else "{} x {}".format(*row["blocks"])
-        key = row["ratio"], row["structure"], blocks, row["method"]
-        line = {"kept": f"{100 * row['ratio']:.0f} %", "structure": row["structure"], "blocks": blocks}
-        line = lines.setdefault(key, {**line, "method": row["method"], "MB": row["bytes"] / 1e6})
-        line[f"{row['dataset']} ppl"] = row["ppl"]
-        line["seconds"] = row["fit_seconds"]
-    rows = [lines[key] for key in sorted(lines, key=lambda key: (-key[0], str(key)))]
-    # the texts of all rows: a run that was stopped may not have scored each
-    texts = dict.fromkeys(f"{row['dataset']} ppl" for row in result["rows"])
-    columns = ["kept", "structure", "blocks", "method", "MB", *texts, "seconds"]
-    return f"{format_table(rows, columns)}\n\n{quality_conditions(result)}"
+    lines = largest_first(quality_lines(result["rows"]))
+    return f"{format_table(lines, quality_columns(result['rows'], lines))}\n\n{quality_conditions(result)}"
+
+
+def texts_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["dataset"] for row in rows))
+
+
+def scores(line: dict, texts: list[str]) -> str:
+    """`17.62 / 41.60`."""
+    return " / ".join(score(line[f"{text} ppl"]) for text in texts if f"{text} ppl" in line)
+
+
+def complete(line: dict, texts: list[str]) -> bool:
+    """Whether it was scored on all texts."""
+    return all(f"{text} ppl" in line for text in texts)
+
+
+def numbers(blocks: str) -> list[int]:
+    return [int(part) for part in blocks.split(" x ") if part]
 
 
 def quality_conditions(result: dict) -> str:

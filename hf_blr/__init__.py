@@ -4,9 +4,23 @@ Importing this package teaches transformers to load and save such models, and `f
 `blr_config=`. Everything else is imported when it is first used.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from hf_blr.integration import register
+
+if TYPE_CHECKING:
+    from hf_blr.calibration import Statistics, collect_statistics
+    from hf_blr.compression import CompressionReport, compress
+    from hf_blr.config import BLRConfig
+    from hf_blr.evaluation import Perplexity, perplexity
+    from hf_blr.finetune import BLRCallback
+    from hf_blr.inference import fuse, tune, unfuse
+    from hf_blr.integration import disable, enable, from_config, lora_targets, to_dense
+    from hf_blr.linear import BLRLinear
+    from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
 __version__ = "0.1.0.dev0"
 
@@ -17,31 +31,56 @@ _HOMES = {
     "Blast": "hf_blr.structures",
     "CompressionReport": "hf_blr.compression",
     "LowRank": "hf_blr.structures",
-    "Pivoted": "hf_blr.structures",
     "Monarch": "hf_blr.structures",
+    "Perplexity": "hf_blr.evaluation",
+    "Pivoted": "hf_blr.structures",
+    "Statistics": "hf_blr.calibration",
     "collect_statistics": "hf_blr.calibration",
     "compress": "hf_blr.compression",
     "disable": "hf_blr.integration",
     "enable": "hf_blr.integration",
     "from_config": "hf_blr.integration",
-    "fuse": "hf_blr.inference.fusion",
+    "fuse": "hf_blr.inference",
     "lora_targets": "hf_blr.integration",
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
-    "tune": "hf_blr.inference.tuning",
-    "unfuse": "hf_blr.inference.fusion",
+    "tune": "hf_blr.inference",
+    "unfuse": "hf_blr.inference",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: RUF022
+__all__ = [
+    "BLRCallback",
+    "BLRConfig",
+    "BLRLinear",
+    "Blast",
+    "CompressionReport",
+    "LowRank",
+    "Monarch",
+    "Perplexity",
+    "Pivoted",
+    "Statistics",
+    "__version__",
+    "collect_statistics",
+    "compress",
+    "disable",
+    "enable",
+    "from_config",
+    "fuse",
+    "lora_targets",
+    "perplexity",
+    "to_dense",
+    "tune",
+    "unfuse",
+]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hf_blr' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -196,7 +196,7 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
 def test_a_training_step_that_keeps_fewer_activations():
     from tiny import tiny_shape
 
-    from hf_blr.bench.report.tables import compared
+    from hf_blr.bench.report.model_tables import compared
 
     settings = {"forms": ("compiled",), "mode": "default", "training_tokens": 8, "dtype": torch.float32}
     variants, found = [Variant("dense"), Variant.parse("low_rank")], []

@@ -84,3 +84,16 @@ def test_every_public_name_is_there():
     assert callable(hf_blr.compress) and callable(hf_blr.perplexity)
     with pytest.raises(AttributeError, match="nonsense"):
         hf_blr.nonsense  # noqa: B018
+
+
+def test_every_lazy_name_is_known_to_a_type_checker():
+    """What `hf_blr.__all__` names, what is looked up lazily and what a type checker sees are the same."""
+    import ast
+
+    import hf_blr
+
+    tree = ast.parse((ROOT / "hf_blr" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == hf_blr._HOMES
+    assert {*seen, "__version__"} == set(hf_blr.__all__)

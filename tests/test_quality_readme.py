@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality_sections
-from summaries import square_blast
+from quality_sections import square_blast
 
 REFINE = """
 import copy, sys

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from hf_blr.bench.report.cells import sort_value
+from hf_blr.bench.report.conditions import kind_of, protocol_of, where_of
 from hf_blr.bench.report.files import read_result, write_result
+from hf_blr.bench.report.model_tables import by_size, compared
 from hf_blr.bench.report.page import page
-from hf_blr.bench.report.tables import Table, by_size, compared, conditions, kind_of, tables
+from hf_blr.bench.report.sections import QUESTIONS
+from hf_blr.bench.report.summary import Summary, summarised
+from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli import main
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -95,10 +100,21 @@ def test_kinds_of_files():
     assert [kind_of(r) for r in (MODELS, QUALITY)] == ["models", "quality"]
     assert kind_of(read_result(RESULTS / "layers_h100.json")) == "layers"
     assert kind_of(read_result(RESULTS / "demo.json")) is None and kind_of({"rows": []}) is None
+    assert kind_of(read_result(RESULTS / "groups_h100.json")) == "groups"
     titles = [table.title for table in tables("x", MODELS)]
-    assert titles == ["Prefill of whole models", "Decoding of whole models", "Models on disk", "What failed"]
-    # what a file does not know is no column
-    assert tables("q", QUALITY)[0].columns == ["model", "text", "structure", "kept", "perplexity", "dense", "bytes"]
+    assert titles == [
+        "Speed of whole models",
+        "Prefill of whole models",
+        "Decoding of whole models",
+        "Models on disk",
+        "Whole models: predicted and measured",
+        "What failed",
+    ]
+    # what a file does not know is no column, nor is a model that all rows share
+    (table,) = tables("q", QUALITY)
+    assert table.columns == ["kept", "structure", "MB", "wikitext2 ppl"] and table.note == "Dense: wikitext2 17.60."
+    two = {**QUALITY, "rows": [*QUALITY["rows"], QUALITY["rows"][0] | {"model": "n"}]}
+    assert tables("q", two)[0].columns[0] == "model" and len(tables("q", two)[0].rows) == 4
 
 
 def test_layer_tables_show_the_rows_of_the_file():
@@ -115,8 +131,99 @@ def test_layer_tables_show_the_rows_of_the_file():
 
 
 def test_conditions_name_machine_versions_and_commit():
-    said = conditions(MODELS)
-    assert said == "bfloat16. medians. NVIDIA H100 80GB HBM3, torch 2.11.0, commit 0123456, 2026-11-22."
+    assert protocol_of(MODELS) == "bfloat16. medians."
+    assert where_of(MODELS) == "NVIDIA H100 80GB HBM3, torch 2.11.0, commit 0123456, 2026-11-22."
+    # each table says so itself
+    assert all(table.where == where_of(MODELS) and table.card == ENVIRONMENT["device"] for table in tables("x", MODELS))
+
+
+def test_rows_of_another_commit_are_marked_in_the_row():
+    later = "fedcba9876"
+    rows = [
+        model_row("dense", 8.0),
+        model_row("low_rank", 4.0),
+        model_row("pivoted", 5.0),
+        model_row("blast:4x4", 6.0, commit=later),
+        model_row("dense", 9.0, batch=8, commit=later),
+        model_row("low_rank", 3.0, batch=8),
+    ]
+    wide, long, *_ = tables("x", {**MODELS, "rows": rows})
+    assert "commit 0123456" in long.where and "fedcba9" not in long.where
+    marks = [(row["batch"], row["variant"], row["other commit"]) for row in long.rows]
+    # a speed is of two rows
+    assert [mark for mark in marks if mark[2]] == [
+        (1, "blast:4x4", "fedcba9"),
+        (8, "dense", "fedcba9"),
+        (8, "low_rank", "fedcba9"),
+    ]
+    assert [row["other commit"] for row in wide.rows] == ["fedcba9", "fedcba9"]
+    # where all rows are of one, there is no such column
+    assert all("other commit" not in table.columns for table in tables("x", MODELS))
+
+
+def test_what_cells_sort_by():
+    words = ["10581f1", "2026-01-31", "blast 4x4", "BLAST 4 x 4"]
+    assert [sort_value(word) for word in words] == words
+    cells = {"1.65x*": 1.65, "0.27 (0.4)": 0.27, "4 x 16": 4, "50 %": 50, "1.59x -> 2.00x": 1.59, "-3": -3}
+    assert {cell: sort_value(cell) for cell in cells} == cells
+    assert sort_value(None) == sort_value(float("nan")) == "" and sort_value(1e-05) == 1e-05
+
+
+def test_a_line_of_many_commits_counts_them():
+    rows = [model_row("dense", 8.0, commit=f"{i}{i}{i}{i}{i}{i}{i}{i}", batch=i) for i in range(1, 8)]
+    rows += [row | {"form": "compiled", "mode": "default"} for row in rows]
+    table = next(table for table in tables("x", {**MODELS, "rows": rows}) if "predicted" in table.title)
+    assert [row["other commit"] for row in table.rows] == ["6 others"]
+
+
+def test_rows_of_no_kind_say_once_what_they_share():
+    rows = [
+        {"study": "s", "ms": ms, "sizes": [4, 16], "parts": {"a": 1}, "commit": c * 40}
+        for ms, c in ((1.0, "a"), (2, "b"))
+    ]
+    (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows})
+    assert table.note == "In all rows: study s, sizes 4 x 16." and table.columns == ["ms", "other commit"]
+    assert table.rows == [{"ms": 1.0, "other commit": ""}, {"ms": 2, "other commit": "bbbbbbb"}]
+    # one row alone shares nothing
+    (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows[:1]})
+    assert table.note == "" and table.columns == ["study", "ms", "sizes"]
+
+
+def test_the_summary_says_how_small_how_fast_and_how_much_worse():
+    quality = {
+        **QUALITY,
+        "rows": [
+            {"model": "small", "dataset": "d", "structure": s, "blocks": b, "ratio": 0.5, "ppl": p, "bytes": 1e8}
+            | {"dense_ppl": 17.6, "method": "ours"}
+            for s, b, p in (("low_rank", None, 31.0), ("blast", [4, 4], 29.0), ("monarch", [4, 4], 35.0))
+        ],
+    }
+    rows = [model_row("low_rank", 4.0, ratio=0.5), model_row("pivoted", 3.0, ratio=0.5), *MODELS["rows"]]
+    elsewhere = {**MODELS, "environment": ENVIRONMENT | {"device": "NVIDIA H200"}}
+    summary = summarised({"m": {**MODELS, "rows": rows}, "q": quality, "n": elsewhere})
+    dense, blast, low_rank = summary.table.rows
+    # the most accurate first; what was not both scored and timed is left out
+    assert [row["form"] for row in summary.table.rows] == ["dense", "blast 4x4", "low_rank"]
+    prefill, decode = "prefill, Llama-7B, 1 x 1024", "decode, Llama-7B, 1 text"
+    assert (dense[prefill], blast[prefill], blast[decode]) == ("1.00x", "1.50x", "2.00x")
+    assert (low_rank[prefill], low_rank[decode]) == ("2.25x", "")
+    score = "perplexity, 50 % kept"
+    assert (dense[score], blast[score], low_rank[score]) == (17.6, 29.0, 31.0)
+    assert "small on d" in summary.table.note and 'method "ours"' in summary.table.note
+    assert summary.table.card == "NVIDIA H100 80GB HBM3" and "NVIDIA H200" in summary.skipped
+    facts = {fact.what: (fact.number, fact.of) for fact in summary.facts}
+    assert facts["as fast as dense, prefill"] == ("2.25x", "low_rank, Llama-7B, 1 x 1024")
+    assert facts["perplexity, 50 % kept"] == ("29.0", "blast 4x4, small on d; dense 17.6")
+
+
+@pytest.mark.parametrize("given", [{"m": MODELS}, {"q": QUALITY}, {}, {"d": {"rows": [{"a": 1}]}}])
+def test_the_summary_of_what_is_there(given):
+    summary = summarised(given)
+    if not {"m", "q"} & set(given):
+        assert summary == Summary()
+        return
+    columns = " ".join(summary.table.columns)
+    assert ("prefill, Llama-7B" in columns) == ("m" in given) and ("perplexity" in columns) == ("q" in given)
 
 
 def test_the_page_stands_alone_and_shows_text_as_text(files, tmp_path, capsys):
@@ -124,10 +231,32 @@ def test_the_page_stands_alone_and_shows_text_as_text(files, tmp_path, capsys):
     assert main(["report", *files, "--out", str(out), "--no-plots"]) == 0
     text = (out / "report.html").read_text()
     assert "<b>diffusers" not in text and "&lt;b&gt;diffusers" in text
-    assert not re.findall(r'(?:src|href)="|url\(|@import', text)
+    assert not re.findall(r'(?:src|href)="(?!#)|url\(|@import', text)
     assert 'name="viewport"' in text and "commit 0123456" in text and "tables and 0 plots" in capsys.readouterr().out
     lines = (out / "report.md").read_text().splitlines()
     assert "## Prefill of whole models" in lines and any(line.startswith("| Llama-7B | blast:4x4 ") for line in lines)
+
+
+def test_the_page_goes_from_the_summary_to_questions_with_folded_tables(files, tmp_path):
+    out = tmp_path / "out"
+    assert main(["report", *files, str(RESULTS / "models_h200.json"), "--out", str(out), "--no-plots"]) == 0
+    text = (out / "report.html").read_text()
+    places = [text.index(part) for part in ("<h1>", 'class="facts"', 'class="summary"', "<nav", "<section", "<footer")]
+    assert places == sorted(places)
+    # the contents lead to every section, in its order
+    links, found = re.findall(r'<a href="#(\w+)">', text), re.findall(r'<section id="(\w+)">', text)
+    assert links == found == [key for key in QUESTIONS if key in found] and len(found) >= 5
+    for key in found:
+        title, help = QUESTIONS[key]
+        section = text[text.index(f'<section id="{key}">') :].partition("</section>")[0]
+        assert f"<h2>{title}</h2>" in section and len(re.findall(r"\.(?: |$)", help)) == 2
+        # every table is folded
+        before = [part for part in section.split("<table>")[:-1]]
+        assert all(part.rindex("<details") > part.rfind("</details>") for part in before) and before
+        # those of one card are together
+        cards = re.findall(r"<h3>(.*)</h3>", section)
+        assert len(cards) == len(set(cards))
+    assert "<details open" not in text
 
 
 def test_plots_are_asked_for_by_name(files, tmp_path, monkeypatch, capsys):
@@ -157,27 +286,41 @@ def test_a_page_of_all_that_was_measured(tmp_path):
     files = sorted(map(str, RESULTS.glob("*.json")))
     assert main(["report", *files, "--out", str(tmp_path), "--no-plots"]) == 0
     text = (tmp_path / "report.md").read_text()
-    for title in ("Prefill of whole models", "Layers of Llama-7B", "Perplexity", "one_token_h100", "groups_h100"):
+    for title in (
+        "Prefill of whole models",
+        "Layers of Llama-7B",
+        "Projections with one input",
+        "Perplexity",
+        "one_token_h100",
+        "In short",
+    ):
         assert f"## {title}" in text
 
 
 def test_plots_of_what_was_measured(tmp_path, recwarn):
     pytest.importorskip("matplotlib")
-    from hf_blr.bench.report.plots import as_svg, figures
+    from hf_blr.bench.report.figures import figures
+    from hf_blr.bench.report.plots import as_svg
 
     kept = {name: read_result(RESULTS / f"{name}.json") for name in ("models_h100", "models_h200", "quality")}
     found = figures(kept)
     # two files of one kind do not take each other's names
     assert {"decode-Llama-7B-models_h100", "decode-Llama-7B-models_h200", "quality", "methods"} <= set(found)
-    caption, figure = found["quality-time-models_h100"]
-    assert "NVIDIA H100" in caption
-    forward, step = figure.axes
+    plot = found["quality-time-models_h100"]
+    assert "NVIDIA H100" in plot.caption and plot.question == "trade" and plot.card == "NVIDIA H100 80GB HBM3"
+    forward, step = plot.figure.axes
     scores = {row["structure"]: row["ppl"] for row in kept["quality"]["rows"] if half_of_wikitext(row)}
     drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in step.lines}
     assert drawn["low_rank"] == (pytest.approx(3.32, abs=0.01), scores["low_rank"])
     assert "Llama-7B" in step.get_xlabel() and "SmolLM2" in step.get_ylabel() and "prefill" in forward.get_xlabel()
+    # every point has its label, and no label covers another
+    for axes in (forward, step):
+        labels = [text for text in axes.texts if text.get_text()]
+        assert sorted(text.get_text() for text in labels) == sorted(line.get_label() for line in axes.lines)
+        boxes = [text.get_window_extent() for text in labels]
+        assert not any(box.count_overlaps(boxes[i + 1 :]) for i, box in enumerate(boxes))
     # every bar says its milliseconds, and none is left out
-    (axes,) = found["prefill-Llama-7B-models_h100"][1].axes
+    (axes,) = found["prefill-Llama-7B-models_h100"].figure.axes
     shown = {
         (row["batch"], row["tokens"], row["variant"].removesuffix("+fused"))
         for row in kept["models_h100"]["rows"]
@@ -185,7 +328,16 @@ def test_plots_of_what_was_measured(tmp_path, recwarn):
     }
     assert len(axes.patches) == len(shown) == sum(" ms" in text.get_text() for text in axes.texts)
     for name in ("quality", "methods", "prefill-Llama-7B-models_h100"):
-        assert as_svg(found[name][1]).startswith("<svg")
+        assert as_svg(found[name].figure).startswith("<svg")
+    # the time of a profiled step is the sum of its parts
+    axes, *_ = found["parts-Llama-7B-models_h100"].figure.axes
+    dense = next(row for row in kept["models_h100"]["rows"] if row["model"] == "Llama-7B" and "profile" in row)
+    total = sum(dense["profile"]["parts"].values())
+    assert dense["variant"] == "dense" and f"{total:.3g} ms" in [text.get_text() for text in axes.texts]
+    # one model's plots are shown, the others are folded
+    shown = {name for name, plot in found.items() if plot.lead and plot.question == "models"}
+    assert {f"{of}-Llama-7B-models_h100" for of in ("prefill", "decode", "training")} <= shown
+    assert not found["prefill-GPT2-S-models_h100"].lead
     # a figure whose panels collapse warns
     assert not [str(w.message) for w in recwarn if "layout" in str(w.message)]
 
@@ -206,7 +358,7 @@ def test_rows_that_differ_in_something_else_are_not_compared():
 
 def test_plots_of_several_files_and_of_rows_that_say_little():
     pytest.importorskip("matplotlib")
-    from hf_blr.bench.report.plots import figures
+    from hf_blr.bench.report.figures import figures
 
     half = [("low_rank", None, 31.0), ("monarch", [4, 4], 35.0), ("blast", [4, 4], 29.0)]
     scored = [
@@ -220,12 +372,12 @@ def test_plots_of_several_files_and_of_rows_that_say_little():
     # another ratio is another layer
     other = [model_row("blast:4x4", 1.0, ratio=0.2)]
     files = {"m": {"rows": timed + other}, "q": {"rows": scored}}
-    (axes,) = figures(files)["quality-time"][1].axes
+    (axes,) = figures(files)["quality-time"].figure.axes
     drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
     assert drawn == {"low_rank": (4, 31), "monarch 4x4": (5, 35), "blast 4x4": (6, 29), "dense": (8, 17.6)}
     # a second model's perplexities are not put beside the first's
     files["q"]["rows"] = scored + [row | {"model": "large", "ppl": 9.0} for row in scored]
-    (axes,) = figures(files)["quality-time"][1].axes
+    (axes,) = figures(files)["quality-time"].figure.axes
     assert len(axes.lines) == 4 and "small" in axes.get_ylabel()
     names = set(figures({**files, "q2": files["q"]}))
     assert {"quality-time-q", "quality-time-q2", "quality-q", "quality-q2"} <= names
@@ -241,12 +393,12 @@ def test_what_is_no_result_file_is_said(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def browse(path, tmp_path):
+def browse(path, tmp_path, *more):
     """(document after its scripts ran, messages on the console)."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
-        [BROWSER, *options, profile, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+        [BROWSER, *options, *more, profile, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
     )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -265,6 +417,43 @@ class TestInABrowser:
         document, console = browse(tmp_path / "report.html", tmp_path)
         assert document.count("<svg") > 10 and console == []
 
+    def test_a_phone_scrolls_tables_and_not_the_page(self, files, tmp_path):
+        pytest.importorskip("matplotlib")
+        assert main(["report", *files, "--out", str(tmp_path)]) == 0
+        text = (tmp_path / "report.html").read_text().replace("<details", "<details open")
+        inner = json.dumps(text).replace("</", "<\\/")
+        frame = f"""<iframe style="width: 390px; height: 800px; border: 0"></iframe><script>
+            const frame = document.querySelector("iframe");
+            frame.onload = () => {{
+              const root = frame.contentDocument.documentElement, tables = root.querySelectorAll(".wide");
+              const wide = [...tables].filter(table => table.scrollWidth > table.clientWidth).length;
+              document.title = `${{root.clientWidth}} ${{root.scrollWidth}} ${{tables.length}} ${{wide > 0}}`;
+            }};
+            frame.srcdoc = {inner};
+        </script>"""
+        (tmp_path / "frame.html").write_text(f"<!doctype html><title>none</title>{frame}")
+        document, console = browse(tmp_path / "frame.html", tmp_path)
+        width, needed, tables, wide = re.search("<title>(.*?)</title>", document)[1].split()
+        # some table is wider than the phone, or this would test nothing
+        assert int(needed) <= int(width) <= 390 and int(tables) > 5 and wide == "true" and console == []
+
+    def test_the_dark_page_is_dark_and_its_plots_are_light_on_it(self, files, tmp_path):
+        pytest.importorskip("matplotlib")
+        assert main(["report", *files, "--out", str(tmp_path)]) == 0
+        asks = """<script>
+            const light = colour => colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + +part, 0) / 3;
+            const texts = [...document.querySelectorAll("figure svg text")];
+            const letters = texts.map(text => light(getComputedStyle(text).fill));
+            document.title = [light(getComputedStyle(document.body).backgroundColor), Math.min(...letters),
+                Math.max(...letters)].map(Math.round).join(" ");
+        </script></body>"""
+        text = (tmp_path / "report.html").read_text().replace("</body>", asks)
+        (tmp_path / "page.html").write_text(text)
+        for scheme, dark in (("0", True), ("1", False)):
+            document, _ = browse(tmp_path / "page.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
+            ground, darkest, lightest = map(int, re.findall("<title>([^<]*)</title>", document)[0].split())
+            assert (ground < 40 and darkest > 150) if dark else (ground > 220 and lightest < 100)
+
     def test_a_mistake_would_show(self, tmp_path):
         (tmp_path / "x.html").write_text("<p>shown</p><script>nonsense()</script>")
         document, console = browse(tmp_path / "x.html", tmp_path)
@@ -278,7 +467,7 @@ class TestInABrowser:
         # as words 10 would come before 9, and 1e-05 after both; an empty cell is last either way
         cells = {"a": (10.0, None), "b": (1e-05, "2.00x"), "c": (9, "1.90x"), "d": (None, "10.00x")}
         rows = [{"name": name, "ms": ms, "speed": speed} for name, (ms, speed) in cells.items()]
-        text = page("Sorting", [Table("t", rows)], [], [])
+        text = page("Sorting", [Table("t", rows)], [], [], Summary())
         click = f"""<script>
             const header = [...document.querySelectorAll("th")].find(h => h.textContent === "{column}");
             for (let i = 0; i < {clicks}; i++) header.click();
@@ -288,7 +477,11 @@ class TestInABrowser:
         document, console = browse(tmp_path / "page.html", tmp_path)
         assert f"<title>{order}</title>" in document and console == []
         direction = "ascending" if clicks == 1 else "descending"
-        assert document.count(f'aria-sort="{direction}"') == 1
+        assert len(re.findall(f'<th[^>]*aria-sort="{direction}"', document)) == 1
+        # and from the keyboard
+        press = 'header.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}))'
+        (tmp_path / "page.html").write_text(text.replace("</body>", click.replace("header.click()", press) + "</body>"))
+        assert f"<title>{order}</title>" in browse(tmp_path / "page.html", tmp_path)[0]
 
 
 def test_readme_script_reads_the_files_that_the_benchmark_writes(tmp_path, monkeypatch):

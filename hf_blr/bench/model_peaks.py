@@ -16,7 +16,14 @@ from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
 from hf_blr.linear import BLRLinear
 from hf_blr.roofline.devices import Peaks
-from hf_blr.roofline.whole_models import ModelSizes, Projection, forward_seconds, step_seconds
+from hf_blr.roofline.whole_models import (
+    ModelSizes,
+    Projection,
+    forward_parts,
+    forward_seconds,
+    step_parts,
+    step_seconds,
+)
 from hf_blr.structures import LowRank
 
 #: without the host between their kernels, so that peaks have a say
@@ -47,6 +54,23 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
         times = {"measured_ms": measured, "predicted_ms": seconds * 1e3, "deviation": seconds * 1e3 / measured - 1}
         found.append({**row, **times})
     return found
+
+
+def predicted_parts(row: dict, device: Peaks) -> dict[str, float]:
+    """Milliseconds of each part of a row's forward or decoding step, {part: ms}.
+
+    {} for diffusion models, and for models whose shape is not known.
+    """
+    shape = SHAPES.get(row["model"])
+    if shape is None or shape.kind == "diffusion":
+        return {}
+    sizes = sizes_of_row(row)
+    if row["measurement"] == "decode":
+        parts = step_parts(sizes, row["batch"], row["prompt"] + row["new_tokens"], device)
+    else:
+        parts = forward_parts(sizes, row["batch"], row["tokens"], device)
+    parts["projections"] += parts.pop("once")
+    return {part: 1e3 * seconds for part, seconds in parts.items()}
 
 
 def sizes_of_row(row: dict) -> ModelSizes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_blr.atomic import write_text_atomically
 from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.structures import block_pair_of, structures
@@ -118,8 +119,7 @@ def write_json(path: Path | None, result: dict):
     """Writes `result` with the machine and versions beside it."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, "environment": environment()}, indent=1) + "\n")
+    write_text_atomically(path, json.dumps({**result, "environment": environment()}, indent=1) + "\n")
     print(f"numbers written to {path}")
 
 

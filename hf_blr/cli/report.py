@@ -1,4 +1,4 @@
-"""one page from result files: tables that sort, plots, machine, versions, commit
+"""one page from result files: a summary, plots and tables by question, with machine, versions and commit
 
 Writes report.html, which needs nothing beside it, and report.md. Result files are those of `hf-blr bench`, of
 `hf-blr demo --json` and the like; plots need matplotlib, the extra `report`.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_blr.atomic import write_text_atomically
 from hf_blr.bench.report.files import read_result
-from hf_blr.bench.report.page import page
 from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli.table import format_table
 
@@ -24,29 +24,36 @@ def add_arguments(parser):
 
 
 def run(args):
+    from hf_blr.bench.report.page import page
+    from hf_blr.bench.report.sections import Drawing
+    from hf_blr.bench.report.summary import summarised
+
     results = {path.stem: read_result(path) for path in args.files}
     found = [table for name, result in results.items() for table in tables(name, result)]
+    summary = summarised(results)
     plots = {} if args.no_plots else draw(results)
-    args.out.mkdir(parents=True, exist_ok=True)
     notes = [f"From {', '.join(path.name for path in args.files)}. A click on a column's name sorts by it."]
-    inline = [(caption, svg) for caption, svg, _ in plots.values()]
-    (args.out / "report.html").write_text(page(args.title, found, inline, notes), encoding="utf-8")
-    for name, (_, svg, figure) in plots.items():
-        (args.out / f"{name}.svg").write_text(svg, encoding="utf-8")
-        figure.savefig(args.out / f"{name}.png", dpi=150)
-    (args.out / "report.md").write_text(markdown(args.title, found, plots), encoding="utf-8")
+    drawings = [Drawing(plot.caption, svg, plot.question, plot.card, plot.lead) for plot, svg in plots.values()]
+    write_text_atomically(args.out / "report.html", page(args.title, found, drawings, notes, summary))
+    for name, (plot, svg) in plots.items():
+        write_text_atomically(args.out / f"{name}.svg", svg)
+        plot.figure.savefig(args.out / f"{name}.png", dpi=150)
+    in_short = [summary.table] if summary.table else []
+    write_text_atomically(args.out / "report.md", markdown(args.title, in_short + found, plots))
     print(f"{len(found)} tables and {len(plots)} plots in {args.out / 'report.html'}")
 
 
-def draw(results: dict) -> dict[str, tuple[str, str, object]]:
-    """{name: (caption, SVG, figure)}."""
-    from hf_blr.bench.report.plots import as_svg, figures
+def draw(results: dict) -> dict[str, tuple]:
+    """{name: (plot, SVG)}."""
+    from hf_blr.bench.report.figures import figures
+    from hf_blr.bench.report.plots import as_svg
 
-    return {name: (caption, as_svg(figure), figure) for name, (caption, figure) in figures(results).items()}
+    return {name: (plot, as_svg(plot.figure, name)) for name, plot in figures(results).items()}
 
 
 def markdown(title: str, found: list[Table], plots: dict) -> str:
-    parts = [f"# {title}", *(f"![{caption}]({name}.svg)" for name, (caption, *_) in plots.items())]
+    parts = [f"# {title}", *(f"![{plot.caption}]({name}.svg)" for name, (plot, _) in plots.items())]
     for table in found:
-        parts += [f"## {table.title}", format_table(table.rows, table.columns), table.note]
+        said = " ".join(text for text in (table.note, table.protocol, table.where) if text)
+        parts += [f"## {table.title}", format_table(table.rows, table.columns), said]
     return "\n\n".join(parts) + "\n"

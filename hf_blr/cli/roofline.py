@@ -38,8 +38,8 @@ def add_arguments(parser):
 def run(args):
     from hf_blr.bench.model_peaks import model_predictions
     from hf_blr.bench.peaks import deviations, measure_peaks, predictions
+    from hf_blr.bench.report.conditions import kind_of
     from hf_blr.bench.report.files import read_result
-    from hf_blr.bench.report.tables import kind_of
 
     device = measure_peaks(options.default_device()) if args.measure else DEVICES[args.device]
     result = {"device": asdict(device)}

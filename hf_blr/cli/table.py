@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hf_blr.bench.report.cells import format_cell
+
 
 def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
     """Rows `{column: value}` as aligned Markdown: numbers to the right, a missing value blank."""
@@ -16,11 +18,3 @@ def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
         return "| " + " | ".join(padded) + " |"
 
     return "\n".join([line(columns), line(rule), *(line(values) for values in cells)])
-
-
-def format_cell(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
-    return str(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable
 from pathlib import Path
+
+from hf_blr.atomic import write_text_atomically
 
 
 class ResultFile:
@@ -37,10 +38,7 @@ class ResultFile:
 
 def write_result(path: Path, result: dict):
     """Writes the file in one step, so that a program stopped half-way leaves the version before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(one_row_a_line(result))
-    os.replace(scratch, path)
+    write_text_atomically(path, one_row_a_line(result))
 
 
 def one_row_a_line(result: dict) -> str:

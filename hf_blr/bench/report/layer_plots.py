@@ -1,45 +1,62 @@
-"""Plots of `bench layers`."""
+"""Plots of `bench layers`, of the first model's first layer."""
 
 from __future__ import annotations
 
 from hf_blr.bench.peaks import predictions
-from hf_blr.bench.report.plots import COLOURS, SIZE, Looks, add_legend, with_legend
-from hf_blr.roofline.devices import DEVICES
+from hf_blr.bench.report.lines import grouped, label_of
+from hf_blr.bench.report.plots import INK, Looks, add_legend, with_legend
+from hf_blr.roofline.devices import Peaks
 
 
 def speed_up(plt, rows: list[dict]):
-    """One line for each structure and pair of block counts, of the first model's first layer."""
-    first = rows[0]["model"], rows[0]["layer"]
-    lines: dict[tuple, list] = {}
-    for row in rows:
-        if (row["model"], row["layer"]) == first and row["impl"] == "hf_blr" and row["direction"] == "forward":
-            blocks = "" if row["blocks"] == [1, 1] else " {}x{}".format(*row["blocks"])
-            lines.setdefault((row["structure"], blocks), []).append((row["tokens"], row["speedup_vs_dense"]))
+    """One line for each structure and pair of block counts."""
+    lines = grouped((row for row in forwards(rows) if row["impl"] == "hf_blr"), label_of)
     figure, (axes,) = with_legend(plt, 1, len(lines), 3)
     looks = Looks()
-    for (structure, blocks), points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), **looks(structure), label=f"{structure}{blocks}")
-    axes.axhline(1, color=COLOURS["dense"], linewidth=1)
-    axes.set(xscale="log", xlabel="tokens", ylabel="speed over dense", title=f"{first[0]} {first[1]}".strip())
-    ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+    for label, mine in lines.items():
+        points = sorted((row["tokens"], row["speedup_vs_dense"]) for row in mine)
+        axes.plot(*zip(*points, strict=True), **looks(mine[0]["structure"]), label=label)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.set(xscale="log", xlabel="tokens", ylabel="speed over dense", title=layer_of(rows))
+    ticks = sorted({row["tokens"] for mine in lines.values() for row in mine})
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     add_legend(figure, 3)
     return figure
 
 
-def roofline(plt, rows: list[dict]):
-    """Operations a second against operations per byte of memory traffic, under the ceilings of an H100."""
-    device = DEVICES["H100-measured"]
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+def roofline(plt, rows: list[dict], device: Peaks):
+    """Operations a second against operations per byte of memory traffic, under the device's ceilings.
+
+    A line for each form, a point for each number of tokens, which dense's points name.
+    """
+    lines = grouped(predictions(forwards(rows), device), label_of)
+    figure, (axes,) = with_legend(plt, 1, len(lines), 3)
+    looks = Looks()
+    for label, mine in lines.items():
+        mine = sorted(mine, key=lambda row: row["tokens"])
+        x, y = [row["flops"] / row["bytes"] for row in mine], [row["flops"] / row["us"] / 1e6 for row in mine]
+        axes.plot(x, y, **looks(mine[0]["structure"]) | {"linewidth": 1}, label=label)
+        if mine[0]["structure"] == "dense":
+            for row, place in zip(mine, zip(x, y, strict=True), strict=True):
+                said = f"{row['tokens']}" + " token" * (row["tokens"] == 1)
+                # the last is near the one before it, and has room above
+                offset = (-2, 9) if row is mine[-1] else (5, -12)
+                axes.annotate(said, place, offset, textcoords="offset points", fontsize=8)
     intensity = [2**i for i in range(-1, 13)]
-    axes.plot(intensity, [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity], color="black")
-    points = predictions(rows, device)
-    for structure, colour in COLOURS.items():
-        mine = [row for row in points if row["structure"] == structure]
-        x, y = [r["flops"] / r["bytes"] for r in mine], [r["flops"] / r["us"] / 1e6 for r in mine]
-        if mine:
-            axes.scatter(x, y, s=12, color=colour, alpha=0.6, label=structure)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
+    ceiling = [min(device.flops, i * device.bandwidth) / 1e12 for i in intensity]
+    axes.plot(intensity, ceiling, color=INK, linewidth=2)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=layer_of(rows))
+    axes.set_ylim(top=2e-12 * device.flops)
+    add_legend(figure, 3)
     return figure
+
+
+def forwards(rows: list[dict]) -> list[dict]:
+    """Of the first layer."""
+    first = rows[0]["model"], rows[0]["layer"]
+    return [row for row in rows if (row["model"], row["layer"]) == first and row["direction"] == "forward"]
+
+
+def layer_of(rows: list[dict]) -> str:
+    return f"{rows[0]['model']} {rows[0]['layer']}".strip()

@@ -1,24 +1,42 @@
-"""Which plots result files have the numbers for, and what all plots share. Figures are matplotlib's."""
+"""What all plots share: colours, lines, legends, labels of points."""
 
 from __future__ import annotations
 
 import io
-import re
 
-from hf_blr.bench.report.tables import kind_of
+from hf_blr.structures import structures
 
-COLOURS = {
-    "dense": "#444444",
-    "low_rank": "#1f77b4",
-    "pivoted": "#17becf",
-    "monarch": "#2ca02c",
-    "blast": "#d62728",
-    "auto": "#9467bd",
-}
+#: letters and axes: in a page this becomes the colour of the text around the plot, so that it is read in the dark too
+INK = "#1b1f24"
+#: of rows of a structure that is not known here, or of one chosen for each layer
+OTHER = "#9467bd"
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
 #: inches; small, so that letters stay readable on a phone
-SIZE = (5.5, 3.8)
+SIZE = (4.6, 3.4)
 LEGEND_ROW = 0.21
+#: where a point's label may stand, in points from it, the first that is free: right, left, above, below, corners
+PLACES = (
+    (7, -3),
+    (-7, -3),
+    (0, 7),
+    (0, -13),
+    (6, 6),
+    (6, -12),
+    (-6, 6),
+    (-6, -12),
+    (7, 16),
+    (7, -24),
+    (-7, 16),
+    (-7, -24),
+)
+
+
+def colour_of(structure: str) -> str:
+    """The colour of a structure, or of dense, in all plots."""
+    if structure == "dense":
+        return INK
+    record = structures().get(structure)
+    return OTHER if record is None else record.colour
 
 
 def pyplot():
@@ -28,62 +46,15 @@ def pyplot():
     except ImportError:
         raise ImportError('plots need matplotlib: pip install "hf-blr[report]", or pass --no-plots') from None
     matplotlib.use("Agg")
-    # letters stay letters, and the same data gives the same file
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hf_blr", "font.size": 10})
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    # letters stay letters
+    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10, "legend.frameon": False, "axes.titlesize": 10})
+    matplotlib.rcParams.update(dict.fromkeys(inked, INK))
     # a page has many, and all are kept until it is written
     matplotlib.rcParams["figure.max_open_warning"] = 0
     import matplotlib.pyplot as plt
 
     return plt
-
-
-def figures(results: dict[str, dict]) -> dict[str, tuple[str, object]]:
-    """{name: (caption, figure)} of every plot that these result files have the numbers for."""
-    from hf_blr.bench.report.layer_plots import roofline, speed_up
-    from hf_blr.bench.report.model_plots import bars, sizes_by_model
-    from hf_blr.bench.report.quality_plots import by_bytes, by_method, by_time
-
-    plt, found = pyplot(), {}
-    kinds: dict[str | None, dict[str, dict]] = {}
-    for name, result in results.items():
-        kinds.setdefault(kind_of(result), {})[name] = result
-
-    def add(kind: str, file: str, name: str, caption: str, figure):
-        """Under a name of its own, the file's in it where there are several of its kind; no figure, no plot."""
-        if figure:
-            name += f" {file}" * (len(kinds[kind]) > 1)
-            said = f"{caption} {device_of(results[file])}".strip()
-            found[re.sub(r"[^A-Za-z0-9._]+", "-", name)] = said, figure
-
-    for file, result in kinds.get("layers", {}).items():
-        rows = result["rows"]
-        add("layers", file, "speed-up", "Speed over dense against tokens.", speed_up(plt, rows))
-        if "H100" in device_of(result):
-            add("layers", file, "roofline", "Measured rates under the ceilings of the card.", roofline(plt, rows))
-    for file, result in kinds.get("quality", {}).items():
-        rows = result["rows"]
-        add("quality", file, "quality", "Perplexity against bytes; the lower left is best.", by_bytes(plt, rows))
-        add("quality", file, "methods", "What each method makes of a structure.", by_method(plt, rows))
-    for file, result in kinds.get("models", {}).items():
-        rows = result["rows"]
-        scored = kinds.get("quality", {})
-        for name, quality in scored.items():
-            caption = "Perplexity against milliseconds; the lower left is best."
-            name = "quality-time" + f" {name}" * (len(scored) > 1)
-            add("models", file, name, caption, by_time(plt, quality["rows"], rows))
-        for (measurement, model), sizes in sizes_by_model(rows).items():
-            title = f"{model}, {measurement}"
-            add("models", file, f"{measurement} {model}", f"{title}.", bars(plt, sizes, title))
-    return found
-
-
-def device_of(result: dict) -> str:
-    return result.get("environment", {}).get("device", "")
-
-
-def structure_of(variant: str) -> str:
-    """`blast` of `blast:4x4+fused`."""
-    return re.split("[:+]", variant)[0]
 
 
 class Looks:
@@ -95,7 +66,7 @@ class Looks:
     def __call__(self, structure: str | None) -> dict:
         structure = structure or "dense"
         number = self.seen[structure] = self.seen.get(structure, -1) + 1
-        return look(COLOURS.get(structure, COLOURS["auto"]), number)
+        return look(colour_of(structure), number)
 
 
 def look(colour: str, number: int) -> dict:
@@ -129,10 +100,38 @@ def add_legend(figure, columns: int = 2):
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def as_svg(figure) -> str:
-    """The figure as an element that can stand in a page."""
+def label_points(figure, axes):
+    """Writes each line's label beside its last point, where it covers no other label and no point."""
+    figure.canvas.draw()
+    taken = [box_of(axes.transData.transform(point), 4) for line in axes.lines for point in line.get_xydata()]
+    inside = axes.get_window_extent()
+    for line in axes.lines:
+        options = {"textcoords": "offset points", "fontsize": 8}
+        for x, y in PLACES:
+            side = "left" if x > 0 else "right" if x < 0 else "center"
+            text = axes.annotate(line.get_label(), line.get_xydata()[-1], (x, y), ha=side, **options)
+            box = text.get_window_extent()
+            free = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if (free and not box.count_overlaps(taken)) or (x, y) == PLACES[-1]:
+                taken.append(box)
+                break
+            text.remove()
+
+
+def box_of(point, half: float):
+    from matplotlib.transforms import Bbox
+
+    return Bbox([point - half, point + half])
+
+
+def as_svg(figure, name: str = "plot") -> str:
+    """The figure as an element that can stand in a page beside those of other names, on any ground."""
+    import matplotlib
+
     text = io.StringIO()
+    # names of clips and markers are made from the salt: two plots must not share one, as one may be folded away. And
     # without a date: the same numbers give the same page
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

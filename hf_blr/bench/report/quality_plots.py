@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from hf_blr.bench.report.lines import label_of, variant_of
+from hf_blr.bench.report.model_tables import in_words
+from hf_blr.bench.report.plots import (
+    INK,
+    SIZE,
+    Looks,
+    add_legend,
+    label_points,
+    look,
+    plain_numbers,
+    with_legend,
+)
+from hf_blr.bench.report.quality_tables import main_method, scored, usable
+from hf_blr.bench.report.timed import timed_of
 
-from hf_blr.bench.report.model_plots import sizes_by_model
-from hf_blr.bench.report.plots import COLOURS, Looks, add_legend, look, plain_numbers, with_legend
-
-#: perplexities above this many times dense's are not shown: they would press all others into one line
-HIGHEST = 30
 #: structures whose methods are compared, at most
 STRUCTURES_BY_METHOD = 2
 #: structures that a plot of perplexity against time needs
@@ -63,40 +71,38 @@ def by_method(plt, rows: list[dict]):
 def by_time(plt, quality: list[dict], models: list[dict]):
     """Perplexity against the time of a forward and of a decoding step, half of the projections kept, by structure.
 
-    The perplexities may be of another, smaller model than the times: the axes say of which. Of the models and sizes
-    that were timed, the one with most structures is taken. None where none has `FEWEST_STRUCTURES`.
+    The perplexities may be of another, smaller model than the times: the axes say of which. Of the models that were
+    timed, the one with most structures is taken. None where none has `FEWEST_STRUCTURES`.
     """
-    quality = usable(quality)
-    main = main_method(quality)
-    quality = [row for row in quality if row.get("method") == main and row.get("ratio") == 0.5]
-    quality = [row for row in quality if all(row.get(of) == quality[0].get(of) for of in ("model", "dataset"))]
-    scored = {variant_of(row): row for row in quality}
-    models = [row for row in models if row.get("ratio", 0.5) == 0.5]
-    best: dict[str, tuple] = {}
-    for (measurement, model), sizes in sizes_by_model(models).items():
-        for size, timed in sizes.items():
-            common = [name for name in scored if name in timed]
-            fewest = max(FEWEST_STRUCTURES - 1, len(best[measurement][0]) if measurement in best else 0)
-            if measurement != "training" and len(common) > fewest:
-                best[measurement] = common, f"{model}, {size}", timed
-    if not best:
+    halves = [row for row in scored(quality) if row.get("ratio") == 0.5]
+    perplexities = {variant_of(row): row for row in halves}
+    known = ("dense", *perplexities)
+    timed = timed_of([row for row in models if row.get("variant", "").removesuffix("+fused") in known], 0.5)
+    sizes = {
+        measurement: (size, found)
+        for measurement, (size, found) in (timed.sizes.items() if timed else ())
+        # as many as are needed, and dense
+        if measurement != "training" and len(found) > FEWEST_STRUCTURES
+    }
+    if not sizes:
         return None
-    looks = looks_of(quality)
-    names = {name for common, *_ in best.values() for name in common}
-    figure, grid = with_legend(plt, len(best), len(names) + 1, 3)
-    for axes, (measurement, (common, timed_on, timed)) in zip(grid, best.items(), strict=True):
-        for name in common:
-            row = scored[name]
-            axes.plot(
-                [timed[name]["ms"]], [row["ppl"]], **(looks[label_of(row)] | {"linestyle": ""}), label=label_of(row)
-            )
-        row = scored[common[0]]
-        if "dense" in timed and row.get("dense_ppl"):
-            axes.plot([timed["dense"]["ms"]], [row["dense_ppl"]], "o", color=COLOURS["dense"], label="dense")
-        axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {row.get('model')}")
-        axes.set_title(f"half of the projections kept; {row.get('dataset')}", fontsize=9)
-        axes.margins(0.08)
-    add_legend(figure, 3)
+    looks = looks_of(halves)
+    figure, grid = plt.subplots(
+        len(sizes), 1, figsize=(SIZE[0], SIZE[1] * len(sizes)), layout="constrained", squeeze=False
+    )
+    for axes, (measurement, (size, found)) in zip(grid[:, 0], sizes.items(), strict=True):
+        for name in [name for name in perplexities if name in found]:
+            row = perplexities[name]
+            point = looks[label_of(row)] | {"linestyle": ""}
+            axes.plot([found[name]["ms"]], [row["ppl"]], **point, label=label_of(row))
+        first = halves[0]
+        if first.get("dense_ppl"):
+            axes.plot([found["dense"]["ms"]], [first["dense_ppl"]], "o", color=INK, label="dense")
+        timed_on = f"{timed.model}, {in_words(measurement, size)}"
+        axes.set(xlabel=f"ms, {measurement} of {timed_on}", ylabel=f"perplexity of {first.get('model')}")
+        axes.set_title(f"half of the projections kept; {first.get('dataset')}", fontsize=9)
+        axes.margins(0.15)
+        label_points(figure, axes)
     return figure
 
 
@@ -112,7 +118,7 @@ def panels(plt, rows: list[dict], label, panel, look_of):
                 points = [row["bytes"] / 1e6 for row in line], [row["ppl"] for row in line]
                 axes.plot(*points, **look_of(line[0]), label=name)
         for ppl in {row["dense_ppl"] for row in mine if row.get("dense_ppl")}:
-            axes.axhline(ppl, color=COLOURS["dense"], linewidth=1)
+            axes.axhline(ppl, color=INK, linewidth=1)
         axes.set(yscale="log", xlabel="MB", ylabel="perplexity", title=title)
         plain_numbers(axes.yaxis)
     add_legend(figure)
@@ -127,26 +133,3 @@ def looks_of(rows: list[dict]) -> dict[str, dict]:
         if name not in found:
             found[name] = looks(row.get("structure"))
     return found
-
-
-def usable(rows: list[dict]) -> list[dict]:
-    """Those with a perplexity that is worth a look, and a size."""
-    rows = [row for row in rows if row.get("ppl") and row.get("bytes")]
-    return [row for row in rows if row["ppl"] <= HIGHEST * (row.get("dense_ppl") or float("inf"))]
-
-
-def main_method(rows: list[dict]) -> str | None:
-    """That of most rows."""
-    counted = Counter(row.get("method") for row in rows if row.get("structure"))
-    return counted.most_common(1)[0][0] if counted else None
-
-
-def label_of(row: dict) -> str:
-    """`blast 4x16`; "" for rows without a structure."""
-    blocks = row.get("blocks")
-    return f"{row.get('structure') or ''}{' {}x{}'.format(*blocks) if blocks else ''}"
-
-
-def variant_of(row: dict) -> str:
-    """As `bench model` calls it: `blast:4x16`."""
-    return label_of(row).replace(" ", ":")

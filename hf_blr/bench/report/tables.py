@@ -1,196 +1,156 @@
-"""From the rows of result files to the tables that people read."""
+"""The tables of a result file: which it has rows for, which question each answers, under which conditions."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-#: fields by which rows are told apart: all of them are there
-KINDS = {"layers": ("us", "impl", "speedup_vs_dense"), "models": ("measurement", "model"), "quality": ("dense_ppl",)}
+from hf_blr.bench.report.cells import format_cell
+from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings, protocol_of, where_of
+from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
+from hf_blr.bench.report.lines import grouped, structure_of
+from hf_blr.bench.report.model_tables import (
+    compared,
+    failed_lines,
+    memory,
+    profile_lines,
+    speed_lines,
+    storage_lines,
+)
+from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines
+from hf_blr.roofline.devices import Peaks
+
+#: commits that a line names; of more, as where it sums up many rows, it says how many
+MOST_NAMED = 4
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows `{column: value}` under a title, with the conditions under which they hold."""
+    """Rows `{column: value}` under a title.
+
+    Args:
+        note: how to read it.
+        columns: the rows' own if left out.
+        question: the key of the one that it answers, see `sections.QUESTIONS`.
+        card: that it was measured on.
+        where: card, versions, commit and date.
+        protocol: how it was measured.
+    """
 
     title: str
     rows: list[dict]
     note: str = ""
     columns: list[str] = field(default_factory=list)
+    question: str = "other"
+    card: str = ""
+    where: str = ""
+    protocol: str = ""
 
     def __post_init__(self):
         if not self.columns:
             self.columns.extend(dict.fromkeys(column for row in self.rows for column in row))
 
 
-def kind_of(result: dict) -> str | None:
-    """ "layers", "models" or "quality"; None for rows of another kind, which are shown as they are.
-
-    So are those of a file that says under "varied" in what else its rows differ: they must not be compared as if they
-    did not.
-    """
-    rows = result["rows"]
-    if result.get("varied"):
-        return None
-    return next((kind for kind, names in KINDS.items() if rows and all(name in rows[0] for name in names)), None)
-
-
 def tables(name: str, result: dict) -> list[Table]:
     """The tables of one result file. `name` is that of the file."""
-    kind, note = kind_of(result), conditions(result)
-    if kind == "layers":
-        return layer_tables(result["rows"], note)
-    if kind == "models":
-        return model_tables(result["rows"], note)
-    if kind == "quality":
-        return [Table("Perplexity", quality_rows(result["rows"]), note)]
-    return [Table(name, result["rows"], note)]
+    kind, default = kind_of(result), result.get("environment", {}).get("commit", "")
+    make = {"layers": of_layers, "groups": of_groups, "models": of_models, "quality": of_quality}.get(kind, of_others)
+    rows = [{**row, "commit": (row.get("commit") or default)[:7]} for row in result["rows"]]
+    return [made(result, rows, *parts) for parts in make(name, rows, measured_ceilings(card_of(result))) if parts[2]]
 
 
-def conditions(result: dict) -> str:
-    """What every number of the file holds for, in a line."""
-    where = result.get("environment", {})
-    versions = [f"{name} {where[name]}" for name in ("torch", "triton", "transformers") if where.get(name)]
-    stamp = [f"commit {where['commit'][:7]}"] if where.get("commit") else []
-    parts = [where.get("device"), *versions, *stamp, where.get("date")]
-    said = [result.get(name) for name in ("dtype", "protocol", "conditions")]
-    return ". ".join([*(s.rstrip(".") for s in said if s), ", ".join(p for p in parts if p)]) + "."
+def made(result: dict, rows: list[dict], question: str, title: str, lines: list[dict], said="", columns=None) -> Table:
+    """The table of these lines: it is of the commit of most, and its column "other commit" names those of others."""
+    commits = [line.get("commit", "").split(", ") for line in lines]
+    # of two that all lines have, that of more rows
+    in_rows = Counter(row["commit"] for row in rows)
+    in_lines = Counter(commit for several in commits for commit in several)
+    main = max(in_lines, key=lambda commit: (in_lines[commit], in_rows[commit]))
+    others = [named([commit for commit in several if commit != main]) for several in commits]
+    names = columns or list(dict.fromkeys(column for line in lines for column in line if column != "commit"))
+    if any(others):
+        names = [*names, "other commit"]
+    shown = [{**line, "other commit": other} for line, other in zip(lines, others, strict=True)]
+    shown = [{name: line.get(name) for name in names} for line in shown]
+    return Table(title, shown, said, names, question, card_of(result), where_of(result, main), protocol_of(result))
 
 
-def layer_tables(rows: list[dict], note: str) -> list[Table]:
-    """One table per model: microseconds and speed-ups of our kernels, a column for each number of tokens."""
-    found = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        lines: dict[tuple, dict] = {}
-        for row in rows:
-            if row["model"] != model or row["impl"] not in ("hf_blr", "cublas"):
-                continue
-            column = f"{row['tokens']} tokens" + ("" if row["direction"] == "forward" else ", training")
-            key = row["layer"], row["structure"], *row["blocks"]
-            line = lines.setdefault(key, {"layer": row["layer"], "structure": row["structure"]})
-            line["blocks"], line["rank"] = "{} x {}".format(*row["blocks"]), row["rank"]
-            line[column] = row["us"] if row["structure"] == "dense" else f"{row['speedup_vs_dense']:.2f}x"
+def named(commits: list[str]) -> str:
+    return ", ".join(commits) if len(commits) <= MOST_NAMED else f"{len(commits)} others"
+
+
+def of_layers(name: str, rows: list[dict], ceilings: Peaks | None):
+    for model, mine in grouped(rows, lambda row: row["model"]).items():
         title = f"Layers of {model}" if model else "Layers"
-        found.append(Table(title, list(lines.values()), f"Dense in microseconds, the others as speed over it. {note}"))
-    return found
+        yield "layers", title, layer_lines(mine), "Dense in microseconds, the others as speed over it."
+    if ceilings:
+        # torch's meta device and the shapes of models are slow to import, and only some files need them
+        from hf_blr.bench.peaks import predictions
+
+        yield "predicted", "Layers: predicted and measured", prediction_lines(predictions(rows, ceilings), [])
 
 
-def model_tables(rows: list[dict], note: str) -> list[Table]:
-    """Time, speed over dense and memory of whole models, each variant and dense in the fastest form measured."""
+def of_groups(name: str, rows: list[dict], ceilings: Peaks | None):
+    said = "Speed over dense of projections that read one input, one by one -> together."
+    yield "layers", "Projections with one input", group_lines(rows), said
+
+
+def of_models(name: str, rows: list[dict], ceilings: Peaks | None):
     good = [row for row in rows if "error" not in row]
-    titles = {"prefill": "Prefill", "decode": "Decoding", "training": "Training step"}
-    found = [Table(f"{titles[m]} of whole models", compared(good, m), note) for m in titles]
-    found.append(Table("Models on disk", storage_rows(good), note))
-    found.append(Table("Where the time goes", profile_rows(good), f"Milliseconds by PyTorch's profiler. {note}"))
-    failed = [row for row in rows if "error" in row]
-    found.append(Table("What failed", [{k: r.get(k) for k in FAILURE_COLUMNS} for r in failed], note))
-    return [table for table in found if table.rows]
+    variants = dict.fromkeys(row["variant"].removesuffix("+fused") for row in good)
+    titles = {variant: variant for variant in sorted(variants) if structure_of(variant) != "dense"}
+    lines = [line | {"peak memory": memory(mine)} | commits(mine) for line, mine in speed_lines(good, titles)]
+    said = "Speed over dense, each in its fastest form; * fused. Peak memory is that of dense."
+    yield "models", "Speed of whole models", lines, said
+    for measurement, title in (("prefill", "Prefill"), ("decode", "Decoding"), ("training", "Training step")):
+        yield "models", f"{title} of whole models", compared(good, measurement)
+    yield "size", "Models on disk", storage_lines(good), "Gigabytes and, in brackets, seconds to load."
+    predict = None
+    if ceilings:
+        from hf_blr.bench.model_peaks import model_predictions, predicted_parts
+
+        yield (
+            "predicted",
+            "Whole models: predicted and measured",
+            prediction_lines([], model_predictions(good, ceilings)),
+        )
+
+        def predict(row):
+            return predicted_parts(row, ceilings)
+
+    said = "Milliseconds by PyTorch's profiler" + (" and, in brackets, as predicted." if ceilings else ".")
+    yield "time", "Where the time goes", profile_lines(good, predict), said
+    yield "failed", "What failed", failed_lines(rows)
 
 
-FAILURE_COLUMNS = ("model", "variant", "measurement", "batch", "tokens", "form", "error")
+def commits(rows: list[dict]) -> dict:
+    """The commits of lines that name theirs already."""
+    names = dict.fromkeys(name for row in rows for name in row["commit"].split(", ") if name)
+    return {"commit": ", ".join(names)}
 
 
-def compared(rows: list[dict], measurement: str) -> list[dict]:
-    """One row for each model, batch, number of tokens and variant: the fastest form, against dense's fastest."""
-    best: dict[tuple, dict] = {}
-    for row in rows:
-        if row["measurement"] == measurement:
-            # a step that keeps fewer activations is another measurement, not another form
-            key = row["model"], row["batch"], row["tokens"], row.get("activation_budget", 1.0), row["variant"]
-            if key not in best or row["ms"] < best[key]["ms"]:
-                best[key] = row
-    return [compared_row(row, best.get((*key[:-1], "dense"))) for key, row in sorted(best.items(), key=by_speed)]
+def of_quality(name: str, rows: list[dict], ceilings: Peaks | None):
+    lines = largest_first(quality_lines(rows))
+    dense = {f"{row.get('dataset')} {row['dense_ppl']:.2f}": 0 for row in rows if row.get("dense_ppl")}
+    said = f"Dense: {', '.join(dense)}." if dense else ""
+    yield "size", "Perplexity", lines, said, quality_columns(rows, lines)
 
 
-def by_speed(entry) -> tuple:
-    (*place, variant), _ = entry
-    return *place, variant != "dense", variant
+def of_others(name: str, rows: list[dict], ceilings: Peaks | None):
+    """Rows as they are, without what no cell can hold; what all rows share is said once."""
+    lines = [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
+    columns = dict.fromkeys(key for line in lines for key in line if key != "commit")
+    shared = {key for key in columns if len({line.get(key) for line in lines}) == 1} if len(lines) > 1 else set()
+    said = ", ".join(f"{key} {format_cell(lines[0][key])}" for key in columns if key in shared)
+    varying = [key for key in columns if key not in shared] or list(columns)
+    yield "other", name, lines, f"In all rows: {said}." if said else "", varying
 
 
-def compared_row(row: dict, dense: dict | None) -> dict:
-    line = {"model": row["model"], "variant": row["variant"], "batch": row["batch"]}
-    if row["measurement"] != "decode":
-        line["tokens"] = row["tokens"]
-    line["form"] = f"{row['form']}, {row['mode']}" if "mode" in row else row["form"]
-    if "activation_budget" in row:
-        line["form"] += f", keeps {100 * row['activation_budget']:.0f} % of activations"
-    line["ms"] = row["ms"]
-    if row["measurement"] == "decode":
-        line["tokens/s"] = row["tokens_per_second"]
-    line["speed over dense"] = None if dense is None else dense["ms"] / row["ms"]
-    line["parameters (M)"] = row["parameters"] / 1e6
-    if row.get("peak_bytes"):
-        line["peak GB"] = row["peak_bytes"] / 1e9
-        line["peak / dense"] = row["peak_bytes"] / dense["peak_bytes"] if dense else None
-    return line
+def nested(value) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value)
+    )
 
 
-def by_size(rows: list[dict], measurement: str) -> dict[tuple[str, str], dict[str, dict]]:
-    """{(model, size in words): {variant: row of `compared`}}; with `+fused` or without, whichever is faster.
-
-    The names have no `+fused`; a row's own variant says which it is.
-    """
-    found: dict[tuple[str, str], dict[str, dict]] = {}
-    for row in compared(rows, measurement):
-        group, name = found.setdefault((row["model"], size_of(row)), {}), row["variant"].removesuffix("+fused")
-        if name not in group or row["ms"] < group[name]["ms"]:
-            group[name] = row
-    return found
-
-
-def size_of(row: dict) -> str:
-    """`8 x 1024` of a row of `compared`, batch and tokens, and what it keeps of the activations where that is said."""
-    kept = row["form"].partition(", keeps ")[2]
-    return f"{row['batch']} x {row.get('tokens', 1)}" + f", {kept} kept" * bool(kept)
-
-
-def storage_rows(rows: list[dict]) -> list[dict]:
-    return [
-        {
-            "model": row["model"],
-            "variant": row["variant"],
-            "GB on disk": row["disk_bytes"] / 1e9,
-            "load (s)": row["load_s"],
-        }
-        for row in rows
-        if row["measurement"] == "storage"
-    ]
-
-
-def profile_rows(rows: list[dict]) -> list[dict]:
-    """What the parts of a graph take, of the rows that were profiled."""
-    return [
-        {
-            "model": row["model"],
-            "variant": row["variant"],
-            "": row["measurement"],
-            "batch": row["batch"],
-            "tokens": row["tokens"],
-            "mode": row.get("mode", ""),
-            "in all": row.get("graph_ms", row["ms"]),
-            **row["profile"]["parts"],
-            "longest kernel": row["profile"]["kernels"][0]["kernel"],
-        }
-        for row in rows
-        if "profile" in row
-    ]
-
-
-def quality_rows(rows: list[dict]) -> list[dict]:
-    """Perplexities; a file may leave out what it does not know."""
-    names = {
-        "model": "model",
-        "dataset": "text",
-        "protocol": "protocol",
-        "structure": "structure",
-        "method": "method",
-        "ratio": "kept",
-        "ppl": "perplexity",
-        "dense_ppl": "dense",
-        "parameters": "parameters",
-        "bytes": "bytes",
-        "fit_seconds": "fit (s)",
-        "calibration_tokens": "calibration tokens",
-        "finetune_tokens": "fine-tuning tokens",
-    }
-    used = [name for name in names if any(row.get(name) is not None for row in rows)]
-    return [{names[name]: row.get(name) for name in used} for row in rows]
+def plain(value):
+    return " x ".join(map(str, value)) if isinstance(value, list) else value

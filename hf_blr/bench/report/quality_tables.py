@@ -1,0 +1,76 @@
+"""Tables of perplexities. A file may leave out what it does not know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from hf_blr.bench.report.lines import blocks_of, wide
+
+
+def quality_lines(rows: list[dict]) -> list[dict]:
+    """One line for each model, size, structure and method, a column for each text's perplexity."""
+    lines = wide(
+        rows,
+        lambda row: {
+            "model": row.get("model"),
+            "ratio": row.get("ratio"),
+            "structure": row.get("structure"),
+            "blocks": blocks_of(row),
+            "method": row.get("method"),
+        },
+        lambda row: {
+            "MB": None if row.get("bytes") is None else row["bytes"] / 1e6,
+            f"{row.get('dataset')} ppl": row["ppl"],
+            "seconds": row.get("fit_seconds"),
+        },
+    )
+    for line in lines:
+        line["kept"] = None if line["ratio"] is None else f"{100 * line['ratio']:.0f} %"
+    return lines
+
+
+def largest_first(lines: list[dict]) -> list[dict]:
+    """Those of `quality_lines` in the order of a long table."""
+    return sorted(lines, key=lambda line: (-(line["ratio"] or 0), str([line[key] for key in HEAD[2:]])))
+
+
+HEAD = ("model", "kept", "structure", "blocks", "method")
+
+
+def quality_columns(rows: list[dict], lines: list[dict]) -> list[str]:
+    """Those of `quality_lines` in which there is something: of the model only where there are several."""
+    # the texts of all rows: a run that was stopped may not have scored each
+    texts = dict.fromkeys(f"{row.get('dataset')} ppl" for row in rows)
+    names = (*HEAD, "MB", *texts, "seconds")
+    used = [name for name in names if any(line.get(name) not in (None, "") for line in lines)]
+    return used if len({line["model"] for line in lines}) > 1 else [name for name in used if name != "model"]
+
+
+def score(ppl: float) -> str:
+    """A perplexity as people compare it: two places, none from 100 on."""
+    return f"{ppl:.{2 if ppl < 100 else 0}f}"
+
+
+#: perplexities above this many times dense's are not shown: they would press all others into one line
+HIGHEST = 30
+
+
+def usable(rows: Iterable[dict]) -> list[dict]:
+    """Those with a perplexity that is worth a look, and a size."""
+    rows = [row for row in rows if row.get("ppl") and row.get("bytes")]
+    return [row for row in rows if row["ppl"] <= HIGHEST * (row.get("dense_ppl") or float("inf"))]
+
+
+def main_method(rows: list[dict]) -> str | None:
+    """That of most rows."""
+    counted = Counter(row.get("method") for row in rows if row.get("structure"))
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def scored(rows: Iterable[dict]) -> list[dict]:
+    """The usable rows of the first model and text that are of the method of most rows."""
+    rows = usable(rows)
+    method = main_method(rows)
+    rows = [row for row in rows if row.get("structure") and row.get("method") == method]
+    return [row for row in rows if all(row.get(of) == rows[0].get(of) for of in ("model", "dataset"))]
