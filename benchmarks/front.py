@@ -2,8 +2,7 @@
 
     python benchmarks/front.py --model FOLDER --gguf-file NAME --ids ids.pt --json results/front_h200.json
 
-Every row keeps its share of the projections; `front_section.py` prints the table. The four-bit row rounds the dense
-weights to nearest in groups, after a rotation that takes them off the grid of the 4-bit file that they come from.
+Every row keeps its share of the projections; `front_section.py` prints the table.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from hf_blr.plan import LayerPlan, plan_from_layers, resolve_plan
 SPEED_MODEL, TOKENS, PROMPT, NEW_TOKENS = "Llama-3-8B", 1024, 128, 64
 PROTOCOL = (
     "MB and perplexity: SmolLM2-135M-Instruct, bytes in bfloat16, non-overlapping windows of 2048 of the whole text, "
-    "fitted to 128 windows of WikiText-2 validation; a 4-bit row is rounded to nearest in groups of 64, rotated off "
-    "the grid of the file that the weights come from. Speed: random weights, one text, prefill of 1024 tokens with the "
+    "fitted to 128 windows of WikiText-2 validation; the 4-bit row is GPTQ in groups of 64 on weights rotated off "
+    "the grid of the file that they come from. Speed: random weights, one text, prefill of 1024 tokens with the "
     "logits of the last, decoding one token on a static cache as a CUDA graph's replay, blocks under torch.compile; "
     "dense in the faster of modes default and max-autotune, 4-bit decoding by PyTorch's int4 kernel and prefill by "
     "dequantising; auto: the structures and shares that each kind of projection got in the small model"
@@ -74,7 +73,7 @@ def quality(bench: Bench, row: Row, kept: float) -> dict:
     if row.structure == "dense":
         return {"mb": 2e-6 * parameters(bench.dense), "ppl": bench.dense_ppl}
     if row.structure == "int4":
-        model, count = rounded_model(bench.dense)
+        model, count = rounded_model(bench.dense, bench.statistics.grams)
         return {"mb": 2e-6 * (parameters(bench.dense) - count) + BITS / 8e6 * count, "ppl": bench.score(model)}
     model = copy.deepcopy(bench.dense)
     config = BLRConfig(row.structure, ratio=kept, num_blocks=row.blocks)
@@ -169,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(dtype="float32")
     parser.add_argument("--ids", type=Path, required=True, help="a torch file {valid: ids, wikitext2: ids, ptb: ids}")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.5])
+    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="names of rows")
+    parser.add_argument("--no-speed", action="store_true", help="sizes and perplexities alone")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile first")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
@@ -178,12 +179,17 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(name, dense.eval(), read_texts(None, {}, args.ids, None))
     machine = environment()
     head = {"environment": {**machine, "commit": args.commit or machine["commit"]}, "protocol": PROTOCOL}
-    cells = [(row, kept) for kept in args.kept for row in ROWS if row.structure not in ("dense", "int4")]
-    cells = [(row, 1.0) for row in ROWS if row.structure in ("dense", "int4")] + cells
+    rows = [row for row in ROWS if row.name in args.rows]
+    cells = [(row, 1.0) for row in rows if row.structure in ("dense", "int4")]
+    cells += [(row, kept) for kept in args.kept for row in rows if row.structure not in ("dense", "int4")]
     measured = {}
     for row, kept in cells:
         measured[row, kept] = quality(bench, row, kept)
         print(f"{row.name} {kept}: {measured[row, kept]}", flush=True)
+    file, timer = ResultFile(args.json, head), Timer(args.device)
+    if args.no_speed:
+        file.add([{"row": row.name, "kept": kept, **found} for (row, kept), found in measured.items()])
+        return
     bench = dense = None
     gc.collect()
     kinds = {key: found.get("kinds") for key, found in measured.items()}
@@ -191,7 +197,6 @@ def main(argv: list[str] | None = None) -> None:
         running = [pool.submit(compile_once, row, kept, kinds[row, kept], args.device) for row, kept in cells]
         for job in running:
             job.result()
-    file, timer = ResultFile(args.json, head), Timer(args.device)
     for row, kept in cells:
         times = speed(row, kept, kinds[row, kept], SHAPES[SPEED_MODEL], timer, modes_of(row))
         file.add([{"row": row.name, "kept": kept, "speed_model": SPEED_MODEL, **measured[row, kept], **times}])
