@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 
-def write_text_atomically(path: Path, text: str):
+def write_text_atomically(path: Path, text: str) -> None:
     """Writes a UTF-8 file in one step, and its folder where there is none.
 
     A program stopped half-way leaves the version before, and of two that write at once one wins whole.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr import ops
-from hf_blr.dense import build_dense, is_transposed
+from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Format
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
@@ -29,6 +29,10 @@ class BLRLinear(nn.Module):
     """
 
     spec_class: type[BLRSpec]
+    #: of most structures and the plain format; `tensors` is there for all
+    u: Tensor
+    v: Tensor
+    bias: nn.Parameter | None
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
     siblings: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
@@ -97,9 +101,10 @@ class BLRLinear(nn.Module):
         if isinstance(like, BLRLinear):
             dtype, device, transposed = like.dtype, like.device, like.transposed
         else:
-            dtype, device, transposed = like.weight.dtype, like.weight.device, is_transposed(like)
+            weight = stored_weight(like)
+            dtype, device, transposed = weight.dtype, weight.device, is_transposed(like)
         stored = storage.pack(spec, factors, dtype, device)
-        return BLRLinear.from_factors(spec, stored, like.bias, transposed, storage).train(like.training)
+        return BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage).train(like.training)
 
     def put(self, name: str, value: Tensor) -> None:
         """Makes this the stored tensor or bias of that name."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_blr.config import BLRConfig
-from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed
+from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
@@ -125,7 +125,7 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     return plan
 
 
-def check_plan(model: nn.Module, plan: Plan):
+def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises ValueError if a planned layer is not a dense layer of the planned size, or cannot be fitted."""
     placed = getattr(model, "hf_device_map", None) or {}
     if {"cpu", "disk"} & {str(device) for device in placed.values()} and len(set(placed.values())) > 1:
@@ -140,13 +140,14 @@ def check_plan(model: nn.Module, plan: Plan):
         sizes = layer.spec.in_features, layer.spec.out_features
         if feature_sizes(module) != sizes:
             raise ValueError(f"{name}: the plan says {sizes} (in, out) features, the layer has {feature_sizes(module)}")
-        if module.weight.is_meta:
+        weight = stored_weight(module)
+        if weight.is_meta:
             raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
-        if not torch.isfinite(module.weight).all():
+        if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged or overflowed its dtype")
 
 
-def warn_of_experts(model: nn.Module):
+def warn_of_experts(model: nn.Module) -> None:
     """Experts fused into 3-D parameters stay dense; say how much of the model that is."""
     experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name)
     if experts:

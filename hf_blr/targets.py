@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +13,13 @@ from hf_blr.dense import is_dense_linear
 #: small layers that steer others: a wrong sign in one of them sends a token to another expert
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
+#: a regular expression that matches whole names, or names and their endings
+Patterns = str | list[str]
 
-def find_targets(model: nn.Module, target_modules=None, modules_to_not_convert=None) -> list[str]:
+
+def find_targets(
+    model: nn.Module, target_modules: Patterns | None = None, modules_to_not_convert: Patterns | None = None
+) -> list[str]:
     """The names of the dense layers to replace, in the model's order.
 
     Args:
@@ -42,7 +49,9 @@ def find_targets(model: nn.Module, target_modules=None, modules_to_not_convert=N
     return chosen
 
 
-def remaining_targets(model: nn.Module, target_modules=None, modules_to_not_convert=None) -> list[str]:
+def remaining_targets(
+    model: nn.Module, target_modules: Patterns | None = None, modules_to_not_convert: Patterns | None = None
+) -> list[str]:
     """The target layers that are dense now, in the model's order: of a compressed model those that were left so."""
     dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
     if target_modules is None or target_modules == "all-linear":
@@ -61,7 +70,7 @@ def remaining_targets(model: nn.Module, target_modules=None, modules_to_not_conv
     return chosen
 
 
-def match(patterns: str | list[str], names, what: str, must_match=True) -> set[str]:
+def match(patterns: Patterns, names: Iterable[str], what: str, must_match: bool = True) -> set[str]:
     """The names that a regular expression matches whole, or that equal or end in one of a list's entries."""
     if isinstance(patterns, str):
         hits = {patterns: {name for name in names if re.fullmatch(patterns, name)}}
@@ -76,9 +85,9 @@ def match(patterns: str | list[str], names, what: str, must_match=True) -> set[s
     return set().union(*hits.values())
 
 
-def override_for(name: str, overrides: dict[str, dict]) -> dict:
+def override_for(name: str, overrides: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """The values of the first pattern that an ending of `name` matches, else nothing."""
-    for pattern, values in overrides.items():
+    for pattern, values in (overrides or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return values
     return {}
@@ -100,7 +109,7 @@ def head_modules(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if module is head and head is not None}
 
 
-def keep_in_fp32_names(model: nn.Module):
+def keep_in_fp32_names(model: nn.Module) -> set[str]:
     """Leaf names that the model holds in float32 because their precision matters (T5's `wo`)."""
     names = getattr(model, "_keep_in_fp32_modules", None) or ()
     return set(names) | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,11 @@ BUILTIN_TRAIN = 0.88
 #: to test on
 C4_DOCUMENTS = {"train": 2000, "test": 1100}
 
+#: text (and keywords) -> an encoding with "input_ids": a tokenizer of transformers, or what behaves like one
+Tokenizer = Callable[..., Any]
 
-def load_text(dataset, split: str) -> list[str]:
+
+def load_text(dataset: Any, split: str) -> list[str]:
     """The documents of a dataset.
 
     Args:
@@ -67,7 +72,8 @@ def builtin_text(split: str) -> list[str]:
     from pydoc_data.topics import topics
 
     boundary = BUILTIN_TRAIN * sum(map(len, topics.values()))
-    before, parts = 0, {"train": [], "test": []}
+    before = 0
+    parts: dict[str, list[str]] = {"train": [], "test": []}
     for name in sorted(topics):
         # a topic goes to the side on which its middle lies, so the cut is the topic boundary nearest to 88 %
         parts["train" if before + len(topics[name]) / 2 <= boundary else "test"].append(topics[name])
@@ -89,7 +95,7 @@ def c4(split: str) -> list[str]:
 NAMED = {"builtin": builtin_text, "c4": c4, "wikitext2": wikitext2}
 
 
-def load_from_hub(name: str, *args, **kwargs):
+def load_from_hub(name: str, *args: Any, **kwargs: Any) -> Any:
     """`datasets.load_dataset`, with errors that say what works without it."""
     instead = f'What works without it: {name!r} from its cache, "builtin", a text file or folder, a list of strings'
     try:
@@ -126,7 +132,7 @@ def read_file(file: Path) -> str:
         raise ValueError(f"{str(file)!r} is not UTF-8 text: {error}") from error
 
 
-def read_table(table, split: str) -> list[str]:
+def read_table(table: Any, split: str) -> list[str]:
     """The text column of a `datasets.Dataset`, or of the fitting split of a `DatasetDict`."""
     if isinstance(table, dict):
         wanted = [split] if split == "train" else ["test", "validation"]
@@ -152,7 +158,7 @@ def read_table(table, split: str) -> list[str]:
     return check_strings(table[column][:])
 
 
-def check_strings(documents) -> list[str]:
+def check_strings(documents: Iterable[str]) -> list[str]:
     for index, document in enumerate(documents):
         if not isinstance(document, str):
             raise TypeError(f"documents must be strings, number {index} is a {type(document).__name__}")
@@ -163,14 +169,14 @@ def known_names() -> str:
     return ", ".join(f'"{name}"' for name in sorted(NAMED))
 
 
-def describe(dataset) -> str:
+def describe(dataset: Any) -> str:
     """A dataset in a few words, for messages and reports."""
     if isinstance(dataset, (str, os.PathLike)):
         return os.fspath(dataset)
     return f"<{type(dataset).__name__} of {len(dataset)} texts>"
 
 
-def tokenize(tokenizer, documents: list[str]) -> torch.LongTensor:
+def tokenize(tokenizer: Tokenizer, documents: list[str]) -> torch.Tensor:
     """Token ids `[T]` of the documents joined by two newlines and tokenised once, as GPTQ and its successors
     do.
 
@@ -182,7 +188,7 @@ def tokenize(tokenizer, documents: list[str]) -> torch.LongTensor:
     return torch.tensor(tokenizer("\n\n".join(documents), verbose=False)["input_ids"], dtype=torch.long)
 
 
-def sample_windows(tokens: torch.Tensor, seqlen: int, num_samples: int, seed: int = 0) -> torch.LongTensor:
+def sample_windows(tokens: torch.Tensor, seqlen: int, num_samples: int, seed: int = 0) -> torch.Tensor:
     """Windows `[n, seqlen]` of consecutive tokens that do not overlap, in the order of the text.
 
     Args:

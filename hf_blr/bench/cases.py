@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_blr.bench.shapes import BASELINE, LAYERS, Layer, aligned_spec
@@ -26,7 +27,7 @@ class Case:
     direction: str
 
 
-def paper_cases(models, tokens, directions) -> list[Case]:
+def paper_cases(models: Sequence[str], tokens: Sequence[int], directions: Sequence[str]) -> list[Case]:
     """The paper's layers; training at 4096 tokens on the Llamas only."""
     cases = []
     for model in models:
@@ -39,7 +40,13 @@ def paper_cases(models, tokens, directions) -> list[Case]:
     return cases
 
 
-def shape_cases(shapes, blocks, ratio, tokens, directions) -> list[Case]:
+def shape_cases(
+    shapes: Sequence[tuple[int, int]],
+    blocks: Sequence[tuple[int, int]],
+    ratio: float,
+    tokens: Sequence[int],
+    directions: Sequence[str],
+) -> list[Case]:
     """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2)."""
     cases = []
     for k, n in shapes:
@@ -54,7 +61,7 @@ def shape_cases(shapes, blocks, ratio, tokens, directions) -> list[Case]:
     return cases
 
 
-def wanted_impls(case: Case, spec: BLRSpec, impls) -> list[str]:
+def wanted_impls(case: Case, spec: BLRSpec, impls: Sequence[str]) -> list[str]:
     """Ours always; PyTorch's forms where they are of interest: the baseline's eager one everywhere."""
     baseline = spec.structure == BASELINE
     paper = baseline or spec.num_blocks == (case.layer.blast_blocks,) * 2 or not case.model

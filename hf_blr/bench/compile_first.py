@@ -19,7 +19,7 @@ from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 
 
-def compile_first(todo: list[tuple[str, Variant]], request: Request, device: str, jobs: int):
+def compile_first(todo: list[tuple[str, Variant]], request: Request, device: str, jobs: int) -> None:
     """Run every measurement of these (model, variant) once on two blocks.
 
     Args:
@@ -54,7 +54,7 @@ def parts(request: Request, shape: Shape) -> Iterator[Request]:
             yield part
 
 
-def run_once(name: str, variant: Variant, request: Request, device: str):
+def run_once(name: str, variant: Variant, request: Request, device: str) -> None:
     """What fails here fails again when it is measured, and is said then."""
     import torch._inductor.config
 

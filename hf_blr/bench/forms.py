@@ -8,7 +8,8 @@ what launches cost. `one_block` compiles the block of a decoding step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,10 +61,11 @@ def compile_pieces(
     if forget:
         forget_compiled()
     options = inductor_options(mode) if backend == "inductor" else None
-    calls = []
+    calls: list[Callable] = []
     for module in modules:
         module.compile(dynamic=False, backend=backend, fullgraph=fullgraph, options=options)
-        calls.append(module._compiled_call_impl)
+        if module._compiled_call_impl is not None:
+            calls.append(module._compiled_call_impl)
         module._compiled_call_impl = None
     return calls
 
@@ -81,13 +83,13 @@ def inductor_options(mode: str) -> dict:
     return options
 
 
-def forget_compiled():
+def forget_compiled() -> None:
     """What was compiled for other shapes counts towards the limit after which torch.compile gives up in silence."""
     torch._dynamo.reset()
 
 
 @contextlib.contextmanager
-def switched_on(modules: list[nn.Module], calls: list[Callable]):
+def switched_on(modules: list[nn.Module], calls: list[Callable]) -> Iterator[None]:
     """Within this context the modules run compiled."""
     for module, call in zip(modules, calls, strict=True):
         module._compiled_call_impl = call
@@ -102,7 +104,7 @@ def with_compiled_pieces(call: Callable, modules: list[nn.Module], mode: str) ->
     """`call`, during which the modules run compiled, and outside of which they do not."""
     calls = compile_pieces(modules, mode)
 
-    def switched(**inputs):
+    def switched(**inputs: Any) -> Any:
         with switched_on(modules, calls):
             return call(**inputs)
 
@@ -118,48 +120,50 @@ class StepGraph:
 
     def __init__(self, call: Callable, device: torch.device):
         self.call, self.device = call, device
-        self.warm, self.inputs, self.replay, self.cache = False, None, None, None
+        self.warm, self.cache = False, None
+        self.inputs: dict[str, Any] | None = None
+        self.replay: Callable[[], Any] | None = None
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
         cache = cache_of(inputs)
         if not self.warm or cache is not self.cache:
             self.warm, self.cache, self.inputs = True, cache, None
             return self.call(**inputs)
-        if self.inputs is None:
+        if self.inputs is None or self.replay is None:
             self.inputs = {name: copied(value) for name, value in inputs.items()}
-            self.replay = self.capture()
+            self.replay = self.capture(self.inputs)
         for name, value in inputs.items():
             copy_into(self.inputs[name], value)
         return self.replay()
 
-    def capture(self) -> Callable:
+    def capture(self, inputs: dict[str, Any]) -> Callable[[], Any]:
         if self.device.type != "cuda":
-            return lambda: self.call(**self.inputs)
+            return lambda: self.call(**inputs)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            out = self.call(**self.inputs)
+            out = self.call(**inputs)
 
-        def replay():
+        def replay() -> Any:
             graph.replay()
             return out
 
         return replay
 
 
-def cache_of(inputs: dict):
+def cache_of(inputs: dict[str, Any]) -> Any:
     """The cache among a model's inputs; transformers 5.17 and 5.23 have two names for it."""
     return inputs.get("cache", inputs.get("past_key_values"))
 
 
-def copied(value):
+def copied(value: Any) -> Any:
     """Tensors cloned, also inside a dict of them; everything else as it is."""
     if isinstance(value, (torch.Tensor, dict)):
         return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
     return value
 
 
-def copy_into(target, value):
+def copy_into(target: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         target.copy_(value)
     elif isinstance(value, dict):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hf_blr.bench.forms import (
     WHOLE_MODES,
@@ -28,7 +29,14 @@ GENERATIONS = 3
 
 
 def decode(
-    model: nn.Module, batch: int, prompt: int, new_tokens: int, form: str, mode: str, device, profile: bool = False
+    model: Any,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    form: str,
+    mode: str,
+    device: torch.device | str,
+    profile: bool = False,
 ) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes", "attention"} of `generate()` over the whole batch; ms of one step.
 
@@ -43,7 +51,7 @@ def decode(
     device = torch.device(device)
     ids = forward_inputs(model, "text", batch, prompt, device)["input_ids"]
     cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
-    settings = {"do_sample": False, "disable_compile": form == "eager"}
+    settings: dict[str, Any] = {"do_sample": False, "disable_compile": form == "eager"}
     if form != "eager":
         settings["compile_config"] = CompileConfig(mode=WHOLE_MODES[mode], dynamic=False, fullgraph=False)
         # without it, generate() compiles on GPUs only
@@ -63,7 +71,7 @@ def decode(
             step = with_compiled_pieces(model.__call__, pieces_without_cache(model), mode)
         graph = StepGraph(step, device)
 
-    def generate(count, clock):
+    def generate(count: int, clock: StepClock) -> Any:
         cache.reset()
         return model.generate(
             ids,
@@ -81,7 +89,12 @@ def decode(
         for clock in clocks:
             generate(new_tokens, clock)
         seconds = statistics.median(clock.seconds_per_step() for clock in clocks)
-    row = {"tokens_per_second": batch / seconds, "ms": seconds * 1e3, "peak_bytes": peak(device), **pieces}
+    row: dict[str, Any] = {
+        "tokens_per_second": batch / seconds,
+        "ms": seconds * 1e3,
+        "peak_bytes": peak(device),
+        **pieces,
+    }
     row["attention"] = model.config._attn_implementation
     if graph and graph.replay:
         # its steps write on from where the cache stands
@@ -94,7 +107,7 @@ def decode(
 
 
 @contextlib.contextmanager
-def stepping_by(model: nn.Module, step: StepGraph):
+def stepping_by(model: Any, step: StepGraph) -> Iterator[None]:
     """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model.
 
     The step builds its own mask, as it does on other caches, instead of being handed one: models may have a method that
@@ -108,10 +121,10 @@ def stepping_by(model: nn.Module, step: StepGraph):
         del model.get_compiled_call, model.create_masks_for_generate
 
 
-def mask_for_step(attention_mask: torch.Tensor | None, **others) -> torch.Tensor | None:
+def mask_for_step(attention_mask: torch.Tensor | None, **others: Any) -> torch.Tensor | None:
     """The mask `[batch, tokens seen]` that a step makes the rest of, at the cache's length where one token is new."""
     # transformers 5.0 has another name for them
-    embeds = others.get("inputs_embeds", others.get("input_embeds"))
+    embeds: Any = others.get("inputs_embeds", others.get("input_embeds"))
     if attention_mask is None or embeds.shape[1] > 1:
         return attention_mask
     length = max(layer.max_cache_len for layer in cache_of(others).layers)
@@ -125,11 +138,14 @@ class StepClock:
     skipped = 2
 
     def __init__(self, device: torch.device):
-        self.device, self.marks, self.never = device, [], None
+        self.device = device
+        #: events on a GPU, seconds elsewhere
+        self.marks: list[Any] = []
+        self.never: torch.Tensor | None = None
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
+            mark: Any = torch.cuda.Event(enable_timing=True)
             mark.record()
         else:
             mark = time.perf_counter()

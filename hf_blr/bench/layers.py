@@ -7,7 +7,10 @@ above, the graph runs it once and L2 is overwritten before each replay. On a CPU
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,13 @@ PROTOCOL = (
     "above, L2 is flushed before each replay"
 )
 
+#: {(spec, implementation): seconds}
+FirstCalls = dict[tuple[BLRSpec, str], float]
 
-def bench_case(case: Case, timer: Timer, dtype: torch.dtype, impls=IMPLS, first_calls: dict | None = None) -> list:
+
+def bench_case(
+    case: Case, timer: Timer, dtype: torch.dtype, impls: Sequence[str] = IMPLS, first_calls: FirstCalls | None = None
+) -> list[dict]:
     """The rows of one case: dense, then each spec in each implementation.
 
     Args:
@@ -64,7 +72,17 @@ class Measurement:
     x: Tensor
     grad: Tensor
 
-    def row(self, structure, blocks, rank, impl, function, weights, exact, factors=1) -> dict:
+    def row(
+        self,
+        structure: str,
+        blocks: tuple[int, int],
+        rank: int,
+        impl: str,
+        function: Callable[..., Tensor],
+        weights: list[Tensor],
+        exact: Callable[..., Tensor],
+        factors: int = 1,
+    ) -> dict[str, Any]:
         """factors: how many of the weights are; what follows are indices."""
         case, few = self.case, self.case.tokens <= FEW_TOKENS
         call = prepared_call(function, self.x, self.grad, case.direction, factors)
@@ -87,7 +105,7 @@ class Measurement:
         }
 
 
-def implementation(structure: str, impl: str):
+def implementation(structure: str, impl: str) -> Callable[..., Tensor]:
     """The function `(x, *factors)` of a structure in one of `IMPLS`."""
     if impl == "hf_blr":
         return ops.linear_of(structure)
@@ -99,7 +117,9 @@ def implementation(structure: str, impl: str):
     return torch.compile(function, dynamic=False)
 
 
-def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -> dict:
+def first_call_seconds(
+    case: Case, device: torch.device | str, dtype: torch.dtype, keep: Path | None = None
+) -> FirstCalls:
     """{(spec, "hf_blr"): seconds of a first call, nothing compiled before}, in a process that has used the device.
 
     Args:
@@ -110,7 +130,7 @@ def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -
     # so that the libraries' own start is not counted
     weight = torch.ones(case.layer.out_features, case.layer.in_features, device=device, dtype=dtype)
     prepared_call(F.linear, x, grad, case.direction)([weight])
-    seconds = {}
+    seconds: FirstCalls = {}
     for spec in case.specs:
         function, count = implementation(spec.structure, "hf_blr"), len(spec.names(FACTOR))
         call = prepared_call(function, x, grad, case.direction, count)
@@ -120,18 +140,20 @@ def first_call_seconds(case: Case, device: str, dtype: torch.dtype, keep=None) -
     return seconds
 
 
-def prepared_call(function, x: Tensor, grad: Tensor, direction: str, factors: int = 1):
+def prepared_call(
+    function: Callable[..., Tensor], x: Tensor, grad: Tensor, direction: str, factors: int = 1
+) -> Callable[[list[Tensor]], Any]:
     """`call(weights)`: the layer forward without autograd, or forward and backward to x and the first `factors`."""
     if direction == FORWARD:
 
-        def call(weights):
+        def call(weights: list[Tensor]) -> Tensor:
             with torch.no_grad():
                 return function(x, *weights)
 
         return call
     x = x.detach().requires_grad_()
 
-    def step(weights):
+    def step(weights: list[Tensor]) -> None:
         leaves = [w.detach().requires_grad_() for w in weights[:factors]]
         torch.autograd.grad(function(x, *leaves, *weights[factors:]), [x, *leaves], grad)
 
@@ -142,7 +164,8 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor
     """x `[T, K]` and the gradient of the output `[T, N]`, the same for every call with the same case."""
     torch.manual_seed(0)
     sizes = (case.layer.in_features, case.layer.out_features)
-    return tuple(torch.randn(case.tokens, size, device=device, dtype=dtype) for size in sizes)
+    x, grad = (torch.randn(case.tokens, size, device=device, dtype=dtype) for size in sizes)
+    return x, grad
 
 
 def random_factors(spec: BLRSpec, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +41,7 @@ def prefill(
     With `profile` also "profile", of `profiling.profiled`, in forms that replay a graph of ours on a GPU.
     """
     inputs = forward_inputs(model, kind, batch, tokens, timer.device)
-    call = model
+    call: Callable = model
     if form == "compiled":
         call = with_compiled_pieces(model, repeated_blocks(model), mode)
     if form == "whole":
@@ -55,14 +57,14 @@ def prefill(
             run = lambda: call(**inputs)  # noqa: E731
             for _ in range(3):
                 run()
-        row = {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
+        row: dict[str, Any] = {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
         if profile and timer.on_gpu and form in ("graph", "compiled"):
             row["profile"] = profiled(run)
         return row
 
 
 @contextlib.contextmanager
-def maskless_attention(model: nn.Module, kind: str):
+def maskless_attention(model: nn.Module, kind: str) -> Iterator[None]:
     """Within this context a transformers model attends by SDPA without a mask in memory, text causally by its flag.
 
     Masks that are not needed are left out, except under graph capture: there one would be built, and blocks be compiled
@@ -75,12 +77,13 @@ def maskless_attention(model: nn.Module, kind: str):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(CAUSAL_SDPA)
+    attending: Any = model
+    before = attending.config._attn_implementation
+    attending.set_attn_implementation(CAUSAL_SDPA)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        attending.set_attn_implementation(before)
 
 
 #: of a training step; torch.compile of a whole model with its loss takes minutes
@@ -114,12 +117,13 @@ def training(
         parameter.requires_grad_(True)
     inputs = training_inputs(model, kind, batch, tokens, timer.device)
     optimizer = torch.optim.AdamW(trained, lr=5e-5, weight_decay=0.0, fused=timer.on_gpu, capturable=timer.on_gpu)
-    call, loss = model, contextlib.nullcontext()
+    call: Callable = model
+    loss: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if form == "compiled":
         call, loss = with_compiled_pieces(model, repeated_blocks(model), mode), compiled_loss(model, mode)
     forget_peak(timer.device)
 
-    def step():
+    def step() -> None:
         call(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -142,17 +146,18 @@ def training(
 
 
 @contextlib.contextmanager
-def compiled_loss(model: nn.Module, mode: str):
+def compiled_loss(model: nn.Module, mode: str) -> Iterator[None]:
     """Within this context a model's loss is compiled: logits of many words never become a tensor in float32."""
-    before = model.loss_function
-    model.loss_function = torch.compile(before, dynamic=False, options=inductor_options(mode))
+    losing: Any = model
+    before = losing.loss_function
+    losing.loss_function = torch.compile(before, dynamic=False, options=inductor_options(mode))
     try:
         yield
     finally:
-        model.loss_function = before
+        losing.loss_function = before
 
 
-def storage(model: nn.Module, device: torch.device) -> dict:
+def storage(model: Any, device: torch.device) -> dict:
     """{"disk_bytes", "save_s", "load_s"}: saved into a temporary folder and loaded onto the device from there."""
     with tempfile.TemporaryDirectory() as folder:
         save_s = seconds_of(lambda: model.save_pretrained(folder), device)
@@ -161,7 +166,7 @@ def storage(model: nn.Module, device: torch.device) -> dict:
             raise ValueError(f"{type(model).__name__}.save_pretrained wrote no safetensors files")
         dtype = next(model.parameters()).dtype
 
-        def load():
+        def load() -> None:
             type(model).from_pretrained(folder, dtype=dtype, device_map={"": device})
 
         return {"disk_bytes": size, "save_s": save_s, "load_s": seconds_of(load, device)}

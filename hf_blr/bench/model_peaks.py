@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,11 +83,11 @@ def sizes_of_row(row: dict) -> ModelSizes:
 @functools.lru_cache
 def model_sizes_of(name: str, variant: str, ratio: float) -> ModelSizes:
     """Those of a variant, of the model built without memory."""
-    shape, variant = SHAPES[name], Variant.parse(variant)
-    return sizes_of(build_model(shape, variant, ratio, "meta", torch.bfloat16), variant.fused)
+    shape, parsed = SHAPES[name], Variant.parse(variant)
+    return sizes_of(build_model(shape, parsed, ratio, "meta", torch.bfloat16), parsed.fused)
 
 
-def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
+def sizes_of(model: Any, fused: bool) -> ModelSizes:
     """What a text or image model of transformers consists of; if fused, with what `hf_blr.fuse` does for it."""
     blocks, config = repeated_blocks(model), model.config
     groups = projection_groups(blocks[0], fused)
@@ -98,7 +99,7 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
     norms = [m for m in blocks[0].modules() if type(m).__name__.endswith(("RMSNorm", "LayerNorm"))]
     image = model.main_input_name == "pixel_values"
     head = (model.classifier if image else model.lm_head).weight.shape
-    patch = config.num_channels * config.patch_size**2 if image else None
+    patches = (config.num_channels * config.patch_size**2, config.hidden_size) if image else None
     return ModelSizes(
         groups,
         len(blocks),
@@ -111,7 +112,7 @@ def sizes_of(model: nn.Module, fused: bool) -> ModelSizes:
         getattr(config, "rope_parameters", None) is not None,
         not image,
         (head[1], head[0]),
-        (patch, config.hidden_size) if image else None,
+        patches,
         fused and any(isinstance(module, BLRLinear) for module in model.modules()),
         fused,
     )

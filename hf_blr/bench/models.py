@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -34,10 +35,10 @@ class Shape:
         return (self.options or {}).get(tokens, {})
 
 
-def of_transformers(config_class: str, model_class: str, **sizes):
+def of_transformers(config_class: str, model_class: str, **sizes: Any) -> Callable[..., nn.Module]:
     """A builder of models of these classes; the sizes are the config's."""
 
-    def build(**kw):
+    def build(**kw: Any) -> nn.Module:
         import transformers
 
         config = getattr(transformers, config_class)(**{**sizes, **kw})
@@ -54,8 +55,8 @@ gpt2 = partial(of_transformers, "GPT2Config", "GPT2LMHeadModel", **ENDLESS)
 vit = partial(of_transformers, "ViTConfig", "ViTForImageClassification")
 
 
-def dit(**sizes):
-    def build(**kw):
+def dit(**sizes: Any) -> Callable[..., nn.Module]:
+    def build(**kw: Any) -> nn.Module:
         try:
             from diffusers import DiTTransformer2DModel
         except ImportError:

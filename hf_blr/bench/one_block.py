@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from hf_blr.bench.forms import cache_of, compile_pieces, repeated_blocks, switched_on
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 #: names of configs for attention that reads its number for something else than its cache
 OTHER_USES = ("scale_attn_by_inverse_layer_idx",)
 
 
-def why_not_one_block(model: nn.Module, cache) -> str | None:
+def why_not_one_block(model: nn.Module, cache: Cache) -> str | None:
     """Why the blocks of this model cannot share one compilation with a `StaticCache`; None if they can."""
     from transformers.cache_utils import StaticLayer
 
@@ -56,9 +60,9 @@ def with_one_block(model: nn.Module, mode: str, backend: str | Callable = "induc
     blocks, others = repeated_blocks(model), pieces_outside(model)
     calls = compile_pieces(blocks, mode, backend, fullgraph=True)
     other_calls = compile_pieces(others, mode, backend, forget=False)
-    held = {}
+    held: dict[str, Any] = {}
 
-    def step(**inputs):
+    def step(**inputs: Any) -> Any:
         cache = cache_of(inputs)
         if held.get("cache") is not cache:
             held["cache"] = cache
@@ -69,7 +73,7 @@ def with_one_block(model: nn.Module, mode: str, backend: str | Callable = "induc
     return step
 
 
-def own_layer(cache, index: int):
+def own_layer(cache: Cache, index: int) -> Cache:
     """A cache of this layer alone, on the same memory.
 
     Its tensors are other objects: the cache's own are marked as static addresses, for each of which torch.compile would
@@ -84,24 +88,24 @@ def own_layer(cache, index: int):
     return Cache(layers=[layer])
 
 
-def handing(call: Callable, own) -> Callable:
+def handing(call: Callable, own: Cache) -> Callable:
     """`call` with this cache in the place of the one that it is handed."""
 
-    def replaced(value):
+    def replaced(value: Any) -> Any:
         return own if isinstance(value, type(own)) else value
 
-    def handed(*args, **kwargs):
+    def handed(*args: Any, **kwargs: Any) -> Any:
         return call(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
 
     return handed
 
 
 @contextlib.contextmanager
-def numbered_zero(blocks: list[nn.Module]):
+def numbered_zero(blocks: list[nn.Module]) -> Iterator[None]:
     """Within this context every block's number is 0."""
     before = [(module, module.layer_idx) for block in blocks for module in numbered(block)]
     for module, _ in before:
-        module.layer_idx = 0
+        module.layer_idx = 0  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ def measure_peaks(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 
     product = timer.median(timer.captured(lambda: x @ y)) - 2 * groups * side**3 / flops
     tiny = torch.zeros(1024, device=device)
 
-    def tiny_kernels():
+    def tiny_kernels() -> None:
         for _ in range(100):
             tiny.add_(1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +71,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
             raise
         yield {"model": name, "variant": "", "measurement": "build", "error": in_one_line(error)}
         return
+    model: nn.Module | None = None
+    run: Callable[[], dict[str, Any]] | None = None
     for variant in variants:
         for group in groups:
             # what the model before left behind is not this one's
@@ -115,7 +119,9 @@ def measured_of(shape: Shape, request: Request) -> tuple[str, ...]:
     return tuple(measurement for measurement in request.measurements if measurement not in missing)
 
 
-def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, request: Request, timer: Timer):
+def measurements(
+    model: nn.Module, shape: Shape, names: list[str], tokens: tuple[int, ...], request: Request, timer: Timer
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """(settings, function) of each measurement, in an order in which none disturbs the next."""
     wanted, mode = measured_of(shape, request), request.mode
     for form in request.forms if "prefill" in wanted else ():
@@ -124,9 +130,7 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 settings = {"measurement": "prefill", "batch": batch, "tokens": t, "form": form}
                 yield (
                     settings | mode_of(form, mode),
-                    lambda b=batch, t=t, f=form: measure.prefill(
-                        model, shape.kind, b, t, f, mode, timer, request.profile
-                    ),
+                    partial(measure.prefill, model, shape.kind, batch, t, form, mode, timer, request.profile),
                 )
     if "decode" in wanted:
         for form in request.forms:
@@ -135,8 +139,16 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 lengths = {"prompt": request.prompt, "new_tokens": request.new_tokens}
                 yield (
                     settings | lengths | mode_of(form, mode),
-                    lambda b=batch, f=form: generation.decode(
-                        model, b, request.prompt, request.new_tokens, f, mode, timer.device, request.profile
+                    partial(
+                        generation.decode,
+                        model,
+                        batch,
+                        request.prompt,
+                        request.new_tokens,
+                        form,
+                        mode,
+                        timer.device,
+                        request.profile,
                     ),
                 )
     if "training" in wanted:
@@ -149,8 +161,17 @@ def measurements(model: nn.Module, shape: Shape, names: list[str], tokens, reque
                 settings["activation_budget"] = request.activation_budget
             yield (
                 settings | mode_of(form, mode),
-                lambda f=form: measure.training(
-                    model, shape.kind, names, batch, t, f, mode, timer, request.activation_budget
+                partial(
+                    measure.training,
+                    model,
+                    shape.kind,
+                    names,
+                    batch,
+                    t,
+                    form,
+                    mode,
+                    timer,
+                    request.activation_budget,
                 ),
             )
     if "storage" in wanted:

@@ -67,7 +67,9 @@ class Layer:
         return found
 
 
-def aligned_spec(structure: str, in_features: int, out_features: int, ratio: float, num_blocks=None) -> BLRSpec:
+def aligned_spec(
+    structure: str, in_features: int, out_features: int, ratio: float, num_blocks: tuple[int, int] | None = None
+) -> BLRSpec:
     """The spec of this budget with its rank cut to a multiple that the kernels like, where there is one.
 
     Raises:

@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ class Timer:
     def __call__(self, function: Callable, weights: list, flush: bool) -> float:
         """Microseconds of one call of `function(w)`, which is called with each of `weights` in one graph."""
 
-        def calls():
+        def calls() -> None:
             for w in weights:
                 function(w)
 
@@ -86,7 +86,7 @@ class Timer:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def events(self, run: Callable, flush: bool):
+    def events(self, run: Callable, flush: bool) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         if flush:
             self.larger_than_l2.add_(1)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -114,12 +114,12 @@ def seconds_of(function: Callable, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def synchronize(device: torch.device):
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def forget_peak(device: torch.device):
+def forget_peak(device: torch.device) -> None:
     synchronize(device)
     # graphs of the measurement before, in cycles
     gc.collect()
@@ -143,7 +143,7 @@ def allocated(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def cold_caches(keep: Path | None = None):
+def cold_caches(keep: Path | None = None) -> Iterator[None]:
     """Within this context no kernel of ours is compiled yet, on disk or in memory.
 
     Args:
@@ -165,7 +165,7 @@ def cold_caches(keep: Path | None = None):
             copy_kernels(Path(folder), keep)
 
 
-def copy_kernels(source: Path, target: Path):
+def copy_kernels(source: Path, target: Path) -> None:
     """From one Triton cache to another."""
     for file in source.rglob("*"):
         copy = target / file.relative_to(source)

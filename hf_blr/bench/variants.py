@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,13 +58,15 @@ class Variant:
         except ValueError:
             raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
 
-    def __str__(self):
+    def __str__(self) -> str:
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
         ending = "+attention" if self.structure == "dense" else "+fused"
         return f"{self.structure}:{detail}".rstrip(":") + ending * self.fused
 
 
-def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype: torch.dtype, **options) -> nn.Module:
+def build_model(
+    shape: Shape, variant: Variant, ratio: float, device: str, dtype: torch.dtype, **options: Any
+) -> nn.Module:
     """The model in evaluation mode, its weights random, on the device.
 
     Args:
@@ -79,7 +83,7 @@ def build_model(shape: Shape, variant: Variant, ratio: float, device: str, dtype
         model = shape.build(**options).eval()
         if shape.kind != "text":
             # the layout in which cuDNN's kernels read pictures; in the other they are copied first
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if variant.structure == "dense":
             if variant.fused and device != "meta" and not use_attention(model):
                 raise ValueError(f"{type(model).__name__} does not attend by a function that can be replaced")
@@ -128,7 +132,7 @@ def paper_plan(model: nn.Module, shape: Shape, structure: str) -> Plan:
 
 
 @contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_blr.calibration.blockwise import Batch, evaluating, whole_model_grams
 from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
 from hf_blr.config import BLRConfig
 from hf_blr.plan import Plan, check_plan, resolve_plan
-from hf_blr.text import load_text, sample_windows, tokenize
+from hf_blr.text import Tokenizer, load_text, sample_windows, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,13 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_FORWARD = 16384
 
 
-def collect_statistics(model: nn.Module, config: BLRConfig, *, tokenizer=None, calibration=None) -> Statistics:
+def collect_statistics(
+    model: nn.Module,
+    config: BLRConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    calibration: Iterable[Batch | Tensor] | None = None,
+) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
     With `config.fisher` that takes a forward and a backward pass, else a forward. Arguments and errors as for
@@ -47,7 +54,7 @@ def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BL
     return Statistics(grams, {}, token_count(batches))
 
 
-def check_statistics(statistics: Statistics, plan: Plan):
+def check_statistics(statistics: Statistics, plan: Plan) -> None:
     """Raises ValueError if a planned layer's matrices are not in the statistics."""
     wanted = {"grams": statistics.grams}
     if statistics.output_grams:
@@ -61,7 +68,12 @@ def check_statistics(statistics: Statistics, plan: Plan):
             )
 
 
-def calibration_batches(model, config: BLRConfig, tokenizer, calibration) -> list[Batch]:
+def calibration_batches(
+    model: nn.Module,
+    config: BLRConfig,
+    tokenizer: Tokenizer | None,
+    calibration: Iterable[Batch | Tensor] | None,
+) -> list[Batch]:
     """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
     device = next(model.parameters()).device
     if calibration is not None:

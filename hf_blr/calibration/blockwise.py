@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.precision import calibrating
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Batch = dict[str, Tensor]
+#: what a block is called with besides the hidden states: (args, kwargs)
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
@@ -41,7 +48,7 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; back in training mode afterwards if it was."""
     was_training = model.training
     model.eval()
@@ -52,7 +59,7 @@ def evaluating(model: nn.Module):
 
 
 @contextmanager
-def hooked(handles: list):
+def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
     """Takes the hooks behind these handles off again at the end."""
     try:
         yield
@@ -61,7 +68,7 @@ def hooked(handles: list):
             handle.remove()
 
 
-def run(model: nn.Module, batch: Batch):
+def run(model: nn.Module, batch: Batch) -> Any:
     """A calibration forward, which fills no key-value cache."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     with calibrating(model):
@@ -80,22 +87,24 @@ def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Modu
 class BlockChain:
     """The repeated blocks of a model, with what each is called with besides the hidden states."""
 
-    def __init__(self, groups: dict[str, list[str]], model, hidden: list[Tensor], calls: dict[str, tuple]):
+    def __init__(self, groups: dict[str, list[str]], model: nn.Module, hidden: list[Tensor], calls: dict[str, Call]):
         self.groups, self.model, self.hidden, self.calls = groups, model, hidden, calls
 
     @classmethod
     @torch.no_grad()
-    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> BlockChain | None:
+    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> Self | None:
         """Runs the first batch through and checks that each block's output is the next one's input, else None."""
         groups = group_by_block(names)
         shapes = [{key: value.shape for key, value in batch.items()} for batch in batches]
         # with masks or several shapes, blocks are called with other arguments on each batch
         if groups is None or any(s != shapes[0] for s in shapes) or any("mask" in key for key in batches[0]):
             return None
-        calls, outputs, body = {}, {}, body_of(model, names, batches)
+        body = body_of(model, names, batches)
+        calls: dict[str, Call] = {}
+        outputs: dict[str, Tensor] = {}
 
-        def record(prefix):
-            def hook(module, args, kwargs, output):
+        def record(prefix: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 calls[prefix], outputs[prefix] = (args, kwargs), first(output)
 
             return hook
@@ -123,11 +132,11 @@ class BlockChain:
             yield collector.grams
 
     @torch.no_grad()
-    def forward(self, block: nn.Module, hidden: Tensor, call: tuple) -> Tensor:
+    def forward(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """The block's hidden states, for those that enter it; `call` is what else it was called with."""
         return self.forward_as(block, block, hidden, call)
 
-    def forward_as(self, block: nn.Module, function: Callable, hidden: Tensor, call: tuple) -> Tensor:
+    def forward_as(self, block: nn.Module, function: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
         """Likewise by a function in the block's place, with a graph for gradients where they are enabled."""
         args, kwargs = call
         with calibrating(block):
@@ -158,7 +167,7 @@ class ReachedBlock(Exception):
 def block_input(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     """The hidden states that enter a block of the model, computed without running it or what follows."""
 
-    def stop(module, args):
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise ReachedBlock(args[0])
 
     handle = block.register_forward_pre_hook(stop)
@@ -171,6 +180,6 @@ def block_input(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     raise RuntimeError("the first block did not run on a calibration batch although it ran on the one before")
 
 
-def first(output):
+def first(output: Any) -> Tensor:
     """A block returns its hidden states, alone or ahead of other things."""
     return output[0] if isinstance(output, tuple) else output

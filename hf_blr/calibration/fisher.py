@@ -8,7 +8,9 @@ is tr(G (W - W') H (W - W')^T) / (2 T^2) for G = sum g g^T and H = sum x x^T ove
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +74,14 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     return Statistics(collector.grams, output_grams, tokens)
 
 
-def watch(name: str, output_grams: dict[str, Tensor]):
+def watch(name: str, output_grams: dict[str, Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
     """A forward hook that adds the gradients by the layer's outputs to its matrix G."""
 
-    def hook(module, args, output):
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
         blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
 
-        def add(gradient):
+        def add(gradient: Tensor) -> None:
             g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
             if name in output_grams:
@@ -105,7 +107,7 @@ def sequences_at_once(model: nn.Module) -> int:
     return SEQUENCES_OF_SMALL_MODELS if small and parameters[0].is_cuda else 1
 
 
-def parts_of(batches: list[Batch], count: int):
+def parts_of(batches: list[Batch], count: int) -> Iterator[Batch]:
     """The batches in parts of at most `count` sequences."""
     for batch in batches:
         size = len(next(iter(batch.values())))

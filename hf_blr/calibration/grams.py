@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class GramCollector:
@@ -17,7 +21,7 @@ class GramCollector:
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
         self._gram: Tensor | None = None
@@ -30,7 +34,7 @@ class GramCollector:
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -45,8 +49,8 @@ class GramCollector:
                 grams[name] = total if name not in grams else grams[name] + total
         return grams
 
-    def _hook(self, name: str):
-        def count(module, args, kwargs):
+    def _hook(self, name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if x is not self._input:
                 self._close_group()
@@ -57,7 +61,7 @@ class GramCollector:
 
         return count
 
-    def _close_group(self):
+    def _close_group(self) -> None:
         """Adds the latest Gram to the sum of the layers that shared it."""
         if self._gram is not None:
             names = tuple(self._reached)

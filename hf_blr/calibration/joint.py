@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from hf_blr.linear import BLRLinear
 
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
 LEARNING_RATE = 3e-3
+
+#: (block or a function in its place, hidden states that enter) -> hidden states that leave
+Run = Callable[[Callable[..., Any], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class BlockReport:
 def refine_block(
     name: str,
     block: nn.Module,
-    run: Callable[[Callable, Tensor], Tensor],
+    run: Run,
     entered: list[Tensor],
     wanted: list[Tensor],
     steps: int,
@@ -58,7 +62,9 @@ def refine_block(
         return refine_factors(name, block, run, entered, wanted, steps, seed)
 
 
-def refine_factors(name, block, run, entered, wanted, steps, seed) -> BlockReport | None:
+def refine_factors(
+    name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor], steps: int, seed: int
+) -> BlockReport | None:
     """`refine_block` of a block whose layers are in the form that trains."""
     factors = {
         f"{path}.{factor}": parameter
@@ -91,7 +97,7 @@ def refine_factors(name, block, run, entered, wanted, steps, seed) -> BlockRepor
     return BlockReport(name, before, after)
 
 
-def put(factors: dict[str, nn.Parameter], values: dict[str, Tensor]):
+def put(factors: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for key, parameter in factors.items():
             parameter.copy_(values[key])
@@ -105,7 +111,7 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_error(block, run, entered: list[Tensor], wanted: list[Tensor]) -> float:
+def mean_error(block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> float:
     return sum(error(run(block, x), y).item() for x, y in zip(entered, wanted, strict=True)) / len(entered)
 
 

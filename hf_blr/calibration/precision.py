@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from hf_blr.ops import use_impl
 
 
 @contextmanager
-def calibrating(module: nn.Module):
+def calibrating(module: nn.Module) -> Iterator[None]:
     """Forwards of this module inside are calibration's.
 
     On a GPU, layers that are compressed already are multiplied out: that costs as much as a forward over as many tokens
@@ -35,7 +37,13 @@ class RepeatedKeys(TorchFunctionMode):
     took more than half of a calibration run.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
             query, key, value, *rest = args

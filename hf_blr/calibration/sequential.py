@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_blr.calibration.blockwise import BlockChain, ReachedBlock, hooked
+from hf_blr.calibration.blockwise import BlockChain, Call, ReachedBlock, hooked
+from hf_blr.calibration.joint import Run
 from hf_blr.dense import dense_weight, is_dense_linear
 from hf_blr.factorize.gram import cholesky, damped
 
@@ -32,6 +35,9 @@ STREAM_SHARE = 0.5
 #: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
 #: streams round by as much
 RESIDUAL_TOLERANCE = 0.1
+
+#: (name, block, run, what entered, what should leave), as `refine_block` takes them
+AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class DenseRun:
 class SequentialChain(BlockChain):
     """Runs the dense and the compressed model side by side through a chain of blocks."""
 
-    def problems(self, damping: float, after_block: Callable | None = None) -> Iterator[dict[str, Problem]]:
+    def problems(self, damping: float, after_block: AfterBlock | None = None) -> Iterator[dict[str, Problem]]:
         """{layer: Problem} for the layers that share an input, one such group after the other.
 
         The caller must have replaced the layers of a group when it asks for the next.
@@ -84,34 +90,34 @@ class SequentialChain(BlockChain):
                 compressed[i] = self.forward(block, hidden, call)
             self.hidden = dense.left
 
-    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], call) -> list[Tensor]:
+    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], call: Call) -> list[Tensor]:
         """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
         return [torch.lerp(self.forward(block, x, call), y, STREAM_SHARE) for x, y in zip(entered, left, strict=True)]
 
-    def run_as(self, block: nn.Module, call: tuple, function: Callable, hidden: Tensor) -> Tensor:
+    def run_as(self, block: nn.Module, call: Call, function: Callable[..., Any], hidden: Tensor) -> Tensor:
         return self.forward_as(block, function, hidden, call)
 
-    def run_dense(self, block: nn.Module, prefix: str, names: list[str], call) -> DenseRun:
+    def run_dense(self, block: nn.Module, prefix: str, names: list[str], call: Call) -> DenseRun:
         """Passes all batches through the still dense block."""
         run = DenseRun(self.hidden)
         run.groups, writers = self.survey(block, prefix, names, call)
         run.inputs = {group[0]: [] for group in run.groups}
         run.written = {name: [] for name in writers}
-        # copies, since what runs next may write into them
-        handles = [self.on_input(name, lambda x, to=to: to.append(x.clone())) for name, to in run.inputs.items()]
-        handles += [self.on_output(name, lambda x, to=to: to.append(x.clone())) for name, to in run.written.items()]
+        handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]
+        handles += [self.on_output(name, partial(keep, to)) for name, to in run.written.items()]
         with hooked(handles):
             for hidden in self.hidden:
                 run.left.append(self.forward(block, hidden, call))
         return run
 
-    def survey(self, block, prefix, names, call) -> tuple[list[list[str]], list[str]]:
+    def survey(self, block: nn.Module, prefix: str, names: list[str], call: Call) -> tuple[list[list[str]], list[str]]:
         """The block's groups of layers with one input, and its residual writers, from the first batch."""
         groups: list[list[str]] = []
         outputs: dict[str, Tensor] = {}
-        latest, sharing = None, None
+        latest: Tensor | None = None
+        sharing: list[str] | None = None
 
-        def see(name, x):
+        def see(name: str, x: Tensor) -> None:
             nonlocal latest, sharing
             if x is not latest:
                 latest, sharing = x, None
@@ -123,24 +129,34 @@ class SequentialChain(BlockChain):
             sharing.append(name)
 
         dense = [name for name, module in block.named_modules(prefix=prefix) if is_dense_linear(module)]
-        handles = [self.on_input(name, lambda x, name=name: see(name, x)) for name in dense]
-        handles += [self.on_output(name, lambda x, name=name: outputs.update({name: x.clone()})) for name in dense]
+        handles = [self.on_input(name, partial(see, name)) for name in dense]
+        handles += [self.on_output(name, partial(keep_as, outputs, name)) for name in dense]
         entered = self.hidden[0]
         with hooked(handles):
             left = self.forward(block, entered, call)
         return groups, residual_writers(left.float() - entered.float(), outputs)
 
-    def group_problems(self, block, call, dense: DenseRun, group, compressed, damping) -> dict[str, Problem]:
+    def group_problems(
+        self,
+        block: nn.Module,
+        call: Call,
+        dense: DenseRun,
+        group: list[str],
+        compressed: list[Tensor],
+        damping: float,
+    ) -> dict[str, Problem]:
         """The regressions of one group, from all batches."""
         writer = group[0] if group[0] in dense.written and len(group) == 1 else None
         earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
         inputs = dense.inputs[group[0]]
-        gram = cross = pull = None
+        gram: Tensor | None = None
+        cross: Tensor | None = None
+        pull: Tensor | None = None
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, call, earlier)
             if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
-                return dict.fromkeys(group, Problem(sum(flat(x).mT @ flat(x) for x in inputs)))
+                return dict.fromkeys(group, Problem(reduce(torch.add, (flat(x).mT @ flat(x) for x in inputs))))
             x, reached = flat(inputs[i]), flat(reached)
             gram = add(gram, reached.mT @ reached)
             cross = add(cross, x.mT @ reached)
@@ -149,10 +165,14 @@ class SequentialChain(BlockChain):
                 for name in earlier:
                     gap += dense.written[name][i].float() - written[name].float()
                 pull = add(pull, flat(gap).mT @ reached)
+        # there is a batch, or no block would have been traced
+        assert gram is not None and cross is not None
         share = 1.0 if writer else READER_SHARE
         return {name: self.problem(name, gram, cross, pull, share, damping) for name in group}
 
-    def problem(self, name, gram, cross, pull, share, damping) -> Problem:
+    def problem(
+        self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
+    ) -> Problem:
         """W* = W + (share W (X X~^T - X~ X~^T) + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
         weight = dense_weight(self.model.get_submodule(name)).detach().double()
         image = share * (weight @ (cross - gram).double())
@@ -161,15 +181,17 @@ class SequentialChain(BlockChain):
         root = cholesky(damped(gram, damping).double())
         return Problem(gram, (weight + torch.cholesky_solve(image.mT, root).mT).float())
 
-    def inputs_of(self, block, name, hidden, call, outputs_of) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def inputs_of(
+        self, block: nn.Module, name: str, hidden: Tensor, call: Call, outputs_of: list[str]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What a layer is handed in the block as it is now, and what the named earlier layers put out."""
         written: dict[str, Tensor] = {}
 
-        def stop(x):
+        def stop(x: Tensor) -> None:
             raise ReachedBlock(x)
 
         handles = [self.on_input(name, stop)]
-        handles += [self.on_output(key, lambda x, key=key: written.update({key: x.clone()})) for key in outputs_of]
+        handles += [self.on_output(key, partial(keep_as, written, key)) for key in outputs_of]
         try:
             with hooked(handles):
                 self.forward(block, hidden, call)
@@ -177,17 +199,26 @@ class SequentialChain(BlockChain):
             return reached.hidden, written
         return None, written
 
-    def on_input(self, name: str, see: Callable[[Tensor], None]):
+    def on_input(self, name: str, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Has `see` called with what the layer is handed; returns the handle to remove."""
 
-        def hook(module, args, kwargs):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see(args[0] if args else next(iter(kwargs.values())))
 
         return self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
-    def on_output(self, name: str, see: Callable[[Tensor], None]):
+    def on_output(self, name: str, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Likewise with what it puts out."""
         return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
+
+
+def keep(kept: list[Tensor], x: Tensor) -> None:
+    # a copy, since what runs next may write into x
+    kept.append(x.clone())
+
+
+def keep_as(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
+    kept[name] = x.clone()
 
 
 def residual_writers(added: Tensor, outputs: dict[str, Tensor]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 ALIGNMENT = 64
 
 
-def align(model: nn.Module):
+def align(model: nn.Module) -> None:
     """Move CPU parameters to aligned addresses, one at a time and without breaking ties.
 
     A tensor that is mapped from a safetensors file starts wherever the file's header ends. Matrix products on a CPU

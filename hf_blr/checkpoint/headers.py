@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.plan import Plan
 from hf_blr.structures import structures
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
+
+def check_files(model: PreTrainedModel, plan: Plan, files: list[str] | None) -> None:
     """Compare what a BLR checkpoint's safetensors files hold with the plan, before any tensor is read.
 
     Args:
@@ -23,7 +25,9 @@ def check_files(model: nn.Module, plan: Plan, files: list[str] | None):
     Raises:
         ValueError: naming the tensors that a planned module has no place for, or that have another shape.
     """
-    names, extra, misshapen = ModuleNames(model), [], []
+    names = ModuleNames(model)
+    extra: list[str] = []
+    misshapen: list[str] = []
     of_layers = {tensor for record in structures().values() for tensor in record.spec.names()}
     for key, shape in stored_shapes(files or []):
         owner, _, leaf = key.rpartition(".")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_blr.dense import feature_sizes, is_dense_linear
+from hf_blr.dense import feature_sizes, is_dense_linear, stored_weight
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +24,7 @@ class ModuleNames:
     between releases and keeps the old names in the files.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
@@ -44,7 +48,7 @@ class ModuleNames:
         return key.removesuffix(".weight")
 
 
-def match_plan(model: nn.Module, plan: Plan) -> Plan:
+def match_plan(model: PreTrainedModel, plan: Plan) -> Plan:
     """The stored plan under this model's module names.
 
     Modules that this model does not have (a head, for a base model) are left out with a warning.
@@ -53,9 +57,14 @@ def match_plan(model: nn.Module, plan: Plan) -> Plan:
         ValueError: if no name fits, or a module that fits has other sizes than the plan says.
     """
     names = ModuleNames(model)
-    found = {name: names.find(name) for name in plan}
-    matched = {found[name]: layer for name, layer in plan.items() if found[name] is not None}
-    unmatched = [name for name in plan if found[name] is None]
+    matched: Plan = {}
+    unmatched: list[str] = []
+    for name, layer in plan.items():
+        own = names.find(name)
+        if own is None:
+            unmatched.append(name)
+        else:
+            matched[own] = layer
     if not matched:
         raise ValueError(
             f"{unmatched[0]}: none of the {len(plan)} compressed modules that the config's layers list is in "
@@ -68,7 +77,7 @@ def match_plan(model: nn.Module, plan: Plan) -> Plan:
     return {name: matched[name] for name in names.modules if name in matched}
 
 
-def check_sizes(name: str, module: nn.Module, layer: LayerPlan):
+def check_sizes(name: str, module: nn.Module, layer: LayerPlan) -> None:
     """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
     expected = f"a linear layer of {layer.spec.in_features} -> {layer.spec.out_features} features"
     if not is_dense_linear(module):
@@ -89,7 +98,8 @@ def swap_in(model: nn.Module, plan: Plan) -> dict[str, BLRLinear]:
     swapped = {}
     for name, layer in plan.items():
         dense = model.get_submodule(name)
-        module = layer.build(device=dense.weight.device, dtype=dense.weight.dtype).train(dense.training)
+        weight = stored_weight(dense)
+        module = layer.build(device=weight.device, dtype=weight.dtype).train(dense.training)
         model.set_submodule(name, module)
         swapped[name] = module
     return swapped

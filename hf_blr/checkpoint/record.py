@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 from torch import nn
 
 from hf_blr.checkpoint.alignment import align
@@ -9,8 +11,12 @@ from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, layers_from_plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
 
-def record_plan(model: nn.Module, config: BLRConfig, plan: Plan):
+
+def record_plan(model: nn.Module, config: BLRConfig, plan: Plan) -> None:
     """Write the resolved config into `model.config`, where `save_pretrained` and the loader look for it.
 
     Does nothing to a module that is no transformers model.
@@ -31,7 +37,7 @@ def record_plan(model: nn.Module, config: BLRConfig, plan: Plan):
     model.add_model_tags([QUANT_METHOD])
 
 
-def forget_plan(model: nn.Module):
+def forget_plan(model: nn.Module) -> None:
     """Undo `record_plan` on a model that is dense again."""
     if not is_transformers_model(model):
         return
@@ -39,11 +45,12 @@ def forget_plan(model: nn.Module):
         del model.config.quantization_config
     for part in submodels(model):
         part.config._is_quantized = False
-    if QUANT_METHOD in (model.model_tags or ()):
-        model.model_tags.remove(QUANT_METHOD)
+    tags = model.model_tags or []
+    if QUANT_METHOD in tags:
+        tags.remove(QUANT_METHOD)
 
 
-def forget_quantizer(model: nn.Module):
+def forget_quantizer(model: nn.Module) -> None:
     """Take back the marks by which transformers treats the model as quantised; its config keeps the plan.
 
     Besides our own they are those of a GGUF file, whose weights are plain numbers once they are loaded: transformers
@@ -54,17 +61,17 @@ def forget_quantizer(model: nn.Module):
     for mark in ("hf_quantizer", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]
 
 
-def is_transformers_model(module: nn.Module) -> bool:
+def is_transformers_model(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether there is a config to write to, of the kind that transformers saves and loads."""
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
 
 
-def submodels(model: nn.Module) -> list[nn.Module]:
+def submodels(model: nn.Module) -> list[PreTrainedModel]:
     """The transformers models in this one, itself included; each has a config of its own."""
     return [module for module in model.modules() if is_transformers_model(module)]
 
@@ -74,7 +81,7 @@ def blr_modules(model: nn.Module) -> dict[str, BLRLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BLRLinear)}
 
 
-def drop_fused_conversions(model: nn.Module, plan: Plan):
+def drop_fused_conversions(model: PreTrainedModel, plan: Plan) -> None:
     """Keep `save_pretrained` from fusing factors as if they were dense weights.
 
     Some families store q, k and v as one matrix and split it while loading; saving runs the split backwards,
@@ -85,10 +92,10 @@ def drop_fused_conversions(model: nn.Module, plan: Plan):
     keys = [f"{name}.{factor}" for name, layer in plan.items() for factor in layer.storage.stored(layer.spec)]
     kept = [conversion for conversion in conversions if not fuses(conversion, keys)]
     if len(kept) < len(conversions):
-        model._weight_conversions = kept
+        model._weight_conversions = kept  # type: ignore[assignment]
 
 
-def conversions_for_saving(model: nn.Module) -> list:
+def conversions_for_saving(model: PreTrainedModel) -> list[WeightTransform]:
     """The conversions that `save_pretrained` would run backwards."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -100,7 +107,7 @@ def conversions_for_saving(model: nn.Module) -> list:
     return [conversion for conversion in default if type(conversion).__name__ != "PrefixChange"]
 
 
-def fuses(conversion, keys: list[str]) -> bool:
+def fuses(conversion: WeightTransform, keys: list[str]) -> bool:
     """Whether the conversion, run backwards, takes one of these keys for a part of a fused tensor."""
     from transformers.core_model_loading import WeightConverter
 

@@ -7,6 +7,7 @@ and leaves uninitialised memory where they should be.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from torch import nn
 from hf_blr.checkpoint.record import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.targets import keep_in_fp32_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
@@ -28,7 +32,7 @@ def expected_tensors(model: nn.Module) -> Expected:
     return {name: (t.shape, t.dtype) for name, t in (*model.named_parameters(), *indices.items())}
 
 
-def check_loaded(model: nn.Module, expected: Expected, complete: bool):
+def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> None:
     """After the load: every tensor is present and in its shape. Floating-point ones are cast to their dtype.
 
     Args:
@@ -67,9 +71,9 @@ def check_loaded(model: nn.Module, expected: Expected, complete: bool):
     cast_parameters(model, expected)
 
 
-def mark_loaded(parameter: torch.Tensor):
+def mark_loaded(parameter: torch.Tensor) -> None:
     """As the loader marks what it read from the checkpoint or tied to it, and nothing else."""
-    parameter._is_hf_initialized = True
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
@@ -77,19 +81,19 @@ def is_loaded(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
 
 
-def saved_from_this_class(model: nn.Module) -> bool:
+def saved_from_this_class(model: PreTrainedModel) -> bool:
     """Whether the checkpoint's config names the model's own class; another class may bring a new head."""
     return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 
-def body_pattern(model: nn.Module) -> re.Pattern:
+def body_pattern(model: PreTrainedModel) -> re.Pattern[str]:
     """Matches the parameters below the head, except those that the model's class lets be missing."""
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "") else ""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return re.compile("".join(f"(?!.*{pattern})" for pattern in optional) + re.escape(base))
 
 
-def cast_parameters(model: nn.Module, expected: Expected):
+def cast_parameters(model: nn.Module, expected: Expected) -> None:
     """Cast what kept the checkpoint's dtype.
 
     Up to 5.17, transformers leaves a tensor whose name differs between file and model as it was stored.
@@ -103,7 +107,7 @@ def cast_parameters(model: nn.Module, expected: Expected):
             parameter.data = parameter.data.to(dtype)
 
 
-def describe(title: str, entries: list[str], shown=8) -> str:
+def describe(title: str, entries: list[str], shown: int = 8) -> str:
     """`title: a, b and 3 more. `, or nothing for an empty list."""
     if not entries:
         return ""

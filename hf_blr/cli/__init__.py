@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
-        summary, _, details = command.__doc__.partition("\n")
+        summary, _, details = (command.__doc__ or "").partition("\n")
         sub = commands.add_parser(
             name, help=summary, description=summary + "\n" + details, formatter_class=HelpFormatter
         )
@@ -48,6 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the paragraphs of a description and shows each option's default, where there is one to show."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (None, True, False) or "%(default)" in (action.help or "")
         return action.help if silent else super()._get_help_string(action)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ VARIANTS = (
 )
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", required=True, metavar="layers | model")
     layers_parser = what.add_parser("layers", help="one layer", formatter_class=parser.formatter_class)
     add_layers_arguments(layers_parser)
@@ -52,11 +53,11 @@ def add_arguments(parser):
     model_parser.set_defaults(bench=bench_model)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     args.bench(args)
 
 
-def add_common(parser):
+def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=options.default_device(), help="where to run")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--append", action="store_true", help="keep the rows that the --json file holds already")
@@ -64,7 +65,7 @@ def add_common(parser):
     options.add_json(parser)
 
 
-def add_layers_arguments(parser):
+def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="of the paper's table")
     parser.add_argument(
         "--shapes",
@@ -87,14 +88,14 @@ def add_layers_arguments(parser):
     add_common(parser)
 
 
-def bench_layers(args):
+def bench_layers(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     if args.shapes:
         todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
     else:
         todo = cases.paper_cases(args.models, args.tokens, args.directions)
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
-    first_calls = [{} for _ in todo]
+    first_calls: list[layers.FirstCalls] = [{} for _ in todo]
     if args.device != "cpu" and not args.skip_first_call and "hf_blr" in args.impls:
         first_calls = compile_kernels(todo, args, dtype)
     timer = Timer(args.device)
@@ -105,7 +106,7 @@ def bench_layers(args):
             print(layer_line(row), flush=True)
 
 
-def compile_kernels(todo, args, dtype) -> list[dict]:
+def compile_kernels(todo: list[cases.Case], args: argparse.Namespace, dtype: torch.dtype) -> list[layers.FirstCalls]:
     """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -113,7 +114,7 @@ def compile_kernels(todo, args, dtype) -> list[dict]:
         return [job.result() for job in jobs]
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     request = Request()
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument(
@@ -149,7 +150,7 @@ def add_model_arguments(parser):
     add_common(parser)
 
 
-def bench_model(args):
+def bench_model(args: argparse.Namespace) -> None:
     request = Request(
         measurements=tuple(args.measure),
         tokens=args.tokens and tuple(args.tokens),
@@ -223,7 +224,7 @@ def layer_line(row: dict) -> str:
     return f"{where} {what} {row['us']:9.1f} us {row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}{first}"
 
 
-def head(args, protocol: str) -> dict:
+def head(args: argparse.Namespace, protocol: str) -> dict[str, Any]:
     """What stands above the rows of a result file."""
     where = environment() | ({"commit": args.commit} if args.commit else {})
     return {"environment": where, "dtype": args.dtype, "protocol": protocol}

@@ -5,15 +5,20 @@ Example: hf-blr compress HuggingFaceTB/SmolLM2-135M out --structure blast --rati
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_blr.cli import options
 from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.plan import read_plan
 from hf_blr.cli.table import format_table
 
+if TYPE_CHECKING:
+    from hf_blr.compression.report import LayerReport
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_output(parser)
     size = options.add_blr(parser)
@@ -23,7 +28,7 @@ def add_arguments(parser):
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.compression import compress
 
     options.check_output(args.output, args.overwrite)
@@ -36,7 +41,7 @@ def run(args):
     options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 
-def layer_rows(layers) -> list[dict]:
+def layer_rows(layers: list[LayerReport]) -> list[dict[str, Any]]:
     """One row for each kind of layer: what it became, mean and worst error, seconds."""
     specs = {layer.name: layer.spec for layer in layers}
     reports = {layer.name: layer for layer in layers}

@@ -8,9 +8,11 @@ anything else.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,13 +20,19 @@ from hf_blr.cli import options
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.cli.table import format_table
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_blr.compression import CompressionReport
+    from hf_blr.config import BLRConfig
+
 STRUCTURES = ("low_rank", "monarch", "blast")
 DEFAULT_OUTPUT = Path("hf-blr-demo")
 #: every one of so many decoder layers is compressed with --quick
 QUICK_STRIDE = 6
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or hub id; SmolLM2-135M-Instruct if left out")
     options.add_loading(parser)
     parser.set_defaults(dtype="float32")
@@ -47,7 +55,7 @@ def add_arguments(parser):
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if args.output is None:
         args.output, args.overwrite = DEFAULT_OUTPUT, True
@@ -82,7 +90,7 @@ class Demo:
 
     seqlen = 1024
 
-    def __init__(self, args, dense, tokenizer):
+    def __init__(self, args: argparse.Namespace, dense: PreTrainedModel, tokenizer: Any):
         from hf_blr.text import load_text, sample_windows, tokenize
 
         self.args, self.dense, self.tokenizer = args, dense.eval(), tokenizer
@@ -105,7 +113,7 @@ class Demo:
     def steps(self) -> int:
         return max(1, self.args.finetune_steps // (5 if self.args.quick else 1))
 
-    def config(self, structure: str):
+    def config(self, structure: str) -> BLRConfig:
         from hf_blr.config import BLRConfig
 
         numbers = "|".join(map(str, self.layers))
@@ -118,7 +126,7 @@ class Demo:
             fit_tolerance=0.01,
         )
 
-    def compare(self) -> tuple[list[dict], torch.nn.Module]:
+    def compare(self) -> tuple[list[dict[str, Any]], PreTrainedModel]:
         """Rows for the dense model and each structure, and the BLAST model. All share one run for the statistics."""
         from hf_blr.calibration import collect_statistics
         from hf_blr.compression import compress
@@ -136,7 +144,7 @@ class Demo:
             rows.append(self.row(structure, model, report))
         return rows, model
 
-    def finetune(self, model) -> dict:
+    def finetune(self, model: PreTrainedModel) -> dict[str, Any]:
         """Trains the factors and measures again."""
         from hf_blr.finetune import BLRCallback, train
 
@@ -157,7 +165,7 @@ class Demo:
         row = self.row("blast, fine-tuned", model)
         return {**row, "seconds": time.perf_counter() - started}
 
-    def row(self, name: str, model, report=None) -> dict:
+    def row(self, name: str, model: PreTrainedModel, report: CompressionReport | None = None) -> dict[str, Any]:
         from hf_blr.compression import parameter_sizes
         from hf_blr.evaluation import perplexity
 
@@ -180,7 +188,7 @@ class Demo:
             "seconds": None if report is None else report.seconds,
         }
 
-    def conditions(self, rows) -> str:
+    def conditions(self, rows: list[dict[str, Any]]) -> str:
         """What the table's numbers are worth, in a few lines."""
         layers = f"{len(self.layers)} of {self.all_layers}" if self.args.quick else f"all {self.all_layers}"
         saved = 1 - rows[-1]["parameters (M)"] / rows[0]["parameters (M)"]
@@ -192,11 +200,12 @@ class Demo:
             f"fine-tuned on {self.training.numel()} tokens. {self.protocol}."
         )
 
-    def reload_and_generate(self, model) -> str:
+    def reload_and_generate(self, model: PreTrainedModel) -> str:
         """Loads what was saved, checks that nothing changed, and finishes the prompt."""
         from transformers import AutoModelForCausalLM
 
-        loaded = AutoModelForCausalLM.from_pretrained(self.args.output, dtype=model.dtype).to(model.device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(self.args.output, dtype=model.dtype)
+        loaded = loaded.to(model.device).eval()
         inputs = self.tokenizer(self.args.prompt, return_tensors="pt").to(model.device)
         with torch.no_grad():
             if not torch.equal(loaded(**inputs).logits, model(**inputs).logits):

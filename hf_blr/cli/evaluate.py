@@ -8,11 +8,13 @@ Example: hf-blr evaluate HuggingFaceTB/SmolLM2-135M out --dataset wikitext2
 
 from __future__ import annotations
 
+import argparse
+
 from hf_blr.cli import options
 from hf_blr.cli.table import format_table
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="+", help="folders or hub ids of causal language models")
     options.add_loading(parser)
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
@@ -22,7 +24,7 @@ def add_arguments(parser):
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.compression import parameter_sizes
     from hf_blr.evaluation import perplexity
 

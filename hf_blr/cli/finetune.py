@@ -7,11 +7,13 @@ Example: hf-blr finetune out tuned --dataset wikitext2 --teacher HuggingFaceTB/S
 
 from __future__ import annotations
 
+import argparse
+
 from hf_blr.cli import options
 from hf_blr.cli.table import format_table
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, help="folder or hub id of a compressed causal language model")
     options.add_output(parser)
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
@@ -27,7 +29,7 @@ def add_arguments(parser):
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
     from hf_blr.text import load_text, sample_windows, tokenize

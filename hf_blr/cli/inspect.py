@@ -7,6 +7,9 @@ Example: hf-blr inspect out
 
 from __future__ import annotations
 
+import argparse
+from typing import TYPE_CHECKING
+
 import torch
 
 from hf_blr.cli import options
@@ -16,13 +19,16 @@ from hf_blr.dense import feature_sizes
 from hf_blr.plan import plan_from_layers
 from hf_blr.targets import find_targets
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder or hub id")
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.model)
@@ -51,7 +57,7 @@ def compressed_rows(stored: dict) -> tuple[list[dict], str]:
     )
 
 
-def dense_rows(config) -> tuple[list[dict], str]:
+def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:
     """One row per kind of layer that would be replaced by default."""
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,24 +15,27 @@ from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.structures import block_pair_of, structures
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def add_model(parser: argparse.ArgumentParser, help="a folder or hub id of a causal language model"):
+
+def add_model(parser: argparse.ArgumentParser, help: str = "a folder or hub id of a causal language model") -> None:
     parser.add_argument("model", metavar="MODEL", help=help)
     add_loading(parser)
 
 
-def add_loading(parser: argparse.ArgumentParser):
+def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="read the dense weights from this GGUF file in MODEL")
     parser.add_argument("--dtype", default="auto", help="of the loaded weights: float32, bfloat16, float16, auto")
     parser.add_argument("--device", default=default_device(), help="where to run")
 
 
-def add_output(parser: argparse.ArgumentParser):
+def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", type=Path, help="folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds a model already")
 
 
-def add_json(parser: argparse.ArgumentParser):
+def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
 
 
@@ -86,7 +89,7 @@ def block_counts(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def load_model(path: str, args, tokenizer=True):
+def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,7 +103,7 @@ def load_model(path: str, args, tokenizer=True):
     return model.to(args.device), AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
 
 
-def check_output(folder: Path, overwrite: bool):
+def check_output(folder: Path, overwrite: bool) -> None:
     """Raises ValueError if the folder holds a model and may not be overwritten."""
     if (folder / "config.json").exists() and not overwrite:
         raise ValueError(f"{folder} already holds a model; choose another folder, or pass --overwrite")
@@ -108,14 +111,14 @@ def check_output(folder: Path, overwrite: bool):
         raise ValueError(f"{folder} is a file; name a folder for the result")
 
 
-def save(model, tokenizer, folder: Path):
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the model so that `from_pretrained(folder)` reads it, and says how."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"saved to {folder}; load it with: import hf_blr; AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
-def write_json(path: Path | None, result: dict):
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Writes `result` with the machine and versions beside it."""
     if path is None:
         return

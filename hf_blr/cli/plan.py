@@ -10,15 +10,23 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_blr.cli import options
 from hf_blr.cli.layer_table import rows_by_kind
 from hf_blr.cli.table import format_table
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def add_arguments(parser):
+    from hf_blr.compression.budget import Budget
+    from hf_blr.structures import BLRSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("output", metavar="FILE", type=Path, help="where to write the plan")
     parser.add_argument("--overwrite", action="store_true", help="write over a FILE that exists")
@@ -32,7 +40,7 @@ def add_arguments(parser):
     parser.add_argument("--ceiling", type=float, default=1.0, help="largest ratio of a layer that is not left dense")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.calibration import collect_statistics
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
@@ -68,7 +76,7 @@ def run(args):
     print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
 
 
-def budget_of(args, model):
+def budget_of(args: argparse.Namespace, model: nn.Module) -> Budget:
     """The Budget that the options name."""
     from hf_blr.compression.budget import Budget
     from hf_blr.roofline.devices import DEVICES
@@ -85,7 +93,7 @@ def budget_of(args, model):
         raise ValueError(f"--device-name must be one of {sorted(DEVICES)}, got {args.device_name!r}")
     device = DEVICES[args.device_name]
 
-    def seconds(spec, dense):
+    def seconds(spec: BLRSpec, dense: bool) -> float:
         return predict(spec, args.tokens, device, form="dense" if dense else "hf_blr")
 
     return Budget(args.ms / 1e3, cost=seconds, **limits)

@@ -8,6 +8,7 @@ Example: hf-blr report benchmarks/results/*.json --out report
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from hf_blr.atomic import write_text_atomically
@@ -16,14 +17,14 @@ from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli.table import format_table
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="JSON", nargs="+", type=Path, help="result files")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the page")
     parser.add_argument("--title", default="hf_blr: measured", help="of the page")
     parser.add_argument("--no-plots", action="store_true", help="tables alone")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.bench.report.page import page
     from hf_blr.bench.report.sections import Drawing
     from hf_blr.bench.report.summary import summarised

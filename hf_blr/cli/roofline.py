@@ -8,19 +8,22 @@ Example: hf-blr roofline --device H100-measured --shapes 4096x4096 --blocks 4x4 
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hf_blr.bench.shapes import aligned_spec
 from hf_blr.cli import options
 from hf_blr.cli.options import block_counts as sizes
 from hf_blr.cli.table import format_table
-from hf_blr.roofline.devices import DEVICES
+from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
-from hf_blr.structures import structure_named, structures
+from hf_blr.structures import BLRSpec, structure_named, structures
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose peaks")
     device.add_argument("--measure", action="store_true", help="measure the peaks of the GPU at hand")
@@ -35,14 +38,14 @@ def add_arguments(parser):
     options.add_json(parser)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     from hf_blr.bench.model_peaks import model_predictions
     from hf_blr.bench.peaks import deviations, measure_peaks, predictions
     from hf_blr.bench.report.conditions import kind_of
     from hf_blr.bench.report.files import read_result
 
     device = measure_peaks(options.default_device()) if args.measure else DEVICES[args.device]
-    result = {"device": asdict(device)}
+    result: dict[str, Any] = {"device": asdict(device)}
     print(
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e9:.0f} GB/s, "
         f"{device.product_seconds * 1e6:.1f} us a product and {device.kernel_seconds * 1e6:.1f} us a kernel to start"
@@ -77,13 +80,13 @@ def model_line(row: dict) -> dict:
     return line | times | {"off %": 100 * row["deviation"]}
 
 
-def wanted_specs(args, k: int, n: int):
+def wanted_specs(args: argparse.Namespace, k: int, n: int) -> Iterator[BLRSpec]:
     for structure in args.structures:
         for blocks in args.blocks if structure_named(structure).spec.blocked else [None]:
             yield aligned_spec(structure, k, n, args.ratio, blocks)
 
 
-def rows_of(spec, args, device) -> list[dict]:
+def rows_of(spec: BLRSpec, args: argparse.Namespace, device: Peaks) -> list[dict[str, Any]]:
     rows = []
     for tokens in args.tokens:
         kernels = stages(spec, tokens, args.form, chip=device.chip)
@@ -104,7 +107,7 @@ def rows_of(spec, args, device) -> list[dict]:
     return rows
 
 
-def title(spec) -> str:
+def title(spec: BLRSpec) -> str:
     b1, b2 = spec.num_blocks
     return f"{spec.in_features}x{spec.out_features} {spec.structure} {b1}x{b2} rank {spec.rank}"
 

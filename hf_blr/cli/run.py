@@ -12,11 +12,11 @@ import runpy
 import sys
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("module", metavar="MODULE", help="a Python module, as after python -m")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     sys.argv = [args.module, *args.arguments]
     runpy.run_module(args.module, run_name="__main__", alter_sys=True)

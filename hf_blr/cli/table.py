@@ -13,7 +13,7 @@ def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
     numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
     rule = ["-" * (w - 1) + ":" if right else "-" * w for w, right in zip(widths, numeric, strict=True)]
 
-    def line(values):
+    def line(values: list[str]) -> str:
         padded = (v.rjust(w) if right else v.ljust(w) for v, w, right in zip(values, widths, numeric, strict=True))
         return "| " + " | ".join(padded) + " |"
 

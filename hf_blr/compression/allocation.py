@@ -60,7 +60,7 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
     return {name: options[name][i] for name, i in taken.items()}
 
 
-def spend_rest(taken: dict[str, int], costs, losses, rest: float):
+def spend_rest(taken: dict[str, int], costs: dict[str, Tensor], losses: dict[str, Tensor], rest: float) -> None:
     """Moves layers to dearer options, best loss for its cost first, while any fits into the rest."""
     while True:
         best, gain = None, 0.0

@@ -32,6 +32,9 @@ TRIAL_RATIOS = 0.6, 0.5
 #: ranks are multiples of a power of two up to this, which kernels like
 LARGEST_STEP = 16
 
+#: (kind of layer, structure, blocks)
+Kind = tuple[str, str, tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -71,8 +74,8 @@ def share_budget(
     shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}
     curves = {name: layer.curve() for name, layer in layers.items()}
-    factors = trial_factors(layers, curves, shapes, config.ratio) if config.structure == AUTO else {}
-    options = {}
+    factors = trial_factors(layers, curves, shapes, ratio_of(config)) if config.structure == AUTO else {}
+    options: dict[str, list[Option]] = {}
     for name, spec in free.items():
         options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
@@ -82,13 +85,13 @@ def share_budget(
                 options[name].append(Option(candidate, budget.of(candidate), loss))
     amount = budget.amount
     if amount is None:
-        amount = config.ratio * sum(budget.of(spec, dense=True) for spec in free.values())
+        amount = ratio_of(config) * sum(budget.of(spec, dense=True) for spec in free.values())
     taken = allocate(options, amount)
     dense = [name for name in taken if taken[name].spec is None]
     if dense:
         logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))
     specs = {name: taken[name].spec if name in taken else layer.spec for name, layer in plan.items()}
-    chosen = {name: replace(layer, spec=specs[name]) for name, layer in plan.items() if specs[name] is not None}
+    chosen = {name: replace(plan[name], spec=spec) for name, spec in specs.items() if spec is not None}
     return chosen, sum(option.loss for option in taken.values())
 
 
@@ -106,7 +109,7 @@ class Layer:
         weight = dense_weight(self.model.get_submodule(self.name))
         device = self.config.device_for(weight)
         grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
-        return weight.to(device).float(), *(gram.to(device) for gram in grams)
+        return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
 
     def curve(self) -> Tensor:
         return loss_curve(*self.matrices(), self.statistics.tokens, self.config.damping)
@@ -120,8 +123,8 @@ class Layer:
 
 
 def trial_factors(
-    layers: dict[str, Layer], curves: dict[str, Tensor], shapes, ratio: float
-) -> dict[tuple, list[tuple[float, float]]]:
+    layers: dict[str, Layer], curves: dict[str, Tensor], shapes: dict[str, list[BLRSpec]], ratio: float
+) -> dict[Kind, list[tuple[float, float]]]:
     """{(kind of layer, structure, blocks): [(ratio kept, its loss over low-rank's at equal parameters), ...]}.
 
     From fits of each kind's middle layer; the ratios rise. Empty for what needs no fit.
@@ -130,7 +133,7 @@ def trial_factors(
     for name in layers:
         kinds.setdefault(kind_of(name), []).append(name)
     less, more = TRIAL_RATIOS
-    factors = {}
+    factors: dict[Kind, list[tuple[float, float]]] = {}
     for kind, names in kinds.items():
         name = names[len(names) // 2]
         for shape in shapes[name]:
@@ -151,6 +154,12 @@ def factor_at(trials: list[tuple[float, float]], ratio: float) -> float:
     (low, first), (high, last) = trials[0], trials[-1]
     share = min(max((ratio - low) / (high - low), 0.0), 1.0) if high > low else 0.0
     return first ** (1 - share) * last**share
+
+
+def ratio_of(config: BLRConfig) -> float:
+    if config.ratio is None:
+        raise ValueError("layers that share a budget need a ratio of what they cost: set BLRConfig(ratio=...)")
+    return config.ratio
 
 
 def kind_of(name: str) -> str:

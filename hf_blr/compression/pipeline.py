@@ -12,17 +12,19 @@ from tqdm.auto import tqdm
 from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of, token_count
 from hf_blr.calibration.blockwise import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.sequential import Problem
 from hf_blr.checkpoint.record import blr_modules, forget_quantizer, record_plan
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
-from hf_blr.dense import dense_weight, set_dense_weight
+from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets
+from hf_blr.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def compress(
     model: nn.Module,
     config: BLRConfig,
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     calibration: Iterable[Batch | Tensor] | None = None,
     statistics: Statistics | None = None,
     progress: bool = True,
@@ -80,14 +82,16 @@ def compress(
     if config.structure == AUTO and not (output_grams or config.layers):
         raise ValueError('structure="auto" needs calibration text and a model with logits; name a structure')
     predicted = None
-    if output_grams and config.shares_budget and not config.layers:
+    if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
-    layers, blocks = [], []
+    layers: list[LayerReport] = []
+    blocks: list[BlockReport] = []
     bar = tqdm(total=len(plan), desc="fitting", unit="layer", disable=not progress)
     for group in problem_groups(model, names, plan, batches, statistics, config, blocks):
         for name, problem in group.items():
             if name not in plan:
-                set_dense_weight(model.get_submodule(name), problem.target)
+                if problem.target is not None:
+                    set_dense_weight(model.get_submodule(name), problem.target)
                 continue
             layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
             bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
@@ -113,11 +117,13 @@ def compress(
     )
 
 
-def replace_layer(model, name, plan: Plan, problem: Problem, output_gram, config: BLRConfig) -> LayerReport:
+def replace_layer(
+    model: nn.Module, name: str, plan: Plan, problem: Problem, output_gram: Tensor | None, config: BLRConfig
+) -> LayerReport:
     """Fits one layer and puts the result in its place."""
     started = time.perf_counter()
     module, spec = model.get_submodule(name), plan[name].spec
-    device = config.device_for(module.weight)
+    device = config.device_for(stored_weight(module))
     target = dense_weight(module) if problem.target is None else problem.target
     try:
         factors = factorize(

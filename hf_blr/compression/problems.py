@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_blr.calibration.blockwise import Batch, evaluating, iterate_grams
 from hf_blr.calibration.fisher import Statistics
-from hf_blr.calibration.joint import BlockReport, refine_block
+from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.sequential import Problem, SequentialChain
 from hf_blr.config import BLRConfig
 from hf_blr.plan import Plan
@@ -49,11 +49,18 @@ def problem_groups(
         yield dict.fromkeys(waiting, Problem(None))
 
 
-def calibrated_groups(model, names, plan, batches, config, blocks) -> Iterator[dict[str, Problem]]:
+def calibrated_groups(
+    model: nn.Module,
+    names: list[str],
+    plan: Plan,
+    batches: list[Batch],
+    config: BLRConfig,
+    blocks: list[BlockReport],
+) -> Iterator[dict[str, Problem]]:
     """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
 
-    def refine(*block):
-        report = refine_block(*block, config.block_steps, config.seed)
+    def refine(name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> None:
+        report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
         if report is not None:
             blocks.append(report)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.structures import BLRSpec
@@ -58,12 +59,12 @@ class CompressionReport:
         kept = dense + sum(layer.spec.num_parameters for layer in self.layers)
         return kept / (dense + sum(layer.spec.dense_parameters for layer in self.layers))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         layers = [{**asdict(layer), "spec": layer.spec.to_dict()} for layer in self.layers]
         summary = {"ratio": self.ratio, "mean_rel_error": self.mean_rel_error, "fit_seconds": self.fit_seconds}
         return {**asdict(self), **summary, "layers": layers}
 
-    def __str__(self):
+    def __str__(self) -> str:
         fitted = f"{self.calibration_tokens} tokens" if self.calibration_tokens else self.fitted_to
         left = f", {len(self.left_dense)} left dense" if self.left_dense else ""
         refined = ""

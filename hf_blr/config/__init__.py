@@ -192,7 +192,8 @@ class BLRConfig(QuantizationConfigMixin):
         options.dict_of_dicts,
     )
     version: int = option(FORMAT_VERSION, "Of this format.", integer(1))
-    quant_method: str = field(default=QUANT_METHOD, kw_only=True)
+    # transformers looks it up among names of its own and of plugins; its annotation knows its own alone
+    quant_method: str = field(default=QUANT_METHOD, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         # transformers writes this key and hands it back

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_blr.evaluation.windows import batch_windows, cut_windows
-from hf_blr.text import NAMED, describe, load_text, tokenize
+from hf_blr.text import NAMED, Tokenizer, describe, load_text, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: tokens in one forward where the caller names no batch size: the logits, not the weights, are what fills
 #: memory
@@ -76,19 +81,19 @@ class Perplexity:
             f"{bos}, {self.dtype} model"
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"perplexity {self.ppl:.2f} ({self.protocol})"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, with `ppl`, `tokens_per_second` and `protocol` worked out."""
         worked_out = {"tokens_per_second": self.tokens_per_second, "protocol": self.protocol}
         return {"ppl": self.ppl, **asdict(self), **worked_out}
 
 
 def perplexity(
-    model,
-    tokenizer,
-    dataset="wikitext2",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dataset: Any = "wikitext2",
     *,
     seqlen: int = 2048,
     stride: int | None = None,
@@ -159,7 +164,7 @@ def perplexity(
         stride=stride,
         dropped_tokens=len(tokens) - windows[-1].end,
         dataset=described,
-        tokenizer=None if isinstance(dataset, torch.Tensor) else tokenizer.name_or_path,
+        tokenizer=None if isinstance(dataset, torch.Tensor) or tokenizer is None else tokenizer.name_or_path,
         starts_with_bos=bos is not None and tokens[0].item() == bos,
         dtype=str(model.dtype).removeprefix("torch."),
         seconds=seconds,
@@ -176,7 +181,7 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> floa
     return total
 
 
-def as_tokens(tokenizer, dataset) -> tuple[torch.Tensor, str]:
+def as_tokens(tokenizer: Tokenizer | None, dataset: Any) -> tuple[torch.Tensor, str]:
     """The ids `[T]` and a description of what `perplexity` was given."""
     if isinstance(dataset, torch.Tensor):
         if dataset.dim() == 2 and dataset.shape[0] == 1:
@@ -194,7 +199,9 @@ def as_tokens(tokenizer, dataset) -> tuple[torch.Tensor, str]:
     return tokenize(tokenizer, load_text(dataset, "test")), describe(dataset) + (" (test)" if named else "")
 
 
-def check_counts(model, seqlen, stride, batch_size, max_windows):
+def check_counts(
+    model: PreTrainedModel, seqlen: int, stride: int, batch_size: int | None, max_windows: int | None
+) -> None:
     if seqlen < 2:
         raise ValueError(f"seqlen must be at least 2, one token to read and one to predict; got {seqlen}")
     if not 1 <= stride <= seqlen:
@@ -211,7 +218,7 @@ def check_counts(model, seqlen, stride, batch_size, max_windows):
         )
 
 
-def check_ids(model, tokens):
+def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     largest = int(tokens.max()) if len(tokens) else 0
     if vocabulary is not None and largest >= vocabulary:
@@ -222,7 +229,7 @@ def check_ids(model, tokens):
 
 
 @contextmanager
-def evaluation_mode(model):
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """`model.eval()` for a while; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -99,7 +99,7 @@ def conjugate_gradients(
     """
     eps = torch.finfo(rhs.dtype).eps
 
-    def inner(a, b):
+    def inner(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dims, keepdim=True)
 
     rounding = 100 * eps**2 * inner(rhs, precondition(rhs))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -22,6 +23,14 @@ from hf_blr.finetune.trainable import (
 from hf_blr.linear import BLRLinear
 
 logger = logging.get_logger(__name__)
+
+
+class Selection(TypedDict):
+    """What to train besides the factors, as `mark_only_factors_trainable` takes it."""
+
+    norms: bool
+    biases: bool
+    also: list[str] | tuple[str, ...]
 
 
 class BLRCallback(TrainerCallback):
@@ -58,7 +67,7 @@ class BLRCallback(TrainerCallback):
         train_norms: bool = False,
         train_biases: bool = False,
         train_also: list[str] | tuple[str, ...] = (),
-        teacher: nn.Module | str | os.PathLike | None = None,
+        teacher: nn.Module | str | os.PathLike[str] | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
     ):
@@ -68,18 +77,21 @@ class BLRCallback(TrainerCallback):
             raise ValueError(f"temperature must be positive, got {temperature}")
         if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
             raise TypeError(f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}")
-        self.selection = {"norms": train_norms, "biases": train_biases, "also": train_also}
+        self.selection: Selection = {"norms": train_norms, "biases": train_biases, "also": train_also}
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.temperature = temperature
-        self.distiller = None
+        self.distiller: Distiller | None = None
         self.reported = False
-        self.counted_tokens = None
+        self.counted_tokens: Any = None
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        mark_only_factors_trainable(model, **self.selection)
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        mark_only_factors_trainable(kwargs["model"], **self.selection)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         self.freeze(args, model, optimizer)
         self.report(state, model)
         warn_of_decay(model, optimizer)
@@ -101,7 +113,7 @@ class BLRCallback(TrainerCallback):
                 self.teacher, self.distill_weight, self.temperature, is_causal_lm(model), autocast
             )
 
-    def freeze(self, args, model, optimizer):
+    def freeze(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Freezes (again, or now), and refuses where that is too late for the optimizer or the wrappers."""
         before = {id(p) for p in model.parameters() if p.requires_grad}
         self.trainable, self.total = mark_only_factors_trainable(model, **self.selection)
@@ -115,7 +127,7 @@ class BLRCallback(TrainerCallback):
         if not after <= optimized:
             raise RuntimeError(f"the optimizer was made without {len(after - optimized)} of the factors: {remedy}")
 
-    def report(self, state, model):
+    def report(self, state: TrainerState, model: nn.Module) -> None:
         if self.reported or not state.is_world_process_zero:
             return
         self.reported = True
@@ -128,15 +140,22 @@ class BLRCallback(TrainerCallback):
             f"{what} a model with {modules} BLR modules"
         )
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.distiller is not None:
-            self.distiller.attach(model)
+            self.distiller.attach(kwargs["model"])
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
 
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        metrics = self.distiller.pop_metrics() if self.distiller is not None and "loss" in logs else {}
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model, logs = kwargs["model"], kwargs["logs"]
+        metrics: dict[str, float] = (
+            self.distiller.pop_metrics() if self.distiller is not None and "loss" in logs else {}
+        )
         if is_causal_lm(model):
             losses = {"perplexity": metrics.get("lm_loss", logs.get("loss"))}
             for name in logs:
@@ -147,13 +166,15 @@ class BLRCallback(TrainerCallback):
         logs.update(metrics)
         state.log_history[-1].update(metrics)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
         self.distiller = None
         if self.counted_tokens is not None:
             args.include_num_input_tokens_seen = self.counted_tokens
 
-    def close(self):
+    def close(self) -> None:
         """Takes the distillation hook off the model.
 
         It is on the model only between the start of a step and the optimizer's update, and goes when the
@@ -168,14 +189,15 @@ def is_causal_lm(model: nn.Module) -> bool:
     """Whether it is a causal language model, inside `torch.compile`, data-parallel and PEFT wrappers."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    under_adapters = getattr(model, "get_base_model", None)
+    if under_adapters is not None:
+        model = under_adapters()
     names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     # FSDP2 puts a subclass of its own in the model's place
     return any(cls.__name__ in names for cls in type(model).__mro__)
 
 
-def warn_of_decay(model, optimizer):
+def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     factors = {id(factor) for factor in factor_parameters(model) if factor.requires_grad}
     decay = [g["weight_decay"] for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
     if any(decay):

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 
-class WindowDataset(Dataset):
+class WindowDataset(Dataset[dict[str, torch.Tensor]]):
     """`{"input_ids", "labels"}` per window, for a causal language model; needs no `datasets` and no collator.
 
     Labels equal the inputs: the model shifts them.
@@ -25,8 +25,8 @@ class WindowDataset(Dataset):
             )
         self.tokens = tokens.long()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: logits compared at a time (64 MiB as float32)
 LOGITS_PER_CHUNK = 1 << 24
 #: what a model's forward takes for its loss and a teacher must not get
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
+
+#: of a model's forward
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 def distillation_loss(
@@ -79,29 +88,36 @@ class Distiller:
         autocast: the dtype in which the student computes under mixed precision, else None.
     """
 
-    def __init__(self, teacher: nn.Module, weight, temperature, shifts_labels, autocast=None):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        weight: float,
+        temperature: float,
+        shifts_labels: bool,
+        autocast: torch.dtype | None = None,
+    ):
         self.teacher = teacher.eval()
         self.weight = weight
         self.temperature = temperature
         self.shifts_labels = shifts_labels
         self.autocast = autocast
-        self.handle = None
+        self.handle: RemovableHandle | None = None
         # loss * count, divergence * count, count: kept on the device so that no step waits for them
-        self.sums = None
+        self.sums: torch.Tensor | None = None
 
-    def attach(self, model: nn.Module):
+    def attach(self, model: nn.Module) -> None:
         self.detach()
         # always_call: a forward that raises must not leave the hook behind
         self.handle = model.register_forward_hook(self.hook, with_kwargs=True, always_call=True)
 
-    def detach(self):
+    def detach(self) -> None:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
 
     # compiled code keeps calling the hooks that it was traced with, so this one looks whether it is attached
     @torch.compiler.disable
-    def hook(self, model, args, kwargs, output):
+    def hook(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         if output is None:
             self.detach()
             return None
@@ -114,7 +130,7 @@ class Distiller:
             undo.pop_all()
         return output
 
-    def mixed_loss(self, model, args, kwargs, output) -> torch.Tensor:
+    def mixed_loss(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> torch.Tensor:
         loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
         if loss is None or logits is None:
             raise ValueError(
@@ -129,7 +145,7 @@ class Distiller:
         self.count(loss, divergence, mask.sum(), num_items)
         return (1 - self.weight) * loss + self.weight * divergence
 
-    def teacher_logits(self, args, kwargs, device) -> torch.Tensor:
+    def teacher_logits(self, args: Args, kwargs: Kwargs, device: torch.device) -> torch.Tensor:
         inputs = {name: value for name, value in kwargs.items() if name not in LOSS_INPUTS}
         if hasattr(self.teacher.config, "use_cache"):
             inputs["use_cache"] = False
@@ -137,7 +153,7 @@ class Distiller:
         with torch.no_grad(), autocast:
             return self.teacher(*args, **inputs).logits
 
-    def scored_positions(self, kwargs, logits) -> torch.Tensor:
+    def scored_positions(self, kwargs: Kwargs, logits: torch.Tensor) -> torch.Tensor:
         """`[...]`, true where the model's own loss has a target."""
         labels = kwargs.get("shift_labels")
         if labels is None:
@@ -151,7 +167,13 @@ class Distiller:
             )
         return labels.to(logits.device) != -100
 
-    def count(self, loss, divergence, count, num_items):
+    def count(
+        self,
+        loss: torch.Tensor,
+        divergence: torch.Tensor,
+        count: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+    ) -> None:
         items = count if num_items is None else num_items
         new = torch.stack([(loss * items).detach(), (divergence * items).detach(), count.to(loss.dtype)])
         self.sums = new if self.sums is None else self.sums + new
@@ -167,7 +189,7 @@ class Distiller:
         return {"lm_loss": loss / count, "distill_loss": divergence / count}
 
 
-def load_teacher(teacher: nn.Module | str | os.PathLike, student: nn.Module) -> nn.Module:
+def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
     """The teacher on the student's device; one given by name is a causal LM, loaded in the student's
     dtype."""
     if isinstance(teacher, (str, os.PathLike)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,13 @@ DENSE_STEP_TOKENS = 8192
 STATISTICS_TOKENS = 32768
 
 
-def train(model: nn.Module, windows: Tensor, callback: BLRCallback, optimizer=None, **arguments) -> list[dict]:
+def train(
+    model: nn.Module,
+    windows: Tensor,
+    callback: BLRCallback,
+    optimizer: torch.optim.Optimizer | None = None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
     """Trains on windows `[n, seqlen]`; returns the Trainer's log history.
 
     optimizer: None leaves the Trainer's own.
@@ -61,7 +68,7 @@ def refine(
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
     seed: int = 0,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
@@ -104,7 +111,8 @@ def refine(
 
 def targets_left_dense(model: nn.Module) -> list[str]:
     """The layers that the model's config targets and that are dense all the same."""
-    config = model.config.quantization_config
+    model_config: Any = model.config
+    config = model_config.quantization_config
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 
 from hf_blr.linear import BLRLinear
@@ -49,13 +52,13 @@ def mark_only_factors_trainable(
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def wanted_parameters(model, norms, biases, also) -> list[nn.Parameter]:
+def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterable[str]) -> list[nn.Parameter]:
     wanted = list(factor_parameters(model))
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             wanted += module.parameters(recurse=False) if norms else ()
-        elif biases and isinstance(getattr(module, "bias", None), nn.Parameter):
-            wanted.append(module.bias)
+        elif biases and isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            wanted.append(bias)
     for ending in also:
         named = [m for name, m in model.named_modules() if name == ending or name.endswith("." + ending)]
         if not named:
@@ -77,7 +80,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 def factor_parameter_groups(
     model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, of the parameters that are trainable now.
 
     Factors never decay. Shrinking u and v each is not shrinking their product W: since |u|^2 + |v|^2 is at
@@ -112,7 +115,7 @@ def factor_parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def let_gradients_in(model: nn.Module):
+def let_gradients_in(model: nn.Module) -> None:
     """Lets re-entrant gradient checkpointing work below frozen embeddings.
 
     It computes gradients only where an input of the checkpointed block asks for one. Transformers sees to
@@ -120,4 +123,5 @@ def let_gradients_in(model: nn.Module):
     """
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if checkpointing and getattr(model, "_require_grads_hook", None) is None:
-        model.enable_input_require_grads()
+        let_in: Any = model.enable_input_require_grads
+        let_in()

@@ -7,6 +7,8 @@ whatever takes a projection's place, or its training, brings the model's own act
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +45,14 @@ CLASSES = {
 }
 APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 
+#: what is called with hidden states
+Function = Callable[[Tensor], Any]
+
 
 class Absorbed(nn.Module):
     """An activation in the place where its model keeps it, which passes on what comes activated already."""
 
-    def __init__(self, activation, parent: nn.Module, projection: str):
+    def __init__(self, activation: Function, parent: nn.Module, projection: str):
         super().__init__()
         self.activation = activation
         # a tuple hides the parent from nn.Module, whose child this is
@@ -100,16 +105,19 @@ def absorb_gate(parent: nn.Module, *names: str) -> bool:
     first, second, attribute, last = names
     kind = activation_of(parent, attribute)
     gate, up = parent._modules.get(first), parent._modules.get(second)
-    if not kind or group_of(gate, up) is None or gate.spec != up.spec:
+    if not (kind and isinstance(gate, BLRLinear) and isinstance(up, BLRLinear)):
+        return False
+    if group_of(gate, up) is None or gate.spec != up.spec:
         return False
 
-    def apart(x):
+    def apart(x: Tensor) -> Tensor:
         down, activation = getattr(parent, last), getattr(parent, attribute)
-        return down(activation(gate(x)) * up(x))
+        out: Tensor = down(activation(gate(x)) * up(x))
+        return out
 
     if not alike(on_trial(parent, gate), on_trial(apart, gate)):
         return False
-    parent.__class__ = gated_class(type(parent), first, second, last, kind)
+    parent.__class__ = gated_class(type(parent), first, second, last, kind)  # type: ignore[arg-type]
     return True
 
 
@@ -125,15 +133,15 @@ def group_of(gate: nn.Module | None, up: nn.Module | None) -> Siblings | None:
 def gated_class(base: type[nn.Module], first: str, second: str, last: str, kind: str) -> type[nn.Module]:
     """A class whose two first projections run as one: by classes torch.compile sees that blocks are equal."""
 
-    class Gated(base):
+    class Gated(base):  # type: ignore[misc, valid-type]
         before_fusion = base
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Any:
             group = group_of(self._modules[first], self._modules[second])
             hidden = None if group is None else group.gated(x, kind)
-            return super().forward(x) if hidden is None else self._modules[last](hidden)
+            return super().forward(x) if hidden is None else getattr(self, last)(hidden)
 
-        def __reduce_ex__(self, protocol):
+        def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
             # no module holds this class by name
             return made_again, (base, first, second, last, kind), self.__dict__
 
@@ -141,19 +149,20 @@ def gated_class(base: type[nn.Module], first: str, second: str, last: str, kind:
     return Gated
 
 
-def made_again(*names) -> nn.Module:
+def made_again(base: type[nn.Module], *names: str) -> nn.Module:
     """An instance of a `gated_class` without its state, for copies and pickles."""
-    cls = gated_class(*names)
+    cls = gated_class(base, *names)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
-def bring_back(parent: nn.Module):
+def bring_back(parent: nn.Module) -> None:
     """Undo `absorb` but for the projections' own part, which `BLRLinear.stand_alone` undoes."""
     for name, value in [*vars(parent).items(), *parent._modules.items()]:
         if isinstance(value, Absorbed):
             take_out(parent, name)
-    if hasattr(type(parent), "before_fusion"):
-        parent.__class__ = type(parent).before_fusion
+    before = getattr(type(parent), "before_fusion", None)
+    if before is not None:
+        parent.__class__ = before
 
 
 def activation_of(parent: nn.Module, attribute: str) -> str:
@@ -165,11 +174,11 @@ def activation_of(parent: nn.Module, attribute: str) -> str:
         return CLASSES.get(type(value).__name__, "")
     # a diffusers module that is projection and activation in one keeps the latter as a method
     if callable(value) and type(parent).__name__ == "GELU":
-        return APPROXIMATIONS.get(getattr(parent, "approximate", None), "")
+        return APPROXIMATIONS.get(getattr(parent, "approximate", ""), "")
     return ""
 
 
-def put(parent: nn.Module, attribute: str, value: Absorbed):
+def put(parent: nn.Module, attribute: str, value: Absorbed) -> None:
     """As a child where the activation was one; in front of a method otherwise."""
     if attribute in parent._modules:
         setattr(parent, attribute, value)
@@ -177,14 +186,16 @@ def put(parent: nn.Module, attribute: str, value: Absorbed):
         vars(parent)[attribute] = value
 
 
-def take_out(parent: nn.Module, attribute: str):
+def take_out(parent: nn.Module, attribute: str) -> None:
     """Undo `put`."""
     if vars(parent).pop(attribute, None) is None:
-        setattr(parent, attribute, parent._modules[attribute].activation)
+        child = parent._modules[attribute]
+        if isinstance(child, Absorbed):
+            setattr(parent, attribute, child.activation)
 
 
 @torch.no_grad()
-def on_trial(function, projection: BLRLinear) -> Tensor | None:
+def on_trial(function: Function, projection: BLRLinear) -> Tensor | None:
     """What a function makes of a random `[1, 2, K]`, in plain PyTorch; None if it wants something else."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, projection.in_features, generator=generator).to(projection.device, projection.dtype)
@@ -196,7 +207,7 @@ def on_trial(function, projection: BLRLinear) -> Tensor | None:
         return None
 
 
-def alike(expected, found) -> bool:
+def alike(expected: Any, found: Any) -> bool:
     """Whether both are tensors that differ by no more than rounding."""
     if not all(isinstance(t, Tensor) for t in (expected, found)) or expected.shape != found.shape:
         return False

@@ -6,6 +6,8 @@ weights wait until they are done. Part of `hf_blr.fuse`; for dense models, which
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from hf_blr.ops.attention import by_kernel, suits_kernel
@@ -14,7 +16,7 @@ from hf_blr.ops.attention import by_kernel, suits_kernel
 NAME = "hf_blr_one_query"
 
 
-def register_attention():
+def register_attention() -> None:
     """Make the name known, also to models that come by pickle."""
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
@@ -31,14 +33,16 @@ def use_attention(model: nn.Module) -> bool:
     # transformers would warn of models that attend in their own way
     if not getattr(model, "_can_set_attn_implementation", lambda: False)():
         return False
-    model.set_attn_implementation(NAME)
+    switch: Any = model.set_attn_implementation
+    switch(NAME)
     return True
 
 
-def restore_attention(model: nn.Module):
+def restore_attention(model: nn.Module) -> None:
     """Undo `use_attention`."""
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
-        model.set_attn_implementation("sdpa")
+        switch: Any = model.set_attn_implementation
+        switch("sdpa")
 
 
 def attention_forward(
@@ -49,16 +53,17 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query `[B, HQ, T, D]`, key and value `[B, H, L, D]` -> (`[B, T, HQ, D]`, None)."""
-    if not dropout and not unknown(kwargs) and suits_kernel(query, key, value, attention_mask):
-        return by_kernel(query, key, value, attention_mask, scaling), None
+    mask = None if dropout or unknown(kwargs) else attention_mask
+    if mask is not None and suits_kernel(query, key, value, mask):
+        return by_kernel(query, key, value, mask, scaling), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def unknown(kwargs: dict) -> bool:
+def unknown(kwargs: dict[str, Any]) -> bool:
     """Whether something is asked for that changes what attention computes and that the kernel does not know."""
     return any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     """
     if not any(isinstance(module, BLRLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no BLR modules to fuse; compress it first")
-    found = []
+    found: list[tuple[str, ...]] = []
     for parent_name, parent in list(model.named_modules()):
         if CROSS_ATTENTION.search(parent_name) or CROSS_ATTENTION.search(type(parent).__name__):
             continue
@@ -66,7 +68,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
         for names in together:
             # PEFT keeps the layer under an adapter as base_layer
             present = [name for name in names if name in children]
-            modules = {name: getattr(children[name], "base_layer", children[name]) for name in present}
+            modules: dict[str, Any] = {name: getattr(children[name], "base_layer", children[name]) for name in present}
             for kind in dict.fromkeys(map(kind_of, modules.values())):
                 alike = {name: module for name, module in modules.items() if kind_of(module) == kind}
                 if kind is not None and len(set(alike.values())) > 1:
@@ -80,7 +82,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     return found
 
 
-def unfuse(model: nn.Module):
+def unfuse(model: nn.Module) -> None:
     """Undo `fuse`: each parameter gets memory of its own again."""
     restore_attention(model)
     for module in model.modules():
@@ -89,7 +91,7 @@ def unfuse(model: nn.Module):
             module.stand_alone()
 
 
-def kind_of(module: nn.Module) -> tuple | None:
+def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
     if not isinstance(module, BLRLinear) or module.storage is not PLAIN or module.device.type == "meta":
         return None
@@ -100,7 +102,7 @@ def kind_of(module: nn.Module) -> tuple | None:
     return (*common, *places) if len(places) == 1 else None
 
 
-def run_together(modules: list[BLRLinear]):
+def run_together(modules: list[BLRLinear]) -> None:
     """Make a group of modules of one kind."""
     pack([dict(module.named_parameters(recurse=False)) for module in modules])
     siblings = Siblings(modules)
@@ -109,7 +111,7 @@ def run_together(modules: list[BLRLinear]):
 
 
 @torch.no_grad()
-def pack(layers: list[dict[str, Tensor]]):
+def pack(layers: Sequence[Mapping[str, Tensor]]) -> None:
     """Move factors side by side, in place: v and s along their ranks; the others where neighbours have one shape.
 
     Args:
@@ -125,7 +127,7 @@ def pack(layers: list[dict[str, Tensor]]):
                 move_together(list(run), 0)
 
 
-def move_together(tensors: list[Tensor], dim: int):
+def move_together(tensors: list[Tensor], dim: int) -> None:
     """Give the tensors the parts of one buffer along `dim`, with the values they have."""
     if len(tensors) > 1:
         buffer = torch.cat([t.data for t in tensors], dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from hf_blr.ops.dispatch import compute_dtype, resolve_impl
 MARK = "_hf_blr_siblings"
 #: after so many inputs in a row that not every sibling was handed, a group has proven to be none
 PATIENCE = 8
+
+#: (group, {module: (its output, what that depends on)})
+Mark = tuple["Siblings | None", dict[int, tuple[Tensor | None, list[Any] | None]]]
 
 
 class Siblings:
@@ -29,7 +34,8 @@ class Siblings:
         Outputs wait on x itself. They are used only if nothing that they depend on has changed since, and are gone
         with x, or as soon as the last one is taken.
         """
-        group, waiting = getattr(x, MARK, None) or (None, {})
+        mark: Mark = getattr(x, MARK, None) or (None, {})
+        group, waiting = mark
         if group is self and not self.wants_gradient(index, x):
             out, state = waiting.pop(index, (None, None))
             if not waiting:
@@ -45,7 +51,7 @@ class Siblings:
             self.unclaimed += 1
         return out
 
-    def close(self, x: Tensor):
+    def close(self, x: Tensor) -> None:
         """The last sibling has taken its output."""
         if torch.compiler.is_compiling():
             # compiled code knows no delattr
@@ -56,18 +62,20 @@ class Siblings:
             self.unclaimed = 0
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        return ops.grouped_linear(*self.layers(x))
+        structure, factors, biases = self.layers()
+        return ops.grouped_linear(structure, x, factors, biases)
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:
         """activation(first) * second `[..., N]` on x; None if it is better computed apart."""
         if not self.worthwhile(x):
             return None
-        return ops.gated_linear(*self.layers(x), activation)
+        structure, factors, biases = self.layers()
+        return ops.gated_linear(structure, x, factors, biases, activation)
 
-    def layers(self, x: Tensor) -> tuple:
-        """(structure, x, factors, biases), as the ops take them."""
-        factors = [tuple(module.factors().values()) for module in self.modules]
-        return self.modules[0].spec.structure, x, factors, [module.bias for module in self.modules]
+    def layers(self) -> tuple[str, list[tuple[Tensor, ...]], list[Tensor | None]]:
+        """(structure, factors, biases), as the ops take them."""
+        factors: list[tuple[Tensor, ...]] = [tuple(module.factors().values()) for module in self.modules]
+        return self.modules[0].spec.structure, factors, [module.bias for module in self.modules]
 
     def worthwhile(self, x: Tensor) -> bool:
         """Whether kernels run, no gradient is wanted, and a change of x would be noticed."""
@@ -83,11 +91,11 @@ class Siblings:
             return False
         return x.requires_grad or any(p.requires_grad for p in self.modules[index].parameters(recurse=False))
 
-    def state(self, index: int, x: Tensor) -> list | None:
+    def state(self, index: int, x: Tensor) -> list[Any] | None:
         """What an output depends on, to be compared; compiled code has guards of its own."""
         if torch.compiler.is_compiling():
             return None
-        state = [x._version, compute_dtype(x), ops.current_impl()]
+        state: list[Any] = [x._version, compute_dtype(x), ops.current_impl()]
         if x.is_cuda:
             state.append(torch.cuda.current_stream(x.device).cuda_stream)
         for p in self.modules[index]._parameters.values():

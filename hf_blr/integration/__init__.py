@@ -5,6 +5,8 @@
 and PEFT are imported, what the ops cost when PyTorch's counter is.
 """
 
+from types import ModuleType
+
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import blr_modules, forget_plan, record_plan
 from hf_blr.integration.loading import from_config, to_dense
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 
-def register():
+def register() -> None:
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
     when_imported(MODELING, register_quantizer)
     when_imported(MODELING, register_attention)
@@ -37,21 +39,21 @@ def register():
     enable_peft()
 
 
-def register_flops(counter):
+def register_flops(counter: ModuleType) -> None:
     """Tell PyTorch's counter what the ops cost."""
     from hf_blr.ops import flops
 
     flops.register(counter)
 
 
-def register_attention(modeling):
+def register_attention(modeling: ModuleType) -> None:
     """Tell transformers the attention function of fused models."""
     from hf_blr.inference import attention
 
     attention.register_attention()
 
 
-def register_quantizer(modeling):
+def register_quantizer(modeling: ModuleType) -> None:
     """Tell transformers which classes serve `quant_method: "hf_blr"`."""
     from transformers.quantizers import auto
 

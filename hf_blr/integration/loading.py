@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +11,9 @@ from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import blr_modules, forget_plan, record_plan
 from hf_blr.config import BLRConfig
 from hf_blr.plan import plan_from_layers, resolve_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -33,7 +37,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_offloaded(model: nn.Module):
+def refuse_offloaded(model: nn.Module) -> None:
     """Raises ValueError if some weights are on disk or wait behind an offload hook."""
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
@@ -43,7 +47,13 @@ def refuse_offloaded(model: nn.Module):
         )
 
 
-def from_config(config, model_class=None, *, blr_config: BLRConfig | dict | None = None, **kwargs):
+def from_config(
+    config: PreTrainedConfig,
+    model_class: type[Any] | None = None,
+    *,
+    blr_config: BLRConfig | dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """A new BLR model with random weights, as `model_class.from_config(config)` gives a new dense one.
 
     transformers' own `from_config` builds the dense model even where the config describes a compressed one.
@@ -63,9 +73,8 @@ def from_config(config, model_class=None, *, blr_config: BLRConfig | dict | None
             "from_config needs one BLRConfig, in config.quantization_config or as blr_config=, got "
             + ("both" if stored is not None else "neither")
         )
-    blr_config = stored if blr_config is None else blr_config
-    if isinstance(blr_config, dict):
-        blr_config = BLRConfig(**blr_config)
+    given: Any = stored if blr_config is None else blr_config
+    wanted: BLRConfig = BLRConfig(**given) if isinstance(given, dict) else given
     dense_config = copy.deepcopy(config)
     if stored is not None:
         del dense_config.quantization_config
@@ -73,14 +82,14 @@ def from_config(config, model_class=None, *, blr_config: BLRConfig | dict | None
     # only Auto classes have the public method
     build = getattr(model_class, "from_config", None) or model_class._from_config
     model = build(dense_config, **kwargs)
-    layers = blr_config.layers
-    plan = match_plan(model, plan_from_layers(layers)) if layers else resolve_plan(model, blr_config)
+    layers = wanted.layers
+    plan = match_plan(model, plan_from_layers(layers)) if layers else resolve_plan(model, wanted)
     swap_in(model, plan)
-    record_plan(model, blr_config, plan)
+    record_plan(model, wanted, plan)
     return model
 
 
-def named_class(config):
+def named_class(config: PreTrainedConfig) -> type[Any]:
     """The transformers class that the config names. Raises ValueError if there is none."""
     import transformers
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 
 
-def trim():
+def trim() -> None:
     """Return the free pages of the C heap, where the C library can.
 
     glibc keeps them, and factors that are allocated between two dense weights cut the gaps too small for the next
@@ -19,7 +20,7 @@ def trim():
 
 
 @functools.cache
-def trim_function():
+def trim_function() -> Callable[[int], int] | None:
     """glibc's `malloc_trim`; None elsewhere."""
     if sys.platform != "linux":
         return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 Callback = Callable[[ModuleType], None]
@@ -16,7 +17,7 @@ Callback = Callable[[ModuleType], None]
 _waiting: dict[str, list[Callback]] = {}
 
 
-def when_imported(name: str, callback: Callback):
+def when_imported(name: str, callback: Callback) -> None:
     """Call `callback(module)` right after the module's first import, or now if that has been."""
     if name in sys.modules:
         callback(sys.modules[name])
@@ -31,7 +32,9 @@ def when_imported(name: str, callback: Callback):
 class CallbackFinder(importlib.abc.MetaPathFinder):
     """Lets the other finders find an awaited module, and adds the callbacks to its execution."""
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in _waiting:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
@@ -40,10 +43,10 @@ class CallbackFinder(importlib.abc.MetaPathFinder):
             return None
         execute = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             for callback in _waiting.pop(fullname, []):
                 callback(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

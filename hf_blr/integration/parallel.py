@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 MESSAGE = (
@@ -10,7 +12,7 @@ MESSAGE = (
 )
 
 
-def refuse_tensor_parallel(distributed_config=None, **keywords):
+def refuse_tensor_parallel(distributed_config: Any = None, **keywords: Any) -> None:
     """Raises NotImplementedError if from_pretrained's distributed_config, tp_plan or tp_size ask for it."""
     for name, value in keywords.items():
         if value is not None:
@@ -24,7 +26,7 @@ def refuse_tensor_parallel(distributed_config=None, **keywords):
         raise NotImplementedError(MESSAGE.format(what=f"distributed_config={distributed_config}"))
 
 
-def refuse_sharded(model: nn.Module):
+def refuse_sharded(model: nn.Module) -> None:
     """Raises NotImplementedError if the loader has split the model's tensors over devices."""
     size = getattr(model, "_tp_size", None) or 1
     if size > 1:

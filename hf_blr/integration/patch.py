@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
 from hf_blr.integration.source import dequantizing_config, is_compressed, load_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MODELING = "transformers.modeling_utils"
 
 _enabled = False
 
 
-def enable():
+def enable() -> None:
     """Let every `from_pretrained` of transformers take `blr_config=` (and `tokenizer=` beside it).
 
     `import hf_blr` does this. A second call changes nothing.
@@ -26,7 +31,7 @@ def enable():
     when_imported(MODELING, wrap)
 
 
-def disable():
+def disable() -> None:
     """Take the keyword back; `quantization_config=BLRConfig(...)` without a dataset works on.
 
     If another package has wrapped `from_pretrained` since, ours stays inside of it and hands calls through.
@@ -35,13 +40,14 @@ def disable():
     _enabled = False
     if MODELING in sys.modules:
         pretrained = sys.modules[MODELING].PreTrainedModel
-        current = pretrained.__dict__["from_pretrained"].__func__
+        current: Any = pretrained.__dict__["from_pretrained"].__func__
         # a wrapper made with functools.wraps carries our marks too, but they do not point to itself
-        if getattr(current, "hf_blr_wrapper", None) is current:
+        mark: Any = getattr(current, "hf_blr_wrapper", None)
+        if mark is current:
             pretrained.from_pretrained = current.hf_blr_original
 
 
-def wrap(modeling):
+def wrap(modeling: Any) -> None:
     """Replace `PreTrainedModel.from_pretrained`, where the Auto classes and all subclasses end up."""
     before = modeling.PreTrainedModel.__dict__["from_pretrained"]
     original = before.__func__
@@ -49,7 +55,7 @@ def wrap(modeling):
         return
 
     @functools.wraps(original)
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(original, cls)
         if not _enabled:
             return call(*args, **kwargs)
@@ -57,12 +63,13 @@ def wrap(modeling):
         config = take_config(kwargs)
         return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
-    from_pretrained.hf_blr_wrapper = from_pretrained
-    from_pretrained.hf_blr_original = before
-    modeling.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    wrapper: Any = from_pretrained
+    wrapper.hf_blr_wrapper = wrapper
+    wrapper.hf_blr_original = before
+    modeling.PreTrainedModel.from_pretrained = classmethod(wrapper)
 
 
-def write_out_stored(kwargs: dict):
+def write_out_stored(kwargs: dict[str, Any]) -> None:
     """Let `config=model.config` pass: transformers expects the dict that a config.json gives."""
     stored = getattr(kwargs.get("config"), "quantization_config", None)
     if isinstance(stored, BLRConfig):
@@ -70,7 +77,7 @@ def write_out_stored(kwargs: dict):
         kwargs["config"].quantization_config = stored.to_dict()
 
 
-def take_config(kwargs: dict) -> BLRConfig | None:
+def take_config(kwargs: dict[str, Any]) -> BLRConfig | None:
     """Take the BLR config out of `from_pretrained`'s keywords, as a copy; None without one.
 
     Raises:
@@ -91,12 +98,12 @@ def take_config(kwargs: dict) -> BLRConfig | None:
     return BLRConfig(**given) if isinstance(given, dict) else copy.deepcopy(given)
 
 
-def is_blr(config) -> bool:
+def is_blr(config: Any) -> bool:
     """Whether a `quantization_config`, object or dict, is one of ours."""
     return isinstance(config, BLRConfig) or (isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD)
 
 
-def load(original, config: BLRConfig, args: tuple, kwargs: dict):
+def load(original: Callable[..., Any], config: BLRConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `from_pretrained` does with a BLR config.
 
     Fits to the weights alone stream while transformers loads. Fits to activations, and GGUF files (which

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,7 @@ LORA_CONFIG = "peft.tuners.lora.config"
 PLAIN_INITS = (True, False, "gaussian", "eva")
 
 
-def enable_peft():
+def enable_peft() -> None:
     """Let every `LoraConfig` put adapters on BLR modules; done by `import hf_blr`.
 
     PEFT keeps its map of supported modules in the config object and does not save it, so each new config
@@ -26,19 +27,20 @@ def enable_peft():
     when_imported(LORA_CONFIG, wrap_lora_config)
 
 
-def wrap_lora_config(lora_config):
+def wrap_lora_config(lora_config: Any) -> None:
     """Add the entry for BLR modules at the end of `LoraConfig.__post_init__`; once."""
     original = lora_config.LoraConfig.__post_init__
     if hasattr(original, "hf_blr_wrapper"):
         return
 
     @functools.wraps(original)
-    def __post_init__(self):
+    def __post_init__(self: Any) -> None:
         original(self)
         self._register_custom_module({BLRLinear: lora_class()})
 
-    __post_init__.hf_blr_wrapper = True
-    lora_config.LoraConfig.__post_init__ = __post_init__
+    wrapper: Any = __post_init__
+    wrapper.hf_blr_wrapper = True
+    lora_config.LoraConfig.__post_init__ = wrapper
 
 
 def lora_targets(model: nn.Module) -> list[str]:
@@ -64,21 +66,21 @@ def lora_class() -> type[nn.Module]:
         The adapter cannot be merged: the sum of a BLR and a low-rank matrix does not fit into the factors.
         """
 
-        def __init__(self, base_layer, *args, **kwargs):
+        def __init__(self, base_layer: BLRLinear, *args: Any, **kwargs: Any):
             # the adapter's output belongs before the activation
             base_layer.activation = ""
             super().__init__(base_layer, *args, **kwargs)
 
-        def _get_in_out_features(self, module):
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
             # PEFT's own look-up warns of every class that it does not know
             return module.in_features, module.out_features
 
         @property
-        def lora_variants(self):
+        def lora_variants(self) -> dict[tuple[str, ...], None]:
             # the variants work on the dense weight in each forward; PEFT refuses what is not listed here
             return {(): None}
 
-        def update_layer(self, *args, **kwargs):
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
             given = inspect.signature(super().update_layer).bind(*args, **kwargs).arguments
             # PEFT 0.18 passes the settings one by one, later releases in the config
             settings = vars(given["config"]) if "config" in given else {**given, **given.get("kwargs", {})}
@@ -90,13 +92,13 @@ def lora_class() -> type[nn.Module]:
                 )
             super().update_layer(*args, **kwargs)
 
-        def merge(self, safe_merge=False, adapter_names=None):
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             raise NotImplementedError(
                 "a LoRA adapter cannot be merged into block low-rank factors; keep it beside them, or take "
                 "it off with unload(), make the model dense with hf_blr.to_dense(model), and merge it there"
             )
 
-        def unmerge(self):
+        def unmerge(self) -> None:
             raise NotImplementedError(
                 "no LoRA adapter is ever merged into block low-rank factors; to use the base model alone, "
                 "call disable_adapter() or unload()"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -18,6 +19,9 @@ from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_pl
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, plan_from_layers, resolve_plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class BLRHfQuantizer(HfQuantizer):
     """Swaps BLR modules in before the weights come, and checks what came.
@@ -28,7 +32,10 @@ class BLRHfQuantizer(HfQuantizer):
     `save_pretrained(state_dict=...)`, on a model that it takes for quantised.
     """
 
-    def __init__(self, quantization_config: BLRConfig, **kwargs):
+    #: the base class keeps it, as any config
+    quantization_config: BLRConfig
+
+    def __init__(self, quantization_config: BLRConfig, **kwargs: Any):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan = {}
         #: {name of a dense weight: module that waits for it}
@@ -36,7 +43,7 @@ class BLRHfQuantizer(HfQuantizer):
         self.refused: list[str] = []
         self.expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
-    def validate_environment(self, *args, **kwargs):
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.quantization_config.calibrated:
             raise ValueError(
                 "BLRConfig.dataset asks for a fit to activations, which cannot be seen while a checkpoint "
@@ -46,7 +53,9 @@ class BLRHfQuantizer(HfQuantizer):
         if not self.pre_quantized and self.quantization_config.structure == AUTO:
             raise ValueError('structure="auto" needs text to compare structures on: set dataset, or name a structure')
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         refuse_tensor_parallel(getattr(model.config, "distributed_config", None))
         layers = self.quantization_config.layers
         if layers:
@@ -55,7 +64,7 @@ class BLRHfQuantizer(HfQuantizer):
             self.plan = resolve_plan(model, self.quantization_config)
         if self.pre_quantized:
             check_files(model, self.plan, checkpoint_files)
-        weights = {name: model.get_submodule(name).weight for name in self.plan}
+        weights = {name: model.get_submodule(name).get_parameter("weight") for name in self.plan}
         modules = swap_in(model, self.plan)
         if not self.pre_quantized:
             for name, module in modules.items():
@@ -63,17 +72,17 @@ class BLRHfQuantizer(HfQuantizer):
                 self.awaiting[f"{name}.weight"] = module
         self.expected = expected_tensors(model)
 
-    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.awaiting
 
-    def param_element_size(self, model, param_name, param) -> float:
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         # the dense weight is gone before the next one comes: it needs no room in a device map
         return 0 if param_name in self.awaiting else param.element_size()
 
-    def get_quantize_ops(self):
+    def get_quantize_ops(self) -> FactorizeOp:
         return FactorizeOp(self.awaiting, self.quantization_config, self.refused)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         refuse_sharded(model)
         if self.refused:
             raise ValueError("; ".join(self.refused))
@@ -83,7 +92,7 @@ class BLRHfQuantizer(HfQuantizer):
         forget_quantizer(model)
         return model
 
-    def fit_leftovers(self):
+    def fit_leftovers(self) -> None:
         """Fit the weights that were loaded past `FactorizeOp`.
 
         The loader asks `param_needs_quantization` for the first weight of a fused projection only.
@@ -108,7 +117,7 @@ class BLRHfQuantizer(HfQuantizer):
                 module.put(factor, tensor)
                 mark_loaded(getattr(module, factor))
 
-    def is_serializable(self, *args, **kwargs) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     @property
@@ -123,5 +132,5 @@ class BLRHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model, dtype=None):
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> torch.nn.Module:
         return to_dense(model)

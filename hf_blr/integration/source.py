@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 #: from_pretrained's keywords that say where a repository's files are
 PLACE_KEYWORDS = (
     "cache_dir",
@@ -14,7 +20,7 @@ PLACE_KEYWORDS = (
 )
 
 
-def is_compressed(path, kwargs: dict) -> bool:
+def is_compressed(path: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> bool:
     """Whether the checkpoint has a `quantization_config`, ours or another; transformers deals with both."""
     from transformers import PreTrainedConfig
 
@@ -28,7 +34,7 @@ def is_compressed(path, kwargs: dict) -> bool:
     return PreTrainedConfig.get_config_dict(source, **place)[0].get("quantization_config") is not None
 
 
-def load_tokenizer(path, kwargs: dict):
+def load_tokenizer(path: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model's weights. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
 
@@ -42,7 +48,7 @@ def load_tokenizer(path, kwargs: dict):
         raise ValueError(f"{path}: holds no tokenizer for the fit to BLRConfig.dataset: {advice}") from error
 
 
-def dequantizing_config():
+def dequantizing_config() -> Any:
     """Asks transformers for a plain dense model out of a GGUF file; None where it always gives one."""
     import transformers
 

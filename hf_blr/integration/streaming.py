@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,9 +30,11 @@ class FactorizeOp(ConversionOps):
     def __init__(self, awaiting: dict[str, BLRLinear], config: BLRConfig, refused: list[str]):
         self.awaiting, self.config, self.refused = awaiting, config, refused
 
-    def convert(self, input_dict, *args, missing_keys=None, **kwargs):
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """{parameter: tensor or [tensor]}, with factors where awaited weights were."""
-        out = {}
+        out: dict[str, Any] = {}
         # a fused projection was split just before, and comes as several weights, of which some may not be
         # ours
         for name, value in input_dict.items():
@@ -60,7 +63,7 @@ class FactorizeOp(ConversionOps):
         return {f"{name.removesuffix('weight')}{factor}": tensor for factor, tensor in factors.items()}
 
 
-def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig):
+def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig) -> dict[str, torch.Tensor]:
     """The module's factors, {name: tensor}, for a dense weight; in the weight's dtype and on its device.
 
     Args:
@@ -84,7 +87,7 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
     return module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
 
 
-def check_finite(name: str, weight: torch.Tensor):
+def check_finite(name: str, weight: torch.Tensor) -> None:
     """Raises ValueError if the weight holds NaN or infinite values."""
     bad = weight.numel() - int(torch.isfinite(weight).sum())
     if bad:
@@ -94,12 +97,12 @@ def check_finite(name: str, weight: torch.Tensor):
         )
 
 
-def add_placeholder(module: BLRLinear, weight: nn.Parameter):
+def add_placeholder(module: BLRLinear, weight: nn.Parameter) -> None:
     """Show the loader the dense weight that this module waits for."""
     # a plain assignment would meet the read-only property of this name
     module._parameters["weight"] = weight
 
 
-def finish_placeholder(name: str, awaiting: dict[str, BLRLinear]):
+def finish_placeholder(name: str, awaiting: dict[str, BLRLinear]) -> None:
     """The weight has become factors: its module no longer waits for it."""
     del awaiting.pop(name)._parameters["weight"]

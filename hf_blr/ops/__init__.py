@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +74,7 @@ def linear(
         kernels=found.kernel is not None,
         pays=pays,
     )
-    if impl == "triton":
+    if impl == "triton" and found.kernel is not None:
         return found.kernel(x, tensors, bias, activation)
     if impl == "dense":
         return activated(F.linear(x, multiplied_out(found, tensors), bias), activation)
@@ -92,8 +93,10 @@ def linear_of(structure: str) -> Callable[..., Tensor]:
     """`linear` of one structure, with its tensors by position or name: `blast_linear(x, u, s, v, bias=None)`."""
     names = structures()[structure].spec.names()
 
-    def function(x: Tensor, *given: Tensor | None, impl: str | None = None, activation: str = "", **named: Tensor):
-        arguments = dict(zip((*names, "bias"), given, strict=False)) | named
+    def function(
+        x: Tensor, *given: Tensor | None, impl: str | None = None, activation: str = "", **named: Tensor
+    ) -> Tensor:
+        arguments: dict[str, Any] = dict(zip((*names, "bias"), given, strict=False)) | named
         bias = arguments.pop("bias", None)
         if set(arguments) != set(names) or len(given) > len(names) + 1:
             raise TypeError(f"{structure}_linear takes x, {', '.join(names)} and bias, got {len(given)} and {[*named]}")

@@ -69,13 +69,13 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
     return fit and mask.dtype == torch.bool and mask.shape == (len(q), 1, 1, k.shape[2])
 
 
-def _attend(q, k, v, mask, scale):
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     from hf_blr.ops.triton.attend import attend
 
     return attend(q, k, v, mask.view(len(q), -1).view(torch.uint8), scale)
 
 
-def _attend_fake(q, k, v, mask, scale):
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 

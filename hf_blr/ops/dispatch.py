@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ _default = "auto"
 
 
 @contextlib.contextmanager
-def use_impl(impl: str):
+def use_impl(impl: str) -> Iterator[None]:
     """Within this context, ops called without `impl` use this one: "auto", "triton", "reference" or "dense"."""
     global _default
     before, _default = _default, check_impl(impl)

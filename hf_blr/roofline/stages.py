@@ -72,10 +72,10 @@ def bound_of(kernels: list[Stage], device: Peaks) -> str:
     spent: dict[str, float] = {}
     for stage in kernels:
         bounds = stage.bounds(device)
-        name = max(bounds, key=bounds.get)
+        name = max(bounds, key=bounds.__getitem__)
         spent[name] = spent.get(name, 0) + bounds[name]
         spent["starts"] = spent.get("starts", 0) + stage.seconds(device) - bounds[name]
-    return max(spent, key=spent.get)
+    return max(spent, key=spent.__getitem__)
 
 
 def break_even(spec: BLRSpec, device: Peaks, form: str = "hf_blr", most: int = 65536) -> list[tuple[int, bool]]:
@@ -84,7 +84,7 @@ def break_even(spec: BLRSpec, device: Peaks, form: str = "hf_blr", most: int = 6
     Looked for at the powers of two up to `most`, and between two that differ by halving; the first entry is (1, ...).
     """
 
-    def faster(tokens):
+    def faster(tokens: int) -> bool:
         return predict(spec, tokens, device, form) < predict(spec, tokens, device, "dense")
 
     changes, low = [(1, faster(1))], 1

@@ -5,7 +5,6 @@ What needs torch is named by its path and imported when it is first asked for, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -76,7 +75,7 @@ class Structure:
 
 
 @cache
-def resolved(path: str) -> Callable[..., Any] | Any:
+def resolved(path: str) -> Any:
     """The object behind `package.module:name`, or the module behind a path without a name.
 
     Raises:

@@ -9,7 +9,7 @@ import re
 LEADING_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:x\*?|\*)?(?: .*)?")
 
 
-def format_cell(value) -> str:
+def format_cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -17,7 +17,7 @@ def format_cell(value) -> str:
     return str(value)
 
 
-def sort_value(value) -> float | int | str:
+def sort_value(value: object) -> float | int | str:
     """1.5 for "1.50x"; an empty string for nothing, or for what is no number though it should be."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -27,5 +27,5 @@ def sort_value(value) -> float | int | str:
     return float(found[1]) if found else str(value)
 
 
-def is_numeric(value) -> bool:
+def is_numeric(value: object) -> bool:
     return isinstance(sort_value(value), (int, float)) or sort_value(value) == ""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings
 from hf_blr.bench.report.plots import pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Plot(NamedTuple):
@@ -22,7 +26,7 @@ class Plot(NamedTuple):
     """
 
     caption: str
-    figure: object
+    figure: Figure
     question: str
     card: str
     lead: bool = True
@@ -47,14 +51,14 @@ def figures(results: dict[str, dict]) -> dict[str, Plot]:
     return found
 
 
-def of_quality(plt, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
+def of_quality(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
     from hf_blr.bench.report.quality_plots import by_bytes, by_method
 
     yield "quality", "Perplexity against bytes; the lower left is best.", by_bytes(plt, result["rows"]), "size"
     yield "methods", "What each method makes of a structure.", by_method(plt, result["rows"]), "size"
 
 
-def of_models(plt, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
+def of_models(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
     from hf_blr.bench.report.model_plots import bars, parts, sizes_by_model
     from hf_blr.bench.report.quality_plots import by_time
 
@@ -77,7 +81,7 @@ def of_models(plt, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
         yield f"parts {model}", f"{model}: what its milliseconds are spent on.", figure, "time", lead
 
 
-def of_layers(plt, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
+def of_layers(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
     from hf_blr.bench.report.layer_plots import roofline, speed_up
 
     rows, ceilings = result["rows"], measured_ceilings(card_of(result))

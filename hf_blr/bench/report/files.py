@@ -22,7 +22,8 @@ class ResultFile:
     """
 
     def __init__(self, path: Path | None, head: dict, append: bool = False):
-        self.path, self.head, self.rows = path, head, []
+        self.path, self.head = path, head
+        self.rows: list[dict] = []
         if append and path is not None and path.exists():
             before = read_result(path)
             old, new = before["environment"]["device"], head["environment"]["device"]
@@ -30,13 +31,13 @@ class ResultFile:
                 raise ValueError(f"{path} holds rows of {old}, this is {new}; write to another file")
             self.rows = before["rows"]
 
-    def add(self, rows: list[dict]):
+    def add(self, rows: list[dict]) -> None:
         self.rows += rows
         if self.path is not None:
             write_result(self.path, {**self.head, "rows": self.rows})
 
 
-def write_result(path: Path, result: dict):
+def write_result(path: Path, result: dict) -> None:
     """Writes the file in one step, so that a program stopped half-way leaves the version before."""
     write_text_atomically(path, one_row_a_line(result))
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from hf_blr.bench.peaks import predictions
 from hf_blr.bench.report.lines import grouped, label_of
 from hf_blr.bench.report.plots import INK, Looks, add_legend, with_legend
 from hf_blr.roofline.devices import Peaks
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def speed_up(plt, rows: list[dict]):
+
+def speed_up(plt: ModuleType, rows: list[dict]) -> Figure:
     """One line for each structure and pair of block counts."""
     lines = grouped((row for row in forwards(rows) if row["impl"] == "hf_blr"), label_of)
     figure, (axes,) = with_legend(plt, 1, len(lines), 3)
@@ -25,7 +31,7 @@ def speed_up(plt, rows: list[dict]):
     return figure
 
 
-def roofline(plt, rows: list[dict], device: Peaks):
+def roofline(plt: ModuleType, rows: list[dict], device: Peaks) -> Figure:
     """Operations a second against operations per byte of memory traffic, under the device's ceilings.
 
     A line for each form, a point for each number of tokens, which dense's points name.

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from hf_blr.bench.report.lines import grouped, structure_of
 from hf_blr.bench.report.model_tables import MEASUREMENTS, by_size, in_words, place_in_profiles
 from hf_blr.bench.report.plots import INK, LEGEND_ROW, SIZE, add_legend, colour_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: inches of one bar, or of one heading
 BAR = 0.2
@@ -29,7 +34,7 @@ def sizes_by_model(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[str
     }
 
 
-def bars(plt, sizes: dict[str, dict[str, dict]], title: str):
+def bars(plt: ModuleType, sizes: dict[str, dict[str, dict]], title: str) -> Figure:
     """Time of each variant as a share of dense's, under a heading for each size."""
     count = sum(len(group) + 1 for group in sizes.values())
     figure, axes = plt.subplots(figsize=(SIZE[0], 1.0 + BAR * count), layout="constrained")
@@ -73,7 +78,7 @@ def step_of(row: dict) -> str:
     return f"{row['measurement']}, {size}"
 
 
-def parts(plt, rows: list[dict]) -> Iterator[tuple[str, object]]:
+def parts(plt: ModuleType, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """(model, figure) of each model with profiles: a bar for each profiled row, cut into what its kernels do."""
     profiled = sorted((row for row in rows if "profile" in row), key=place_in_profiles)
     for model, mine in grouped(profiled, lambda row: row["model"]).items():

@@ -21,7 +21,7 @@ def place_of(row: dict) -> tuple:
     return row["model"], row["batch"], row["tokens"], row.get("activation_budget", 1.0), row["variant"]
 
 
-def by_speed(entry) -> tuple:
+def by_speed(entry: tuple[tuple, dict]) -> tuple:
     (*place, variant), _ = entry
     return *place, variant != "dense", variant
 

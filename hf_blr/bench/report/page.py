@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from hf_blr.bench.report.cells import format_cell, is_numeric, sort_value
 from hf_blr.bench.report.plots import INK
 from hf_blr.bench.report.sections import Drawing, sections
 from hf_blr.bench.report.summary import Summary
 from hf_blr.bench.report.tables import Table
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def page(title: str, tables: list[Table], drawings: list[Drawing], notes: list[str], summary: Summary) -> str:
@@ -48,7 +52,7 @@ def unbroken(text: str) -> str:
     return re.sub(r"(?<=\d) (?=[x%])|(?<=x) (?=\d)|(?<=\d) (?=texts?$)", "\u00a0", text)
 
 
-def in_theme(svg: str):
+def in_theme(svg: str) -> Markup:
     """The plot with letters and axes in the colour of the text around it."""
     from markupsafe import Markup
 

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import io
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from hf_blr.structures import structures
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+    from numpy import ndarray
 
 #: letters and axes: in a page this becomes the colour of the text around the plot, so that it is read in the dark too
 INK = "#1b1f24"
@@ -39,7 +48,7 @@ def colour_of(structure: str) -> str:
     return OTHER if record is None else record.colour
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib's pyplot, drawing to files. Raises ImportError that says how to install it."""
     try:
         import matplotlib
@@ -49,7 +58,8 @@ def pyplot():
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     # letters stay letters
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 10, "legend.frameon": False, "axes.titlesize": 10})
-    matplotlib.rcParams.update(dict.fromkeys(inked, INK))
+    inks: dict[Any, str] = dict.fromkeys(inked, INK)
+    matplotlib.rcParams.update(inks)
     # a page has many, and all are kept until it is written
     matplotlib.rcParams["figure.max_open_warning"] = 0
     import matplotlib.pyplot as plt
@@ -60,7 +70,7 @@ def pyplot():
 class Looks:
     """A colour for each structure; lines of one structure differ in dashes and markers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: dict[str, int] = {}
 
     def __call__(self, structure: str | None) -> dict:
@@ -75,7 +85,7 @@ def look(colour: str, number: int) -> dict:
     return {"color": colour, "linestyle": style, "marker": marker, "markersize": 5}
 
 
-def plain_numbers(axis):
+def plain_numbers(axis: Axis) -> None:
     """20, 30 and 40 on a logarithmic axis, instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -84,23 +94,23 @@ def plain_numbers(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def with_legend(plt, panels: int, labels: int, columns: int = 2):
+def with_legend(plt: ModuleType, panels: int, labels: int, columns: int = 2) -> tuple[Figure, Any]:
     """(figure, axes of each panel) with room below for a legend of that many labels, which `add_legend` draws."""
     height = SIZE[1] * panels + LEGEND_ROW * -(-labels // columns)
     figure, grid = plt.subplots(panels, 1, figsize=(SIZE[0], height), layout="constrained", squeeze=False)
     return figure, grid[:, 0]
 
 
-def add_legend(figure, columns: int = 2):
+def add_legend(figure: Figure, columns: int = 2) -> None:
     """Below all panels, each label once."""
-    entries: dict[str, object] = {}
+    entries: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def label_points(figure, axes):
+def label_points(figure: Figure, axes: Any) -> None:
     """Writes each line's label beside its last point, where it covers no other label and no point."""
     figure.canvas.draw()
     taken = [box_of(axes.transData.transform(point), 4) for line in axes.lines for point in line.get_xydata()]
@@ -118,13 +128,13 @@ def label_points(figure, axes):
             text.remove()
 
 
-def box_of(point, half: float):
+def box_of(point: ndarray, half: float) -> Bbox:
     from matplotlib.transforms import Bbox
 
     return Bbox([point - half, point + half])
 
 
-def as_svg(figure, name: str = "plot") -> str:
+def as_svg(figure: Figure, name: str = "plot") -> str:
     """The figure as an element that can stand in a page beside those of other names, on any ground."""
     import matplotlib
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from hf_blr.bench.report.lines import label_of, variant_of
 from hf_blr.bench.report.model_tables import in_words
 from hf_blr.bench.report.plots import (
@@ -17,13 +21,16 @@ from hf_blr.bench.report.plots import (
 from hf_blr.bench.report.quality_tables import main_method, scored, usable
 from hf_blr.bench.report.timed import timed_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 #: structures whose methods are compared, at most
 STRUCTURES_BY_METHOD = 2
 #: structures that a plot of perplexity against time needs
 FEWEST_STRUCTURES = 3
 
 
-def by_bytes(plt, rows: list[dict]):
+def by_bytes(plt: ModuleType, rows: list[dict]) -> Figure | None:
     """A panel for each model and text, a line for each structure, of the method that most rows are of.
 
     None where no row can be shown.
@@ -39,11 +46,11 @@ def by_bytes(plt, rows: list[dict]):
         shown,
         lambda row: label_of(row) or row.get("method") or "dense",
         lambda row: f"{row.get('model')} on {row.get('dataset')}",
-        lambda row: looks[label_of(row) or row.get("method")],
+        lambda row: looks[label_of(row) or row.get("method") or ""],
     )
 
 
-def by_method(plt, rows: list[dict]):
+def by_method(plt: ModuleType, rows: list[dict]) -> Figure | None:
     """A panel for each of the structures with most methods, on the first text, a line for each method.
 
     None where no structure was fitted by more than one.
@@ -68,7 +75,7 @@ def by_method(plt, rows: list[dict]):
     )
 
 
-def by_time(plt, quality: list[dict], models: list[dict]):
+def by_time(plt: ModuleType, quality: list[dict], models: list[dict]) -> Figure | None:
     """Perplexity against the time of a forward and of a decoding step, half of the projections kept, by structure.
 
     The perplexities may be of another, smaller model than the times: the axes say of which. Of the models that were
@@ -84,7 +91,7 @@ def by_time(plt, quality: list[dict], models: list[dict]):
         # as many as are needed, and dense
         if measurement != "training" and len(found) > FEWEST_STRUCTURES
     }
-    if not sizes:
+    if timed is None or not sizes:
         return None
     looks = looks_of(halves)
     figure, grid = plt.subplots(
@@ -106,7 +113,13 @@ def by_time(plt, quality: list[dict], models: list[dict]):
     return figure
 
 
-def panels(plt, rows: list[dict], label, panel, look_of):
+def panels(
+    plt: ModuleType,
+    rows: list[dict],
+    label: Callable[[dict], str],
+    panel: Callable[[dict], str],
+    look_of: Callable[[dict], dict],
+) -> Figure:
     """Perplexity against megabytes: of each row `panel` is the title, `label` the line and `look_of` its look."""
     titles, labels = (list(dict.fromkeys(map(name, rows))) for name in (panel, label))
     figure, grid = with_legend(plt, len(titles), len(labels))
@@ -127,9 +140,10 @@ def panels(plt, rows: list[dict], label, panel, look_of):
 
 def looks_of(rows: list[dict]) -> dict[str, dict]:
     """{label: look} of the structures, and of the methods of rows without one."""
-    looks, found = Looks(), {}
+    looks = Looks()
+    found: dict[str, dict] = {}
     for row in rows:
-        name = label_of(row) or row.get("method")
+        name = label_of(row) or row.get("method") or ""
         if name not in found:
             found[name] = looks(row.get("structure"))
     return found

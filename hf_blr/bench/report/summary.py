@@ -88,11 +88,13 @@ def lines_of(names: list[str], timed: Timed | None, scores: list[dict], ratios: 
 
 def line_of(name: str, timed: Timed | None, ppl: dict, ratios: list[float]) -> dict:
     line, rows = {"form": spoken(name)}, []
-    for measurement, (size, found) in timed.sizes.items() if timed else ():
+    sizes = timed.sizes if timed else {}
+    model = timed.model if timed else ""
+    for measurement, (size, found) in sizes.items():
         if row := found.get(name):
             rows.append(row)
-            line.setdefault(f"parameters of {timed.model}", share_of_dense(row, found))
-        line[column_of(measurement, timed.model, size)] = f"{row['speed over dense']:.2f}x" if row else ""
+            line.setdefault(f"parameters of {model}", share_of_dense(row, found))
+        line[column_of(measurement, model, size)] = f"{row['speed over dense']:.2f}x" if row else ""
     for ratio in ratios:
         row = ppl.get((name, ratio), {})
         line[f"perplexity, {100 * ratio:.0f} % kept"] = row.get("dense_ppl" if name == "dense" else "ppl")
@@ -134,22 +136,24 @@ def perplexity(scores: list[dict], ratios: list[float]) -> list[str]:
 def facts(names: list[str], timed: Timed | None, scores: list[dict], ratios: list[float]) -> list[Fact]:
     """The best of each column."""
     found: list[Fact] = []
-    for measurement, (size, rows) in timed.sizes.items() if timed else ():
+    sizes = timed.sizes if timed else {}
+    model = timed.model if timed else ""
+    for measurement, (size, rows) in sizes.items():
         here = {name: rows[name] for name in names if name in rows}
         if not here:
             continue
         if not found:
             name = min(here, key=lambda name: here[name]["parameters (M)"])
-            said = f"{spoken(name)}, {timed.model}"
+            said = f"{spoken(name)}, {model}"
             found.append(Fact(share_of_dense(here[name], rows), "of the parameters", said))
         name = max(here, key=lambda name: here[name]["speed over dense"])
         speed = f"{here[name]['speed over dense']:.2f}x"
-        said = f"{spoken(name)}, {timed.model}, {in_words(measurement, size)}"
+        said = f"{spoken(name)}, {model}, {in_words(measurement, size)}"
         found.append(Fact(speed, f"as fast as dense, {measurement}", said))
     for ratio in ratios:
-        here = [row for row in scores if row["ratio"] == ratio and variant_of(row) in names]
-        if here:
-            row = min(here, key=lambda row: row["ppl"])
+        rivals = [row for row in scores if row["ratio"] == ratio and variant_of(row) in names]
+        if rivals:
+            row = min(rivals, key=lambda row: row["ppl"])
             of = f"{label_of(row)}, {row['model']} on {row['dataset']}" + dense_said(row)
             found.append(Fact(f"{row['ppl']:.1f}", f"perplexity, {100 * ratio:.0f} % kept", of))
     return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_blr.bench.report.cells import format_cell
 from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings, protocol_of, where_of
@@ -22,6 +24,9 @@ from hf_blr.roofline.devices import Peaks
 
 #: commits that a line names; of more, as where it sums up many rows, it says how many
 MOST_NAMED = 4
+
+#: question, title, lines and, where there are any, what is said of them and columns, as `made` takes them
+Parts = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Table:
     where: str = ""
     protocol: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.columns:
             self.columns.extend(dict.fromkeys(column for row in self.rows for column in row))
 
@@ -54,12 +59,22 @@ class Table:
 def tables(name: str, result: dict) -> list[Table]:
     """The tables of one result file. `name` is that of the file."""
     kind, default = kind_of(result), result.get("environment", {}).get("commit", "")
-    make = {"layers": of_layers, "groups": of_groups, "models": of_models, "quality": of_quality}.get(kind, of_others)
+    make = {"layers": of_layers, "groups": of_groups, "models": of_models, "quality": of_quality}.get(
+        kind or "", of_others
+    )
     rows = [{**row, "commit": (row.get("commit") or default)[:7]} for row in result["rows"]]
     return [made(result, rows, *parts) for parts in make(name, rows, measured_ceilings(card_of(result))) if parts[2]]
 
 
-def made(result: dict, rows: list[dict], question: str, title: str, lines: list[dict], said="", columns=None) -> Table:
+def made(
+    result: dict,
+    rows: list[dict],
+    question: str,
+    title: str,
+    lines: list[dict],
+    said: str = "",
+    columns: list[str] | None = None,
+) -> Table:
     """The table of these lines: it is of the commit of most, and its column "other commit" names those of others."""
     commits = [line.get("commit", "").split(", ") for line in lines]
     # of two that all lines have, that of more rows
@@ -79,7 +94,7 @@ def named(commits: list[str]) -> str:
     return ", ".join(commits) if len(commits) <= MOST_NAMED else f"{len(commits)} others"
 
 
-def of_layers(name: str, rows: list[dict], ceilings: Peaks | None):
+def of_layers(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
     for model, mine in grouped(rows, lambda row: row["model"]).items():
         title = f"Layers of {model}" if model else "Layers"
         yield "layers", title, layer_lines(mine), "Dense in microseconds, the others as speed over it."
@@ -90,12 +105,12 @@ def of_layers(name: str, rows: list[dict], ceilings: Peaks | None):
         yield "predicted", "Layers: predicted and measured", prediction_lines(predictions(rows, ceilings), [])
 
 
-def of_groups(name: str, rows: list[dict], ceilings: Peaks | None):
+def of_groups(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
     said = "Speed over dense of projections that read one input, one by one -> together."
     yield "layers", "Projections with one input", group_lines(rows), said
 
 
-def of_models(name: str, rows: list[dict], ceilings: Peaks | None):
+def of_models(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
     good = [row for row in rows if "error" not in row]
     variants = dict.fromkeys(row["variant"].removesuffix("+fused") for row in good)
     titles = {variant: variant for variant in sorted(variants) if structure_of(variant) != "dense"}
@@ -115,7 +130,7 @@ def of_models(name: str, rows: list[dict], ceilings: Peaks | None):
             prediction_lines([], model_predictions(good, ceilings)),
         )
 
-        def predict(row):
+        def predict(row: dict) -> dict[str, float]:
             return predicted_parts(row, ceilings)
 
     said = "Milliseconds by PyTorch's profiler" + (" and, in brackets, as predicted." if ceilings else ".")
@@ -129,14 +144,14 @@ def commits(rows: list[dict]) -> dict:
     return {"commit": ", ".join(names)}
 
 
-def of_quality(name: str, rows: list[dict], ceilings: Peaks | None):
+def of_quality(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
     lines = largest_first(quality_lines(rows))
     dense = {f"{row.get('dataset')} {row['dense_ppl']:.2f}": 0 for row in rows if row.get("dense_ppl")}
     said = f"Dense: {', '.join(dense)}." if dense else ""
     yield "size", "Perplexity", lines, said, quality_columns(rows, lines)
 
 
-def of_others(name: str, rows: list[dict], ceilings: Peaks | None):
+def of_others(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
     """Rows as they are, without what no cell can hold; what all rows share is said once."""
     lines = [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
     columns = dict.fromkeys(key for line in lines for key in line if key != "commit")
@@ -146,11 +161,11 @@ def of_others(name: str, rows: list[dict], ceilings: Peaks | None):
     yield "other", name, lines, f"In all rows: {said}." if said else "", varying
 
 
-def nested(value) -> bool:
+def nested(value: object) -> bool:
     return isinstance(value, dict) or (
         isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value)
     )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     return " x ".join(map(str, value)) if isinstance(value, list) else value

@@ -44,5 +44,5 @@ def timed_of(rows: list[dict], ratio: float | None) -> Timed | None:
             sizes = models.setdefault(model, {})
             if "dense" in found and len(found) > len(sizes.get(measurement, ("", ["dense"]))[1]):
                 sizes[measurement] = size, found
-    model = max(models, key=lambda name: sum(len(found) for _, found in models[name].values()), default=None)
-    return Timed(model, ratio, models[model]) if model and models[model] else None
+    most = max(models, key=lambda name: sum(len(found) for _, found in models[name].values()), default=None)
+    return Timed(most, ratio, models[most]) if most and models[most] else None

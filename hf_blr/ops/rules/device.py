@@ -46,7 +46,7 @@ def device_of(x: torch.Tensor) -> Device:
 @functools.cache
 def cuda_device(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
-    return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
+    return Device((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def vector_width(*sizes: int) -> int:

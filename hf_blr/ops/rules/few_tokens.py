@@ -172,7 +172,7 @@ def one_mix_config(b1: int, part: int, itemsize: int, device: Device) -> OneConf
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
 
-    def held(rows, warps):
+    def held(rows: int, warps: int) -> int:
         """32-bit registers of a thread: this tile and the next one, and the vector."""
         return 3 * b1 * part * rows * itemsize // (4 * 32 * warps)
 

@@ -44,7 +44,7 @@ def fused_mix_config(b1: int, itemsize: int, device: Device) -> GemmConfig:
 def fit_gemm(config: GemmConfig, itemsize: int, device: Device, tiles_a: int = 1) -> GemmConfig:
     """The config with fewer stages, then a shorter step, then smaller tiles, until it fits."""
 
-    def fits(c):
+    def fits(c: GemmConfig) -> bool:
         return c.stages * (tiles_a * c.bt + c.bn) * c.bk * itemsize <= device.shared_memory
 
     while not fits(config):

@@ -18,12 +18,12 @@ class Blast(BLRSpec):
     blocked = True
     kinds = {"u": FACTOR, "s": FACTOR, "v": FACTOR}
 
-    def sizes(self):
+    def sizes(self) -> dict[str, tuple[int, ...]]:
         (b1, b2), (p, q) = self.num_blocks, self.block_shape
         return {"u": (b2, q, self.rank), "s": (b2, b1, self.rank), "v": (b1, self.rank, p)}
 
     @staticmethod
-    def parameters_per_rank(in_features, out_features, num_blocks):
+    def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return in_features + out_features + num_blocks[0] * num_blocks[1]
 
 

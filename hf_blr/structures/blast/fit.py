@@ -12,7 +12,9 @@ extrapolation, so the loss never rises.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -132,9 +134,10 @@ class BlastProblem:
         uu = state.u.mT @ state.u  # [B2, R, R]
         by_rank = uu.transpose(0, 1).unsqueeze(2)  # [R, B2, 1, R]
 
-        def normal(s):
+        def normal(s: Tensor) -> Tensor:
             # (u_i^T u_i * G) s_i, without that matrix
-            return sum(half.mul_(by_rank[ranks]).sum(0) for ranks, half in self.weighted(state.g, s))
+            parts = (half.mul_(by_rank[ranks]).sum(0) for ranks, half in self.weighted(state.g, s))
+            return reduce(torch.add, parts)
 
         rhs = (state.u.unsqueeze(1) * state.c).sum(2)
         diagonal = state.g.diagonal(dim1=1, dim2=2).diagonal(dim1=0, dim2=1) * uu.diagonal(dim1=1, dim2=2).unsqueeze(1)
@@ -144,7 +147,7 @@ class BlastProblem:
         # each output block is a system of its own
         return conjugate_gradients(normal, rhs, state.s, lambda x: x / diagonal, S_STEPS, dims=(1, 2))
 
-    def weighted(self, g: Tensor, s: Tensor):
+    def weighted(self, g: Tensor, s: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Sums over j of s_ijr G_rjkq, part by part: (slice of the ranks r, `[ranks, B2, B1, R]` over r, i, k, q)."""
         by_rank = s.permute(2, 0, 1)
         # other accelerators have little cache and much to do at once, too
@@ -161,11 +164,11 @@ class BlastProblem:
         us = (u.unsqueeze(1) * s.unsqueeze(2)).transpose(0, 1).flatten(1, 2)  # [B1, N, R]
         root = inverse_root(us.mT @ us, PRECONDITIONER_DAMPING)
 
-        def normal(v):
+        def normal(v: Tensor) -> Tensor:
             approximation = torch.bmm(us, v).transpose(0, 1).flatten(1)
             return torch.bmm(us.mT, (approximation @ self.h.flatten(0, 1)).view(-1, self.b1, self.p).transpose(0, 1))
 
-        def precondition(x):
+        def precondition(x: Tensor) -> Tensor:
             # exact for each block alone
             return root.mT @ (root @ x @ self.h_root.mT) @ self.h_root
 
@@ -173,7 +176,7 @@ class BlastProblem:
         return conjugate_gradients(normal, rhs, v, precondition, V_STEPS, dims=(0, 1, 2))
 
 
-def starting_point(weight, spec: Blast, gram, seed) -> tuple[Tensor, Tensor]:
+def starting_point(weight: Tensor, spec: Blast, gram: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
     """s and v from the closed low-rank solution, with s spread around one."""
     b1, p = spec.num_blocks[0], spec.block_shape[0]
     _, v = low_rank_factors(weight, spec.rank, gram)

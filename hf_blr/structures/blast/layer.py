@@ -11,6 +11,6 @@ class BlastLinear(BLRLinear):
 
     spec_class = Blast
 
-    def initial_std(self):
+    def initial_std(self) -> dict[str, float]:
         # u sums R products of z, and z sums B1 of them
         return {**super().initial_std(), "s": 1 / math.sqrt(self.spec.num_blocks[0])}

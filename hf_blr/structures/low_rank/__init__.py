@@ -11,11 +11,11 @@ class LowRank(BLRSpec):
 
     structure = "low_rank"
 
-    def sizes(self):
+    def sizes(self) -> dict[str, tuple[int, ...]]:
         return {"u": (self.out_features, self.rank), "v": (self.rank, self.in_features)}
 
     @staticmethod
-    def parameters_per_rank(in_features, out_features, num_blocks):
+    def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return in_features + out_features
 
 

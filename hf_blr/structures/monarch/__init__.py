@@ -17,12 +17,12 @@ class Monarch(BLRSpec):
     default_blocks = (4, 4)
     blocked = True
 
-    def sizes(self):
+    def sizes(self) -> dict[str, tuple[int, ...]]:
         (b1, b2), (p, q) = self.num_blocks, self.block_shape
         return {"u": (b2, q, b1 * self.rank), "v": (b1, b2 * self.rank, p)}
 
     @staticmethod
-    def parameters_per_rank(in_features, out_features, num_blocks):
+    def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return num_blocks[1] * in_features + num_blocks[0] * out_features
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def fit(
     h = None if gram is None else gram.view(b1, p, b1, p).transpose(1, 2)  # [B1, B1, P, P]
     alone = [low_rank_factors(blocks[:, :, j], r, None if h is None else h[j, j]) for j in range(b1)]
     u, v = (torch.stack(column) for column in zip(*alone, strict=True))  # [B1, B2, Q, R], [B1, B2, R, P]
-    if gram is None:
+    if gram is None or h is None:
         return packed(u, v, spec), []
     roots = [cholesky(h[j, j]) for j in range(b1)]
     residual = blocks - (u @ v).permute(1, 2, 0, 3)  # [B2, Q, B1, P]
@@ -43,7 +45,7 @@ def fit(
         for j in range(b1):
             # the residual with block column j taken out of the model, times H: only column j of it is needed
             residual[:, :, j] += u[j] @ v[j]
-            image = sum(residual[:, :, k] @ h[k, j] for k in range(b1))  # [B2, Q, P]
+            image = reduce(torch.add, (residual[:, :, k] @ h[k, j] for k in range(b1)))  # [B2, Q, P]
             for _ in range(INNER_STEPS):
                 u[j], v[j] = alternate(u[j], image, h[j, j], roots[j])
             residual[:, :, j] -= u[j] @ v[j]

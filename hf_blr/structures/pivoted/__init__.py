@@ -21,24 +21,24 @@ class Pivoted(BLRSpec):
     kinds = {"u": FACTOR, "c": FACTOR, "order": INDEX}
 
     @property
-    def equivalent_rank(self):
+    def equivalent_rank(self) -> float:
         return float(self.rank)
 
-    def sizes(self):
+    def sizes(self) -> dict[str, tuple[int, ...]]:
         # a rank as large as the matrix has no other features; it stores no less than the dense matrix
         rest = max(0, self.in_features - self.rank)
         return {"u": (self.out_features, self.rank), "c": (self.rank, rest), "order": (self.in_features,)}
 
-    def flops(self, tokens):
+    def flops(self, tokens: int) -> int:
         return 2 * tokens * (self.num_parameters - self.in_features)
 
     @classmethod
-    def parameters_at(cls, rank, in_features, out_features, num_blocks):
+    def parameters_at(cls, rank: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         # beyond the smaller side a rank stores more and says no more
         return rank * (out_features + max(0, in_features - rank)) + in_features
 
     @classmethod
-    def rank_within(cls, parameters, in_features, out_features, num_blocks):
+    def rank_within(cls, parameters: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         most, both = parameters - in_features, in_features + out_features
         if most < both - 1:
             return 0

@@ -49,5 +49,5 @@ def closed(module: BLRLinear, pair: Pair) -> None:
     # a trainer may have thawed factors and frozen biases
     for factor in module.factors().values():
         factor.requires_grad_(pair.layer.u.requires_grad)
-    if module.bias is not None:
+    if module.bias is not None and pair.layer.bias is not None:
         module.bias.requires_grad_(pair.layer.bias.requires_grad)
