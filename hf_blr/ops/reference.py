@@ -34,7 +34,7 @@ def blast_linear(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 def pivoted_linear(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[..., K]`, u `[N, R]`, c `[R, K - R]`, order `[K]` -> `[..., N]`. PIFA, PMLR 267, pivots among the inputs."""
     r = c.shape[0]
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).index_select(-1, order)
+    rows = x.reshape(-1, x.shape[-1]).index_select(-1, order)
     y = torch.addmm(rows[:, :r], rows[:, r:], c.mT)
     return torch.nn.functional.linear(y, u, bias).view(*x.shape[:-1], u.shape[0])
 
@@ -84,8 +84,8 @@ def _project(x: Tensor, v: Tensor) -> Tensor:
     a CPU that makes a training step of BLAST twice as fast as with the rank last.
     """
     b1, _, p = v.shape
-    # sizes in full: -1 is ambiguous where there are no tokens
-    return torch.bmm(v, x.reshape(x.shape[:-1].numel(), b1, p).permute(1, 2, 0))
+    # -1 counts no tokens, too, as well as a symbolic number of them, of which a `torch.Size` has no product
+    return torch.bmm(v, x.reshape(-1, b1, p).permute(1, 2, 0))
 
 
 def _expand(z: Tensor, u: Tensor, bias: Tensor | None, lead: torch.Size) -> Tensor:
