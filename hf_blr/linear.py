@@ -31,6 +31,8 @@ class BLRLinear(nn.Module):
     siblings: tuple | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
     activation: str = ""
+    #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
+    impl: str = ""
 
     def __init__(self, spec: BLRSpec, bias=True, transposed=False, device=None, dtype=None):
         super().__init__()
@@ -75,7 +77,8 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
-        return self.function(x, **self.tensors(), bias=self.bias, activation=self.activation)
+        impl = self.impl or None
+        return self.function(x, **self.tensors(), bias=self.bias, impl=impl, activation=self.activation)
 
     def train(self, mode: bool = True):
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""

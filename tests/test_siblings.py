@@ -137,6 +137,23 @@ def test_no_stale_output(attention, change):
     torch.testing.assert_close(attention.k_proj(x), alone(attention.k_proj, x))
 
 
+@torch.no_grad()
+def test_a_module_with_an_implementation_of_its_own_takes_its_group_apart(attention, computed):
+    x = torch.randn(5, 8)
+    attention.q_proj(x)
+    getattr(x, MARK)[1][1][0].fill_(float("nan"))
+    attention.k_proj.impl = "reference"
+    assert torch.equal(attention.k_proj(x), alone(attention.k_proj, x))
+    assert len(computed) == 1
+    x = torch.randn(5, 8)
+    for module in attention.children():
+        torch.testing.assert_close(module(x), alone(module, x))
+    assert len(computed) == 1 and not hasattr(x, MARK)
+    attention.k_proj.impl = ""
+    attention.q_proj(x)
+    assert len(computed) == 2
+
+
 def test_gradients_go_the_way_of_single_layers(attention, computed):
     x = torch.randn(5, 8)
     with torch.no_grad():
