@@ -25,7 +25,7 @@ FLOORS = [
     ["linear"],
     ["dense"],
     ["ops"],
-    ["structures"],
+    ["structures", "modes"],
 ]
 MAY_IMPORT_TRANSFORMERS = (
     "checkpoint",

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.sequential import SequentialChain, residual_writers
 from hf_blr.dense import dense_weight
+from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 

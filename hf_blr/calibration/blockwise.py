@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.precision import calibrating
+from hf_blr.modes import evaluating
 
 Batch = dict[str, Tensor]
 
@@ -38,17 +39,6 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
         for batch in batches:
             run(body, batch)
     return collector.grams
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """The model in evaluation mode; back in training mode afterwards if it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_blr.evaluation.windows import batch_windows, cut_windows
+from hf_blr.modes import evaluating
 from hf_blr.text import NAMED, describe, load_text, tokenize
 
 #: tokens in one forward where the caller names no batch size: the logits, not the weights, are what fills
@@ -136,7 +136,7 @@ def perplexity(
 
     nll_sum = 0.0
     start = time.perf_counter()
-    with evaluation_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in tqdm(batch_windows(windows, batch_size), desc="perplexity", disable=not progress):
             input_ids = torch.stack([tokens[window.begin : window.end] for window in batch])
             logits = model(input_ids=input_ids, use_cache=False).logits
@@ -219,15 +219,3 @@ def check_ids(model, tokens):
             f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
             "is this the tokenizer of this model?"
         )
-
-
-@contextmanager
-def evaluation_mode(model):
-    """`model.eval()` for a while; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
