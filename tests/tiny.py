@@ -14,7 +14,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -66,12 +72,35 @@ def tiny_vit(seed=0, **kw) -> ViTForImageClassification:
     return build(ViTForImageClassification, ViTConfig(**{**sizes, **image, **kw}), seed)
 
 
+def tiny_t5(seed=0, **kw) -> T5ForConditionalGeneration:
+    """Two blocks on each side, 28 projections; `wo` stays dense, as the model holds it in float32."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB_SIZE}
+    return build(T5ForConditionalGeneration, T5Config(**{**sizes, "decoder_start_token_id": 0, **kw}), seed)
+
+
+def tiny_mixtral(seed=0, **kw) -> MixtralForCausalLM:
+    """Two blocks, 8 projections, all of attention; the four experts are no linear layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return build(MixtralForCausalLM, MixtralConfig(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)
+
+
+def tiny_qwen3(seed=0, **kw) -> Qwen3ForCausalLM:
+    """Two blocks, 14 projections; heads are wider than hidden size by their number, q and k are normalised."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128}
+    return build(Qwen3ForCausalLM, Qwen3Config(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)
+
+
 def tiny_inputs(model, seed=1) -> dict[str, torch.Tensor]:
     """A batch of two that the model's forward takes."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    return {"input_ids": torch.randint(0, 256, (2, 12), generator=generator)}
+    inputs = {"input_ids": torch.randint(0, 256, (2, 12), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(0, 256, (2, 7), generator=generator)
+    return inputs
 
 
 @torch.no_grad()
