@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_siblings import CONFIGS, compressed
+from fusion_cases import CONFIGS, compressed
 from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_vit
 from torch import nn
 

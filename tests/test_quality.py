@@ -3,19 +3,14 @@
 import argparse
 import copy
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from tiny import tiny_llama
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import baselines
 import merge
 import protocol
+import pytest
 import quality
+import torch
+from tiny import tiny_llama
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.dense import dense_weight

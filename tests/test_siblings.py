@@ -8,28 +8,17 @@ import weakref
 
 import pytest
 import torch
+from fusion_cases import CONFIGS, compressed
 from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits
 from torch import nn
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.config import BLRConfig
 from hf_blr.inference.siblings import MARK, Siblings
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import Blast
 
 pytest.importorskip("triton")
-CONFIGS = {
-    "low_rank": {"structure": "low_rank", "rank": 8},
-    "monarch": {"structure": "monarch", "rank": 2, "num_blocks": (4, 4)},
-    "blast": {"structure": "blast", "rank": 8, "num_blocks": (4, 4)},
-}
-
-
-def compressed(structure="blast", build=tiny_llama):
-    model = build()
-    hf_blr.compress(model, BLRConfig(**CONFIGS[structure]))
-    return model
 
 
 @pytest.fixture

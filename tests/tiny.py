@@ -103,10 +103,28 @@ def tiny_inputs(model, seed=1) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def batches_for(model, count=3) -> list[dict[str, torch.Tensor]]:
+    """Batches to calibrate with, all of one shape."""
+    generator = torch.Generator().manual_seed(3)
+    if model.main_input_name == "pixel_values":
+        return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(count)]
+    return [{"input_ids": torch.randint(0, 256, (8, 24), generator=generator)} for _ in range(count)]
+
+
 @torch.no_grad()
 def tiny_logits(model) -> torch.Tensor:
     """The model's logits (or last hidden states) on `tiny_inputs`, in float32."""
     return model(**tiny_inputs(model))[0].float()
+
+
+def divergence(dense, model, batches) -> float:
+    """Mean KL divergence of the model's predictions from the dense model's."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(**batch).logits.log_softmax(-1) for m in (dense, model))
+            total += (p.exp() * (p - q)).sum(-1).mean().item()
+    return total / len(batches)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
