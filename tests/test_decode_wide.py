@@ -15,7 +15,10 @@ from kernel_cases import (  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_wide  # noqa: E402
 from hf_blr.ops.triton.decode_launch import DecodeConfig  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 
 #: one program and three for each multiprocessor of the interpreter, which has one
 CONFIGS = [DecodeConfig(8, 16, 4, 2, programs=1, ahead=2), DecodeConfig(16, 16, 2, 3, programs=3)]

@@ -13,6 +13,8 @@ import hf_blr
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+#: `pythonpath`, but for the root itself
+FOLDERS = [ROOT / name for name in ("tests", "benchmarks", "experiments")]
 
 
 def imports_of(path):
@@ -25,7 +27,7 @@ def imports_of(path):
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.stem)
 def test_no_file_of_the_tests_is_imported_twice(path):
-    """Helpers by one name each, the one that `pythonpath` in pyproject.toml gives them; test modules by pytest alone."""
+    """Helpers by the one name that `pythonpath` in pyproject.toml gives them, and test modules by pytest alone."""
     for name in imports_of(path):
         top = name.partition(".")[0]
         assert top not in ("tests", "benchmarks", "experiments") and not top.startswith((".", "test_")), name
