@@ -109,6 +109,7 @@ def queries(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_fused_model_generates_the_same_on_a_static_cache(queries):
     model = fused()
@@ -129,6 +130,7 @@ def test_a_fused_model_generates_the_same_on_a_static_cache(queries):
     assert not queries
 
 
+@pytest.mark.slow
 @interpreted
 def test_masked_prompts(queries):
     model = fused()
@@ -142,6 +144,7 @@ def test_masked_prompts(queries):
     assert queries
 
 
+@pytest.mark.slow
 @interpreted
 def test_it_compiles_as_one_graph(queries):
     model = fused()

@@ -77,6 +77,7 @@ def test_variants_by_name():
             Variant.parse(text)
 
 
+@pytest.mark.slow
 def test_usual_variants_are_those_that_can_be_built():
     usual = {name: list(map(str, usual_variants(shape))) for name, shape in SHAPES.items()}
     assert len(usual["Llama-7B"]) == 8 and len(usual["Llama-3-8B"]) == 5
@@ -160,6 +161,7 @@ def test_a_training_step_moves_the_projections_alone(form):
     assert row["trained_parameters"] == sum(before[name].numel() for name in moved) and row["ms"] > 0
 
 
+@pytest.mark.slow
 def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", tiny_shape())
     file = tmp_path / "models.json"
@@ -193,6 +195,7 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_step_that_keeps_fewer_activations():
     from tiny import tiny_shape
 
@@ -210,6 +213,7 @@ def test_a_training_step_that_keeps_fewer_activations():
     assert all(line["speed over dense"] == 1.0 for line in lines if line["variant"] == "dense")
 
 
+@pytest.mark.slow
 def test_one_failure_costs_one_row(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("as large\nas that")

@@ -306,6 +306,7 @@ def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
     assert "weight_decay=0.1 applies to the factors" in warned[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],

@@ -95,6 +95,7 @@ def run(code, *args):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_import_transformers_warns_and_loads_a_random_model(folder):
     # documents what a user sees who forgets the import; the method's name is the only hint there is
     code = """
@@ -108,6 +109,7 @@ print(type(model.model.layers[0].self_attn.q_proj).__name__)
     assert "BlastLinear" not in printed
 
 
+@pytest.mark.slow
 def test_registration_imports_nothing_heavy_and_works_in_any_order(folder):
     code = """
 import sys
@@ -136,6 +138,7 @@ print("adapted", type(model.model.layers[0].self_attn.q_proj).__name__)
     assert "adapted LoraBLR" in lines
 
 
+@pytest.mark.slow
 def test_a_second_import_of_the_package_still_works(folder):
     code = """
 import importlib, sys

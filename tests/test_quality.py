@@ -70,6 +70,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_writes_its_rows_and_none_runs_twice(folder, capsys):
     arguments = ["--model", str(folder / "model"), "--ids", str(folder / "ids.pt"), "--json", str(folder / "q.json")]
     arguments += ["--device", "cpu"]

@@ -23,6 +23,7 @@ refine(model, dense, windows, epochs=1, batch_size=2)
 """
 
 
+@pytest.mark.slow
 def test_refinement_needs_no_datasets_package():
     # in a process of its own: transformers remembers which packages it has seen
     subprocess.run([sys.executable, "-c", REFINE], check=True, cwd=Path(__file__).parent)

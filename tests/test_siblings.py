@@ -279,6 +279,7 @@ def test_adapters_on_top(computed):
     assert len(computed) == 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
@@ -299,6 +300,7 @@ def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
     assert len(graphs) == 1 and len(calls) == 4
 
 
+@pytest.mark.slow
 def test_generates_with_a_static_cache():
     model = compressed()
     inputs = tiny_inputs(model)["input_ids"][:1, :4]
