@@ -148,7 +148,7 @@ def with_low_rank_weights(model, rank=6):
     return model
 
 
-def tiny_shape():
+def tiny_shape(**kw):
     """A Llama for the whole-model benchmark, one kind of whose layers the paper is said to compress."""
     from hf_blr.bench.models import Shape, llama
     from hf_blr.bench.shapes import Layer
@@ -156,4 +156,4 @@ def tiny_shape():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     paper = (Layer("q,o", 64, 64, 16, (16, 4), 4, "[qo]_proj"),)
-    return Shape("text", llama(**sizes, **heads), paper, prefill=(16,))
+    return Shape("text", llama(**{**sizes, **heads, **kw}), paper, prefill=(16,))
