@@ -82,6 +82,7 @@ def test_kernels_with_a_gradient(structure):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 37])

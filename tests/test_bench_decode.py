@@ -49,6 +49,7 @@ def generated(model, ids, step, texts=2, new_tokens=9, **inputs):
             yield model.generate(ids, past_key_values=cache, **settings).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(

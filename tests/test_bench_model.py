@@ -224,6 +224,7 @@ def test_one_failure_costs_one_row(monkeypatch):
     assert found[0]["error"] == "OutOfMemoryError: as large as that" and found[1]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_no_text_is_longer_than_the_model_has_positions():
     shape = models.Shape("text", models.gpt2(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=99))
     sizes = {"tokens": (32, 65), "batches": (1,), "training_tokens": 65}
@@ -233,6 +234,7 @@ def test_no_text_is_longer_than_the_model_has_positions():
     assert len(training) == 2 and all(row["tokens"] == 64 and row["ms"] > 0 for row in training)
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_tokens_that_it_has():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape = models.Shape("image", models.vit(**sizes, image_size=16, patch_size=8, num_labels=3), prefill=(5,))

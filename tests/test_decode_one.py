@@ -21,7 +21,12 @@ pytestmark = [
 ]
 
 #: one program with one row at a time, and with more than there are; rows in many steps, and in one
-CONFIGS = [OneConfig(1, 16, 1, 1), OneConfig(4, 16, 4, 3), OneConfig(16, 64, 4, 2)]
+# a row and sixteen columns at a time is many steps for the interpreter
+CONFIGS = [
+    pytest.param(OneConfig(1, 16, 1, 1), marks=pytest.mark.slow),
+    OneConfig(4, 16, 4, 3),
+    OneConfig(16, 64, 4, 2),
+]
 
 
 @pytest.fixture(params=CONFIGS, ids=str)

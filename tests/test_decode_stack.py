@@ -48,6 +48,7 @@ def test_a_stack_in_the_order_of_its_blocks():
     torch.testing.assert_close(y, torch.einsum("tjp,jrp->jtr", x.view(20, 3, 24), v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
 @pytest.mark.parametrize("tokens", [5, 32])
 def test_whole_layers_and_siblings(structure, tokens, grids):

@@ -75,6 +75,7 @@ def test_programs_take_several_tiles_each(grids):
     assert grids[0][0] <= 3 < 200 // 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", SIBLINGS)
 def test_whole_layers_and_siblings(grids, structure):
     assert_within_budget(structure, make_inputs(structure, 5, 3, 2, 20, 35, 7, torch.float32))

@@ -82,6 +82,7 @@ def largest_error(before, steps, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_two_processes_step_as_one(structure, processes):
     model = model_for(structure)

@@ -338,6 +338,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, reentrant, te
     assert_same_gradients(checkpointed, gradients())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_works_for_images(tmp_path, reentrant):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

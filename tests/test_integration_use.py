@@ -70,6 +70,7 @@ def test_generate_prefers_what_the_logits_say(model):
     assert torch.equal(tokens[0, 5:], logits[0, 4:-1].argmax(-1))
 
 
+@pytest.mark.slow
 def test_compiled_generation_equals_eager(model):
     eager = model.generate(IDS, **GENERATE)
     compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)

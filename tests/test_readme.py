@@ -54,6 +54,7 @@ def test_the_quickstart_runs(model_folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "smaller" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arguments, shown",
     [

@@ -164,6 +164,7 @@ def test_inference_mode_runs_layers_alone(attention, computed):
     assert not computed
 
 
+@pytest.mark.slow
 def test_threads_share_modules_and_inputs(attention, monkeypatch):
     # Triton's interpreter runs in one thread at a time
     lock, compute = threading.Lock(), Siblings.compute

@@ -50,6 +50,7 @@ def test_blast_with_many_blocks(tokens, rank, blocks):
         assert_siblings_within_budget("blast", tokens, sizes, b1=blocks[0], b2=blocks[1], p=4, bias=False)
 
 
+@pytest.mark.slow
 @interpreted
 def test_mix_inside_the_last_stage(monkeypatch):
     pytest.importorskip("triton")
@@ -78,6 +79,7 @@ def test_no_tokens_and_any_leading_shape(structure):
     torch.testing.assert_close(outs, expected)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
 def test_opcheck(structure):
