@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: install test lint docs demo clean
+.PHONY: install test test-quick lint docs demo clean
 
 install: $(READY)
 
@@ -19,6 +19,10 @@ $(READY): setup.cfg pyproject.toml
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# what a change is checked with many times a day; minutes where `test` takes a quarter of an hour
+test-quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

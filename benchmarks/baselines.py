@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
@@ -15,6 +14,7 @@ from hf_blr.dense import dense_weight
 from hf_blr.factorize.gram import damped, solve_psd
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.linear import BLRLinear
+from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast
 from hf_blr.structures.blast.reference import blast_dense

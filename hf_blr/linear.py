@@ -37,6 +37,8 @@ class BLRLinear(nn.Module):
     siblings: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
     activation: str = ""
+    #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
+    impl: str = ""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class BLRLinear(nn.Module):
             if out is not None:
                 return out
         tensors = list(self.tensors().values())
-        return ops.linear(self.spec.structure, x, tensors, self.bias, activation=self.activation)
+        return ops.linear(self.spec.structure, x, tensors, self.bias, self.impl or None, self.activation)
 
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""

@@ -1,8 +1,28 @@
-"""Without a GPU the kernels run under Triton's interpreter, set before Triton is imported."""
+"""What all tests share. Without a GPU the kernels run under Triton's interpreter, set before Triton is imported."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# tests that start a process of their own test this package there too, whatever copy of it the environment has installed
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])
+
+
+@pytest.fixture
+def poisoned_buffers(monkeypatch):
+    """Every buffer a launcher allocates starts as NaN, so that what no kernel writes shows."""
+
+    def poisoned(allocate):
+        def allocated(*args, **kwargs):
+            found = allocate(*args, **kwargs)
+            # indices and counts have no NaN
+            return found.fill_(float("nan")) if found.is_floating_point() else found
+
+        return allocated
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

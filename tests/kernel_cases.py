@@ -41,6 +41,20 @@ def make_inputs(structure, tokens, b1, b2, p, q, r, dtype, device="cpu", bias=Tr
     return [t.requires_grad_(t.is_floating_point()) for t in tensors]
 
 
+def attention_inputs(batch, heads, groups, length, d, dtype=torch.float32, device="cpu", seen=None):
+    """q, k, v and a mask that shows `seen` keys, or a random choice of them, the newest among them."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, h, t, d, generator=generator, device=device).to(dtype)
+        for h, t in ((heads * groups, 1), (heads, length), (heads, length))
+    )
+    mask = torch.rand(batch, 1, 1, length, generator=generator, device=device) < 0.7
+    mask[..., -1] = True
+    if seen is not None:
+        mask = (torch.arange(length, device=device) < seen).expand(batch, 1, 1, length).contiguous()
+    return q, k, v, mask
+
+
 def recorded_grids(monkeypatch, module, name):
     """The grids in which that kernel of a module is launched from now on."""
     grids, kernel = [], getattr(module, name)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_siblings import CONFIGS, compressed
+from fusion_cases import CONFIGS, compressed
 from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_vit
 from torch import nn
 
@@ -42,6 +42,7 @@ def applied(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [*CONFIGS, "pivoted"])
 @pytest.mark.parametrize("name", MODELS)
 def test_projections_apply_the_activation_behind_them(name, structure, applied):
@@ -83,6 +84,7 @@ def test_fused_again(build, between, applied):
     assert not applied and (build is tiny_llama or activating(model) == ["gelu_tanh"] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_gated_mlps(structure):
     model = compressed(structure)
@@ -151,6 +153,7 @@ def test_an_adapter_comes_before_the_activation():
         torch.testing.assert_close(tiny_logits(adapted), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_equal_blocks_share_one_compilation_without_a_break(build):
     model = compressed("monarch", build)

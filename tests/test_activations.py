@@ -7,21 +7,10 @@ from kernel_cases import FUNCTIONS, SIBLINGS, assert_gated_within_budget, make_i
 from hf_blr import ops
 from hf_blr.ops.activations import ACTIVATIONS, activated
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 #: (Q, R) of both layers
 EQUAL, RAGGED = [(10, 6)] * 2, [(12, 8), (5, 6)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Every buffer a launcher allocates starts as NaN, so that what no kernel writes shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args, **kwargs):
-        found = new_empty(*args, **kwargs)
-        return found.fill_(float("nan")) if found.is_floating_point() else found
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def compared(structure, tokens, activation, dtype=torch.float32, bias=True, sizes=(2, 3, 8, 10, 6)):
@@ -91,6 +80,7 @@ def test_kernels_with_a_gradient(structure):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 37])

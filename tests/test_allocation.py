@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.fisher import fisher_statistics, sampled_loss
@@ -15,8 +16,6 @@ from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks,
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast, LowRank, Monarch, make_spec
-from tests.test_sequential import batches_for, divergence
-from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 CONFIG = BLRConfig("low_rank", ratio=0.5)
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from kernel_cases import attention_inputs
 from tiny import tiny_inputs, tiny_llama, tiny_logits
 from transformers import StaticCache
 
@@ -17,26 +18,12 @@ from hf_blr.ops.attention import by_kernel, one_query_attention, suits_kernel
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 
 
-def inputs(batch, heads, groups, length, d, dtype=torch.float32, device="cpu", seen=None):
-    """q, k, v and a mask that shows `seen` keys, or a random choice of them, the newest among them."""
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(batch, h, t, d, generator=generator, device=device).to(dtype)
-        for h, t in ((heads * groups, 1), (heads, length), (heads, length))
-    )
-    mask = torch.rand(batch, 1, 1, length, generator=generator, device=device) < 0.7
-    mask[..., -1] = True
-    if seen is not None:
-        mask = (torch.arange(length, device=device) < seen).expand(batch, 1, 1, length).contiguous()
-    return q, k, v, mask
-
-
 @interpreted
 @pytest.mark.parametrize("batch, heads, groups, length, d", [(1, 3, 1, 64, 16), (2, 2, 3, 70, 24), (1, 2, 1, 7, 16)])
 def test_the_kernel_is_sdpa(batch, heads, groups, length, d):
     pytest.importorskip("triton")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
-        tensors = inputs(batch, heads, groups, length, d, dtype)
+        tensors = attention_inputs(batch, heads, groups, length, d, dtype)
         got = one_query_attention(*tensors, impl="triton")
         expected = one_query_attention(*(t.double() if t.is_floating_point() else t for t in tensors), impl="reference")
         assert got.shape == (batch, 1, heads * groups, d) and got.dtype == dtype
@@ -52,7 +39,7 @@ def test_pieces_that_see_nothing_and_long_caches(monkeypatch):
     monkeypatch.setattr(attend, "PIECES", 2)
     # several keys at a time, several pieces, several pieces at a time; another scale
     for length, seen in ((600, 530), (90, 5), (16, 16)):
-        tensors = inputs(1, 2, 2, length, 16, seen=seen)
+        tensors = attention_inputs(1, 2, 2, length, 16, seen=seen)
         got = one_query_attention(*tensors, scale=0.5, impl="triton")
         torch.testing.assert_close(got, one_query_attention(*tensors, scale=0.5, impl="reference"))
 
@@ -60,7 +47,7 @@ def test_pieces_that_see_nothing_and_long_caches(monkeypatch):
 @interpreted
 def test_keys_that_are_no_rows_of_one_block(monkeypatch):
     pytest.importorskip("triton")
-    q, k, v, mask = inputs(2, 2, 2, 20, 16)
+    q, k, v, mask = attention_inputs(2, 2, 2, 20, 16)
     expected = one_query_attention(q, k, v, mask, impl="reference")
     # what a static cache longer than its batch, and a transposed projection, give
     longer = torch.full((3, 2, 30, 16), float("nan"))
@@ -79,14 +66,14 @@ def test_keys_that_are_no_rows_of_one_block(monkeypatch):
 def test_nothing_seen_gives_zeros():
     pytest.importorskip("triton")
     for length in (20, 100):
-        q, k, v, mask = inputs(2, 2, 1, length, 16)
+        q, k, v, mask = attention_inputs(2, 2, 1, length, 16)
         mask[0] = False
         out = one_query_attention(q, k, v, mask, impl="triton")
         assert torch.equal(out[0], torch.zeros_like(out[0])) and out[1].isfinite().all()
 
 
 def test_shapes_that_do_not_fit_are_named():
-    q, k, v, mask = inputs(1, 2, 2, 8, 16)
+    q, k, v, mask = attention_inputs(1, 2, 2, 8, 16)
     for wrong in ((q[:, :3], k, v, mask), (q, k, v[:, :1], mask), (q, k, v, mask[..., 1:]), (q, k, v, mask.float())):
         with pytest.raises(ValueError, match="expected q"):
             one_query_attention(*wrong)
@@ -95,7 +82,7 @@ def test_shapes_that_do_not_fit_are_named():
 @interpreted
 def test_what_the_kernel_is_left_out_of():
     pytest.importorskip("triton")
-    q, k, v, mask = inputs(1, 2, 2, 8, 16)
+    q, k, v, mask = attention_inputs(1, 2, 2, 8, 16)
     with ops.use_impl("triton"):
         assert suits_kernel(q, k, v, mask)
         assert not suits_kernel(torch.cat([q, q], 2), k, v, mask) and not suits_kernel(q, k, v, None)
@@ -122,6 +109,7 @@ def queries(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_fused_model_generates_the_same_on_a_static_cache(queries):
     model = fused()
@@ -142,6 +130,7 @@ def test_a_fused_model_generates_the_same_on_a_static_cache(queries):
     assert not queries
 
 
+@pytest.mark.slow
 @interpreted
 def test_masked_prompts(queries):
     model = fused()
@@ -155,6 +144,7 @@ def test_masked_prompts(queries):
     assert queries
 
 
+@pytest.mark.slow
 @interpreted
 def test_it_compiles_as_one_graph(queries):
     model = fused()
@@ -171,7 +161,7 @@ def test_it_compiles_as_one_graph(queries):
 @interpreted
 def test_opcheck():
     pytest.importorskip("triton")
-    q, k, v, mask = inputs(1, 2, 2, 8, 16)
+    q, k, v, mask = attention_inputs(1, 2, 2, 8, 16)
     torch.library.opcheck(torch.ops.hf_blr.one_query_attention.default, (q, k, v, mask, 0.25))
 
 
@@ -204,7 +194,7 @@ def test_other_attention_is_left_alone(monkeypatch):
 
 def test_what_the_kernel_does_not_know_goes_to_sdpa(queries):
     assert attention.unknown({"position_bias": torch.zeros(1)}) and not attention.unknown({"position_bias": None})
-    q, k, v, mask = inputs(1, 2, 1, 8, 16)
+    q, k, v, mask = attention_inputs(1, 2, 1, 8, 16)
     with ops.use_impl("triton" if not torch.cuda.is_available() else "auto"):
         module = torch.nn.Module()
         out, _ = attention.attention_forward(module, q, k, v, mask, scaling=0.5, position_bias=torch.zeros(1, 2, 1, 8))

@@ -27,6 +27,7 @@ def test_a_shallow_model_has_the_blocks_of_the_whole_one(name, variant):
     assert projection_groups(cut[0], False) == projection_groups(whole[0], False)
 
 
+@pytest.mark.slow
 def test_every_measurement_runs_once(monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", tiny_shape())
     rows, original = [], module.model_rows

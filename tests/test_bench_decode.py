@@ -49,6 +49,7 @@ def generated(model, ids, step, texts=2, new_tokens=9, **inputs):
             yield model.generate(ids, past_key_values=cache, **settings).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
@@ -74,6 +75,7 @@ def test_one_compilation_for_all_layers_and_the_same_text(make, graphs, backend)
     assert all(block._compiled_call_impl is None for block in repeated_blocks(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("make", [blast, fused])
 def test_blocks_with_kernels_share_a_compilation_too(make):

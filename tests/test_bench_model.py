@@ -77,6 +77,7 @@ def test_variants_by_name():
             Variant.parse(text)
 
 
+@pytest.mark.slow
 def test_usual_variants_are_those_that_can_be_built():
     usual = {name: list(map(str, usual_variants(shape))) for name, shape in SHAPES.items()}
     assert len(usual["Llama-7B"]) == 8 and len(usual["Llama-3-8B"]) == 5
@@ -160,6 +161,7 @@ def test_a_training_step_moves_the_projections_alone(form):
     assert row["trained_parameters"] == sum(before[name].numel() for name in moved) and row["ms"] > 0
 
 
+@pytest.mark.slow
 def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SHAPES, "tiny", tiny_shape())
     file = tmp_path / "models.json"
@@ -193,16 +195,19 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_step_that_keeps_fewer_activations():
     from tiny import tiny_shape
 
     from hf_blr.bench.report.model_tables import compared
 
+    # one layer has activations enough to choose among, and takes less time to compile
+    shape = tiny_shape(num_hidden_layers=1)
     settings = {"forms": ("compiled",), "mode": "default", "training_tokens": 8, "dtype": torch.float32}
     variants, found = [Variant("dense"), Variant.parse("low_rank")], []
     for budget in (1.0, 0.5):
         request = rows.Request(("training",), activation_budget=budget, stop_at_errors=True, **settings)
-        found += rows.model_rows("tiny", tiny_shape(), variants, request, Timer("cpu", 0.01, 3))
+        found += rows.model_rows("tiny", shape, variants, request, Timer("cpu", 0.01, 3))
     assert [row.get("activation_budget") for row in found if row["form"] == "compiled"] == [None, None, 0.5, 0.5]
     # each is compared with its like
     lines = compared([row for row in found if row["form"] == "compiled"], "training")
@@ -210,6 +215,7 @@ def test_a_training_step_that_keeps_fewer_activations():
     assert all(line["speed over dense"] == 1.0 for line in lines if line["variant"] == "dense")
 
 
+@pytest.mark.slow
 def test_one_failure_costs_one_row(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError("as large\nas that")
@@ -220,6 +226,7 @@ def test_one_failure_costs_one_row(monkeypatch):
     assert found[0]["error"] == "OutOfMemoryError: as large as that" and found[1]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_no_text_is_longer_than_the_model_has_positions():
     shape = models.Shape("text", models.gpt2(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=99))
     sizes = {"tokens": (32, 65), "batches": (1,), "training_tokens": 65}
@@ -229,6 +236,7 @@ def test_no_text_is_longer_than_the_model_has_positions():
     assert len(training) == 2 and all(row["tokens"] == 64 and row["ms"] > 0 for row in training)
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_tokens_that_it_has():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape = models.Shape("image", models.vit(**sizes, image_size=16, patch_size=8, num_labels=3), prefill=(5,))

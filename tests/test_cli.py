@@ -86,6 +86,7 @@ def test_weights_alone_need_no_text(dense, tmp_path):
     assert stored["dataset"] is None and stored["rank"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"]])
 def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     folder, text = dense
@@ -160,6 +161,7 @@ def test_help(command, capsys):
     assert "usage: hf-blr" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_run_gives_another_program_the_loader(dense, tmp_path):
     out = tmp_path / "out"
     compress(dense, out)

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 87, 90])
 def test_kernels_build_and_fit(capability):
     env = {**os.environ, "TRITON_INTERPRET": "0"}

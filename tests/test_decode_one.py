@@ -15,10 +15,18 @@ from kernel_cases import (  # noqa: E402
 from hf_blr.ops.rules.few_tokens import OneConfig  # noqa: E402
 from hf_blr.ops.triton import decode_one, decode_one_mix  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 
 #: one program with one row at a time, and with more than there are; rows in many steps, and in one
-CONFIGS = [OneConfig(1, 16, 1, 1), OneConfig(4, 16, 4, 3), OneConfig(16, 64, 4, 2)]
+# a row and sixteen columns at a time is many steps for the interpreter
+CONFIGS = [
+    pytest.param(OneConfig(1, 16, 1, 1), marks=pytest.mark.slow),
+    OneConfig(4, 16, 4, 3),
+    OneConfig(16, 64, 4, 2),
+]
 
 
 @pytest.fixture(params=CONFIGS, ids=str)

@@ -8,7 +8,10 @@ from kernel_cases import assert_siblings_within_budget, assert_within_budget, ma
 
 from hf_blr.ops.triton import decode_stack  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def test_a_stack_in_the_order_of_its_blocks():
     torch.testing.assert_close(y, torch.einsum("tjp,jrp->jtr", x.view(20, 3, 24), v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
 @pytest.mark.parametrize("tokens", [5, 32])
 def test_whole_layers_and_siblings(structure, tokens, grids):

@@ -15,7 +15,10 @@ from kernel_cases import (  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_wide  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 
 #: one program and three for each multiprocessor of the interpreter, which has one
 CONFIGS = [DecodeConfig(8, 16, 4, 2, programs=1, ahead=2), DecodeConfig(16, 16, 2, 3, programs=3)]
@@ -72,6 +75,7 @@ def test_programs_take_several_tiles_each(grids):
     assert grids[0][0] <= 3 < 200 // 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", SIBLINGS)
 def test_whole_layers_and_siblings(grids, structure):
     assert_within_budget(structure, make_inputs(structure, 5, 3, 2, 20, 35, 7, torch.float32))

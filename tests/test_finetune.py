@@ -306,6 +306,7 @@ def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
     assert "weight_decay=0.1 applies to the factors" in warned[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [{"bf16": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
@@ -337,6 +338,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, reentrant, te
     assert_same_gradients(checkpointed, gradients())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_works_for_images(tmp_path, reentrant):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -82,6 +82,7 @@ def test_attention_of_one_query():
     assert counted(lambda: one_query_attention(q, k, k, mask, impl="triton")) == 2 * 2 * (2 * 6 * 16 * 20)
 
 
+@pytest.mark.slow
 def test_whichever_is_imported_first():
     code = (
         "import {}\nimport {}\nimport torch\nfrom torch.utils.flop_counter import flop_registry\n"

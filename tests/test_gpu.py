@@ -8,6 +8,7 @@ from kernel_cases import (
     assert_gated_within_budget,
     assert_siblings_within_budget,
     assert_within_budget,
+    attention_inputs,
     make_inputs,
     make_layers,
 )
@@ -19,8 +20,6 @@ from hf_blr.inference.siblings import Siblings
 from hf_blr.ops.activations import ACTIVATIONS
 
 pytest.importorskip("triton")
-from test_attention import inputs as attention_inputs  # noqa: E402
-
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402

@@ -5,8 +5,18 @@ import os
 import pytest
 import torch
 import transformers
-from tiny import build, tiny_bert, tiny_gpt2, tiny_llama, tiny_logits, tiny_vit, with_low_rank_weights
-from transformers import AutoModel, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from tiny import (
+    build,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_logits,
+    tiny_mixtral,
+    tiny_t5,
+    tiny_vit,
+    with_low_rank_weights,
+)
+from transformers import AutoModel
 
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, register
@@ -91,9 +101,7 @@ def test_dense_checkpoint_loads_into_a_lower_dtype(tmp_path):
 
 
 def test_t5_keeps_its_float32_layer_dense(tmp_path):
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 257}
-    dense = build(T5ForConditionalGeneration, T5Config(**sizes, decoder_start_token_id=0))
-    model = compressed(dense, tmp_path, BLRConfig("low_rank", ratio=0.5))
+    model = compressed(tiny_t5(), tmp_path, BLRConfig("low_rank", ratio=0.5))
     assert len(blr_modules(model)) == 28
     assert not [name for name in blr_modules(model) if name.endswith(".wo")]
     model.save_pretrained(tmp_path / "blr")
@@ -104,8 +112,7 @@ def test_t5_keeps_its_float32_layer_dense(tmp_path):
 
 
 def test_mixture_of_experts_compresses_attention_only(tmp_path):
-    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, vocab_size=257)
-    model = compressed(build(MixtralForCausalLM, config), tmp_path, BLRConfig("low_rank", ratio=0.5))
+    model = compressed(tiny_mixtral(), tmp_path, BLRConfig("low_rank", ratio=0.5))
     assert len(blr_modules(model)) == 8
     assert not [name for name in blr_modules(model) if "experts" in name or name.endswith(".gate")]
     model.save_pretrained(tmp_path / "blr")

@@ -70,6 +70,7 @@ def test_generate_prefers_what_the_logits_say(model):
     assert torch.equal(tokens[0, 5:], logits[0, 4:-1].argmax(-1))
 
 
+@pytest.mark.slow
 def test_compiled_generation_equals_eager(model):
     eager = model.generate(IDS, **GENERATE)
     compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
@@ -95,6 +96,7 @@ def run(code, *args):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_import_transformers_warns_and_loads_a_random_model(folder):
     # documents what a user sees who forgets the import; the method's name is the only hint there is
     code = """
@@ -108,6 +110,7 @@ print(type(model.model.layers[0].self_attn.q_proj).__name__)
     assert "BlastLinear" not in printed
 
 
+@pytest.mark.slow
 def test_registration_imports_nothing_heavy_and_works_in_any_order(folder):
     code = """
 import sys
@@ -136,6 +139,7 @@ print("adapted", type(model.model.layers[0].self_attn.q_proj).__name__)
     assert "adapted LoraBLR" in lines
 
 
+@pytest.mark.slow
 def test_a_second_import_of_the_package_still_works(folder):
     code = """
 import importlib, sys

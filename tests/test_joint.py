@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from tiny import batches_for, divergence, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration import joint, sequential
-from tests.test_sequential import batches_for, divergence
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_vit
 
 SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
 

@@ -4,25 +4,14 @@ import pytest
 import torch
 from kernel_cases import FUNCTIONS, NAMES, assert_within_budget, leaves, make_inputs
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 triton = pytest.importorskip("triton")
 
 # B1, B2, P, Q, R: odd, rectangular, rank one, many blocks
 SIZES = [(3, 2, 20, 18, 7), (2, 4, 16, 24, 16), (1, 1, 9, 5, 1), (5, 3, 6, 7, 2)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch):
-    """Every buffer a launcher allocates starts as NaN, so that what no kernel writes shows."""
-    new_empty, empty_like, empty = torch.Tensor.new_empty, torch.empty_like, torch.empty
-
-    def poisoned(t):
-        # the interpreter makes integer ones of its own
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

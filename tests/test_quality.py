@@ -3,19 +3,14 @@
 import argparse
 import copy
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from tiny import tiny_llama
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import baselines
 import merge
 import protocol
+import pytest
 import quality
+import torch
+from tiny import tiny_llama
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.dense import dense_weight
@@ -75,6 +70,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_writes_its_rows_and_none_runs_twice(folder, capsys):
     arguments = ["--model", str(folder / "model"), "--ids", str(folder / "ids.pt"), "--json", str(folder / "q.json")]
     arguments += ["--device", "cpu"]

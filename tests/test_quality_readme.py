@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import quality_sections
 from quality_sections import square_blast
 
@@ -26,6 +23,7 @@ refine(model, dense, windows, epochs=1, batch_size=2)
 """
 
 
+@pytest.mark.slow
 def test_refinement_needs_no_datasets_package():
     # in a process of its own: transformers remembers which packages it has seen
     subprocess.run([sys.executable, "-c", REFINE], check=True, cwd=Path(__file__).parent)

@@ -40,6 +40,7 @@ def test_blast_is_at_or_below_low_rank_at_equal_parameters():
     assert rows["blast"]["perplexity"] <= rows["low_rank"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"## Quickstart\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
@@ -53,6 +54,7 @@ def test_the_quickstart_runs(model_folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "smaller" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arguments, shown",
     [

@@ -10,7 +10,7 @@ from hf_blr import BLRConfig, perplexity
 from hf_blr.cli import main
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

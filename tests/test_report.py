@@ -410,6 +410,7 @@ class TestInABrowser:
         document, console = browse(tmp_path / "report.html", tmp_path)
         assert "Prefill of whole models" in document and console == []
 
+    @pytest.mark.slow
     def test_so_does_the_page_of_what_was_measured(self, tmp_path):
         pytest.importorskip("matplotlib")
         files = [str(RESULTS / f"{name}.json") for name in ("models_h100", "quality", "groups_h100")]

@@ -172,6 +172,7 @@ def test_unequal_layers_share_the_first_stage():
     assert layer_stages(64, 32, 1, 2)[0].bytes == 2 * (64 + 32 + 64 * 32)
 
 
+@pytest.mark.slow
 def test_most_of_what_was_measured_was_predicted():
     rows = json.loads((RESULTS / "models_h100.json").read_text())["rows"]
     predicted = model_predictions(rows, DEVICES["H100-measured"])

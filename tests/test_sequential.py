@@ -4,22 +4,15 @@ import copy
 
 import pytest
 import torch
+from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration.blockwise import evaluating
 from hf_blr.calibration.sequential import SequentialChain, residual_writers
 from hf_blr.dense import dense_weight
+from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
-from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 CONFIG = BLRConfig("low_rank", ratio=0.5)
-
-
-def batches_for(model, count=3):
-    generator = torch.Generator().manual_seed(3)
-    if model.main_input_name == "pixel_values":
-        return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(count)]
-    return [{"input_ids": torch.randint(0, 256, (8, 24), generator=generator)} for _ in range(count)]
 
 
 def trace(model, batches):
@@ -121,16 +114,6 @@ def test_a_writers_target_mends_the_residual_stream():
         weight.data = best + 1e-2 * best.norm() * nudge / nudge.norm()
         assert stream_error() > mended
     problems.close()
-
-
-def divergence(dense, model, batches):
-    """Mean KL divergence of the model's predictions from the dense model's."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            p, q = (m(**batch).logits.log_softmax(-1) for m in (dense, model))
-            total += (p.exp() * (p - q)).sum(-1).mean().item()
-    return total / len(batches)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])

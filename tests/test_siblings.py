@@ -8,28 +8,17 @@ import weakref
 
 import pytest
 import torch
+from fusion_cases import CONFIGS, compressed
 from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits
 from torch import nn
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.config import BLRConfig
 from hf_blr.inference.siblings import MARK, Siblings
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import Blast
 
 pytest.importorskip("triton")
-CONFIGS = {
-    "low_rank": {"structure": "low_rank", "rank": 8},
-    "monarch": {"structure": "monarch", "rank": 2, "num_blocks": (4, 4)},
-    "blast": {"structure": "blast", "rank": 8, "num_blocks": (4, 4)},
-}
-
-
-def compressed(structure="blast", build=tiny_llama):
-    model = build()
-    hf_blr.compress(model, BLRConfig(**CONFIGS[structure]))
-    return model
 
 
 @pytest.fixture
@@ -137,6 +126,23 @@ def test_no_stale_output(attention, change):
     torch.testing.assert_close(attention.k_proj(x), alone(attention.k_proj, x))
 
 
+@torch.no_grad()
+def test_a_module_with_an_implementation_of_its_own_takes_its_group_apart(attention, computed):
+    x = torch.randn(5, 8)
+    attention.q_proj(x)
+    getattr(x, MARK)[1][1][0].fill_(float("nan"))
+    attention.k_proj.impl = "reference"
+    assert torch.equal(attention.k_proj(x), alone(attention.k_proj, x))
+    assert len(computed) == 1
+    x = torch.randn(5, 8)
+    for module in attention.children():
+        torch.testing.assert_close(module(x), alone(module, x))
+    assert len(computed) == 1 and not hasattr(x, MARK)
+    attention.k_proj.impl = ""
+    attention.q_proj(x)
+    assert len(computed) == 2
+
+
 def test_gradients_go_the_way_of_single_layers(attention, computed):
     x = torch.randn(5, 8)
     with torch.no_grad():
@@ -158,6 +164,7 @@ def test_inference_mode_runs_layers_alone(attention, computed):
     assert not computed
 
 
+@pytest.mark.slow
 def test_threads_share_modules_and_inputs(attention, monkeypatch):
     # Triton's interpreter runs in one thread at a time
     lock, compute = threading.Lock(), Siblings.compute
@@ -273,6 +280,7 @@ def test_adapters_on_top(computed):
     assert len(computed) == 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
@@ -293,6 +301,7 @@ def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
     assert len(graphs) == 1 and len(calls) == 4
 
 
+@pytest.mark.slow
 def test_generates_with_a_static_cache():
     model = compressed()
     inputs = tiny_inputs(model)["input_ids"][:1, :4]

@@ -8,7 +8,10 @@ from kernel_cases import assert_siblings_within_budget, assert_within_budget, ma
 
 from hf_blr.ops.triton import block_gemm, monarch, swap  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 65])

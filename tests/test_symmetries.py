@@ -1,16 +1,11 @@
 """The symmetries that experiments/rotations.py measures leave a Llama's logits as they are."""
 
-import sys
-from pathlib import Path
-
+import model_symmetries as symmetries
 import pytest
 import torch
+from model_symmetries import changed
+from rotation_choices import fitted_rotation, log_error
 from tiny import tiny_llama, tiny_logits
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import model_symmetries as symmetries  # noqa: E402
-from model_symmetries import changed  # noqa: E402
-from rotation_choices import fitted_rotation, log_error  # noqa: E402
 
 K, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 16
 

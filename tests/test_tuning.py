@@ -113,6 +113,7 @@ def test_pivoted_layers_are_tuned(folder, monkeypatch):
     assert kinds == {"columns", "pivoted_project", "decode_one"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
 def test_a_model_is_tuned_for_each_kind_of_layer(structure, folder, monkeypatch):
     model = tiny_llama()

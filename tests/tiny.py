@@ -14,7 +14,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -66,18 +72,59 @@ def tiny_vit(seed=0, **kw) -> ViTForImageClassification:
     return build(ViTForImageClassification, ViTConfig(**{**sizes, **image, **kw}), seed)
 
 
+def tiny_t5(seed=0, **kw) -> T5ForConditionalGeneration:
+    """Two blocks on each side, 28 projections; `wo` stays dense, as the model holds it in float32."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB_SIZE}
+    return build(T5ForConditionalGeneration, T5Config(**{**sizes, "decoder_start_token_id": 0, **kw}), seed)
+
+
+def tiny_mixtral(seed=0, **kw) -> MixtralForCausalLM:
+    """Two blocks, 8 projections, all of attention; the four experts are no linear layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return build(MixtralForCausalLM, MixtralConfig(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)
+
+
+def tiny_qwen3(seed=0, **kw) -> Qwen3ForCausalLM:
+    """Two blocks, 14 projections; heads are wider than hidden size by their number, q and k are normalised."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128}
+    return build(Qwen3ForCausalLM, Qwen3Config(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)
+
+
 def tiny_inputs(model, seed=1) -> dict[str, torch.Tensor]:
     """A batch of two that the model's forward takes."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    return {"input_ids": torch.randint(0, 256, (2, 12), generator=generator)}
+    inputs = {"input_ids": torch.randint(0, 256, (2, 12), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(0, 256, (2, 7), generator=generator)
+    return inputs
+
+
+def batches_for(model, count=3) -> list[dict[str, torch.Tensor]]:
+    """Batches to calibrate with, all of one shape."""
+    generator = torch.Generator().manual_seed(3)
+    if model.main_input_name == "pixel_values":
+        return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(count)]
+    return [{"input_ids": torch.randint(0, 256, (8, 24), generator=generator)} for _ in range(count)]
 
 
 @torch.no_grad()
 def tiny_logits(model) -> torch.Tensor:
     """The model's logits (or last hidden states) on `tiny_inputs`, in float32."""
     return model(**tiny_inputs(model))[0].float()
+
+
+def divergence(dense, model, batches) -> float:
+    """Mean KL divergence of the model's predictions from the dense model's."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(**batch).logits.log_softmax(-1) for m in (dense, model))
+            total += (p.exp() * (p - q)).sum(-1).mean().item()
+    return total / len(batches)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -101,7 +148,7 @@ def with_low_rank_weights(model, rank=6):
     return model
 
 
-def tiny_shape():
+def tiny_shape(**kw):
     """A Llama for the whole-model benchmark, one kind of whose layers the paper is said to compress."""
     from hf_blr.bench.models import Shape, llama
     from hf_blr.bench.shapes import Layer
@@ -109,4 +156,4 @@ def tiny_shape():
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     paper = (Layer("q,o", 64, 64, 16, (16, 4), 4, "[qo]_proj"),)
-    return Shape("text", llama(**sizes, **heads), paper, prefill=(16,))
+    return Shape("text", llama(**{**sizes, **heads, **kw}), paper, prefill=(16,))

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, evaluating, whole_model_grams
+from hf_blr.calibration.blockwise import Batch, whole_model_grams
 from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
 from hf_blr.config import BLRConfig
+from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
 from hf_blr.text import Tokenizer, load_text, sample_windows, tokenize
 

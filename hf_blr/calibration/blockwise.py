@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.precision import calibrating
+from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,17 +46,6 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
         for batch in batches:
             run(body, batch)
     return collector.grams
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; back in training mode afterwards if it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, evaluating, hooked, run
+from hf_blr.calibration.blockwise import Batch, hooked, run
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.factorize.metric import metric_blocks
+from hf_blr.modes import evaluating
 
 #: models of fewer parameters than this take so many sequences at once on a GPU; 2048 tokens of one with 135 M and 49152
 #: words need 5 GB in float32

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, evaluating, iterate_grams
+from hf_blr.calibration.blockwise import Batch, iterate_grams
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.sequential import Problem, SequentialChain
 from hf_blr.config import BLRConfig
+from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_blr.evaluation.windows import batch_windows, cut_windows
+from hf_blr.modes import evaluating
 from hf_blr.text import NAMED, Tokenizer, describe, load_text, tokenize
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def perplexity(
 
     nll_sum = 0.0
     start = time.perf_counter()
-    with evaluation_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in tqdm(batch_windows(windows, batch_size), desc="perplexity", disable=not progress):
             input_ids = torch.stack([tokens[window.begin : window.end] for window in batch])
             logits = model(input_ids=input_ids, use_cache=False).logits
@@ -226,15 +225,3 @@ def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
             "is this the tokenizer of this model?"
         )
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -78,7 +78,12 @@ class Siblings:
         return self.modules[0].spec.structure, factors, [module.bias for module in self.modules]
 
     def worthwhile(self, x: Tensor) -> bool:
-        """Whether kernels run, no gradient is wanted, and a change of x would be noticed."""
+        """Whether kernels run, no gradient is wanted, and a change of x would be noticed.
+
+        Never where a module has an implementation of its own: what runs together has one.
+        """
+        if any(module.impl for module in self.modules):
+            return False
         if self.unclaimed >= PATIENCE or any(self.wants_gradient(i, x) for i in range(len(self.modules))):
             return False
         if not torch.compiler.is_compiling() and x.is_inference():
@@ -95,7 +100,7 @@ class Siblings:
         """What an output depends on, to be compared; compiled code has guards of its own."""
         if torch.compiler.is_compiling():
             return None
-        state: list[Any] = [x._version, compute_dtype(x), ops.current_impl()]
+        state: list[Any] = [x._version, compute_dtype(x), self.modules[index].impl or ops.current_impl()]
         if x.is_cuda:
             state.append(torch.cuda.current_stream(x.device).cuda_stream)
         for p in self.modules[index]._parameters.values():

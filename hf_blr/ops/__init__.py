@@ -2,7 +2,7 @@
 
 `grouped_linear` runs several layers of one structure on one input, `gated_linear` the two of a gated MLP. Each runs
 hand-written kernels or plain PyTorch, as `impl` says: "auto" (the default, a rule in `dispatch`), "triton",
-"reference" or "dense". `use_impl` sets it for a block of code.
+"reference" or "dense". `use_impl` sets it for a block of code, and `impl` of a module for that module.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,18 +21,37 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_TRITON = (3, 6)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: an entry `[impl]` of each `use_impl` that is open, in the order in which they were entered, whatever their threads
+_open: list[list[str]] = []
+_changing = threading.Lock()
+#: what the last entry says. A plain string of the process: `torch.compile` guards it, where it cannot trace a
+#: `ContextVar` and takes what a `threading.local` holds for a constant
 _default = "auto"
 
 
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
-    """Within this context, ops called without `impl` use this one: "auto", "triton", "reference" or "dense"."""
-    global _default
-    before, _default = _default, check_impl(impl)
+    """Within this context, ops called without `impl` use this one: "auto", "triton", "reference" or "dense".
+
+    For the whole process: of several open contexts, in whatever threads, the one entered last counts. Each takes back
+    only its own entry, in any order; when all are left, it is "auto" again. To set the implementation of some layers
+    apart from what other threads do, set `impl` on the modules (`BLRLinear.impl`), or pass it to the op.
+    """
+    entry = [check_impl(impl)]
+    _change(lambda entries: [*entries, entry])
     try:
         yield
     finally:
-        _default = before
+        # by identity: another context may have asked for the same
+        _change(lambda entries: [other for other in entries if other is not entry])
+
+
+def _change(change: Callable[[list[list[str]]], list[list[str]]]) -> None:
+    global _open, _default
+    # a trace has no locks
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _changing:
+        _open = change(_open)
+        _default = _open[-1][0] if _open else "auto"
 
 
 def current_impl() -> str:
