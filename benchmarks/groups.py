@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 from hf_blr import ops
 from hf_blr.bench.environment import environment
-from hf_blr.bench.layers import FUNCTIONS, PROTOCOL, relative_error
+from hf_blr.bench.layers import PROTOCOL, relative_error
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.bench.shapes import RANK_MULTIPLE
 from hf_blr.bench.timing import Timer
 from hf_blr.inference.fusion import pack
-from hf_blr.ops import reference
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, make_spec
 
 TOKENS = (1024, 1, 4096, 16)
@@ -79,7 +79,7 @@ def copies(layers, tokens, l2, packed):
 
 def calls(structure, x):
     """{how: a function of the layers' factors}"""
-    single = getattr(ops, FUNCTIONS[structure])
+    single = ops.linear_of(structure)
 
     @torch.no_grad()
     def apart(layers):
@@ -120,7 +120,7 @@ def bench(group, tokens, timer):
     for structure, blocks in FORMS:
         specs = group_specs(group, structure, blocks)
         layers = random_layers([spec.shapes(FACTOR) for spec in specs])
-        eager = getattr(reference, FUNCTIONS[structure])
+        eager = implementation_of(structure).linear
         exact = [eager(x.double(), *(t.double() for t in layer.values())) for layer in layers]
         for how, call in calls(structure, x).items():
             weights = copies(layers, tokens, timer.l2, packed=how == "together")

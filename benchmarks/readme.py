@@ -21,6 +21,7 @@ DOCUMENTS = {
         "front": front_section.front_section,
     },
     ROOT / "docs" / "measured.md": {
+        "front-protocol": front_section.protocol_section,
         "demo": quality_sections.demo_section,
         "quality": quality_sections.quality_section,
         "square-blast": quality_sections.square_blast_section,

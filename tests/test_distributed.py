@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_blr import BLRConfig, compress
 from hf_blr.integration import blr_modules
-from hf_blr.structures import STRUCTURES
+from hf_blr.structures import structures
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -53,7 +53,7 @@ def work(rank, folder):
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120))
     found = {}
-    for structure in STRUCTURES:
+    for structure in structures():
         model = model_for(structure)
         if rank:
             # what is not the first process's must not count
@@ -83,7 +83,7 @@ def largest_error(before, steps, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", structures())
 def test_two_processes_step_as_one(structure, processes):
     model = model_for(structure)
     before, indices = factors_of(model), indices_of(model)

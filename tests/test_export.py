@@ -5,7 +5,7 @@ import torch
 from kernel_cases import FUNCTIONS, leaves, make_inputs
 
 from hf_blr.linear import BLRLinear
-from hf_blr.structures import STRUCTURES
+from hf_blr.structures import structures
 
 #: the batch and the tokens of each call; a graph made for the first must serve the others
 LEADS = [(3, 5), (2, 7), (4, 4), (5, 33)]
@@ -35,7 +35,7 @@ def module_for(structure):
     blocks = (1, 1) if structure in ("low_rank", "pivoted") else (2, 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return BLRLinear.from_spec(STRUCTURES[structure](12, 15, 4, blocks), dtype=torch.float64)
+        return BLRLinear.from_spec(structures()[structure].spec(12, 15, 4, blocks), dtype=torch.float64)
 
 
 def inputs_for(lead):

@@ -19,7 +19,7 @@ from tiny import (
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.integration import blr_modules
-from hf_blr.structures import STRUCTURES
+from hf_blr.structures import structures
 
 #: {builder: its projections}
 FAMILIES = {
@@ -34,7 +34,7 @@ FAMILIES = {
 
 each_case = pytest.mark.parametrize(
     "build, structure",
-    [(build, structure) for build in FAMILIES for structure in STRUCTURES],
+    [(build, structure) for build in FAMILIES for structure in structures()],
     ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("tiny_"),
 )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_blr import BLRConfig, collect_statistics, compress, perplexity
 from hf_blr.calibration.blockwise import iterate_grams
-from hf_blr.finetune.refine import statistics_of_pivoted
+from hf_blr.finetune.refine import statistics_for
 from hf_blr.linear import BLRLinear
 from hf_blr.modes import evaluating
 from hf_blr.structures import LowRank
@@ -104,7 +104,7 @@ def test_refinements_look_at_the_model_keeps_modes():
     model = half_frozen()
     compress(model, BLRConfig("pivoted", ratio=0.5), progress=False)
     before = modes(model)
-    statistics_of_pivoted(model, batches()[0]["input_ids"])
+    statistics_for(model, batches()[0]["input_ids"])
     assert modes(model) == before
 
 

@@ -59,7 +59,9 @@ def boolean(value: Any) -> str | None:
 
 
 def one_of(*names: str | None) -> Check:
-    return lambda value: None if value in names else f"one of {names}"
+    """None among the names: the field may be left out."""
+    shown = f"one of {tuple(name for name in names if name is not None)}" + " or None" * (None in names)
+    return lambda value: None if value in names else shown
 
 
 def anything(value: Any) -> str | None:

@@ -30,9 +30,14 @@ __all__ = [
 ]
 
 
+#: where transformers keeps its quantizers by name
+QUANTIZERS = "transformers.quantizers.auto"
+
+
 def register() -> None:
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
-    when_imported(MODELING, register_quantizer)
+    # before the model loader is: programs ask the quantizers alone what a checkpoint's config means
+    when_imported(QUANTIZERS, register_quantizer)
     when_imported(MODELING, register_attention)
     when_imported("torch.utils.flop_counter", register_flops)
     enable()
@@ -53,10 +58,8 @@ def register_attention(modeling: ModuleType) -> None:
     attention.register_attention()
 
 
-def register_quantizer(modeling: ModuleType) -> None:
+def register_quantizer(auto: ModuleType) -> None:
     """Tell transformers which classes serve `quant_method: "hf_blr"`."""
-    from transformers.quantizers import auto
-
     from hf_blr.config import QUANT_METHOD, BLRConfig
     from hf_blr.integration.quantizer import BLRHfQuantizer
 
