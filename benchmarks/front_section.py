@@ -24,8 +24,9 @@ def front_section() -> str:
     columns = list(dict.fromkeys(column for line in lines.values() for column in line))
     (speed_model,) = {row["speed_model"] for row in rows}
     where = result["environment"]
+    table = format_table(list(lines.values()), columns)
     return (
-        f"{format_table(list(lines.values()), columns)}\n\nEach structure with 80 % and with 50 % of the projections kept. "
+        f"{table}\n\nEach structure with 80 % and with 50 % of the projections kept. "
         f"Perplexity: WikiText-2 / PTB. Prefill and decode: {speed_model}, dense {dense['prefill_ms']:.1f} ms and "
         f"{dense['decode_ms']:.2f} ms. {conditions.machine(where)}, transformers {where['transformers']}. "
         "[Protocol](docs/measured.md#the-table-of-the-readme)."

@@ -19,7 +19,7 @@ from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.factorize import FitOptions, factorize
-from hf_blr.structures import make_spec, structure_class
+from hf_blr.structures import make_spec, structure_named
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -55,7 +55,7 @@ def model_and_grams(text_file, names):
 
 def error(weight, gram, structure, rank, blocks):
     # not make_spec, which refuses a rank whose plain storage exceeds the dense matrix
-    spec = structure_class(structure)(weight.shape[1], weight.shape[0], rank, blocks)
+    spec = structure_named(structure).spec(weight.shape[1], weight.shape[0], rank, blocks)
     return factorize(weight, spec, gram, options=FitOptions(rounds=ROUNDS, tolerance=0)).rel_error
 
 

@@ -34,7 +34,7 @@ class BLRLinear(nn.Module):
     v: Tensor
     bias: nn.Parameter | None
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
-    siblings: tuple[Any, int] | None = None
+    group: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
     activation: str = ""
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
@@ -114,8 +114,8 @@ class BLRLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`."""
-        if self.siblings is not None:
-            group, index = self.siblings
+        if self.group is not None:
+            group, index = self.group
             out = group.output(index, x)
             if out is not None:
                 return out
@@ -131,8 +131,8 @@ class BLRLinear(nn.Module):
     def stand_alone(self) -> None:
         """Undo what `hf_blr.fuse` did: no activation, no siblings, and parameters with memory of their own again."""
         self.activation = ""
-        if self.siblings is not None:
-            self.siblings = None
+        if self.group is not None:
+            self.group = None
             for parameter in self.parameters(recurse=False):
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
@@ -221,14 +221,14 @@ class BLRLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.siblings is not None and not keep_vars:
+        if self.group is not None and not keep_vars:
             # files want tensors that are contiguous and share no memory
             for name in dict(self.named_parameters(recurse=False)):
                 destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it
-        return {name: value for name, value in self.__dict__.items() if name != "siblings"}
+        return {name: value for name, value in self.__dict__.items() if name != "group"}
 
     def extra_repr(self) -> str:
         spec, b = self.spec, self.spec.num_blocks
@@ -238,3 +238,8 @@ class BLRLinear(nn.Module):
             f"in_features={spec.in_features}, out_features={spec.out_features}, rank={spec.rank}{blocks}, "
             f"bias={self.bias is not None}, ratio={spec.ratio:.3f}{kept}"
         )
+
+
+def blr_modules(model: nn.Module) -> dict[str, BLRLinear]:
+    """{name: module} of every BLR module in the model, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BLRLinear)}

@@ -11,8 +11,9 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
+from hf_blr.factorize.finite import check_finite
 from hf_blr.formats import PLAIN, Format, format_named
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
 from hf_blr.targets import find_targets, override_for
 
@@ -92,7 +93,7 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
         ValueError: if the model is compressed already, a pattern matches nothing, or a module's sizes do not fit the
             structure; the message starts with the module's name.
     """
-    compressed = [name for name, module in model.named_modules() if isinstance(module, BLRLinear)]
+    compressed = list(blr_modules(model))
     if compressed:
         kind = type(model.get_submodule(compressed[0])).__name__
         raise ValueError(
@@ -135,16 +136,25 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         )
     for name, layer in plan.items():
         module = model.get_submodule(name)
-        if not is_dense_linear(module):
-            raise ValueError(f"{name}: expected an nn.Linear or Conv1D to replace, got {type(module).__name__}")
-        sizes = layer.spec.in_features, layer.spec.out_features
-        if feature_sizes(module) != sizes:
-            raise ValueError(f"{name}: the plan says {sizes} (in, out) features, the layer has {feature_sizes(module)}")
+        check_layer(name, module, layer)
         weight = stored_weight(module)
         if weight.is_meta:
             raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged or overflowed its dtype")
+        check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
+
+
+def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:
+    """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
+    sizes = layer.spec.in_features, layer.spec.out_features
+    found = f"a {type(module).__name__}"
+    if is_dense_linear(module):
+        if feature_sizes(module) == sizes:
+            return
+        found = "one of {} -> {}".format(*feature_sizes(module))
+    raise ValueError(
+        f"{name}: the plan says a linear layer of {sizes[0]} -> {sizes[1]} features, the model has {found}"
+        f"{remedy and f'; {remedy}'}"
+    )
 
 
 def warn_of_experts(model: nn.Module) -> None:

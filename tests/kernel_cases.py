@@ -11,7 +11,7 @@ from hf_blr.structures import structures
 FUNCTIONS = {name: (ops.linear_of(name), ops.implementation_of(name).linear) for name in structures()}
 NAMES = {name: ("x", *record.spec.names(), "bias") for name, record in structures().items()}
 #: those that can share an input
-SIBLINGS = tuple(name for name, record in structures().items() if record.grouped)
+GROUPED = tuple(name for name, record in structures().items() if record.grouped)
 
 
 def factor_shapes(structure, b1, b2, p, q, r):
@@ -120,7 +120,7 @@ def make_layers(structure, sizes, b1=2, b2=3, p=8, dtype=torch.float32, bias=Tru
     return [tuple(layer.values()) for layer in layers], biases if bias else [None] * len(layers)
 
 
-def assert_siblings_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu", **kwargs):
+def assert_grouped_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu", **kwargs):
     """As `assert_within_budget`, for each of several layers on one input."""
     factors, biases = make_layers(structure, sizes, b1=b1, p=p, device=device, **kwargs)
     x = torch.randn(tokens, b1 * p, generator=torch.Generator(device).manual_seed(1), device=device).to(factors[0][0])
@@ -133,7 +133,7 @@ def assert_siblings_within_budget(structure, tokens, sizes, b1=2, p=8, device="c
 
 
 def assert_gated_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu", **kwargs):
-    """As `assert_siblings_within_budget`, of two layers, the first of which gates the second."""
+    """As `assert_grouped_within_budget`, of two layers, the first of which gates the second."""
     factors, biases = make_layers(structure, sizes, b1=b1, p=p, device=device, **kwargs)
     x = torch.randn(tokens, b1 * p, generator=torch.Generator(device).manual_seed(1), device=device).to(factors[0][0])
 

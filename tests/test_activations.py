@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, SIBLINGS, assert_gated_within_budget, make_inputs
+from kernel_cases import FUNCTIONS, GROUPED, assert_gated_within_budget, make_inputs
 
 from hf_blr import ops
 from hf_blr.ops.activations import ACTIVATIONS, activated
@@ -84,7 +84,7 @@ def test_kernels_with_a_gradient(structure):
 @interpreted
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 37])
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_gated_layers_keep_the_error_budget(structure, tokens, bias):
     pytest.importorskip("triton")
     for sizes in (EQUAL, [(9, 32)] * 2):
@@ -92,7 +92,7 @@ def test_gated_layers_keep_the_error_budget(structure, tokens, bias):
 
 
 @interpreted
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_gated_layers_that_lie_apart(structure):
     pytest.importorskip("triton")
     for tokens in (1, 37):
@@ -106,9 +106,9 @@ def test_one_token_of_gated_layers_takes_two_launches(monkeypatch):
 
     calls, last = [], grouped.expand_one
     monkeypatch.setattr(grouped, "expand_one", lambda *a, **k: calls.append(k) or last(*a, **k))
-    for structure in SIBLINGS:
+    for structure in GROUPED:
         assert_gated_within_budget(structure, 1, [(9, 32)] * 2)
-    assert calls == [{"gated": True}] * len(SIBLINGS)
+    assert calls == [{"gated": True}] * len(GROUPED)
 
 
 def test_the_reference_of_gated_layers():

@@ -177,6 +177,6 @@ def test_fused_and_pivoted_models_are_built():
     from tiny import tiny_shape
 
     model = build_model(tiny_shape(), Variant.parse("blast:4x4+fused"), 0.5, "cpu", torch.float32)
-    assert model.model.layers[0].mlp.gate_proj.siblings[0] is model.model.layers[0].mlp.up_proj.siblings[0]
+    assert model.model.layers[0].mlp.gate_proj.group[0] is model.model.layers[0].mlp.up_proj.group[0]
     pivoted = build_model(tiny_shape(), Variant.parse("pivoted"), 0.5, "cpu", torch.float32)
     assert pivoted.model.layers[0].mlp.gate_proj.spec.structure == "pivoted"

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from kernel_cases import (  # noqa: E402
     FUNCTIONS,
-    assert_siblings_within_budget,
+    assert_grouped_within_budget,
     assert_within_budget,
     make_inputs,
     recorded_grids,
@@ -45,8 +45,8 @@ def test_the_error_budget(structure, config):
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
-def test_siblings(structure, config):
-    assert_siblings_within_budget(structure, 1, [(12, 8), (25, 6)])
+def test_grouped(structure, config):
+    assert_grouped_within_budget(structure, 1, [(12, 8), (25, 6)])
 
 
 def product(w, x, gated):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_cases import assert_siblings_within_budget, assert_within_budget, make_inputs, recorded_grids  # noqa: E402
+from kernel_cases import assert_grouped_within_budget, assert_within_budget, make_inputs, recorded_grids  # noqa: E402
 
 from hf_blr.ops.triton import decode_stack  # noqa: E402
 
@@ -52,12 +52,12 @@ def test_a_stack_in_the_order_of_its_blocks():
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
 @pytest.mark.parametrize("tokens", [5, 32])
-def test_whole_layers_and_siblings(structure, tokens, grids):
+def test_whole_layers_and_groups(structure, tokens, grids):
     assert_within_budget(structure, make_inputs(structure, tokens, 3, 2, 20, 35, 7, torch.float32))
     assert_within_budget(structure, make_inputs(structure, tokens, 4, 4, 16, 24, 16, torch.float16))
     assert len(grids) == 2
-    assert_siblings_within_budget(structure, tokens, [(35, 6)] * 3)
-    assert_siblings_within_budget(structure, tokens, [(12, 8), (25, 6), (25, 6)], bias=False)
+    assert_grouped_within_budget(structure, tokens, [(35, 6)] * 3)
+    assert_grouped_within_budget(structure, tokens, [(12, 8), (25, 6), (25, 6)], bias=False)
     assert len(grids) > 3
 
 

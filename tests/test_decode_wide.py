@@ -5,8 +5,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 from kernel_cases import (  # noqa: E402
-    SIBLINGS,
-    assert_siblings_within_budget,
+    GROUPED,
+    assert_grouped_within_budget,
     assert_within_budget,
     make_inputs,
     recorded_grids,
@@ -76,9 +76,9 @@ def test_programs_take_several_tiles_each(grids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("structure", SIBLINGS)
-def test_whole_layers_and_siblings(grids, structure):
+@pytest.mark.parametrize("structure", GROUPED)
+def test_whole_layers_and_groups(grids, structure):
     assert_within_budget(structure, make_inputs(structure, 5, 3, 2, 20, 35, 7, torch.float32))
-    assert_siblings_within_budget(structure, 5, [(35, 6)] * 3)
-    assert_siblings_within_budget(structure, 5, [(12, 8), (25, 6), (25, 6)], bias=False)
+    assert_grouped_within_budget(structure, 5, [(35, 6)] * 3)
+    assert_grouped_within_budget(structure, 5, [(12, 8), (25, 6), (25, 6)], bias=False)
     assert len(grids) >= 3

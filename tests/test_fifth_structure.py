@@ -142,7 +142,7 @@ def test_fuse_leaves_it_alone():
     before = tiny_logits(model)
     hf_blr.fuse(model)
     assert torch.equal(tiny_logits(model), before)
-    assert all(module.siblings is None for module in blr_modules(model).values())
+    assert all(module.group is None for module in blr_modules(model).values())
 
 
 def test_another_record_cannot_take_its_name():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, SIBLINGS, make_inputs
+from kernel_cases import FUNCTIONS, GROUPED, make_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blr import ops
@@ -65,7 +65,7 @@ def test_frozen_factors_and_inputs_cost_nothing():
     assert counted(lambda: ops.low_rank_linear(x, u, v, bias, impl="triton").sum().backward()) == 2 * of_u + of_v
 
 
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_layers_that_run_together(structure):
     layers = [make_inputs(structure, 1, *SIZE[1:], torch.float32, seed=seed) for seed in (0, 1)]
     x, factors = layers[0][0].detach(), [tuple(t.detach() for t in layer[1:-1]) for layer in layers]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from kernel_cases import (
     FUNCTIONS,
-    SIBLINGS,
+    GROUPED,
     assert_gated_within_budget,
-    assert_siblings_within_budget,
+    assert_grouped_within_budget,
     assert_within_budget,
     attention_inputs,
     make_inputs,
@@ -16,7 +16,7 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.inference.siblings import Siblings
+from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.ops.activations import ACTIVATIONS
 
 pytest.importorskip("triton")
@@ -80,7 +80,7 @@ def test_activations_in_the_last_stage(structure, tokens, size):
 
 @pytest.mark.parametrize("sizes", [[(256, 1024)] * 2, [(344, 352)] * 2, [(9, 32)] * 2], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_gated_layers_keep_the_error_budget(structure, tokens, sizes):
     for packed in (True, False):
         settings = {"b1": 4, "b2": 4, "p": 256, "dtype": torch.bfloat16, "device": "cuda", "packed": packed}
@@ -91,7 +91,7 @@ def test_gated_layers_keep_the_error_budget(structure, tokens, sizes):
     "config", [DecodeConfig(8, 64, 4, 3, programs=2, ahead=2), DecodeConfig(16, 32, 8, 4, programs=1)]
 )
 @pytest.mark.parametrize("tokens", [2, 16, 31])
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, monkeypatch):
     monkeypatch.setattr(decode_expand, "expand_config", lambda *sizes: config)
     # more tiles than programs, ranks that are and are not loaded in pieces of 16 bytes
@@ -173,18 +173,18 @@ def test_training_builds_no_dense_weight():
 
 @pytest.mark.parametrize("sizes", [[(256, 256)] * 3, [(512, 256), (128, 96), (128, 96)], [(43, 18)] * 2], ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 600])
-@pytest.mark.parametrize("structure", SIBLINGS)
-def test_siblings_keep_the_error_budget(structure, tokens, sizes):
+@pytest.mark.parametrize("structure", GROUPED)
+def test_groups_keep_the_error_budget(structure, tokens, sizes):
     for blocks in ((4, 4), (4, 16), (16, 16)):
         settings = {"b1": blocks[0], "b2": blocks[1], "p": 64, "dtype": torch.bfloat16, "device": "cuda"}
-        assert_siblings_within_budget(structure, tokens, sizes, bias=False, **settings)
+        assert_grouped_within_budget(structure, tokens, sizes, bias=False, **settings)
         if blocks == (4, 16):
-            assert_siblings_within_budget(structure, tokens, sizes, bias=True, **settings)
+            assert_grouped_within_budget(structure, tokens, sizes, bias=True, **settings)
 
 
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 @pytest.mark.parametrize("tokens", [1, 200])
-def test_siblings_run_in_a_cuda_graph(structure, tokens):
+def test_groups_run_in_a_cuda_graph(structure, tokens):
     factors, _ = make_layers(structure, [(64, 32), (64, 32), (16, 16)], dtype=torch.bfloat16, device="cuda")
     x = torch.randn(tokens, 16, device="cuda", dtype=torch.bfloat16)
     ops.grouped_linear(structure, x, factors)
@@ -197,7 +197,7 @@ def test_siblings_run_in_a_cuda_graph(structure, tokens):
     assert all(map(torch.equal, outs, ops.grouped_linear(structure, x, factors)))
 
 
-@pytest.mark.parametrize("structure", SIBLINGS)
+@pytest.mark.parametrize("structure", GROUPED)
 def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeypatch):
     model = tiny_llama()
     hf_blr.compress(model, hf_blr.BLRConfig(structure, ratio=0.6, num_blocks=None if structure == "low_rank" else 4))
@@ -208,8 +208,8 @@ def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeyp
     tokens = model.generate(inputs["input_ids"][:, :5], disable_compile=True, **settings)
     assert len(hf_blr.fuse(model)) == 4
     # asked for by q, k and v together, and by gate and up
-    calls, layers = [], Siblings.layers
-    monkeypatch.setattr(Siblings, "layers", lambda self, x: calls.append(x) or layers(self, x))
+    calls, layers = [], ProjectionGroup.layers
+    monkeypatch.setattr(ProjectionGroup, "layers", lambda self, x: calls.append(x) or layers(self, x))
     # float32, which is left to PyTorch where nobody asks for kernels
     with torch.no_grad(), ops.use_impl("triton"):
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)

@@ -133,9 +133,7 @@ def test_layout_of_another_model(folders, tmp_path):
     stored = json.loads((folder / "config.json").read_text())
     stored["hidden_size"] = 32
     (folder / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(
-        ValueError, match=r"layers\.0.*: the config's layers say .*96 -> 64.*, the model has .*96 -> 32"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0.*: the plan says .*96 -> 64.*, the model has .*96 -> 32"):
         LlamaForCausalLM.from_pretrained(folder)
     layers = stored["quantization_config"]["layers"]
     stored["quantization_config"]["layers"] = {f"elsewhere.{name}": layer for name, layer in layers.items()}

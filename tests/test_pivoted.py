@@ -160,7 +160,7 @@ def test_fuse_leaves_it_alone():
     hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6), progress=False)
     before = tiny_logits(model)
     hf_blr.fuse(model)
-    assert all(module.siblings is None for module in blr_modules(model).values())
+    assert all(module.group is None for module in blr_modules(model).values())
     assert torch.equal(tiny_logits(model), before)
 
 

@@ -30,7 +30,7 @@ def test_parts_and_kernels_of_one_call():
         ("void cublasLt::splitKreduce_kernel<32, 16, int>(int)", "products"),
         ("triton_red_fused__to_copy_add_mean_mm_mul_pow_0", "products"),
         ("cutlass__5x_cudnn::Kernel<cutlass>", "products"),
-        ("triton_red_fused__to_copy_add_mean_monarch_siblings_mul_pow_rsqrt_view_0", "elementwise"),
+        ("triton_red_fused__to_copy_add_mean_grouped_monarch_mul_pow_rsqrt_view_0", "elementwise"),
         ("triton_poi_fused_gelu_view_2", "elementwise"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("void pytorch_flash::flash_fwd_kernel<int>(int)", "attention"),

@@ -78,7 +78,7 @@ def test_grouped_queries_are_read_once_and_written_and_read_for_each_head():
 def test_our_attention_reads_grouped_queries_keys_as_they_are():
     for variant in ("dense+attention", "monarch:4x4+fused"):
         sizes = model_sizes_of("Llama-3-8B", variant, 0.5)
-        assert sizes.own_attention and sizes.absorbed == (variant != "dense+attention")
+        assert sizes.own_attention and sizes.fused_activation == (variant != "dense+attention")
         one, more = (step_seconds(sizes, 1, cache, BYTES) for cache in (1000, 2000))
         assert more - one == pytest.approx(32 * 2 * 1000 * 128 * 2 * 8)
     # the sum of its pieces is a kernel
@@ -132,7 +132,7 @@ def test_kernels_of_a_step():
     assert forward_seconds(sizes, 1, 64, STARTS) == pytest.approx(2 * (8 * 100 + 4) + 4)
 
 
-def test_an_absorbed_activation_is_no_kernel():
+def test_a_fused_activation_is_no_kernel():
     plain, fused = (model_sizes_of("GPT2-S", name, 0.5) for name in ("low_rank", "low_rank+fused"))
     for tokens in (1, 64):
         parts = [forward_parts(sizes, 1, tokens, STARTS)["elementwise"] for sizes in (plain, fused)]

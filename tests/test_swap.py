@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_cases import assert_siblings_within_budget, assert_within_budget, make_inputs  # noqa: E402
+from kernel_cases import assert_grouped_within_budget, assert_within_budget, make_inputs  # noqa: E402
 
 from hf_blr.ops.triton import block_gemm, monarch, swap  # noqa: E402
 
@@ -32,5 +32,5 @@ def test_both_ways_keep_the_error_budget(in_place, bias, monkeypatch):
     monkeypatch.setattr(monarch, "block_gemm", lambda *a, swap, **kw: swaps.append(swap) or run(*a, swap=swap, **kw))
     for sizes in ((40, 2, 3, 8, 20, 16), (33, 4, 2, 5, 17, 6)):
         assert_within_budget("monarch", make_inputs("monarch", *sizes, torch.float32, bias=bias))
-    assert_siblings_within_budget("monarch", 40, [(12, 16), (25, 6), (25, 6)], bias=bias)
+    assert_grouped_within_budget("monarch", 40, [(12, 16), (25, 6), (25, 6)], bias=bias)
     assert bool(swaps) == in_place and all(swaps)

@@ -15,7 +15,7 @@ from hf_blr.bench.variants import Variant, build_model
 from hf_blr.dense import feature_sizes, is_dense_linear
 from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.roofline.devices import Peaks
 from hf_blr.roofline.whole_models import (
     ModelSizes,
@@ -113,7 +113,7 @@ def sizes_of(model: Any, fused: bool) -> ModelSizes:
         not image,
         (head[1], head[0]),
         patches,
-        fused and any(isinstance(module, BLRLinear) for module in model.modules()),
+        fused and bool(blr_modules(model)),
         fused,
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hf_blr.atomic import replacing
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 
 
@@ -171,15 +172,13 @@ def copy_kernels(source: Path, target: Path) -> None:
         copy = target / file.relative_to(source)
         if file.is_dir() or copy.exists():
             continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
         # in one step: another process may have the file loaded, and writing into a library crashes it
-        part = copy.with_name(f"{copy.name}.{os.getpid()}.part")
-        if file.name.startswith("__grp__"):
-            # it lists a kernel's files by their whole paths
-            part.write_text(file.read_text().replace(str(source), str(target)))
-        else:
-            shutil.copy2(file, part)
-        os.replace(part, copy)
+        with replacing(copy) as part:
+            if file.name.startswith("__grp__"):
+                # it lists a kernel's files by their whole paths
+                part.write_text(file.read_text().replace(str(source), str(target)))
+            else:
+                shutil.copy2(file, part)
 
 
 def loaded_kernels() -> list:

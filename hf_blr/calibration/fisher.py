@@ -34,7 +34,7 @@ class NoLogits(ValueError):
 class Statistics:
     """What one pass over the calibration text says about the dense model's layers.
 
-    grams: {layer: H = X X^T `[K, K]`}, float32; layers with one input share one tensor.
+    grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the rows that were summed.
     """

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs: Gram matrices X X^T, gathered by hooks while batches run."""
+"""Statistics of a layer's inputs: Gram matrices X^T X, gathered by hooks while batches run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GramCollector:
 
     @property
     def grams(self) -> dict[str, Tensor]:
-        """{layer: X X^T `[K, K]`}, for the layers that ran; the same object where layers always shared their input."""
+        """{layer: X^T X `[K, K]`}, for the layers that ran; the same object where layers always shared their input."""
         grams: dict[str, Tensor] = {}
         for names, total in self._sums.items():
             for name in names:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_blr.calibration.stand_ins import with_stand_ins
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import blr_modules
 
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
 LEARNING_RATE = 3e-3
@@ -68,8 +68,7 @@ def refine_factors(
     """`refine_block` of a block whose layers are in the form that trains."""
     factors = {
         f"{path}.{factor}": parameter
-        for path, module in block.named_modules()
-        if isinstance(module, BLRLinear)
+        for path, module in blr_modules(block).items()
         for factor, parameter in module.factors().items()
     }
     if not factors:

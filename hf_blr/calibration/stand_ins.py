@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import structure_named
 
 
 def stood_in(root: nn.Module) -> dict[str, BLRLinear]:
     """{name below `root`: layer} of those whose structure trains in another form than it is stored."""
     return {
-        name: module
-        for name, module in root.named_modules()
-        if isinstance(module, BLRLinear) and structure_named(module.spec.structure).stand_in
+        name: module for name, module in blr_modules(root).items() if structure_named(module.spec.structure).stand_in
     }
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_blr.dense import feature_sizes, is_dense_linear, stored_weight
+from hf_blr.dense import stored_weight
 from hf_blr.linear import BLRLinear
-from hf_blr.plan import LayerPlan, Plan
+from hf_blr.plan import Plan, check_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,24 +73,9 @@ def match_plan(model: PreTrainedModel, plan: Plan) -> Plan:
     if unmatched:
         logger.warning("%s has no %s; their factors are not loaded", type(model).__name__, ", ".join(unmatched))
     for name, layer in matched.items():
-        check_sizes(name, model.get_submodule(name), layer)
+        remedy = "load the checkpoint with the config that was saved with it"
+        check_layer(name, model.get_submodule(name), layer, remedy)
     return {name: matched[name] for name in names.modules if name in matched}
-
-
-def check_sizes(name: str, module: nn.Module, layer: LayerPlan) -> None:
-    """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
-    expected = f"a linear layer of {layer.spec.in_features} -> {layer.spec.out_features} features"
-    if not is_dense_linear(module):
-        raise ValueError(
-            f"{name}: the config's layers say {expected}, the model has a {type(module).__name__}; "
-            "load the checkpoint with the config that was saved with it"
-        )
-    sizes = feature_sizes(module)
-    if sizes != (layer.spec.in_features, layer.spec.out_features):
-        raise ValueError(
-            f"{name}: the config's layers say {expected}, the model has {sizes[0]} -> {sizes[1]}; "
-            "load the checkpoint with the config that was saved with it"
-        )
 
 
 def swap_in(model: nn.Module, plan: Plan) -> dict[str, BLRLinear]:

@@ -8,7 +8,6 @@ from torch import nn
 
 from hf_blr.checkpoint.alignment import align
 from hf_blr.config import QUANT_METHOD, BLRConfig
-from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, layers_from_plan
 
 if TYPE_CHECKING:
@@ -74,11 +73,6 @@ def is_transformers_model(module: nn.Module) -> TypeGuard[PreTrainedModel]:
 def submodels(model: nn.Module) -> list[PreTrainedModel]:
     """The transformers models in this one, itself included; each has a config of its own."""
     return [module for module in model.modules() if is_transformers_model(module)]
-
-
-def blr_modules(model: nn.Module) -> dict[str, BLRLinear]:
-    """{name: module} of every BLR module in the model, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BLRLinear)}
 
 
 def drop_fused_conversions(model: PreTrainedModel, plan: Plan) -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hf_blr.checkpoint.record import blr_modules
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.targets import keep_in_fp32_names
 
 if TYPE_CHECKING:

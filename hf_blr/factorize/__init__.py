@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_blr.factorize.finite import check_finite
 from hf_blr.factorize.gram import damped, squared_error
 from hf_blr.factorize.metric import OutputMetric
 from hf_blr.factorize.options import FitOptions
@@ -55,8 +56,7 @@ def factorize(
         raise ValueError(f"the weight must be [{spec.out_features}, {spec.in_features}], got {tuple(weight.shape)}")
     if gram is not None and gram.shape[-1] != spec.in_features:
         raise ValueError(f"the Gram matrix must be [{spec.in_features}] * 2, got {tuple(gram.shape)}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
+    check_finite("the weight", weight)
     weight = weight.detach().float().contiguous()
     scale = weight.square().mean().sqrt()
     if scale == 0:

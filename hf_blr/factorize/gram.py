@@ -123,5 +123,5 @@ def conjugate_gradients(
 
 
 def squared_error(residual: Tensor, gram: Tensor) -> float:
-    """||residual X||^2 for residual `[N, K]` and gram = X X^T."""
+    """||residual X||^2 for residual `[N, K]` and gram = X^T X."""
     return ((residual @ gram).double() * residual.double()).sum().item()

@@ -11,7 +11,7 @@ from hf_blr.factorize.gram import cholesky
 def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The u `[..., N, R]`, v `[..., R, K]` that minimise ||(W - u v) X||, for a (batch of) W `[..., N, K]`.
 
-    gram `[..., K, K]` is X X^T; without one the norm is Frobenius'. The best u spans the leading left singular vectors
+    gram `[..., K, K]` is X^T X; without one the norm is Frobenius'. The best u spans the leading left singular vectors
     U of W X, and the best v for it is U^T W, whatever X is: no inverse of the Gram or of its root is needed, so a
     singular one does no harm. (Same optimum as the whitened SVD of SVD-LLM, arXiv 2403.07378.)
     The columns of u are orthonormal.

@@ -20,7 +20,7 @@ from hf_blr.finetune.trainable import (
     let_gradients_in,
     mark_only_factors_trainable,
 )
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
 
@@ -131,7 +131,7 @@ class BLRCallback(TrainerCallback):
         if self.reported or not state.is_world_process_zero:
             return
         self.reported = True
-        modules = sum(isinstance(module, BLRLinear) for module in model.modules())
+        modules = len(blr_modules(model))
         extra = [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
         what = "the PEFT adapters on" if has_adapters(model) else ", ".join(["factors", *extra]) + " of"
         share = self.trainable / self.total

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import blr_modules
 
 
 def mark_only_factors_trainable(
@@ -33,7 +33,7 @@ def mark_only_factors_trainable(
         ValueError: if the model has no BLR module, an entry of `also` names no module, or more than the
             adapters is asked for on a model with adapters.
     """
-    if not any(isinstance(module, BLRLinear) for module in model.modules()):
+    if not blr_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
             "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"
@@ -69,8 +69,7 @@ def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterabl
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The factors of all BLR modules, in the model's order."""
-    modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
-    return [factor for module in modules for factor in module.factors().values()]
+    return [factor for module in blr_modules(model).values() for factor in module.factors().values()]
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.formats import PLAIN
-from hf_blr.inference.absorption import absorb, bring_back
 from hf_blr.inference.attention import restore_attention, use_attention
-from hf_blr.inference.siblings import Siblings
-from hf_blr.linear import BLRLinear
+from hf_blr.inference.epilogues import bring_back, fuse_activations
+from hf_blr.inference.grouped import ProjectionGroup
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import structure_named
 
 #: names under which models keep projections that are handed one tensor
@@ -58,7 +58,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     Raises:
         ValueError: if the model has no BLR module.
     """
-    if not any(isinstance(module, BLRLinear) for module in model.modules()):
+    if not blr_modules(model):
         raise ValueError(f"{type(model).__name__} has no BLR modules to fuse; compress it first")
     found: list[tuple[str, ...]] = []
     for parent_name, parent in list(model.named_modules()):
@@ -74,7 +74,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
                 if kind is not None and len(set(alike.values())) > 1:
                     run_together(list(alike.values()))
                     found.append(tuple(f"{parent_name}.{name}".lstrip(".") for name in alike))
-        for names in absorb(parent):
+        for names in fuse_activations(parent):
             full = tuple(f"{parent_name}.{name}".lstrip(".") for name in names)
             # a gated MLP: the group is there already
             found = [group for group in found if group != full[:-1]] + [full]
@@ -105,9 +105,9 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
 def run_together(modules: list[BLRLinear]) -> None:
     """Make a group of modules of one kind."""
     pack([dict(module.named_parameters(recurse=False)) for module in modules])
-    siblings = Siblings(modules)
+    siblings = ProjectionGroup(modules)
     for index, module in enumerate(modules):
-        module.siblings = siblings, index
+        module.group = siblings, index
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.ops.dispatch import resolve_impl
 from hf_blr.ops.table import implementation_of
 
@@ -30,8 +30,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     Raises:
         ValueError: if no BLR module of the model runs on kernels.
     """
-    modules = [module for module in model.modules() if isinstance(module, BLRLinear)]
-    modules = [module for module in modules if has_kernels(module)]
+    modules = [module for module in blr_modules(model).values() if has_kernels(module)]
     if not modules:
         raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
 
@@ -39,7 +38,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
 
     seen = set()
     for module in modules:
-        group = [module] if module.siblings is None else module.siblings[0].modules
+        group = [module] if module.group is None else module.group[0].modules
         kind = (module.dtype, module.device, *((m.spec, m.bias is None) for m in group))
         if kind not in seen:
             seen.add(kind)

@@ -8,11 +8,12 @@ and PEFT are imported, what the ops cost when PyTorch's counter is.
 from types import ModuleType
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
-from hf_blr.checkpoint.record import blr_modules, forget_plan, record_plan
+from hf_blr.checkpoint.record import forget_plan, record_plan
 from hf_blr.integration.loading import from_config, to_dense
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.patch import MODELING, disable, enable
 from hf_blr.integration.peft import enable_peft, lora_targets
+from hf_blr.linear import blr_modules
 
 __all__ = [
     "blr_modules",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
-from hf_blr.checkpoint.record import blr_modules, forget_plan, record_plan
+from hf_blr.checkpoint.record import forget_plan, record_plan
 from hf_blr.config import BLRConfig
+from hf_blr.linear import blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
 
 if TYPE_CHECKING:

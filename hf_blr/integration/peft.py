@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_blr.checkpoint.record import blr_modules
 from hf_blr.integration.on_import import when_imported
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 
 LORA_CONFIG = "peft.tuners.lora.config"
 

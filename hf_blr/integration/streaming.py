@@ -11,6 +11,7 @@ from transformers.core_model_loading import ConversionOps
 
 from hf_blr.config import BLRConfig
 from hf_blr.factorize import factorize
+from hf_blr.factorize.finite import check_finite
 from hf_blr.integration.memory import trim
 from hf_blr.linear import BLRLinear
 
@@ -80,21 +81,11 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
             f"{name}: the model expects the shape {tuple(module.weight.shape)}, the checkpoint has "
             f"{tuple(weight.shape)}; load it with its own config.json"
         )
-    check_finite(name, weight)
+    check_finite(name, weight, "repair the checkpoint, or leave this module dense with modules_to_not_convert")
     matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
     fitted = factorize(matrix, module.spec, options=config.fit_options)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
     return module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
-
-
-def check_finite(name: str, weight: torch.Tensor) -> None:
-    """Raises ValueError if the weight holds NaN or infinite values."""
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
-        raise ValueError(
-            f"{name}: {bad} of {weight.numel()} values are NaN or infinite; repair the checkpoint, or leave "
-            "this module dense with modules_to_not_convert"
-        )
 
 
 def add_placeholder(module: BLRLinear, weight: nn.Parameter) -> None:

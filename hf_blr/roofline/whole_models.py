@@ -40,7 +40,7 @@ class ModelSizes:
         hidden: width of the residual stream.
         heads, kv_heads, head_dim: of attention.
         activation: numbers that the MLP's activation reads for each token, and those that it writes.
-        absorbed: whether the projection before it applies the activation (`hf_blr.fuse`); of a gated MLP at one token.
+        fused_activation: whether the projection before it applies it (`hf_blr.fuse`); of a gated MLP at one token.
         norms: in one block, and after the last.
         rotary: whether positions are rotations of queries and keys.
         causal: whether a token attends to those before it alone.
@@ -61,7 +61,7 @@ class ModelSizes:
     causal: bool
     head: tuple[int, int]
     patches: tuple[int, int] | None = None
-    absorbed: bool = False
+    fused_activation: bool = False
     own_attention: bool = False
 
 
@@ -138,7 +138,7 @@ def elementwise_stages(sizes: ModelSizes, tokens: int) -> Iterator[Stage]:
     if sizes.rotary:
         yield Stage("rotate", 0, 2 * tokens * (sizes.heads + sizes.kv_heads) * sizes.head_dim, product=False)
     gated = sizes.activation[0] > sizes.activation[1]
-    if not sizes.absorbed or (gated and tokens > 1):
+    if not sizes.fused_activation or (gated and tokens > 1):
         yield Stage("activation", 0, tokens * sum(sizes.activation), product=False)
 
 

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
+from hf_blr.atomic import write_text_atomically
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
@@ -146,9 +146,6 @@ def file_of(device: torch.device) -> Path:
 
 def save(table: dict[str, list], path: Path):
     """Add the settings to the file, whole or not at all: other processes read and write it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):
         table = json.loads(path.read_text()) | table
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(table, file, indent=0, sort_keys=True)
-    os.replace(file.name, path)
+    write_text_atomically(path, json.dumps(table, indent=0, sort_keys=True))

@@ -2,7 +2,7 @@
 
 min over u, s, v of  sum_i || (W_i - u_i [diag(s_i1) v_1 ... diag(s_iB1) v_B1]) X ||^2
 
-With H = X X^T the problem is quadratic in each of u, s and v while the other two stand still. The solve for u falls
+With H = X^T X the problem is quadratic in each of u, s and v while the other two stand still. The solve for u falls
 apart into small ones, and is exact. Those for s and v couple all blocks, and take a few steps of conjugate gradients
 from where they were: far cheaper than exact solves, and, all blocks at once, far better than block after block.
 Alternation alone creeps (1 % a round); extrapolating s and v along the last step, as Nesterov does for gradients,

@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from hf_blr.inference.siblings import Siblings
+from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
 
@@ -49,7 +49,7 @@ APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 Function = Callable[[Tensor], Any]
 
 
-class Absorbed(nn.Module):
+class FusedActivation(nn.Module):
     """An activation in the place where its model keeps it, which passes on what comes activated already."""
 
     def __init__(self, activation: Function, parent: nn.Module, projection: str):
@@ -66,7 +66,7 @@ class Absorbed(nn.Module):
         return self.activation(x)
 
 
-def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
+def fuse_activations(parent: nn.Module) -> list[tuple[str, ...]]:
     """Let the children of a module apply the activations between them.
 
     Each is tried on a small random input, and undone unless the parent gives the same output as before.
@@ -82,17 +82,17 @@ def absorb(parent: nn.Module) -> list[tuple[str, ...]]:
     for child in parent.children():
         if isinstance(child, BLRLinear):
             child.activation = ""
-    found = [pair for pair in AFTER if absorb_after(parent, *pair)]
-    return found + [names[:3] for names in GATED if absorb_gate(parent, *names)]
+    found = [pair for pair in AFTER if fuse_after(parent, *pair)]
+    return found + [names[:3] for names in GATED if fuse_gate(parent, *names)]
 
 
-def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
+def fuse_after(parent: nn.Module, name: str, attribute: str) -> bool:
     projection, kind = parent._modules.get(name), activation_of(parent, attribute)
     if not (kind and isinstance(projection, BLRLinear)) or projection.activation or projection.device.type == "meta":
         return False
     expected = on_trial(parent, projection)
     activation = getattr(parent, attribute)
-    put(parent, attribute, Absorbed(activation, parent, name))
+    put(parent, attribute, FusedActivation(activation, parent, name))
     projection.activation = kind
     if alike(expected, on_trial(parent, projection)):
         return True
@@ -101,7 +101,7 @@ def absorb_after(parent: nn.Module, name: str, attribute: str) -> bool:
     return False
 
 
-def absorb_gate(parent: nn.Module, *names: str) -> bool:
+def fuse_gate(parent: nn.Module, *names: str) -> bool:
     first, second, attribute, last = names
     kind = activation_of(parent, attribute)
     gate, up = parent._modules.get(first), parent._modules.get(second)
@@ -121,11 +121,11 @@ def absorb_gate(parent: nn.Module, *names: str) -> bool:
     return True
 
 
-def group_of(gate: nn.Module | None, up: nn.Module | None) -> Siblings | None:
+def group_of(gate: nn.Module | None, up: nn.Module | None) -> ProjectionGroup | None:
     """What these two share if they, and nothing else, run together; None otherwise."""
-    if not isinstance(gate, BLRLinear) or gate.siblings is None:
+    if not isinstance(gate, BLRLinear) or gate.group is None:
         return None
-    group, _ = gate.siblings
+    group, _ = gate.group
     return group if group.modules == [gate, up] else None
 
 
@@ -156,9 +156,9 @@ def made_again(base: type[nn.Module], *names: str) -> nn.Module:
 
 
 def bring_back(parent: nn.Module) -> None:
-    """Undo `absorb` but for the projections' own part, which `BLRLinear.stand_alone` undoes."""
+    """Undo `fuse_activations` but for the projections' own part, which `BLRLinear.stand_alone` undoes."""
     for name, value in [*vars(parent).items(), *parent._modules.items()]:
-        if isinstance(value, Absorbed):
+        if isinstance(value, FusedActivation):
             take_out(parent, name)
     before = getattr(type(parent), "before_fusion", None)
     if before is not None:
@@ -178,7 +178,7 @@ def activation_of(parent: nn.Module, attribute: str) -> str:
     return ""
 
 
-def put(parent: nn.Module, attribute: str, value: Absorbed) -> None:
+def put(parent: nn.Module, attribute: str, value: FusedActivation) -> None:
     """As a child where the activation was one; in front of a method otherwise."""
     if attribute in parent._modules:
         setattr(parent, attribute, value)
@@ -190,7 +190,7 @@ def take_out(parent: nn.Module, attribute: str) -> None:
     """Undo `put`."""
     if vars(parent).pop(attribute, None) is None:
         child = parent._modules[attribute]
-        if isinstance(child, Absorbed):
+        if isinstance(child, FusedActivation):
             setattr(parent, attribute, child.activation)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.inference.siblings import MARK, Siblings
+from hf_blr.inference.grouped import MARK, ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import Blast
 
@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 @pytest.fixture
 def computed(monkeypatch):
     """Each group that computes appends its modules here."""
-    calls, compute, gated = [], Siblings.compute, Siblings.gated
+    calls, compute, gated = [], ProjectionGroup.compute, ProjectionGroup.gated
 
     def counted(self, x, activation):
         out = gated(self, x, activation)
@@ -32,8 +32,8 @@ def computed(monkeypatch):
             calls.append(self.modules)
         return out
 
-    monkeypatch.setattr(Siblings, "compute", lambda self, x: calls.append(self.modules) or compute(self, x))
-    monkeypatch.setattr(Siblings, "gated", counted)
+    monkeypatch.setattr(ProjectionGroup, "compute", lambda self, x: calls.append(self.modules) or compute(self, x))
+    monkeypatch.setattr(ProjectionGroup, "gated", counted)
     return calls
 
 
@@ -82,7 +82,7 @@ def test_factors_lie_side_by_side_and_take_no_more_memory(attention):
 
 
 @torch.no_grad()
-def test_siblings_take_their_outputs_and_nothing_stays(attention, computed):
+def test_groups_take_their_outputs_and_nothing_stays(attention, computed):
     x = torch.randn(5, 8)
     for order in (("q_proj", "k_proj", "v_proj"), ("v_proj", "q_proj", "k_proj")):
         outs = [getattr(attention, name)(x) for name in order]
@@ -167,13 +167,13 @@ def test_inference_mode_runs_layers_alone(attention, computed):
 @pytest.mark.slow
 def test_threads_share_modules_and_inputs(attention, monkeypatch):
     # Triton's interpreter runs in one thread at a time
-    lock, compute = threading.Lock(), Siblings.compute
+    lock, compute = threading.Lock(), ProjectionGroup.compute
 
     def locked(self, x):
         with lock:
             return compute(self, x)
 
-    monkeypatch.setattr(Siblings, "compute", locked)
+    monkeypatch.setattr(ProjectionGroup, "compute", locked)
     inputs = [torch.randn(3, 8) for _ in range(2)]
     with torch.no_grad():
         expected = [[alone(m, x) for m in attention.children()] for x in inputs]
@@ -218,9 +218,9 @@ def test_copies_and_pickles_stand_alone(attention, computed):
     torch.save(attention, file)
     file.seek(0)
     for other in (copy.deepcopy(attention), torch.load(file, weights_only=False), copy.copy(attention.q_proj)):
-        assert all(getattr(m, "siblings", None) is None for m in other.modules())
-    assert attention.q_proj.siblings is not None
-    other.siblings = None
+        assert all(getattr(m, "group", None) is None for m in other.modules())
+    assert attention.q_proj.group is not None
+    other.group = None
     torch.testing.assert_close(other(x), alone(attention.q_proj, x))
     assert not computed
 

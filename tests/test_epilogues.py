@@ -12,7 +12,7 @@ from torch import nn
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
-from hf_blr.inference.absorption import CLASSES, Absorbed
+from hf_blr.inference.epilogues import CLASSES, FusedActivation
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank
@@ -30,7 +30,7 @@ def activating(model) -> list[str]:
 @pytest.fixture
 def applied(monkeypatch):
     """Calls of activations that were not absorbed."""
-    calls, forward = [], Absorbed.forward
+    calls, forward = [], FusedActivation.forward
 
     def counted(self, x):
         out = forward(self, x)
@@ -38,7 +38,7 @@ def applied(monkeypatch):
             calls.append(self)
         return out
 
-    monkeypatch.setattr(Absorbed, "forward", counted)
+    monkeypatch.setattr(FusedActivation, "forward", counted)
     return calls
 
 
@@ -128,7 +128,7 @@ def test_copies_stand_on_their_own(build):
             parameter.zero_()
     file.seek(0)
     for other in (clone, torch.load(file, weights_only=False)):
-        assert any(hasattr(m, "before_fusion") or isinstance(m, Absorbed) for m in other.modules())
+        assert any(hasattr(m, "before_fusion") or isinstance(m, FusedActivation) for m in other.modules())
         torch.testing.assert_close(tiny_logits(other), tiny_logits(compressed(build=build)))
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, SIBLINGS, assert_siblings_within_budget, make_layers
+from kernel_cases import FUNCTIONS, GROUPED, assert_grouped_within_budget, make_layers
 
 from hf_blr import ops
 
-STRUCTURES = list(SIBLINGS)
+STRUCTURES = list(GROUPED)
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
 #: (Q, R) of each layer
@@ -28,8 +28,8 @@ def test_the_reference_is_each_layer_alone(structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_packed_layers_keep_the_error_budget(structure, tokens, sizes):
     pytest.importorskip("triton")
-    assert_siblings_within_budget(structure, tokens, sizes)
-    assert_siblings_within_budget(structure, tokens, sizes, bias=False)
+    assert_grouped_within_budget(structure, tokens, sizes)
+    assert_grouped_within_budget(structure, tokens, sizes, bias=False)
 
 
 @interpreted
@@ -37,7 +37,7 @@ def test_packed_layers_keep_the_error_budget(structure, tokens, sizes):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_that_lie_apart_run_one_by_one(structure, tokens):
     pytest.importorskip("triton")
-    assert_siblings_within_budget(structure, tokens, EQUAL, packed=False)
+    assert_grouped_within_budget(structure, tokens, EQUAL, packed=False)
 
 
 @interpreted
@@ -47,7 +47,7 @@ def test_layers_that_lie_apart_run_one_by_one(structure, tokens):
 def test_blast_with_many_blocks(tokens, rank, blocks):
     pytest.importorskip("triton")
     for sizes in ([(3, rank)] * 2, [(3, rank), (2, rank + 1)]):
-        assert_siblings_within_budget("blast", tokens, sizes, b1=blocks[0], b2=blocks[1], p=4, bias=False)
+        assert_grouped_within_budget("blast", tokens, sizes, b1=blocks[0], b2=blocks[1], p=4, bias=False)
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_mix_inside_the_last_stage(monkeypatch):
         rule = "hf_blr.ops.rules.blast.fuses_mix"
         monkeypatch.setattr(rule, lambda b1, b2, q, r, t, smallest=smallest: q >= smallest)
         for dtype in (torch.float32, torch.float16):
-            assert_siblings_within_budget("blast", 35, EQUAL, dtype=dtype)
-            assert_siblings_within_budget("blast", 35, GROUPED_QUERIES, dtype=dtype, bias=False)
+            assert_grouped_within_budget("blast", 35, EQUAL, dtype=dtype)
+            assert_grouped_within_budget("blast", 35, GROUPED_QUERIES, dtype=dtype, bias=False)
 
 
 @interpreted

@@ -12,15 +12,15 @@ from hf_blr.linear import BLRLinear
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
 
 #: where an input carries what its other siblings will ask for: it dies with the input, and no thread sees another's
-MARK = "_hf_blr_siblings"
+MARK = "_hf_blr_group"
 #: after so many inputs in a row that not every sibling was handed, a group has proven to be none
 PATIENCE = 8
 
 #: (group, {module: (its output, what that depends on)})
-Mark = tuple["Siblings | None", dict[int, tuple[Tensor | None, list[Any] | None]]]
+Mark = tuple["ProjectionGroup | None", dict[int, tuple[Tensor | None, list[Any] | None]]]
 
 
-class Siblings:
+class ProjectionGroup:
     """What the modules of a group share: the way to compute all of their outputs at once."""
 
     def __init__(self, modules: list[BLRLinear]):
