@@ -22,12 +22,11 @@ from hf_blr import ops
 from hf_blr.bench.environment import environment
 from hf_blr.bench.layers import PROTOCOL, relative_error
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.bench.shapes import RANK_MULTIPLE
 from hf_blr.bench.timing import Timer
 from hf_blr.inference.fusion import pack
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.table import implementation_of
-from hf_blr.structures import FACTOR, make_spec
+from hf_blr.structures import FACTOR, make_spec, structure_named
 
 TOKENS = (1024, 1, 4096, 16)
 #: group: (K, N of each projection)
@@ -49,7 +48,7 @@ FORMS = (
 def group_specs(group, structure, blocks):
     """The specs at half the parameters, ranks to the nearest multiple that the kernels like."""
     k, ns = GROUPS[group]
-    multiple = RANK_MULTIPLE[structure]
+    multiple = structure_named(structure).rank_multiple
     ranks = [make_spec(structure, k, n, ratio=0.5, num_blocks=blocks).rank for n in ns]
     ranks = [max(1, round(rank / multiple)) * multiple for rank in ranks]
     return [make_spec(structure, k, n, rank=r, num_blocks=blocks) for n, r in zip(ns, ranks, strict=True)]

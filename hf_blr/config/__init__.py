@@ -13,17 +13,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_blr.config import options
 from hf_blr.config.checks import check_budget, check_dataset, check_together
-from hf_blr.config.names import ALLOCATIONS, AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHOD
-from hf_blr.config.options import check_fields, integer, option
+from hf_blr.config.names import AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHOD
+from hf_blr.config.options import check_fields, integer
+from hf_blr.config.settings import BLRSettings
 from hf_blr.factorize.options import FitOptions
 from hf_blr.structures import as_block_pair
 
-#: the groups of `--help`
-BECOMES, FITTED = "what the layers become", "how they are fitted"
+__all__ = ["AUTO", "FORMAT_VERSION", "QUANT_METHOD", "BLRConfig", "option_fields"]
 
 
 @dataclass(eq=False, repr=False)
-class BLRConfig(QuantizationConfigMixin):
+class BLRConfig(BLRSettings, QuantizationConfigMixin):
     """How a model is compressed; saved in its `config.json` under `quantization_config`.
 
     Every field is checked when a config is made. `help(BLRConfig)` and the documentation list them.
@@ -33,166 +33,6 @@ class BLRConfig(QuantizationConfigMixin):
             reads.
     """
 
-    structure: str = option(
-        "blast",
-        'A structure\'s name; or "auto", which takes for each layer the structure, blocks and rank of the least '
-        "predicted loss (it needs text, a ratio and `fisher`).",
-        options.anything,
-        flag="--structure",
-        group=BECOMES,
-    )
-    ratio: float | None = option(
-        None,
-        "Kept / dense parameters of the replaced matrices, 0 to 1: of all of them together, or of each with a uniform "
-        "allocation. Give this, a rank, or `layers`.",
-        options.ratio,
-        flag="--ratio",
-        group=BECOMES,
-        type=float,
-        size=True,
-    )
-    rank: int | None = option(
-        None,
-        "The rank of each replaced matrix; for Monarch, of each block pair.",
-        integer(1, optional=True),
-        flag="--rank",
-        group=BECOMES,
-        type=int,
-        size=True,
-    )
-    num_blocks: int | tuple[int, int] | None = option(
-        None,
-        "b, or input and output blocks; 4 x 16 for BLAST and 4 x 4 for Monarch if left out.",
-        options.anything,
-        flag="--num-blocks",
-        group=BECOMES,
-        metavar="B or B1xB2",
-    )
-    target_modules: str | list[str] | None = option(
-        None,
-        "Which layers, in PEFT's vocabulary: a list of names or name endings, or a regular expression that the whole "
-        'name must match. If left out, or "all-linear": every attention and MLP projection inside the repeated '
-        "blocks; never the head, embeddings, routers or tied weights.",
-        options.names_or_pattern,
-        flag="--target-modules",
-        group=BECOMES,
-        nargs="+",
-        metavar="NAME",
-    )
-    modules_to_not_convert: str | list[str] | None = option(
-        None,
-        "Names or endings (or one regular expression) of layers to leave dense.",
-        options.names_or_pattern,
-        flag="--keep-dense",
-        group=BECOMES,
-        nargs="+",
-        metavar="NAME",
-    )
-    overrides: dict[str, dict[str, Any]] | None = option(
-        None,
-        '{pattern: {"structure" | "ratio" | "rank" | "num_blocks": ...}}; a pattern is a regular expression that an '
-        "ending of the module's name must match; the first that does is used.",
-        options.dict_of_dicts,
-    )
-    dataset: Any = option(
-        None,
-        'Text to fit to: "builtin" (Python\'s own documentation), "wikitext2", "c4", a text file or a folder of them, '
-        "a list of strings, or a `datasets.Dataset`. None fits the weights alone.",
-        options.anything,
-        flag="--dataset",
-        group=FITTED,
-        cli_default="builtin",
-        none="none",
-    )
-    sequential: bool = option(
-        True,
-        "Fit each layer on the inputs that the layers compressed before it give it, towards the dense model's outputs, "
-        "instead of on the dense model's inputs. Needs a model that is a chain of blocks.",
-        options.boolean,
-        flag="--one-shot",
-        group=FITTED,
-        cli_help="fit each layer to the dense model's activations, not to those of the layers compressed before it: "
-        "faster",
-    )
-    fisher: bool = option(
-        True,
-        "Weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over the "
-        "calibration text, and needs a model with logits.",
-        options.boolean,
-        flag="--no-fisher",
-        group=FITTED,
-        cli_help="weigh all outputs of a layer alike: saves a backward pass over the calibration text",
-    )
-    allocation: str | None = option(
-        None,
-        '"loss" shares the ratio out over the layers so that the predicted loss is least, and may leave some dense; '
-        '"uniform" gives each its own ratio. If left out: "loss" where `fisher` weighs a calibrated fit of a ratio.',
-        options.one_of(None, *ALLOCATIONS),
-        flag="--allocation",
-        group=FITTED,
-        choices=ALLOCATIONS,
-    )
-    block_steps: int = option(
-        0,
-        "Gradient steps that refine all factors of a block together once its layers are fitted; 0 for none. Needs "
-        "text, and `sequential`.",
-        integer(0),
-        flag="--block-steps",
-        group=FITTED,
-        type=int,
-    )
-    num_samples: int = option(
-        128, "Calibration windows at most.", integer(1), flag="--num-samples", group=FITTED, type=int
-    )
-    seqlen: int = option(2048, "Tokens in a calibration window.", integer(2), flag="--seqlen", group=FITTED, type=int)
-    fit_rounds: int = option(
-        16,
-        "Rounds of alternating least squares (BLAST) or block descent (Monarch) at most.",
-        integer(1),
-        flag="--rounds",
-        group=FITTED,
-        type=int,
-    )
-    fit_tolerance: float = option(
-        3e-3,
-        "Stop when a round lowers the squared error by less than this fraction.",
-        options.fraction,
-        flag="--tolerance",
-        group=FITTED,
-        type=float,
-    )
-    damping: float = option(
-        1e-4,
-        "Added to the diagonal of each input Gram matrix, as a fraction of its mean.",
-        options.fraction,
-        flag="--damping",
-        group=FITTED,
-        type=float,
-    )
-    fit_device: str | None = option(
-        None,
-        'Where the fits run; if left out, on the weight\'s device, or on "cuda" if there is one and that is the CPU.',
-        options.text,
-        flag="--fit-device",
-        group=FITTED,
-        metavar="DEVICE",
-    )
-    seed: int = option(
-        0,
-        "Of the calibration windows and of the fits' starting points.",
-        integer(),
-        flag="--seed",
-        group=FITTED,
-        type=int,
-    )
-    layers: dict[str, dict[str, Any]] | None = option(
-        None,
-        "The resolved plan, {module: spec}; filled in by the compression and read back from a checkpoint. With a plan "
-        "neither ratio nor rank is needed.",
-        options.dict_of_dicts,
-    )
-    version: int = option(FORMAT_VERSION, "Of this format.", integer(1))
-    # transformers looks it up among names of its own and of plugins; its annotation knows its own alone
     quant_method: str = field(default=QUANT_METHOD, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
