@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import config_section
 import front_section
 import goals
 import inventory_section
@@ -41,6 +42,9 @@ DOCUMENTS = {
         "stacks": layer_sections.stacks_section,
         "monarch-last-stage": layer_sections.monarch_last_stage_section,
         "dependent-launches": model_sections.dependent_launches_section,
+    },
+    ROOT / "docs" / "api.md": {
+        "config": config_section.config_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,
