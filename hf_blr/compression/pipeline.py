@@ -23,7 +23,7 @@ from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
-from hf_blr.targets import find_targets
+from hf_blr.targets import find_targets, refuse_adapters
 from hf_blr.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -58,10 +58,11 @@ def compress(
 
     Raises:
         ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
-            is partly offloaded, there is too little calibration text, or a model without logits meets a config that
-            needs them (`allocation="loss"`, `structure="auto"`).
+            is partly offloaded or carries PEFT adapters, there is too little calibration text, or a model without
+            logits meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
+    refuse_adapters(model)
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
     check_plan(model, plan)
     before = parameter_sizes(model)
