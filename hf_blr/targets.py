@@ -70,6 +70,19 @@ def remaining_targets(
     return chosen
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: its names and methods are those
+    of its checkpoints, and hooks reach its layers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            # without the class, whose import takes the compiler's
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
 def refuse_adapters(model: nn.Module) -> None:
     """Raises ValueError if the model carries PEFT adapters: their matrices are dense layers like all others."""
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from hf_blr.calibration.blockwise import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.sequential import Problem
-from hf_blr.checkpoint.record import forget_quantizer, record_plan
+from hf_blr.checkpoint.record import holders, record_replaced
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
@@ -23,7 +23,7 @@ from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
-from hf_blr.targets import find_targets, refuse_adapters
+from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def compress(
     leaves them out, get other weights: those that make up for the layers compressed before them.
 
     Args:
-        model: any module tree with `nn.Linear` or `Conv1D` layers; for a transformers model the plan is also written
-            to its config, so that `save_pretrained` and `from_pretrained` work.
+        model: any module tree with `nn.Linear` or `Conv1D` layers. The plan is also written to the config of the
+            transformers model that it is, wraps or is a part of, so that `save_pretrained` and `from_pretrained` work.
         config: what becomes what. With `config.layers` set, that plan is taken as it is.
         tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments.
         calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`.
@@ -62,6 +62,7 @@ def compress(
             logits meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
+    model = unwrapped(model)
     refuse_adapters(model)
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
     check_plan(model, plan)
@@ -98,8 +99,7 @@ def compress(
             bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
             bar.update()
     bar.close()
-    record_plan(model, config, plan)
-    forget_quantizer(model)
+    record_replaced(holders(model), config)
     order = {name: i for i, name in enumerate(plan)}
     layers.sort(key=lambda layer: order[layer.name])
     after = parameter_sizes(model)
