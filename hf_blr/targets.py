@@ -71,8 +71,10 @@ def remaining_targets(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`: its names and methods are those
-    of its checkpoints, and hooks reach its layers."""
+    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Its names are those of its checkpoints, and it has a model's methods and config.
+    """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
