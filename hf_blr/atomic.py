@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -28,6 +28,25 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder, writes a file into it and leaves everything as it was. Raises OSError where that fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        scratch = folder / f".{uuid.uuid4().hex}"
+        # a byte, since a full disk takes empty files
+        scratch.write_bytes(b" ")
+        scratch.unlink()
+    finally:
+        for path in reversed(made):
+            # another program may have begun to use it
+            with suppress(OSError):
+                path.rmdir()
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -86,6 +86,14 @@ def layers_from_plan(plan: Plan) -> dict[str, dict]:
     return {name: layer.to_dict() for name, layer in plan.items()}
 
 
+def plan_in_place(model: nn.Module) -> Plan:
+    """The plan of what is replaced in the model now, read off its BLR modules."""
+    return {
+        name: LayerPlan(module.spec, module.bias is not None, module.transposed, module.storage)
+        for name, module in blr_modules(model).items()
+    }
+
+
 def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     """Every module that the config replaces in this model, with its sizes.
 

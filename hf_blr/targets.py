@@ -70,6 +70,33 @@ def remaining_targets(
     return chosen
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Its names are those of its checkpoints, and it has a model's methods and config.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            # without the class, whose import takes the compiler's
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError if the model carries PEFT adapters: their matrices are dense layers like all others."""
+    for name, module in model.named_modules():
+        # by where it is defined, since a model without adapters is no reason to import PEFT
+        if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT, and compression would break its adapters "
+                "up; take them in with merge_and_unload() or off with unload() first, or compress the base model and "
+                "add adapters afterwards"
+            )
+
+
 def match(patterns: Patterns, names: Iterable[str], what: str, must_match: bool = True) -> set[str]:
     """The names that a regular expression matches whole, or that equal or end in one of a list's entries."""
     if isinstance(patterns, str):

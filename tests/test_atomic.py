@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_blr.atomic import write_text_atomically
+from hf_blr.atomic import check_writable, write_text_atomically
 
 
 def test_a_file_is_written_and_its_folder_made(tmp_path):
@@ -34,3 +34,21 @@ def test_what_fails_leaves_the_version_before_and_nothing_beside_it(broken, tmp_
     with pytest.raises(KeyboardInterrupt):
         write_text_atomically(path, "after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "kept", tmp_path / "kept" / "new" / "newer"):
+        check_writable(folder)
+        assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+
+
+@pytest.mark.parametrize("broken", [(Path, "write_bytes"), (Path, "mkdir")])
+def test_a_folder_that_cannot_be_written_raises_and_leaves_nothing(broken, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "there")
+
+    monkeypatch.setattr(*broken, fail)
+    with pytest.raises(PermissionError):
+        check_writable(tmp_path / "new" / "newer")
+    assert not list(tmp_path.iterdir())

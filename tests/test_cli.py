@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,51 @@ def test_mistakes_end_in_one_line(dense, tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hf-blr compress: error:") and message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["below a file", "no permission"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compress", "MODEL", "OUT", "--ratio", "0.5"],
+        ["compress", "MODEL", "free", "--ratio", "0.5", "--json", "OUT"],
+        ["finetune", "MODEL", "OUT"],
+        ["finetune", "MODEL", "free", "--json", "OUT"],
+        ["demo", "--model", "MODEL", "--output", "OUT"],
+        ["demo", "--model", "MODEL", "--output", "free", "--json", "OUT"],
+        ["plan", "MODEL", "OUT", "--ratio", "0.5"],
+        ["evaluate", "MODEL", "--json", "OUT"],
+        ["bench", "layers", "--json", "OUT"],
+        ["report", "MODEL", "--out", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_is_noticed_first(command, place, tmp_path, capsys, monkeypatch):
+    # neither the model nor the result files are there to be read
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "out"
+    if place == "no permission":
+        out = tmp_path / "new" / "out"
+
+        def refuse(path, *args):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        # permissions do not stop a superuser, as whom tests often run
+        monkeypatch.setattr(Path, "write_bytes", refuse)
+        monkeypatch.setattr(Path, "write_text", refuse)
+    assert main([str(out) if word == "OUT" else word for word in command]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    why = "Permission denied" if place == "no permission" else "Not a directory"
+    assert lines[-1].startswith(f"hf-blr {command[0]}: error: {out} cannot be written")
+    assert why in lines[-1] and "name a place that can be" in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path, capsys):
+    for command in (["inspect", "MODEL", "--json"], ["plan", "MODEL", "--ratio", "0.5", "--overwrite"]):
+        assert main([*command, str(tmp_path)]) == 2
+        assert f"{tmp_path} is no file that could be replaced" in capsys.readouterr().err
 
 
 def test_no_folder_and_no_hub(tmp_path, capsys, monkeypatch):

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_inputs, tiny_llama, tiny_logits
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from tiny import batches_for, tiny_inputs, tiny_llama, tiny_logits
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from hf_blr import collect_statistics, compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, from_config, lora_targets, register, to_dense
 
@@ -105,3 +113,36 @@ def test_adapter_takes_dtype_and_default_targets(model):
     adapters = [parameter for name, parameter in peft_model.named_parameters() if "lora_" in name]
     assert adapters
     assert {parameter.dtype for parameter in adapters} == {torch.bfloat16}
+
+
+def with_adapters(kind):
+    """A model in each of the states in which adapters are met."""
+    base, lora = tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    if kind == "injected":
+        # as add_adapter of transformers does it
+        return inject_adapter_in_model(lora, base)
+    if kind == "prompt":
+        return get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    if kind == "saved head":
+        return get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).get_base_model()
+    peft_model = get_peft_model(base, lora)
+    return peft_model if kind == "peft model" else peft_model.get_base_model()
+
+
+@pytest.mark.parametrize("kind", ["peft model", "base model", "injected", "prompt", "saved head"])
+def test_a_model_with_adapters_is_not_compressed(kind):
+    model = with_adapters(kind)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for call in (compress, collect_statistics):
+        with pytest.raises(ValueError, match=r"of PEFT.*merge_and_unload\(\).*unload\(\).*add adapters afterwards"):
+            call(model, BLRConfig("low_rank", ratio=0.6), calibration=batches_for(tiny_llama(), 1))
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("take_off", ["merge_and_unload", "unload"])
+def test_a_model_is_compressed_once_its_adapters_are_off(take_off):
+    # what the error advises
+    model = getattr(with_adapters("peft model"), take_off)()
+    compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
+    assert len(blr_modules(model)) == 14

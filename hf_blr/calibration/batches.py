@@ -13,6 +13,7 @@ from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
+from hf_blr.targets import refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, load_text, sample_windows, tokenize
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def collect_statistics(
     With `config.fisher` that takes a forward and a backward pass, else a forward. Arguments and errors as for
     `compress`.
     """
+    model = unwrapped(model)
+    refuse_adapters(model)
     plan = resolve_plan(model, config)
     check_plan(model, plan)
     batches = calibration_batches(model, config, tokenizer, calibration)

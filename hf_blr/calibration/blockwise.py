@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ Batch = dict[str, Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Iterator[dict[str, Tensor]]:
+def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[dict[str, Tensor], None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
     The caller may replace a block's layers as soon as it has its statistics: the next block's inputs are already

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -30,15 +31,17 @@ def with_stand_ins(root: nn.Module, statistics: Statistics | None = None) -> Ite
         root: a model or a part of one.
         statistics: of these layers, by their names below `root`; None takes the plain metric.
     """
-    layers, forms = stood_in(root), {}
+    layers = stood_in(root)
+    forms: dict[str, Any] = {}
     grams, output_grams = ({}, {}) if statistics is None else (statistics.grams, statistics.output_grams)
-    for name, module in layers.items():
-        stand_in = structure_named(module.spec.structure).load("stand_in")
-        forms[name] = stand_in.opened(module, grams.get(name), output_grams.get(name))
-        root.set_submodule(name, forms[name].layer)
     try:
+        for name, module in layers.items():
+            stand_in = structure_named(module.spec.structure).load("stand_in")
+            forms[name] = stand_in.opened(module, grams.get(name), output_grams.get(name))
+            root.set_submodule(name, forms[name].layer)
         yield
     finally:
-        for name, module in layers.items():
-            structure_named(module.spec.structure).load("stand_in").closed(module, forms[name])
-            root.set_submodule(name, module)
+        # stopped on the way in, some stand in and some do not
+        for name, form in forms.items():
+            structure_named(layers[name].spec.structure).load("stand_in").closed(layers[name], form)
+            root.set_submodule(name, layers[name])

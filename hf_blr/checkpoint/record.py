@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
 from hf_blr.checkpoint.alignment import align
 from hf_blr.config import QUANT_METHOD, BLRConfig
-from hf_blr.plan import Plan, layers_from_plan
+from hf_blr.linear import blr_modules
+from hf_blr.plan import Plan, layers_from_plan, plan_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightTransform
+
+
+def record_replaced(models: list[PreTrainedModel], config: BLRConfig | None = None) -> None:
+    """Make the config of each of these models say what is replaced in it now, under its own names.
+
+    Args:
+        models: of `holders`. One that is all dense again forgets its plan.
+        config: what was asked for; None keeps what each model says of that.
+    """
+    for model in models:
+        plan = plan_in_place(model)
+        if plan:
+            asked = config or getattr(model.config, "quantization_config", None) or BLRConfig()
+            record_plan(model, asked, plan)
+            forget_quantizer(model)
+        else:
+            forget_plan(model)
+
+
+def holders(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models by which BLR modules of this module are saved, the largest last.
+
+    They are the module itself, or what it wraps (`torch.compile`, `DataParallel`), and what it is a part of: whoever
+    compresses `t5.encoder` may save the encoder alone or all of `t5`.
+    """
+    replaced = {id(layer) for layer in blr_modules(module).values()}
+    within = {id(part) for part in module.modules()}
+    holding = [model for model in live_models() if any(id(part) in replaced for part in model.modules())]
+    inside = [model for model in holding if id(model) in within]
+    around = [model for model in holding if id(model) not in within]
+    # a part may share its config with the whole, whose names then stand in it: they are found from both
+    return outermost(inside) + outermost(around)
+
+
+def outermost(models: list[PreTrainedModel]) -> list[PreTrainedModel]:
+    """Those that are part of no other."""
+    inner = {id(part) for model in models for part in model.modules() if part is not model}
+    return [model for model in models if id(model) not in inner]
+
+
+def live_models() -> list[PreTrainedModel]:
+    """Every transformers model in memory."""
+    from transformers import PreTrainedModel
+
+    # a module does not know what holds it, and the collector knows every module; `type` runs no code of the objects.
+    # A model that another thread is just building may have no parts yet
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
+    return [model for model in found if "_modules" in vars(model)]
 
 
 def record_plan(model: nn.Module, config: BLRConfig, plan: Plan) -> None:
@@ -37,16 +87,16 @@ def record_plan(model: nn.Module, config: BLRConfig, plan: Plan) -> None:
 
 
 def forget_plan(model: nn.Module) -> None:
-    """Undo `record_plan` on a model that is dense again."""
+    """Undo `record_plan` on a model that is dense again, and on its parts, which may have been compressed alone."""
     if not is_transformers_model(model):
         return
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     for part in submodels(model):
+        if hasattr(part.config, "quantization_config"):
+            del part.config.quantization_config
         part.config._is_quantized = False
-    tags = model.model_tags or []
-    if QUANT_METHOD in tags:
-        tags.remove(QUANT_METHOD)
+        tags = part.model_tags or []
+        if QUANT_METHOD in tags:
+            tags.remove(QUANT_METHOD)
 
 
 def forget_quantizer(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import hf_blr
-from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, plan, report, roofline, run
+from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, options, plan, report, roofline, run
 
 COMMANDS = (compress, plan, evaluate, finetune, inspect, bench, roofline, report, demo, run)
 
@@ -16,6 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        if getattr(args, "json", None) is not None:
+            options.check_file(args.json)
         args.run(args)
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         if args.traceback:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_blr.atomic import write_text_atomically
+from hf_blr.atomic import check_writable, write_text_atomically
 from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.structures import block_pair_of, structures
@@ -104,11 +104,33 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError if the folder holds a model and may not be overwritten."""
-    if (folder / "config.json").exists() and not overwrite:
-        raise ValueError(f"{folder} already holds a model; choose another folder, or pass --overwrite")
+    """Raises ValueError if the folder cannot be written, or holds a model and may not be overwritten.
+
+    What takes hours to compute is not lost for a wrong name then.
+    """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder for the result")
+    check_folder(folder, folder)
+    if (folder / "config.json").exists() and not overwrite:
+        raise ValueError(f"{folder} already holds a model; choose another folder, or pass --overwrite")
+
+
+def check_file(file: Path, overwrite: bool = True) -> None:
+    """Raises ValueError if the file cannot be written, or exists and may not be overwritten."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is no file that could be replaced; name a file for the result")
+    check_folder(file.parent, file)
+    if file.exists() and not overwrite:
+        raise ValueError(f"{file} exists; choose another file, or pass --overwrite")
+
+
+def check_folder(folder: Path, result: Path) -> None:
+    """Raises ValueError, which names the result, if nothing can be written into its folder."""
+    try:
+        check_writable(folder)
+    except OSError as error:
+        why = f"{error.strerror or error}: {error.filename or folder}"
+        raise ValueError(f"{result} cannot be written ({why}); name a place that can be") from None
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_blr.atomic import write_text_atomically
 from hf_blr.cli import options
 from hf_blr.cli.layer_table import rows_by_kind
 from hf_blr.cli.table import format_table
@@ -45,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists; choose another file, or pass --overwrite")
+    options.check_file(args.output, args.overwrite)
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
     given = args.ratio
@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> None:
         f"{kept / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({100 * kept / total:.1f} %). Predicted rise of "
         f"the loss if fitted one-shot: {loss:.4f} nats a token; sequential fits do better"
     )
-    args.output.write_text(
-        json.dumps({"model": args.model, "predicted_loss": loss, "layers": layers_from_plan(chosen)}, indent=1) + "\n"
-    )
+    result = {"model": args.model, "predicted_loss": loss, "layers": layers_from_plan(chosen)}
+    write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
     print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
 
 

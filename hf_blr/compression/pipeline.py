@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -14,7 +15,7 @@ from hf_blr.calibration.blockwise import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.sequential import Problem
-from hf_blr.checkpoint.record import forget_quantizer, record_plan
+from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
@@ -23,7 +24,7 @@ from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
-from hf_blr.targets import find_targets
+from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,15 @@ def compress(
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
 
+    Stopped half-way by Ctrl-C or an error, it leaves a model that works: some layers are replaced, the config names
+    them, and a warning says how many.
+
     Where fits are sequential, targets that stay dense because the budget is better spent elsewhere, or because a plan
     leaves them out, get other weights: those that make up for the layers compressed before them.
 
     Args:
-        model: any module tree with `nn.Linear` or `Conv1D` layers; for a transformers model the plan is also written
-            to its config, so that `save_pretrained` and `from_pretrained` work.
+        model: any module tree with `nn.Linear` or `Conv1D` layers. The plan is also written to the config of the
+            transformers model that it is, wraps or is a part of, so that `save_pretrained` and `from_pretrained` work.
         config: what becomes what. With `config.layers` set, that plan is taken as it is.
         tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments.
         calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`.
@@ -58,10 +62,12 @@ def compress(
 
     Raises:
         ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
-            is partly offloaded, there is too little calibration text, or a model without logits meets a config that
-            needs them (`allocation="loss"`, `structure="auto"`).
+            is partly offloaded or carries PEFT adapters, there is too little calibration text, or a model without
+            logits meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
+    model = unwrapped(model)
+    refuse_adapters(model)
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
     check_plan(model, plan)
     before = parameter_sizes(model)
@@ -86,18 +92,20 @@ def compress(
         plan, predicted = share_budget(model, plan, statistics, config)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
+    groups = problem_groups(model, names, plan, batches, statistics, config, blocks)
     bar = tqdm(total=len(plan), desc="fitting", unit="layer", disable=not progress)
-    for group in problem_groups(model, names, plan, batches, statistics, config, blocks):
-        for name, problem in group.items():
-            if name not in plan:
-                if problem.target is not None:
-                    set_dense_weight(model.get_submodule(name), problem.target)
-                continue
-            layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
-            bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
-            bar.update()
-    bar.close()
-    record_plan(model, config, plan)
+    # a generator that is left open keeps the model in evaluation mode
+    with recorded(model, plan, config), bar, closing(groups):
+        for group in groups:
+            for name, problem in group.items():
+                if name not in plan:
+                    if problem.target is not None:
+                        set_dense_weight(model.get_submodule(name), problem.target)
+                    continue
+                layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
+                bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
+                bar.update()
+    # where the budget left all layers dense, nothing was recorded
     forget_quantizer(model)
     order = {name: i for i, name in enumerate(plan)}
     layers.sort(key=lambda layer: order[layer.name])
@@ -115,6 +123,27 @@ def compress(
         predicted_loss=predicted,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
+
+
+@contextmanager
+def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
+    """At the end, however it comes, the model's config says what is replaced; before the planned end, a warning too."""
+    try:
+        yield
+    except BaseException as error:
+        replaced = sum(name in plan for name in blr_modules(model))
+        if replaced:
+            logger.warning(
+                "%s stopped the compression when %d of %d layers were replaced. They stay so, and the config of a "
+                "transformers model names them: it can be saved and loaded as it is. To start anew, load the "
+                "dense model again",
+                type(error).__name__,
+                replaced,
+                len(plan),
+            )
+        raise
+    finally:
+        record_replaced(holders(model), config)
 
 
 def replace_layer(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def problem_groups(
     statistics: Statistics | None,
     config: BLRConfig,
     blocks: list[BlockReport],
-) -> Iterator[dict[str, Problem]]:
+) -> Generator[dict[str, Problem], None, None]:
     """{layer: Problem} for the layers to fit next, in the order in which they become ready.
 
     The caller must have replaced them when it asks for more.
@@ -41,10 +42,11 @@ def problem_groups(
         yield {name: Problem(grams[name]) for name in plan}
         return
     waiting = dict.fromkeys(plan)
-    for group in calibrated_groups(model, names, plan, batches, config, blocks):
-        for name in group:
-            waiting.pop(name, None)
-        yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
+    with closing(calibrated_groups(model, names, plan, batches, config, blocks)) as groups:
+        for group in groups:
+            for name in group:
+                waiting.pop(name, None)
+            yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
     if waiting:
         logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
         yield dict.fromkeys(waiting, Problem(None))
@@ -57,7 +59,7 @@ def calibrated_groups(
     batches: list[Batch],
     config: BLRConfig,
     blocks: list[BlockReport],
-) -> Iterator[dict[str, Problem]]:
+) -> Generator[dict[str, Problem], None, None]:
     """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
 
     def refine(name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> None:
@@ -72,5 +74,6 @@ def calibrated_groups(
                 yield from chain.problems(config.damping, refine if config.block_steps else None)
                 return
         logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
-    for grams in iterate_grams(model, list(plan), batches):
-        yield {name: Problem(gram) for name, gram in grams.items()}
+    with closing(iterate_grams(model, list(plan), batches)) as blockwise:
+        for grams in blockwise:
+            yield {name: Problem(gram) for name, gram in grams.items()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
-from hf_blr.checkpoint.record import forget_plan, record_plan
+from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
 from hf_blr.linear import blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def to_dense(model: nn.Module) -> nn.Module:
     """Multiply all factors out: every BLR module becomes the `nn.Linear` or `Conv1D` it stands for.
 
-    Works in place, one module at a time, and returns the model, whose config no longer mentions hf_blr.
+    Works in place, one module at a time, and returns the model, whose config no longer mentions hf_blr. Of a part of a
+    compressed model, the whole one's config is kept right too.
 
     Raises:
         ValueError: if the model has no BLR modules, is offloaded, or carries adapters on them.
@@ -32,9 +33,13 @@ def to_dense(model: nn.Module) -> nn.Module:
     if adapted:
         raise ValueError(f"{adapted[0]} carries an adapter; take it off first with peft_model.unload()")
     refuse_offloaded(model)
-    for name, module in modules.items():
-        model.set_submodule(name, module.to_dense())
-    forget_plan(model)
+    recorded = holders(model)
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module.to_dense())
+    finally:
+        # stopped half-way, the configs name what is left
+        record_replaced(recorded)
     return model
 
 
