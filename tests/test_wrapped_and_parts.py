@@ -158,3 +158,13 @@ def test_to_dense_stopped_half_way_says_what_is_left(tmp_path, monkeypatch):
         to_dense(model)
     assert list(blr_modules(model)) == layers[5:]
     assert reloads(model, tmp_path, tiny_logits)
+
+
+def test_a_model_that_does_not_know_what_was_asked_for_still_says_its_plan(tmp_path):
+    model = tiny_llama()
+    compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
+    del model.config.quantization_config
+    to_dense(model.model.layers[0])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny_logits(loaded), tiny_logits(model))

@@ -27,8 +27,7 @@ def record_replaced(models: list[PreTrainedModel], config: BLRConfig | None = No
     for model in models:
         plan = plan_in_place(model)
         if plan:
-            asked = config or getattr(model.config, "quantization_config", None) or BLRConfig()
-            record_plan(model, asked, plan)
+            record_plan(model, config or getattr(model.config, "quantization_config", None), plan)
             forget_quantizer(model)
         else:
             forget_plan(model)
@@ -65,19 +64,20 @@ def live_models() -> list[PreTrainedModel]:
     return [model for model in found if "_modules" in vars(model)]
 
 
-def record_plan(model: nn.Module, config: BLRConfig, plan: Plan) -> None:
+def record_plan(model: nn.Module, config: BLRConfig | None, plan: Plan) -> None:
     """Write the resolved config into `model.config`, where `save_pretrained` and the loader look for it.
 
     Does nothing to a module that is no transformers model.
 
     Args:
         model: holds the plan's BLR modules already, under the plan's names.
-        config: what was asked for; it is not changed, and text in it is described rather than kept.
+        config: what was asked for; it is not changed, and text in it is described rather than kept. None: not known.
         plan: what every replaced module became.
     """
     if not is_transformers_model(model):
         return
-    model.config.quantization_config = BLRConfig(**{**config.to_dict(), "layers": layers_from_plan(plan)})
+    asked = {} if config is None else config.to_dict()
+    model.config.quantization_config = BLRConfig(**{**asked, "layers": layers_from_plan(plan)})
     for part in submodels(model):
         # transformers then reads a module's dtype from its config, instead of from its first nn.Linear
         part.config._is_quantized = True
