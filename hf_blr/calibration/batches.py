@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, whole_model_grams
+from hf_blr.calibration.blockwise import whole_model_grams
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating

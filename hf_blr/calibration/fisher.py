@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, hooked, run
+from hf_blr.calibration.calls import Batch, hooked, run
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating

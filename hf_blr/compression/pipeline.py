@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of, token_count
-from hf_blr.calibration.blockwise import Batch
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.sequential import Problem

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, iterate_grams
+from hf_blr.calibration.blockwise import iterate_grams
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.sequential import Problem, SequentialChain
