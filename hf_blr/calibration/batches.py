@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
+from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
@@ -101,7 +102,3 @@ def batch_size(windows: int, seqlen: int) -> int:
     """The largest divisor of `windows` within the token budget: batches of one shape can be replayed block by block."""
     limit = max(1, TOKENS_PER_FORWARD // seqlen)
     return max(size for size in range(1, limit + 1) if windows % size == 0)
-
-
-def token_count(batches: list[Batch]) -> int:
-    return sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch, Call, first, record_calls, run
 from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.padding import real_positions
 from hf_blr.calibration.precision import calibrating
 from hf_blr.modes import evaluating
 
@@ -39,6 +40,7 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
     body = body_of(model, names, batches)
     with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
         for batch in batches:
+            collector.real = real_positions(batch, model)
             run(body, batch)
     return collector.grams
 
@@ -56,12 +58,18 @@ class BlockChain:
     """The repeated blocks of a model, with what each is called with on each batch besides the hidden states.
 
     groups: {block: its layers}. hidden: what enters the next block, batch by batch. calls: {block: its calls}.
+    real: the positions of each batch that count, as `real_positions` gives them.
     """
 
     def __init__(
-        self, groups: dict[str, list[str]], model: nn.Module, hidden: list[Tensor], calls: dict[str, list[Call]]
+        self,
+        groups: dict[str, list[str]],
+        model: nn.Module,
+        hidden: list[Tensor],
+        calls: dict[str, list[Call]],
+        real: list[Tensor | None],
     ):
-        self.groups, self.model, self.hidden, self.calls = groups, model, hidden, calls
+        self.groups, self.model, self.hidden, self.calls, self.real = groups, model, hidden, calls, real
 
     @classmethod
     @torch.no_grad()
@@ -72,13 +80,16 @@ class BlockChain:
             return None
         blocks = {prefix: model.get_submodule(prefix) for prefix in groups}
         recorded = record_calls(body_of(model, names, batches), blocks, batches)
-        return None if recorded is None else cls(groups, model, *recorded)
+        if recorded is None:
+            return None
+        return cls(groups, model, *recorded, [real_positions(batch, model) for batch in batches])
 
     def run(self) -> Iterator[dict[str, Tensor]]:
         for prefix, names in self.groups.items():
             block, calls = self.model.get_submodule(prefix), self.calls.pop(prefix)
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, hidden in enumerate(self.hidden):
+                    collector.real = self.real[i]
                     self.hidden[i] = self.forward(block, hidden, calls[i])
             yield collector.grams
 

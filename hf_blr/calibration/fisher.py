@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch, hooked, run
 from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.padding import real_positions, real_rows
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
 
@@ -51,7 +52,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
         model: in any dtype; its outputs must hold `logits` `[..., classes]`. Its parameters get no gradient.
         names: dense linear layers.
         batches: keyword arguments of the model's forward, on its device; positions that `attention_mask` hides are
-            not counted in the loss.
+            not counted, neither in the matrices nor in the loss.
         seed: of the labels drawn.
 
     Raises:
@@ -61,11 +62,13 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     tokens = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
-    handles = [module.register_forward_hook(watch(name, output_grams)) for name, module in modules.items()]
+    collector = GramCollector(modules)
+    handles = [module.register_forward_hook(watch(name, output_grams, collector)) for name, module in modules.items()]
     model.requires_grad_(False)
     try:
-        with evaluating(model), hooked(handles), GramCollector(modules) as collector, torch.enable_grad():
+        with evaluating(model), hooked(handles), collector, torch.enable_grad():
             for batch in parts_of(batches, sequences_at_once(model)):
+                collector.real = real_positions(batch, model)
                 loss, count = sampled_loss(model, batch, seed + tokens)
                 tokens += count
                 loss.backward()
@@ -75,15 +78,18 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     return Statistics(collector.grams, output_grams, tokens)
 
 
-def watch(name: str, output_grams: dict[str, Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    """A forward hook that adds the gradients by the layer's outputs to its matrix G."""
+def watch(
+    name: str, output_grams: dict[str, Tensor], collector: GramCollector
+) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A forward hook that adds the gradients by the layer's outputs to its matrix G, where the collector counts."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
         blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
 
         def add(gradient: Tensor) -> None:
-            g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
+            rows = real_rows(gradient.detach(), collector.real)
+            g = rows.reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
             if name in output_grams:
                 output_grams[name] += product

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of, token_count
+from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
+from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.sequential import Problem
 from hf_blr.checkpoint.record import forget_quantizer, record_plan
 from hf_blr.compression.budget import share_budget
