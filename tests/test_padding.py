@@ -10,7 +10,7 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import sequential
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.padding import real_positions, real_rows, token_count
-from hf_blr.calibration.sequential import SequentialChain
+from hf_blr.calibration.sequential import SequentialChain, residual_writers
 from hf_blr.targets import find_targets
 
 
@@ -69,8 +69,7 @@ def test_targets_and_residual_writers_are_those_of_the_real_tokens():
     model, found = tiny_llama(), []
     batches = batches_for(model)
     for text in (batches, padded(batches)):
-        with torch.no_grad():
-            chain = SequentialChain.trace(model, find_targets(model), text)
+        chain = SequentialChain.trace(model, find_targets(model), text)
         name = "model.layers.0"
         dense = chain.run_dense(model.model.layers[0], name, chain.groups[name], chain.calls[name])
         assert len(dense.written) == 2
@@ -81,6 +80,14 @@ def test_targets_and_residual_writers_are_those_of_the_real_tokens():
         found.append((next(iter(problems.values())).gram, chain.gram_of(dense.inputs[dense.groups[0][0]])))
     for right, got in zip(*found, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-2)
+
+
+def test_writers_are_found_by_the_real_tokens_alone():
+    real = torch.tensor([[True, True, False]])
+    outputs = {"a": torch.randn(1, 3, 4), "b": torch.randn(1, 3, 4)}
+    added = outputs["a"] + outputs["b"]
+    added[~real] = float("nan")
+    assert residual_writers(added, outputs, real) == ["a", "b"]
 
 
 def test_blocks_are_refined_for_the_real_tokens(monkeypatch):

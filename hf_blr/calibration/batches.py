@@ -54,21 +54,17 @@ def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BL
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
         grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches))
+    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams))
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
-    """Raises ValueError if a planned layer's matrices are not in the statistics."""
-    wanted = {"grams": statistics.grams}
-    if statistics.output_grams:
-        wanted["output_grams"] = statistics.output_grams
-    for field, matrices in wanted.items():
-        missing = [name for name in plan if name not in matrices]
-        if missing:
-            raise ValueError(
-                f"statistics.{field} holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
-                "collect them with this config"
-            )
+    """Raises ValueError if the statistics were collected without a planned layer."""
+    missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
+    if missing:
+        raise ValueError(
+            f"statistics.grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
+            "collect them with this config"
+        )
 
 
 def calibration_batches(

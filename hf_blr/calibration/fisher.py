@@ -38,11 +38,17 @@ class Statistics:
     grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the rows that were summed.
+    unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
     """
 
     grams: dict[str, Tensor]
     output_grams: dict[str, Tensor]
     tokens: int
+    unreached: frozenset[str] = frozenset()
+
+    def felt(self, name: str) -> bool:
+        """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
+        return name in self.grams and name in self.output_grams and bool(self.output_grams[name].any())
 
 
 def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> Statistics:
@@ -75,7 +81,8 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return Statistics(collector.grams, output_grams, tokens)
+    grams = collector.grams
+    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams))
 
 
 def watch(

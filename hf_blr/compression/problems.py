@@ -37,12 +37,14 @@ def problem_groups(
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
     """
-    if not batches:
-        grams = dict.fromkeys(plan) if statistics is None else statistics.grams
-        yield {name: Problem(grams[name]) for name in plan}
-        return
+    reached = [name for name in names if statistics is None or name not in statistics.unreached]
     waiting = dict.fromkeys(plan)
-    for group in calibrated_groups(model, names, plan, batches, config, blocks):
+    if batches:
+        groups = calibrated_groups(model, reached, plan, batches, config, blocks)
+    else:
+        grams = {} if statistics is None else statistics.grams
+        groups = iter([{name: Problem(grams.get(name)) for name in reached if name in plan}])
+    for group in groups:
         for name in group:
             waiting.pop(name, None)
         yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
@@ -73,5 +75,5 @@ def calibrated_groups(
                 yield from chain.problems(config.damping, refine if config.block_steps else None)
                 return
         logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
-    for grams in iterate_grams(model, list(plan), batches):
+    for grams in iterate_grams(model, [name for name in names if name in plan], batches):
         yield {name: Problem(gram) for name, gram in grams.items()}
