@@ -6,7 +6,13 @@ import logging
 import pytest
 import torch
 from tiny import batches_for, build, tiny_llama
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.budget import share_budget
@@ -74,3 +80,26 @@ def test_layers_that_no_gradient_reaches_keep_the_ratio(gradient):
     assert chosen[name] == plan[name]
     report = compress(model, CONFIG, statistics=statistics, progress=False)
     assert {layer.name: layer.spec for layer in report.layers}[name] == plan[name].spec
+
+
+def one_label(**more):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=257, num_labels=1, pad_token_id=0, initializer_range=0.1, **sizes, **more)
+    return build(LlamaForSequenceClassification, config)
+
+
+def test_a_head_of_one_class_has_no_loss_to_share_a_budget_by(caplog):
+    report = compress(one_label(), CONFIG, calibration=text(), progress=False)
+    assert len(report.layers) == 14 and report.predicted_loss is None
+    assert all(0.5 < layer.spec.ratio <= 0.6 for layer in report.layers)
+    assert "no gradient reaches the layers of LlamaForSequenceClassification" in caplog.text
+    assert "all outputs weigh alike and all layers keep the same ratio" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", ["loss", "auto"])
+def test_what_needs_a_loss_refuses_a_head_of_one_class(wanted):
+    model = one_label()
+    config = BLRConfig("auto", ratio=0.6) if wanted == "auto" else BLRConfig(ratio=0.6, allocation="loss")
+    with pytest.raises(ValueError, match="no gradient reaches" if wanted == "loss" else "logits of several classes"):
+        compress(model, config, calibration=text(), progress=False)
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)

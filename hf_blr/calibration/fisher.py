@@ -27,8 +27,8 @@ from hf_blr.modes import evaluating
 SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
 
 
-class NoLogits(ValueError):
-    """The model has no head, and so no loss."""
+class NoLoss(ValueError):
+    """The model has no loss that its layers could be weighed by."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
         seed: of the labels drawn.
 
     Raises:
-        NoLogits: if the model has no head.
+        NoLoss: if the model has no head, or no prediction of its head depends on any of the layers.
     """
     output_grams: dict[str, Tensor] = {}
     tokens = 0
@@ -81,6 +81,12 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    # stops at the first that is not zero
+    if not any(gram.any() for gram in output_grams.values()):
+        raise NoLoss(
+            f"no gradient reaches the layers of {type(model).__name__}, so no loss weighs them: one class alone "
+            '(num_labels=1) is always predicted with certainty; set fisher=False and allocation="uniform"'
+        )
     grams = collector.grams
     return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams))
 
@@ -133,7 +139,7 @@ def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int
     """The summed loss of labels drawn from the model's own predictions, and how many there are."""
     logits = getattr(run(model, {k: v for k, v in batch.items() if k != "labels"}), "logits", None)
     if logits is None:
-        raise NoLogits(
+        raise NoLoss(
             f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "
             '(AutoModelForCausalLM, ...), or set fisher=False and allocation="uniform"'
         )

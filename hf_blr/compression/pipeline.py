@@ -59,8 +59,8 @@ def compress(
 
     Raises:
         ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
-            is partly offloaded, there is too little calibration text, or a model without logits meets a config that
-            needs them (`allocation="loss"`, `structure="auto"`).
+            is partly offloaded, there is too little calibration text, or a model without logits, or with one class
+            alone, meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
@@ -81,7 +81,9 @@ def compress(
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name, _ in model.named_modules() if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
-        raise ValueError('structure="auto" needs calibration text and a model with logits; name a structure')
+        raise ValueError(
+            'structure="auto" needs calibration text and a model with logits of several classes; name a structure'
+        )
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
