@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import NoLoss, Statistics, fisher_statistics
+from hf_blr.calibration.given import given_batches
 from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
@@ -76,9 +76,7 @@ def calibration_batches(
     """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
     device = next(model.parameters()).device
     if calibration is not None:
-        batches = [{"input_ids": b} if torch.is_tensor(b) else dict(b) for b in calibration]
-        if not batches:
-            raise ValueError("calibration= holds no batch; give at least one, or leave it out to fit the weights alone")
+        batches = given_batches(calibration)
     elif not config.calibrated:
         return []
     else:

@@ -58,7 +58,8 @@ def compress(
         The report; its layers are in the model's order.
 
     Raises:
-        ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
+        TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
+        ValueError: likewise, if the config does not fit the model, a weight is not finite, the model
             is partly offloaded, there is too little calibration text, or a model without logits, or with one class
             alone, meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
