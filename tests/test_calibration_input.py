@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import build, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from transformers import MPNetConfig, MPNetForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.calibration.batches import calibration_batches
 from hf_blr.calibration.given import given_batches
 from hf_blr.text import load_text
 
@@ -61,3 +63,39 @@ def test_a_config_with_a_stream_has_a_repr():
     datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset()
     assert "<IterableDataset>" in repr(BLRConfig(ratio=0.5, dataset=stream))
+
+
+SIZES = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "pad_token_id": 1}
+
+
+def tiny_roberta():
+    return build(RobertaForMaskedLM, RobertaConfig(**SIZES, num_attention_heads=4, max_position_embeddings=66))
+
+
+def tiny_mpnet():
+    return build(MPNetForMaskedLM, MPNetConfig(**SIZES, num_attention_heads=4, max_position_embeddings=66))
+
+
+WINDOWS = {
+    "config": (tiny_llama, 10**30, 40, 40),
+    "positions": (tiny_llama, 10**30, 2048, 128),
+    "other name": (tiny_gpt2, 10**30, 2048, 128),
+    "bert": (tiny_bert, 10**30, 2048, 64),
+    "roberta": (tiny_roberta, 10**30, 2048, 64),
+    "mpnet": (tiny_mpnet, 10**30, 2048, 64),
+    "tokenizer": (tiny_llama, 100, 2048, 100),
+    "no limit": (lambda: tiny_llama(max_position_embeddings=4096), 10**30, 200, 200),
+    "-1 for none": (lambda: tiny_llama(max_position_embeddings=4096), -1, 200, 200),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_are_as_long_as_model_and_tokenizer_take(case):
+    make, longest, seqlen, expected = WINDOWS[case]
+    model, tokenizer = make(), tiny_tokenizer()
+    tokenizer.model_max_length = longest
+    config = BLRConfig("low_rank", ratio=0.6, dataset=["some words " * 200], seqlen=seqlen, num_samples=4)
+    batches = calibration_batches(model, config, tokenizer, None)
+    assert {batch["input_ids"].shape[1] for batch in batches} == {expected}
+    with torch.no_grad():
+        model(**batches[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: tokens of one calibration forward: enough to fill a GPU, and a small part of the model's own memory
 TOKENS_PER_FORWARD = 16384
+#: tokens from which on a tokenizer's longest text says that there is no longest one
+NO_LIMIT = 10**9
 
 
 def collect_statistics(
@@ -85,11 +88,29 @@ def calibration_batches(
                 f"fitting to dataset={config.to_dict()['dataset']!r} needs a tokenizer: pass tokenizer=, or set "
                 "dataset=None to fit the weights alone"
             )
-        seqlen = min(config.seqlen, getattr(model.config, "max_position_embeddings", config.seqlen))
+        seqlen = min(config.seqlen, *longest_windows(model, tokenizer))
         tokens = tokenize(tokenizer, load_text(config.dataset, "train"))
         windows = sample_windows(tokens, seqlen, config.num_samples, config.seed)
         batches = [{"input_ids": part} for part in windows.split(batch_size(len(windows), seqlen))]
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+
+def longest_windows(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
+    """How many tokens a window may have, by all who say so: the model's config, position embeddings, the tokenizer."""
+    config: Any = getattr(model, "config", None)
+    # a model of text and images keeps the text's numbers apart
+    said = [getattr(each, "max_position_embeddings", None) for each in (config, getattr(config, "text_config", None))]
+    said.append(getattr(tokenizer, "model_max_length", None))
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and "position" in name.rpartition(".")[2]
+        ):
+            # RoBERTa and its kin count positions from the one behind the padding's
+            said.append(module.num_embeddings - module.padding_idx - 1)
+    # some families store -1 or 1 for "no limit", and tokenizers 1e30
+    return [limit for limit in said if isinstance(limit, int) and 1 < limit < NO_LIMIT]
 
 
 def batch_size(windows: int, seqlen: int) -> int:
