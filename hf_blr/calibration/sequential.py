@@ -150,6 +150,9 @@ class SequentialChain(BlockChain):
         entered = self.hidden[0]
         with hooked(handles):
             left = self.forward(block, entered, calls[0])
+        if left.shape != entered.shape:
+            # a block that merges patches keeps no stream to write to
+            return groups, []
         return groups, residual_writers(left.float() - entered.float(), outputs, self.real[0])
 
     def group_problems(
