@@ -111,16 +111,22 @@ def load_from_hub(name: str, *args: Any, **kwargs: Any) -> Any:
 def read_path(path: str) -> list[str]:
     """The text of a file, or of each text file in a folder."""
     root = Path(path).expanduser()
-    if root.is_dir():
+    try:
+        is_folder, is_file = root.is_dir(), root.is_file()
+    except (OSError, ValueError):
+        # no name of a file at all: too long, or with a zero byte
+        is_folder = is_file = False
+    if is_folder:
         files = sorted(file for file in root.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"the folder {path!r} holds no file ending in {', '.join(TEXT_SUFFIXES)}")
-    elif root.is_file():
+    elif is_file:
         files = [root]
     else:
+        shown = path if len(path) <= 80 else path[:80] + "..."
         raise ValueError(
-            f"{path!r} is neither the name of a dataset ({known_names()}) nor a file or folder here; "
-            "text itself is given as a list of strings"
+            f"{shown!r} is neither the name of a dataset ({known_names()}) nor a file or folder here; "
+            "text itself is given as a list of strings, [text]"
         )
     return [read_file(file) for file in files]
 

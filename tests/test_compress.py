@@ -86,19 +86,6 @@ def test_later_blocks_are_fitted_to_the_dense_models_activations():
     assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(expected.rel_error, rel=1e-3)
 
 
-@pytest.mark.parametrize("mask", ["attention_mask", "shapes"])
-def test_batches_that_cannot_be_replayed_take_the_whole_pass(mask):
-    model, batches = tiny_llama(), token_batches()
-    if mask == "shapes":
-        batches.append({"input_ids": torch.zeros(1, 7, dtype=torch.long)})
-    else:
-        batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
-    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
-    assert len(list(iterate_grams(model, names, batches))) == 1
-    report = compress(model, BLRConfig("low_rank", ratio=0.5), calibration=batches, progress=False)
-    assert len(report.layers) + len(report.left_dense) == 14
-
-
 def limit_rank(model, rank):
     """Makes every target's matrix one of this rank."""
     for name in find_targets(model):

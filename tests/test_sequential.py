@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from transformers import SwinConfig, SwinForImageClassification
 
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration.sequential import SequentialChain, residual_writers
@@ -167,10 +168,18 @@ def test_layers_that_are_no_targets_keep_their_weights():
 
 def test_a_model_that_is_no_chain_falls_back_and_says_so(caplog):
     model = tiny_llama()
-    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in batches_for(model)]
-    report = compress(model, CONFIG, calibration=batches, progress=False)
+    # what leaves a block is not the tensor that enters the next one
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out + 0)
+    report = compress(model, CONFIG, calibration=batches_for(model), progress=False)
     assert len(report.layers) + len(report.left_dense) == 14
     assert "no plain chain of blocks" in caplog.text
+
+
+def test_blocks_that_change_the_streams_shape_have_no_writers():
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4]}
+    model = build(SwinForImageClassification, SwinConfig(**sizes, window_size=2, num_labels=3, initializer_range=0.1))
+    report = compress(model, CONFIG, calibration=batches_for(model), progress=False)
+    assert report.fitted_to == "activations" and len(report.layers) + len(report.left_dense) == 13
 
 
 def test_modes_and_gradients_are_as_before():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, whole_model_grams
-from hf_blr.calibration.fisher import NoLogits, Statistics, fisher_statistics
+from hf_blr.calibration.blockwise import whole_model_grams
+from hf_blr.calibration.calls import Batch
+from hf_blr.calibration.fisher import NoLoss, Statistics, fisher_statistics
+from hf_blr.calibration.given import given_batches
+from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
@@ -20,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: tokens of one calibration forward: enough to fill a GPU, and a small part of the model's own memory
 TOKENS_PER_FORWARD = 16384
+#: tokens from which on a tokenizer's longest text says that there is no longest one
+NO_LIMIT = 10**9
 
 
 def collect_statistics(
@@ -45,31 +50,27 @@ def collect_statistics(
 
 
 def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
-    """Those of the plan's layers; without Fisher matrices if the model has no logits and the config can do without."""
+    """Those of the plan's layers; without Fisher matrices if the model has no loss and the config can do without."""
     if config.fisher:
         try:
             return fisher_statistics(model, list(plan), batches, config.seed)
-        except NoLogits as error:
+        except NoLoss as error:
             if config.allocation == "loss":
                 raise
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
         grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches))
+    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams))
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
-    """Raises ValueError if a planned layer's matrices are not in the statistics."""
-    wanted = {"grams": statistics.grams}
-    if statistics.output_grams:
-        wanted["output_grams"] = statistics.output_grams
-    for field, matrices in wanted.items():
-        missing = [name for name in plan if name not in matrices]
-        if missing:
-            raise ValueError(
-                f"statistics.{field} holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
-                "collect them with this config"
-            )
+    """Raises ValueError if the statistics were collected without a planned layer."""
+    missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
+    if missing:
+        raise ValueError(
+            f"statistics.grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
+            "collect them with this config"
+        )
 
 
 def calibration_batches(
@@ -81,9 +82,7 @@ def calibration_batches(
     """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
     device = next(model.parameters()).device
     if calibration is not None:
-        batches = [{"input_ids": b} if torch.is_tensor(b) else dict(b) for b in calibration]
-        if not batches:
-            raise ValueError("calibration= holds no batch; give at least one, or leave it out to fit the weights alone")
+        batches = given_batches(calibration)
     elif not config.calibrated:
         return []
     else:
@@ -92,18 +91,32 @@ def calibration_batches(
                 f"fitting to dataset={config.to_dict()['dataset']!r} needs a tokenizer: pass tokenizer=, or set "
                 "dataset=None to fit the weights alone"
             )
-        seqlen = min(config.seqlen, getattr(model.config, "max_position_embeddings", config.seqlen))
+        seqlen = min(config.seqlen, *longest_windows(model, tokenizer))
         tokens = tokenize(tokenizer, load_text(config.dataset, "train"))
         windows = sample_windows(tokens, seqlen, config.num_samples, config.seed)
         batches = [{"input_ids": part} for part in windows.split(batch_size(len(windows), seqlen))]
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
+def longest_windows(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
+    """How many tokens a window may have, by all who say so: the model's config, position embeddings, the tokenizer."""
+    config: Any = getattr(model, "config", None)
+    # a model of text and images keeps the text's numbers apart
+    said = [getattr(each, "max_position_embeddings", None) for each in (config, getattr(config, "text_config", None))]
+    said.append(getattr(tokenizer, "model_max_length", None))
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and "position" in name.rpartition(".")[2]
+        ):
+            # RoBERTa and its kin count positions from the one behind the padding's
+            said.append(module.num_embeddings - module.padding_idx - 1)
+    # some families store -1 or 1 for "no limit", and tokenizers 1e30
+    return [limit for limit in said if isinstance(limit, int) and 1 < limit < NO_LIMIT]
+
+
 def batch_size(windows: int, seqlen: int) -> int:
     """The largest divisor of `windows` within the token budget: batches of one shape can be replayed block by block."""
     limit = max(1, TOKENS_PER_FORWARD // seqlen)
     return max(size for size in range(1, limit + 1) if windows % size == 0)
-
-
-def token_count(batches: list[Batch]) -> int:
-    return sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from hf_blr.calibration.calls import Batch, Call, first, record_calls, run
 from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.padding import real_positions
 from hf_blr.calibration.precision import calibrating
 from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Batch = dict[str, Tensor]
-#: what a block is called with besides the hidden states: (args, kwargs)
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[dict[str, Tensor], None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
     The caller may replace a block's layers as soon as it has its statistics: the next block's inputs are already
-    computed. Where a model does not run as a plain chain of blocks, or the batches differ in shape, one pass over the
-    whole model gathers everything and is yielded at once, which needs the memory for it.
+    computed. Where a model does not run as a plain chain of blocks, one pass over the whole model gathers everything
+    and is yielded at once, which needs the memory for it.
 
     Args:
         names: dense linear layers, in the model's order.
@@ -44,25 +40,9 @@ def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) 
     body = body_of(model, names, batches)
     with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
         for batch in batches:
+            collector.real = real_positions(batch, model)
             run(body, batch)
     return collector.grams
-
-
-@contextmanager
-def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Takes the hooks behind these handles off again at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run(model: nn.Module, batch: Batch) -> Any:
-    """A calibration forward, which fills no key-value cache."""
-    cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with calibrating(model):
-        return model(**batch, **cache)
 
 
 def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Module:
@@ -75,50 +55,42 @@ def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Modu
 
 
 class BlockChain:
-    """The repeated blocks of a model, with what each is called with besides the hidden states."""
+    """The repeated blocks of a model, with what each is called with on each batch besides the hidden states.
 
-    def __init__(self, groups: dict[str, list[str]], model: nn.Module, hidden: list[Tensor], calls: dict[str, Call]):
-        self.groups, self.model, self.hidden, self.calls = groups, model, hidden, calls
+    groups: {block: its layers}. hidden: what enters the next block, batch by batch. calls: {block: its calls}.
+    real: the positions of each batch that count, as `real_positions` gives them.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, list[str]],
+        model: nn.Module,
+        hidden: list[Tensor],
+        calls: dict[str, list[Call]],
+        real: list[Tensor | None],
+    ):
+        self.groups, self.model, self.hidden, self.calls, self.real = groups, model, hidden, calls, real
 
     @classmethod
     @torch.no_grad()
     def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> Self | None:
-        """Runs the first batch through and checks that each block's output is the next one's input, else None."""
+        """Records what the blocks are called with on each batch; None if the model is no plain chain of blocks."""
         groups = group_by_block(names)
-        shapes = [{key: value.shape for key, value in batch.items()} for batch in batches]
-        # with masks or several shapes, blocks are called with other arguments on each batch
-        if groups is None or any(s != shapes[0] for s in shapes) or any("mask" in key for key in batches[0]):
+        if groups is None:
             return None
-        body = body_of(model, names, batches)
-        calls: dict[str, Call] = {}
-        outputs: dict[str, Tensor] = {}
-
-        def record(prefix: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                calls[prefix], outputs[prefix] = (args, kwargs), first(output)
-
-            return hook
-
-        handles = [
-            model.get_submodule(prefix).register_forward_hook(record(prefix), with_kwargs=True) for prefix in groups
-        ]
-        with hooked(handles):
-            run(body, batches[0])
-        order = list(groups)
-        chained = list(calls) == order and all(args and torch.is_tensor(args[0]) for args, _ in calls.values())
-        if not chained or any(outputs[a] is not calls[b][0][0] for a, b in zip(order, order[1:], strict=False)):
+        blocks = {prefix: model.get_submodule(prefix) for prefix in groups}
+        recorded = record_calls(body_of(model, names, batches), blocks, batches)
+        if recorded is None:
             return None
-        first_block = model.get_submodule(order[0])
-        hidden = [calls[order[0]][0][0], *(block_input(body, first_block, batch) for batch in batches[1:])]
-        calls = {prefix: (args[1:], kwargs) for prefix, (args, kwargs) in calls.items()}
-        return cls(groups, model, hidden, calls)
+        return cls(groups, model, *recorded, [real_positions(batch, model) for batch in batches])
 
     def run(self) -> Iterator[dict[str, Tensor]]:
         for prefix, names in self.groups.items():
-            block, call = self.model.get_submodule(prefix), self.calls.pop(prefix)
+            block, calls = self.model.get_submodule(prefix), self.calls.pop(prefix)
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, hidden in enumerate(self.hidden):
-                    self.hidden[i] = self.forward(block, hidden, call)
+                    collector.real = self.real[i]
+                    self.hidden[i] = self.forward(block, hidden, calls[i])
             yield collector.grams
 
     @torch.no_grad()
@@ -145,31 +117,3 @@ def group_by_block(names: list[str]) -> dict[str, list[str]] | None:
     numbers = [int(prefix.rpartition(".")[2]) for prefix in groups]
     consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return groups if len(lists) == 1 and consecutive else None
-
-
-class ReachedBlock(Exception):
-    """Ends a forward pass at the first block; carries its input."""
-
-    def __init__(self, hidden: Tensor):
-        self.hidden = hidden
-
-
-def block_input(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
-    """The hidden states that enter a block of the model, computed without running it or what follows."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise ReachedBlock(args[0])
-
-    handle = block.register_forward_pre_hook(stop)
-    try:
-        run(model, batch)
-    except ReachedBlock as reached:
-        return reached.hidden
-    finally:
-        handle.remove()
-    raise RuntimeError("the first block did not run on a calibration batch although it ran on the one before")
-
-
-def first(output: Any) -> Tensor:
-    """A block returns its hidden states, alone or ahead of other things."""
-    return output[0] if isinstance(output, tuple) else output

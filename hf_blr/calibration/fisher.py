@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, hooked, run
+from hf_blr.calibration.calls import Batch, hooked, run
 from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.padding import real_positions, real_rows
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
 
@@ -26,8 +27,8 @@ from hf_blr.modes import evaluating
 SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
 
 
-class NoLogits(ValueError):
-    """The model has no head, and so no loss."""
+class NoLoss(ValueError):
+    """The model has no loss that its layers could be weighed by."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,17 @@ class Statistics:
     grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the rows that were summed.
+    unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
     """
 
     grams: dict[str, Tensor]
     output_grams: dict[str, Tensor]
     tokens: int
+    unreached: frozenset[str] = frozenset()
+
+    def felt(self, name: str) -> bool:
+        """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
+        return name in self.grams and name in self.output_grams and bool(self.output_grams[name].any())
 
 
 def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> Statistics:
@@ -51,39 +58,51 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
         model: in any dtype; its outputs must hold `logits` `[..., classes]`. Its parameters get no gradient.
         names: dense linear layers.
         batches: keyword arguments of the model's forward, on its device; positions that `attention_mask` hides are
-            not counted in the loss.
+            not counted, neither in the matrices nor in the loss.
         seed: of the labels drawn.
 
     Raises:
-        NoLogits: if the model has no head.
+        NoLoss: if the model has no head, or no prediction of its head depends on any of the layers.
     """
     output_grams: dict[str, Tensor] = {}
     tokens = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
-    handles = [module.register_forward_hook(watch(name, output_grams)) for name, module in modules.items()]
+    collector = GramCollector(modules)
+    handles = [module.register_forward_hook(watch(name, output_grams, collector)) for name, module in modules.items()]
     model.requires_grad_(False)
     try:
-        with evaluating(model), hooked(handles), GramCollector(modules) as collector, torch.enable_grad():
+        with evaluating(model), hooked(handles), collector, torch.enable_grad():
             for batch in parts_of(batches, sequences_at_once(model)):
+                collector.real = real_positions(batch, model)
                 loss, count = sampled_loss(model, batch, seed + tokens)
                 tokens += count
                 loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return Statistics(collector.grams, output_grams, tokens)
+    # stops at the first that is not zero
+    if not any(gram.any() for gram in output_grams.values()):
+        raise NoLoss(
+            f"no gradient reaches the layers of {type(model).__name__}, so no loss weighs them: one class alone "
+            '(num_labels=1) is always predicted with certainty; set fisher=False and allocation="uniform"'
+        )
+    grams = collector.grams
+    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams))
 
 
-def watch(name: str, output_grams: dict[str, Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    """A forward hook that adds the gradients by the layer's outputs to its matrix G."""
+def watch(
+    name: str, output_grams: dict[str, Tensor], collector: GramCollector
+) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A forward hook that adds the gradients by the layer's outputs to its matrix G, where the collector counts."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
         blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
 
         def add(gradient: Tensor) -> None:
-            g = gradient.detach().reshape(-1, blocks, size // blocks).float().transpose(0, 1)
+            rows = real_rows(gradient.detach(), collector.real)
+            g = rows.reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
             if name in output_grams:
                 output_grams[name] += product
@@ -120,7 +139,7 @@ def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int
     """The summed loss of labels drawn from the model's own predictions, and how many there are."""
     logits = getattr(run(model, {k: v for k, v in batch.items() if k != "labels"}), "logits", None)
     if logits is None:
-        raise NoLogits(
+        raise NoLoss(
             f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "
             '(AutoModelForCausalLM, ...), or set fisher=False and allocation="uniform"'
         )

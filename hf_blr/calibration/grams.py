@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_blr.calibration.padding import real_rows
+
 
 class GramCollector:
     """A context manager in which every forward adds the named layers' inputs to their Gram matrices.
@@ -17,10 +19,14 @@ class GramCollector:
 
     Args:
         modules: {name: layer}; the layer's first argument is `[..., K]`.
+
+    Attributes:
+        real: the positions of the batch that runs next which count, as `real_positions` gives them.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
+        self.real: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
@@ -54,7 +60,7 @@ class GramCollector:
             x = args[0] if args else next(iter(kwargs.values()))
             if x is not self._input:
                 self._close_group()
-                rows = x.detach().reshape(-1, x.shape[-1]).float()
+                rows = real_rows(x.detach(), self.real).float()
                 # at once: what runs next may write into x
                 self._input, self._gram = x, rows.mT @ rows
             self._reached.append(name)

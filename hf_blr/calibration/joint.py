@@ -21,8 +21,8 @@ from hf_blr.linear import blr_modules
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
 LEARNING_RATE = 3e-3
 
-#: (block or a function in its place, hidden states that enter) -> hidden states that leave
-Run = Callable[[Callable[..., Any], Tensor], Tensor]
+#: (block or a function in its place, hidden states that enter, number of the batch) -> hidden states that leave
+Run = Callable[[Callable[..., Any], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def refine_block(
     Args:
         name: of the block, for the report.
         block: a decoder layer; none of its parameters gets a gradient.
-        run: (block or a function in its place, hidden states `[B, T, hidden]`) -> hidden states that leave.
+        run: (block or a function in its place, hidden states `[B, T, hidden]`, number of the batch) -> hidden states
+            that leave.
         entered: what the compressed model hands the block, batch by batch.
         wanted: what should leave it.
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
@@ -82,7 +83,7 @@ def refine_factors(
     for i in order(len(entered), steps, seed):
         with torch.enable_grad():
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
-            out = run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i])
+            out = run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
             gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
             copy.grad = gradient
@@ -111,7 +112,9 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def mean_error(block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> float:
-    return sum(error(run(block, x), y).item() for x, y in zip(entered, wanted, strict=True)) / len(entered)
+    tokens = [y.shape[:-1].numel() for y in wanted]
+    errors = [error(run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
+    return sum(count * each for count, each in zip(tokens, errors, strict=True)) / sum(tokens)
 
 
 def error(out: Tensor, wanted: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_blr.calibration.blockwise import BlockChain, Call, ReachedBlock, hooked
+from hf_blr.calibration.blockwise import BlockChain
+from hf_blr.calibration.calls import Call, ReachedBlock, hooked, with_own_state
 from hf_blr.calibration.joint import Run
+from hf_blr.calibration.padding import real_rows
 from hf_blr.dense import dense_weight, is_dense_linear
 from hf_blr.factorize.gram import cholesky, damped
 
@@ -77,40 +79,54 @@ class SequentialChain(BlockChain):
                 compressed model's.
         """
         compressed = list(self.hidden)
+        calls_of_compressed = with_own_state(self.calls)
         for prefix, names in self.groups.items():
-            block, call = self.model.get_submodule(prefix), self.calls.pop(prefix)
-            dense = self.run_dense(block, prefix, names, call)
-            wanted = self.between(block, compressed, dense.left, call) if after_block is not None else []
+            block = self.model.get_submodule(prefix)
+            dense_calls, calls = self.calls.pop(prefix), calls_of_compressed.pop(prefix)
+            dense = self.run_dense(block, prefix, names, dense_calls)
+            wanted = self.between(block, compressed, dense.left, calls) if after_block is not None else []
             for group in dense.groups:
-                yield self.group_problems(block, call, dense, group, compressed, damping)
+                yield self.group_problems(block, calls, dense, group, compressed, damping)
             dense.inputs.clear()
             if after_block is not None:
-                after_block(prefix, block, partial(self.run_as, block, call), compressed, wanted)
+                after_block(prefix, block, partial(self.run_as, block, calls), compressed, wanted)
             for i, hidden in enumerate(compressed):
-                compressed[i] = self.forward(block, hidden, call)
+                compressed[i] = self.forward(block, hidden, calls[i])
             self.hidden = dense.left
 
-    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], call: Call) -> list[Tensor]:
+    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list[Call]) -> list[Tensor]:
         """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
-        return [torch.lerp(self.forward(block, x, call), y, STREAM_SHARE) for x, y in zip(entered, left, strict=True)]
+        return [
+            self.counted(torch.lerp(self.forward(block, x, call), y, STREAM_SHARE), i)
+            for i, (x, y, call) in enumerate(zip(entered, left, calls, strict=True))
+        ]
 
-    def run_as(self, block: nn.Module, call: Call, function: Callable[..., Any], hidden: Tensor) -> Tensor:
-        return self.forward_as(block, function, hidden, call)
+    def run_as(
+        self, block: nn.Module, calls: list[Call], function: Callable[..., Any], hidden: Tensor, batch: int
+    ) -> Tensor:
+        return self.counted(self.forward_as(block, function, hidden, calls[batch]), batch)
 
-    def run_dense(self, block: nn.Module, prefix: str, names: list[str], call: Call) -> DenseRun:
+    def counted(self, hidden: Tensor, batch: int) -> Tensor:
+        """The hidden states `[rows, hidden]` of positions that count; all of them, in their shape, where all do."""
+        real = self.real[batch]
+        return hidden if real is None else real_rows(hidden, real)
+
+    def run_dense(self, block: nn.Module, prefix: str, names: list[str], calls: list[Call]) -> DenseRun:
         """Passes all batches through the still dense block."""
         run = DenseRun(self.hidden)
-        run.groups, writers = self.survey(block, prefix, names, call)
+        run.groups, writers = self.survey(block, prefix, names, calls)
         run.inputs = {group[0]: [] for group in run.groups}
         run.written = {name: [] for name in writers}
         handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]
         handles += [self.on_output(name, partial(keep, to)) for name, to in run.written.items()]
         with hooked(handles):
-            for hidden in self.hidden:
+            for hidden, call in zip(self.hidden, calls, strict=True):
                 run.left.append(self.forward(block, hidden, call))
         return run
 
-    def survey(self, block: nn.Module, prefix: str, names: list[str], call: Call) -> tuple[list[list[str]], list[str]]:
+    def survey(
+        self, block: nn.Module, prefix: str, names: list[str], calls: list[Call]
+    ) -> tuple[list[list[str]], list[str]]:
         """The block's groups of layers with one input, and its residual writers, from the first batch."""
         groups: list[list[str]] = []
         outputs: dict[str, Tensor] = {}
@@ -133,13 +149,16 @@ class SequentialChain(BlockChain):
         handles += [self.on_output(name, partial(keep_as, outputs, name)) for name in dense]
         entered = self.hidden[0]
         with hooked(handles):
-            left = self.forward(block, entered, call)
-        return groups, residual_writers(left.float() - entered.float(), outputs)
+            left = self.forward(block, entered, calls[0])
+        if left.shape != entered.shape:
+            # a block that merges patches keeps no stream to write to
+            return groups, []
+        return groups, residual_writers(left.float() - entered.float(), outputs, self.real[0])
 
     def group_problems(
         self,
         block: nn.Module,
-        call: Call,
+        calls: list[Call],
         dense: DenseRun,
         group: list[str],
         compressed: list[Tensor],
@@ -153,22 +172,28 @@ class SequentialChain(BlockChain):
         cross: Tensor | None = None
         pull: Tensor | None = None
         for i, hidden in enumerate(compressed):
-            reached, written = self.inputs_of(block, group[0], hidden, call, earlier)
+            reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
             if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
-                return dict.fromkeys(group, Problem(reduce(torch.add, (flat(x).mT @ flat(x) for x in inputs))))
-            x, reached = flat(inputs[i]), flat(reached)
+                return dict.fromkeys(group, Problem(self.gram_of(inputs)))
+            x, reached = rows_of(inputs[i], self.real[i]), rows_of(reached, self.real[i])
             gram = add(gram, reached.mT @ reached)
             cross = add(cross, x.mT @ reached)
             if writer:
                 gap = dense.entered[i].float() - hidden.float()
                 for name in earlier:
                     gap += dense.written[name][i].float() - written[name].float()
-                pull = add(pull, flat(gap).mT @ reached)
+                pull = add(pull, rows_of(gap, self.real[i]).mT @ reached)
         # there is a batch, or no block would have been traced
         assert gram is not None and cross is not None
         share = 1.0 if writer else READER_SHARE
         return {name: self.problem(name, gram, cross, pull, share, damping) for name in group}
+
+    def gram_of(self, inputs: list[Tensor]) -> Tensor:
+        """Of all inputs of a layer, which may run several times on a batch; in order of the batches."""
+        calls, odd = divmod(len(inputs), len(self.real))
+        rows = [rows_of(x, None if odd else self.real[i // calls]) for i, x in enumerate(inputs)]
+        return reduce(torch.add, (x.mT @ x for x in rows))
 
     def problem(
         self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
@@ -221,12 +246,14 @@ def keep_as(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
     kept[name] = x.clone()
 
 
-def residual_writers(added: Tensor, outputs: dict[str, Tensor]) -> list[str]:
+def residual_writers(added: Tensor, outputs: dict[str, Tensor], real: Tensor | None = None) -> list[str]:
     """The layers whose outputs add up to what a block adds to the residual stream; none if no such set does.
 
-    args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers.
+    args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers; the positions
+    that count.
     """
-    candidates = {name: out.float() for name, out in outputs.items() if out.shape == added.shape}
+    candidates = {name: rows_of(out, real) for name, out in outputs.items() if out.shape == added.shape}
+    added = rows_of(added, real)
     if not candidates:
         return []
     # regressed on all of them, the writers come out as one and the others as zero
@@ -237,8 +264,8 @@ def residual_writers(added: Tensor, outputs: dict[str, Tensor]) -> list[str]:
     return writers if unexplained.norm() <= RESIDUAL_TOLERANCE * added.norm() else []
 
 
-def flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).float()
+def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
+    return real_rows(x, real).float()
 
 
 def add(total: Tensor | None, part: Tensor) -> Tensor:

@@ -63,13 +63,15 @@ def share_budget(
 ) -> tuple[Plan, float]:
     """The plan that the predicted loss likes best, and that loss in nats a token; layers best left dense are not in it.
 
-    Layers with a ratio or rank of their own in `config.overrides` keep it, and are not in the loss.
+    Layers with a ratio or rank of their own in `config.overrides` keep it. Those of which the loss felt nothing keep
+    the config's ratio, since nothing can be predicted of them. Neither are in the loss.
 
     Raises:
         ValueError: if the budget is smaller than the smallest options.
     """
     budget = budget or Budget()
     fixed = {name for name in plan if {"ratio", "rank"} & set(override_for(name, config.overrides))}
+    fixed |= {name for name in plan if not statistics.felt(name)}
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
     shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}

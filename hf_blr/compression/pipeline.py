@@ -10,10 +10,11 @@ from contextlib import closing, contextmanager
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of, token_count
-from hf_blr.calibration.blockwise import Batch
+from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
+from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.sequential import Problem
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.budget import share_budget
@@ -61,9 +62,10 @@ def compress(
         The report; its layers are in the model's order.
 
     Raises:
-        ValueError: before anything is changed, if the config does not fit the model, a weight is not finite, the model
-            is partly offloaded or carries PEFT adapters, there is too little calibration text, or a model without
-            logits meets a config that needs them (`allocation="loss"`, `structure="auto"`).
+        TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
+        ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
+            offloaded or carries PEFT adapters, there is too little calibration text, or a model without logits, or with
+            one class alone, meets a config that needs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
     model = unwrapped(model)
@@ -86,7 +88,9 @@ def compress(
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name, _ in model.named_modules() if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
-        raise ValueError('structure="auto" needs calibration text and a model with logits; name a structure')
+        raise ValueError(
+            'structure="auto" needs calibration text and a model with logits of several classes; name a structure'
+        )
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)

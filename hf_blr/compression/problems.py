@@ -8,7 +8,8 @@ from contextlib import closing
 
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import Batch, iterate_grams
+from hf_blr.calibration.blockwise import iterate_grams
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.sequential import Problem, SequentialChain
@@ -37,12 +38,13 @@ def problem_groups(
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
     """
-    if not batches:
-        grams = dict.fromkeys(plan) if statistics is None else statistics.grams
-        yield {name: Problem(grams[name]) for name in plan}
-        return
+    reached = [name for name in names if statistics is None or name not in statistics.unreached]
     waiting = dict.fromkeys(plan)
-    with closing(calibrated_groups(model, names, plan, batches, config, blocks)) as groups:
+    if batches:
+        groups = calibrated_groups(model, reached, plan, batches, config, blocks)
+    else:
+        groups = groups_of_statistics(reached, plan, statistics)
+    with closing(groups):
         for group in groups:
             for name in group:
                 waiting.pop(name, None)
@@ -50,6 +52,14 @@ def problem_groups(
     if waiting:
         logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
         yield dict.fromkeys(waiting, Problem(None))
+
+
+def groups_of_statistics(
+    reached: list[str], plan: Plan, statistics: Statistics | None
+) -> Generator[dict[str, Problem], None, None]:
+    """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
+    grams = {} if statistics is None else statistics.grams
+    yield {name: Problem(grams.get(name)) for name in reached if name in plan}
 
 
 def calibrated_groups(
@@ -74,6 +84,6 @@ def calibrated_groups(
                 yield from chain.problems(config.damping, refine if config.block_steps else None)
                 return
         logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
-    with closing(iterate_grams(model, list(plan), batches)) as blockwise:
+    with closing(iterate_grams(model, [name for name in names if name in plan], batches)) as blockwise:
         for grams in blockwise:
             yield {name: Problem(gram) for name, gram in grams.items()}

@@ -1,0 +1,133 @@
+"""Positions that a mask hides are no inputs, gradients or tokens."""
+
+import copy
+
+import pytest
+import torch
+from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.calibration import sequential
+from hf_blr.calibration.blockwise import whole_model_grams
+from hf_blr.calibration.padding import real_positions, real_rows, token_count
+from hf_blr.calibration.sequential import SequentialChain, residual_writers
+from hf_blr.targets import find_targets
+
+
+def padded(batches, more=40, left=False):
+    """The same tokens with as many again and more that a mask hides."""
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        filler, ones = torch.full((len(ids), more), 255), torch.ones_like(ids)
+        order = (1, 0) if left else (0, 1)
+        parts = ((ids, ones), (filler, torch.zeros_like(filler)))
+        found.append(
+            {
+                "input_ids": torch.cat([parts[i][0] for i in order], 1),
+                "attention_mask": torch.cat([parts[i][1] for i in order], 1),
+            }
+        )
+    return found
+
+
+def masked(batches):
+    return [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bert])
+def test_statistics_are_those_of_the_real_tokens(build):
+    model = build(max_position_embeddings=128) if build is tiny_bert else build()
+    batches, config = batches_for(model), BLRConfig("low_rank", ratio=0.5)
+    plain = collect_statistics(model, config, calibration=batches)
+    for other in (masked(batches), padded(batches)):
+        found = collect_statistics(model, config, calibration=other)
+        assert found.tokens == plain.tokens
+        for field in ("grams", "output_grams"):
+            for name, right in getattr(plain, field).items():
+                wrong = (getattr(found, field)[name] - right).norm() / right.norm()
+                assert wrong < 1e-3, (field, name)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_padded_fit_is_that_of_the_real_tokens(sequential, fisher, left):
+    dense = tiny_llama()
+    batches = batches_for(dense)
+    results = []
+    for text in (batches, masked(batches), padded(batches, left=left)):
+        model = copy.deepcopy(dense)
+        config = BLRConfig("low_rank", ratio=0.5, sequential=sequential, fisher=fisher)
+        report = compress(model, config, calibration=text, progress=False)
+        assert report.calibration_tokens == 3 * 8 * 24
+        results.append(divergence(dense, model, batches))
+    assert results[1:] == pytest.approx([results[0]] * 2, rel=1e-2)
+
+
+def test_targets_and_residual_writers_are_those_of_the_real_tokens():
+    model, found = tiny_llama(), []
+    batches = batches_for(model)
+    for text in (batches, padded(batches)):
+        chain = SequentialChain.trace(model, find_targets(model), text)
+        name = "model.layers.0"
+        dense = chain.run_dense(model.model.layers[0], name, chain.groups[name], chain.calls[name])
+        assert len(dense.written) == 2
+        problems = chain.group_problems(
+            model.model.layers[0], chain.calls[name], dense, dense.groups[1], chain.hidden, 1e-4
+        )
+        # as for experts that see other tokens now
+        found.append((next(iter(problems.values())).gram, chain.gram_of(dense.inputs[dense.groups[0][0]])))
+    for right, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-2)
+
+
+def test_writers_are_found_by_the_real_tokens_alone():
+    real = torch.tensor([[True, True, False]])
+    outputs = {"a": torch.randn(1, 3, 4), "b": torch.randn(1, 3, 4)}
+    added = outputs["a"] + outputs["b"]
+    added[~real] = float("nan")
+    assert residual_writers(added, outputs, real) == ["a", "b"]
+
+
+def test_blocks_are_refined_for_the_real_tokens(monkeypatch):
+    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    errors = []
+    config = BLRConfig("blast", ratio=0.4, num_blocks=2, fisher=False, block_steps=10, fit_rounds=4)
+    for pad in (False, True):
+        model = tiny_llama()
+        batches = batches_for(model)
+        report = compress(model, config, calibration=padded(batches) if pad else batches, progress=False)
+        errors.append([error for block in report.blocks for error in (block.error_before, block.error_after)])
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+def test_masks_in_another_form_are_left_alone():
+    ids, hidden = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert real_positions({"input_ids": ids}) is None
+    assert real_positions({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) is None
+    assert real_positions({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 4, 4)}) is None
+    assert real_positions({"input_features": torch.zeros(2, 4, 8), "attention_mask": hidden}) is None
+    for batch in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(2, 4, 8)}):
+        assert torch.equal(real_positions({**batch, "attention_mask": hidden}), hidden.bool())
+    assert token_count([{"input_ids": ids, "attention_mask": hidden}, {"input_ids": ids}, {"pixels": ids}]) == 6 + 8
+
+
+def test_inputs_without_a_row_for_each_position_count_whole():
+    real = torch.tensor([[True, False], [True, True]])
+    for shape, rows in (((2, 2, 5), 3), ((4, 5), 3), ((2, 3, 5), 6), ((2, 5), 2), ((1, 2, 2, 5), 4)):
+        assert real_rows(torch.zeros(shape), real).shape == (rows, 5)
+
+
+def test_a_decoders_positions_are_not_hidden_by_the_encoders_mask():
+    model = tiny_t5()
+    ids = torch.randint(1, 250, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 8, [1] * 3 + [0] * 5])
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    # each row of a normalised input has nearly the same size, so the trace counts rows
+    rows = {}
+    for length in (8, 6):
+        batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :length]}
+        grams = whole_model_grams(model, names, [batch])
+        rows[length] = [round(grams[name].trace().item() / 64) for name in names]
+    assert rows == {8: [16, 16], 6: [11, 12]}
