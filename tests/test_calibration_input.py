@@ -8,6 +8,7 @@ from transformers import MPNetConfig, MPNetForMaskedLM, RobertaConfig, RobertaFo
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.batches import calibration_batches
 from hf_blr.calibration.given import given_batches
+from hf_blr.linear import blr_modules
 from hf_blr.text import load_text
 
 IDS = torch.arange(16)
@@ -99,3 +100,17 @@ def test_windows_are_as_long_as_model_and_tokenizer_take(case):
     assert {batch["input_ids"].shape[1] for batch in batches} == {expected}
     with torch.no_grad():
         model(**batches[0])
+
+
+def test_a_block_that_overflows_is_named_before_anything_is_replaced():
+    model = tiny_llama().half()
+    with torch.no_grad():
+        # a massive activation, as float16 runs of models trained in bfloat16 have them
+        model.model.layers[1].mlp.up_proj.weight.mul_(6000)
+        model.model.layers[1].mlp.gate_proj.weight.mul_(6000)
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1 puts out NaN or infinity.*float16; load the model in bfloat16"
+    ):
+        compress(model, BLRConfig("low_rank", ratio=0.6, fisher=False), calibration=[ids], progress=False)
+    assert not blr_modules(model)

@@ -69,11 +69,15 @@ def record_calls(
     The first batch runs through the whole model. Later ones pass over the blocks, where that was seen to change no
     argument of any block on the first batch, and so cost little more than the embedding. Arguments that are equal to
     those of the first batch (positions, rotary embeddings) are kept once.
+
+    Raises:
+        ValueError: if a block overflows its dtype.
     """
     order = list(blocks)
     ran = steps_through(body, blocks, batches[0])
     if not is_chain(ran, order):
         return None
+    check_range(ran)
     forms = {step.block: len(step.output) if isinstance(step.output, tuple) else None for step in ran}
     passes = can_pass_over(body, blocks, batches[0], ran, forms)
     hidden: list[Tensor] = []
@@ -96,6 +100,18 @@ def record_calls(
                 )
             calls[step.block].append(call)
     return hidden, calls
+
+
+def check_range(ran: list[Step]) -> None:
+    """Raises ValueError that names the first block whose output is not finite: fits to it would fail half-way."""
+    for step in ran:
+        out = first(step.output)
+        if not torch.isfinite(out).all():
+            dtype = str(out.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{step.block} puts out NaN or infinity on the calibration data in {dtype}; load the model in bfloat16 "
+                "or float32"
+            )
 
 
 def steps_through(body: nn.Module, blocks: dict[str, nn.Module], batch: Batch, stop: bool = False) -> list[Step]:
