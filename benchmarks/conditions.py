@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_blr.bench.report.commits import marked
+from hf_blr.cli.table import format_table
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def commits_of(rows: list[dict], default: str = "") -> str:
-    """Those that the rows were measured at, each once; `default` is that of rows that say nothing."""
-    return ", ".join(dict.fromkeys(row.get("commit", default)[:7] for row in rows))
+def table_of(lines: list[dict], rows: list[dict], result: dict, columns: list[str] | None = None) -> tuple[str, str]:
+    """A table, whose lines of another commit than most say so, and on what it was measured, with its commit.
+
+    Args:
+        lines: as of `hf_blr.bench.report.lines.wide`.
+        rows: that they are of, as of `hf_blr.bench.report.commits.rows_of`.
+        result: their file.
+        columns: all of the lines if left out.
+    """
+    commit, names, shown = marked(lines, rows, columns)
+    return format_table(shown, names), machine(result["environment"] | {"commit": commit})
 
 
-def columns_of(lines: list[dict]) -> list[str]:
-    """Those of a table that names its commits below."""
-    return [column for column in lines[0] if column != "commit"]
-
-
-def machine(environment: dict, commits: str = "") -> str:
-    """commits: where rows are of more than one."""
-    commits = commits or environment["commit"][:7]
-    return f"{environment['device']}, torch {environment['torch']}, commit {commits}, {environment['date']}"
+def machine(environment: dict) -> str:
+    """Card, torch, commit and date."""
+    commit = environment["commit"][:7]
+    return f"{environment['device']}, torch {environment['torch']}, commit {commit}, {environment['date']}"

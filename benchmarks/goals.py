@@ -1,4 +1,4 @@
-"""What was aimed at beside what was measured, from the result files: the tables at the head of NOTES.md."""
+"""What was aimed at beside what was measured, from the result files: the goals' tables of docs/measured.md."""
 
 from __future__ import annotations
 

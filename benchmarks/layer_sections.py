@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from conditions import RESULTS, columns_of, commits_of, machine
+from conditions import RESULTS, machine, table_of
 from model_sections import model_rows
 
 from hf_blr.bench.model_peaks import model_predictions
 from hf_blr.bench.peaks import predictions
+from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
 from hf_blr.bench.report.lines import blocks_of, tokens_of, wide
@@ -23,23 +24,26 @@ SPEED_TOKENS = ("1 tokens", "16 tokens", "1024 tokens", "4096 tokens", "4096 tok
 def speed_section() -> str:
     """Speed-ups of one layer over dense cuBLAS, by structure and number of tokens."""
     result = read_result(RESULTS / "layers_h100.json")
-    rows = [row for row in result["rows"] if (row["model"], row["layer"], row["impl"]) == (*SPEED_LAYER, "hf_blr")]
+    rows = [row for row in rows_of(result) if (row["model"], row["layer"], row["impl"]) == (*SPEED_LAYER, "hf_blr")]
+    columns = ["structure", "blocks", "rank", *SPEED_TOKENS]
+    table, where = table_of(layer_lines(rows), rows, result, columns)
     return (
-        f"{format_table(layer_lines(rows), ['structure', 'blocks', 'rank', *SPEED_TOKENS])}\n\n"
+        f"{table}\n\n"
         f"Speed over dense cuBLAS of one 4096 x 4096 layer at half the parameters, bfloat16; {result['protocol']}. "
-        f"{machine(result['environment'], commits_of(result['rows'], result['environment']['commit']))}."
+        f"{where}."
     )
 
 
 def groups_section() -> str:
     """Projections with one input, one by one and together, over the faster of two ways to run the dense ones."""
     result = read_result(RESULTS / "groups_h100.json")
-    lines = group_lines([row for row in result["rows"] if row["blocks"] in ([1, 1], [4, 4])])
+    rows = [row for row in rows_of(result) if row["blocks"] in ([1, 1], [4, 4])]
+    table, where = table_of(group_lines(rows), rows, result)
     return (
-        f"{format_table(lines, columns_of(lines))}\n\n"
+        f"{table}\n\n"
         "Speed over dense at half the parameters, one by one -> together, bfloat16; dense is "
         "the faster of one product for each projection and one with the concatenated weights. "
-        f"{result['protocol']}. {machine(result['environment'])}."
+        f"{result['protocol']}. {where}."
     )
 
 
@@ -72,15 +76,12 @@ def monarch_last_stage_section() -> str:
         return {tokens_of(row): f"{row['in_place_us']:.0f}{marks[0]} / {row['copied_us']:.0f}{marks[1]}"}
 
     lines = wide(
-        result["rows"],
+        rows_of(result),
         lambda row: {first: f"{row['layer']}, {row['b1']} x {row['b2']}, rank {row['rank']}"},
         cell,
     )
-    return (
-        f"{format_table(lines, columns_of(lines))}\n\n"
-        f"\\* what the rule takes. {result['dtype']}, {result['protocol']}. "
-        f"{machine(result['environment'])}."
-    )
+    table, where = table_of(lines, rows_of(result), result)
+    return f"{table}\n\n\\* what the rule takes. {result['dtype']}, {result['protocol']}. {where}."
 
 
 def stacks_section() -> str:
@@ -92,19 +93,22 @@ def stacks_section() -> str:
         found = [row["project_us"], row["stack_us"], *([row["cublas_us"]] if row["cublas_us"] else [])]
         return {tokens_of(row): " / ".join(f"{us:.1f}" for us in found)}
 
+    rows = rows_of(result)
     lines = wide(
-        result["rows"],
+        rows,
         lambda row: {first: f"{row['structure']} {blocks_of(row)}, {row['model']} {row['layer']}"},
         cell,
     )
-    columns = [first, *(f"{tokens} tokens" for tokens in sorted({row["tokens"] for row in result["rows"]}))]
-    where = machine(result["environment"], commits_of(result["rows"]))
-    return f"{format_table(lines, columns)}\n\n{result['dtype']}, {result['protocol']}. {where}."
+    columns = [first, *(f"{tokens} tokens" for tokens in sorted({row["tokens"] for row in rows}))]
+    table, where = table_of(lines, rows, result, columns)
+    return f"{table}\n\n{result['dtype']}, {result['protocol']}. {where}."
 
 
 def roofline_section() -> str:
     """How well the predictions do on the layers and whole models that were measured."""
     device = DEVICES["H100-measured"]
-    layers = predictions(read_result(RESULTS / "layers_h100.json")["rows"], device)
-    lines = prediction_lines(layers, model_predictions(model_rows(), device))
-    return format_table(lines, columns_of(lines))
+    result = read_result(RESULTS / "layers_h100.json")
+    layers, models = predictions(rows_of(result), device), model_predictions(model_rows(), device)
+    lines = prediction_lines(layers, models)
+    table, where = table_of(lines, rows_of(result) + model_rows(), result)
+    return f"{table}\n\nOf the layers and whole models above. {where}."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from conditions import RESULTS, columns_of, commits_of, machine
+from conditions import RESULTS, table_of
 
 from hf_blr.bench.model_peaks import predicted_parts
+from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import wide
 from hf_blr.bench.report.model_tables import (
@@ -16,12 +17,11 @@ from hf_blr.bench.report.model_tables import (
     speed_lines,
     storage_lines,
 )
-from hf_blr.cli.table import format_table
 from hf_blr.roofline.devices import DEVICES
 
 VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
 PAPERS = {"low_rank:paper": "low-rank", "monarch:paper": "Monarch", "blast:paper": "BLAST"}
-#: tokens of a forward, and the texts of one, that README leaves to NOTES
+#: tokens of a forward, and the texts of one, that the first table of models leaves to the second
 OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}
 
 
@@ -31,21 +31,29 @@ def models_section() -> str:
     good = [row for row in model_rows() if not of_other_size(row)]
     modes = sorted({row["mode"] for row in good if "mode" in row})
     compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
+    table, where = models_summary(good, result)
     return (
-        f"{models_summary(good)} Each in its fastest form among those measured, dense too{compiled}. "
+        f"{table} Each in its fastest form among those measured, dense too{compiled}. "
         f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
-        f"{machine(result['environment'], commits_of(good))}, transformers {result['environment']['transformers']}."
+        f"{where}, transformers {result['environment']['transformers']}."
     )
 
 
 def model_rows() -> list[dict]:
     """Of whole models, without those that failed."""
-    return [row for row in read_result(RESULTS / "models_h100.json")["rows"] if "error" not in row]
+    return [row for row in rows_of(read_result(RESULTS / "models_h100.json")) if "error" not in row]
 
 
-def models_summary(rows: list[dict]) -> str:
-    """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster."""
-    table = [line | {"peak memory": memory(shown)} for line, shown in speed_lines(rows, VARIANTS)]
+def models_summary(rows: list[dict], result: dict) -> tuple[str, str]:
+    """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster.
+
+    And on what most of them were measured.
+    """
+    lines = [
+        line | {"peak memory": memory(shown), "commit": commits_of(shown)}
+        for line, shown in speed_lines(rows, VARIANTS)
+    ]
+    table, where = table_of(lines, rows, result)
     attending = [
         f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
         for measurement in MEASUREMENTS
@@ -53,18 +61,20 @@ def models_summary(rows: list[dict]) -> str:
         if "dense+attention" in found
     ]
     also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
-    return f"{format_table(table)}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}"
+    return f"{table}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}", where
 
 
 def of_other_size(row: dict) -> bool:
-    """Whether it is a prefill that README leaves out."""
+    """Whether it is a prefill that the first table leaves to the second."""
     other = row.get("tokens") in OTHER_TOKENS or row.get("batch") in OTHER_BATCHES.get(row["model"], ())
     return row["measurement"] == "prefill" and other
 
 
 def other_sizes_section() -> str:
-    """Prefill of the sizes that README leaves out."""
-    return f"{models_summary([row for row in model_rows() if of_other_size(row)])} Conditions as in README."
+    """Prefill of the other sizes."""
+    result = read_result(RESULTS / "models_h100.json")
+    table, where = models_summary([row for row in model_rows() if of_other_size(row)], result)
+    return f"{table} Other conditions as under Whole models. {where}."
 
 
 def papers_section() -> str:
@@ -76,30 +86,34 @@ def papers_section() -> str:
         model, variant = row["model"], row["variant"].removesuffix("+fused")
         return f"{speed(row)} ({100 * numbers[model, variant] / numbers[model, 'dense']:.0f} %)"
 
-    table = format_table([line for line, _ in speed_lines(rows, PAPERS, cell)])
-    return f"{table}\n\n\\* with `hf_blr.fuse`; in brackets what is kept of all projections. Conditions as above."
+    lines = [line | {"commit": commits_of(shown)} for line, shown in speed_lines(rows, PAPERS, cell)]
+    table, where = table_of(lines, rows, read_result(RESULTS / "models_h100.json"))
+    said = "\\* with `hf_blr.fuse`; in brackets what is kept of all projections."
+    return f"{table}\n\n{said} Other conditions as under Whole models. {where}."
 
 
 def storage_section() -> str:
     """Whole models on disk."""
     lines = storage_lines(model_rows(), VARIANTS)
-    return format_table(lines, columns_of(lines))
+    table, where = table_of(lines, model_rows(), read_result(RESULTS / "models_h100.json"))
+    return f"{table}\n\n{where}."
 
 
 def profiles_section() -> str:
     """Where the time of whole models goes."""
     lines = profile_lines(model_rows(), lambda row: predicted_parts(row, DEVICES["H100-measured"]))
     said = "Projections: all products, those of the output layer and of patches too."
-    return f"{format_table(lines, columns_of(lines))}\n\n{said}"
+    table, where = table_of(lines, model_rows(), read_result(RESULTS / "models_h100.json"))
+    return f"{table}\n\n{said} {where}."
 
 
 def dependent_launches_section() -> str:
     """A decoding step with and without dependent launches in Inductor's kernels."""
     result = read_result(RESULTS / "dependent_launches_h100.json")
     lines = wide(
-        sorted(result["rows"], key=lambda row: row["dependent_launches"]),
+        sorted(rows_of(result), key=lambda row: row["dependent_launches"]),
         lambda row: {"Llama-7B, one text": row["variant"], "mode": row["mode"]},
         lambda row: {f"ms {'with' if row['dependent_launches'] else 'without'}": f"{row['graph_ms']:.2f}"},
     )
-    where = f"{result['dtype']}, {result['protocol']}. {machine(result['environment'])}."
-    return f"{format_table(lines, columns_of(lines))}\n\n{where}"
+    table, where = table_of(lines, rows_of(result), result)
+    return f"{table}\n\n{result['dtype']}, {result['protocol']}. {where}."

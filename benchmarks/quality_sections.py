@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from conditions import RESULTS, commits_of, machine
+from conditions import RESULTS, machine, table_of
 
+from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import wide
 from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines, score
@@ -37,15 +38,16 @@ def demo_section() -> str:
 def quality_section() -> str:
     """One line for each size and structure: perplexities fitted and refined, `text / text`, and the fit's seconds."""
     result = read_result(RESULTS / "quality.json")
-    texts = texts_of(result["rows"])
+    rows = rows_of(result)
+    texts = texts_of(rows)
 
     def cell(line):
         seconds = line["seconds"] if line["method"] == "ours" else None
         shown = {"MB": f"{line['MB']:.0f}", METHODS.get(line["method"], "ours"): scores(line, texts)}
         return shown | ({} if seconds is None else {"fit, s": f"{seconds:.0f}"})
 
-    lines = [line for line in quality_lines(result["rows"]) if line["structure"] is None or line["method"] in METHODS]
-    table = wide(
+    lines = [line for line in quality_lines(rows) if line["structure"] is None or line["method"] in METHODS]
+    shown = wide(
         sorted(lines, key=lambda line: (-line["ratio"], line["structure"] or "", numbers(line["blocks"]))),
         lambda line: {
             "kept": line["kept"],
@@ -54,36 +56,43 @@ def quality_section() -> str:
         cell,
     )
     columns = ["kept", "layers", "MB", *METHODS.values(), "fit, s"]
-    return f"Perplexity on {' / '.join(texts)}:\n\n{format_table(table, columns)}\n\n{quality_conditions(result)}"
+    table, where = table_of(shown, rows, result, columns)
+    return f"Perplexity on {' / '.join(texts)}:\n\n{table}\n\n{quality_conditions(result, where)}"
 
 
 def square_blast_section() -> str:
     """The most accurate structure beside low-rank."""
     result = read_result(RESULTS / "quality.json")
-    return f"{square_blast(result['rows'])}\n\n{quality_conditions(result)}"
+    rows = rows_of(result)
+    table, where = table_of(square_blast(rows), rows, result)
+    said = f"BLAST 16x16 (beside whitened SVD: on activations alone), then low-rank; {' / '.join(texts_of(rows))}:"
+    return f"{said}\n\n{table}\n\n{quality_conditions(result, where)}"
 
 
-def square_blast(rows: list[dict]) -> str:
+def square_blast(rows: list[dict]) -> list[dict]:
     """BLAST 16x16 and low-rank at every size and stage: perplexities, `text / text` of the one, then of the other."""
     texts, lines = texts_of(rows), quality_lines(rows)
     found = {(line["kept"], line["structure"], line["blocks"], line["method"]): line for line in lines}
     table = []
     for kept in dict.fromkeys(line["kept"] for line in largest_first(lines) if line["structure"]):
-        cells = {"kept": kept}
+        cells, used = {"kept": kept}, []
         for method, column in METHODS.items():
             square = "activations" if method == "whitened SVD" else method
             both = (found.get((kept, "blast", "16 x 16", square)), found.get((kept, "low_rank", "", method)))
-            cells[column] = ", ".join(scores(line, texts) if line and complete(line, texts) else "-" for line in both)
-        table.append(cells)
-    which = "BLAST 16x16 (beside whitened SVD: on activations alone), then low-rank"
-    return f"{which}; {' / '.join(texts)}:\n\n{format_table(table)}"
+            shown = [line if line and complete(line, texts) else None for line in both]
+            cells[column] = ", ".join(scores(line, texts) if line else "-" for line in shown)
+            used += filter(None, shown)
+        table.append(cells | {"commit": commits_of(used)})
+    return table
 
 
 def quality_rows_section() -> str:
     """All rows of the quality benchmark, one line for each method and size, a column for each text."""
     result = read_result(RESULTS / "quality.json")
-    lines = largest_first(quality_lines(result["rows"]))
-    return f"{format_table(lines, quality_columns(result['rows'], lines))}\n\n{quality_conditions(result)}"
+    rows = rows_of(result)
+    lines = largest_first(quality_lines(rows))
+    table, where = table_of(lines, rows, result, quality_columns(rows, lines))
+    return f"{table}\n\n{quality_conditions(result, where)}"
 
 
 def texts_of(rows: list[dict]) -> list[str]:
@@ -104,11 +113,11 @@ def numbers(blocks: str) -> list[int]:
     return [int(part) for part in blocks.split(" x ") if part]
 
 
-def quality_conditions(result: dict) -> str:
+def quality_conditions(result: dict, where: str) -> str:
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
     return (
         f"{models}; {result['protocol']}. Seconds are those of the fit, or of the refinement, and missing where two "
         f"runs shared the GPU; the statistics that all fits share took {shared:.0f} s. "
-        f"{machine(result['environment'], commits_of(result['rows']))}."
+        f"{where}."
     )

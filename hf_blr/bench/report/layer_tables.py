@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from hf_blr.bench.report.lines import blocks_of, commits_of, grouped, tokens_of, wide
+from hf_blr.bench.report.commits import commits_of
+from hf_blr.bench.report.lines import blocks_of, grouped, tokens_of, wide
 
 
 def layer_lines(rows: list[dict]) -> list[dict]:

@@ -1,9 +1,11 @@
-"""From rows to the lines of tables: names of forms, groups, a column for each value of a field, commits."""
+"""From rows to the lines of tables: names of forms, groups, a column for each value of a field."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+
+from hf_blr.bench.report.commits import commits_of
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> dict:
@@ -29,11 +31,6 @@ def wide(rows: list[dict], head: Callable[[dict], dict], cell: Callable[[dict], 
                 line.setdefault(column, value)
         lines.append(line | {"commit": commits_of(group)})
     return lines
-
-
-def commits_of(rows: list[dict]) -> str:
-    """Those that the rows were measured at, each once; those that name none are of their file's."""
-    return ", ".join(dict.fromkeys(row["commit"][:7] for row in rows if row.get("commit")))
 
 
 def blocks_of(row: dict, times: str = " x ") -> str:

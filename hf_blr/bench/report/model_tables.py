@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from hf_blr.bench.report.lines import commits_of, grouped, wide
+from hf_blr.bench.report.commits import commits_of
+from hf_blr.bench.report.lines import grouped, wide
 
 MEASUREMENTS = ("prefill", "decode", "training")
 

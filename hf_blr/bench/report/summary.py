@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.conditions import card_of, kind_of
 from hf_blr.bench.report.lines import label_of, structure_of, variant_of
 from hf_blr.bench.report.model_tables import in_words
@@ -42,10 +43,10 @@ def summarised(results: dict[str, dict]) -> Summary:
         cards[card_of(result)] += len(result["rows"])
     card, *others = [card for card, _ in cards.most_common()] or [""]
     mine = [result for result in models if card_of(result) == card]
-    rows = [with_commit(row, result) for result in mine for row in result["rows"]]
+    rows = [row for result in mine for row in rows_of(result)]
     timed = timed_of(rows, main_ratio(rows))
     quality = [result for result in results.values() if kind_of(result) == "quality"]
-    scores = scored(with_commit(row, result) for result in quality for row in result["rows"])
+    scores = scored(row for result in quality for row in rows_of(result))
     ratios = ratios_of(scores, timed.ratio if timed else None)
     names = names_of(timed, scores, ratios)
     if not names:
@@ -59,10 +60,6 @@ def summarised(results: dict[str, dict]) -> Summary:
     table = made((mine or quality)[0], rows, "summary", "In short", lines, said)
     skipped = f"Whole models were measured on {' and '.join(others)} too: see below." if others else ""
     return Summary(facts(names, timed, scores, ratios), table, skipped)
-
-
-def with_commit(row: dict, result: dict) -> dict:
-    return {**row, "commit": (row.get("commit") or result.get("environment", {}).get("commit", ""))[:7]}
 
 
 def ratios_of(scores: list[dict], timed: float | None) -> list[float]:
@@ -99,8 +96,7 @@ def line_of(name: str, timed: Timed | None, ppl: dict, ratios: list[float]) -> d
         row = ppl.get((name, ratio), {})
         line[f"perplexity, {100 * ratio:.0f} % kept"] = row.get("dense_ppl" if name == "dense" else "ppl")
         rows += [row] if row and name != "dense" else []
-    commits = dict.fromkeys(commit for row in rows for commit in row["commit"].split(", "))
-    return line | {"commit": ", ".join(commits)}
+    return line | {"commit": commits_of(rows)}
 
 
 def share_of_dense(row: dict, found: dict[str, dict]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_blr.bench.report.cells import format_cell
+from hf_blr.bench.report.commits import commits_of, marked, rows_of
 from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings, protocol_of, where_of
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
 from hf_blr.bench.report.lines import grouped, structure_of
@@ -21,9 +21,6 @@ from hf_blr.bench.report.model_tables import (
 )
 from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines
 from hf_blr.roofline.devices import Peaks
-
-#: commits that a line names; of more, as where it sums up many rows, it says how many
-MOST_NAMED = 4
 
 #: question, title, lines and, where there are any, what is said of them and columns, as `made` takes them
 Parts = tuple[Any, ...]
@@ -58,11 +55,10 @@ class Table:
 
 def tables(name: str, result: dict) -> list[Table]:
     """The tables of one result file. `name` is that of the file."""
-    kind, default = kind_of(result), result.get("environment", {}).get("commit", "")
     make = {"layers": of_layers, "groups": of_groups, "models": of_models, "quality": of_quality}.get(
-        kind or "", of_others
+        kind_of(result) or "", of_others
     )
-    rows = [{**row, "commit": (row.get("commit") or default)[:7]} for row in result["rows"]]
+    rows = rows_of(result)
     return [made(result, rows, *parts) for parts in make(name, rows, measured_ceilings(card_of(result))) if parts[2]]
 
 
@@ -75,23 +71,9 @@ def made(
     said: str = "",
     columns: list[str] | None = None,
 ) -> Table:
-    """The table of these lines: it is of the commit of most, and its column "other commit" names those of others."""
-    commits = [line.get("commit", "").split(", ") for line in lines]
-    # of two that all lines have, that of more rows
-    in_rows = Counter(row["commit"] for row in rows)
-    in_lines = Counter(commit for several in commits for commit in several)
-    main = max(in_lines, key=lambda commit: (in_lines[commit], in_rows[commit]))
-    others = [named([commit for commit in several if commit != main]) for several in commits]
-    names = columns or list(dict.fromkeys(column for line in lines for column in line if column != "commit"))
-    if any(others):
-        names = [*names, "other commit"]
-    shown = [{**line, "other commit": other} for line, other in zip(lines, others, strict=True)]
-    shown = [{name: line.get(name) for name in names} for line in shown]
+    """The table of these lines, under the conditions of its commit."""
+    main, names, shown = marked(lines, rows, columns)
     return Table(title, shown, said, names, question, card_of(result), where_of(result, main), protocol_of(result))
-
-
-def named(commits: list[str]) -> str:
-    return ", ".join(commits) if len(commits) <= MOST_NAMED else f"{len(commits)} others"
 
 
 def of_layers(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
@@ -114,7 +96,9 @@ def of_models(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[P
     good = [row for row in rows if "error" not in row]
     variants = dict.fromkeys(row["variant"].removesuffix("+fused") for row in good)
     titles = {variant: variant for variant in sorted(variants) if structure_of(variant) != "dense"}
-    lines = [line | {"peak memory": memory(mine)} | commits(mine) for line, mine in speed_lines(good, titles)]
+    lines = [
+        line | {"peak memory": memory(mine), "commit": commits_of(mine)} for line, mine in speed_lines(good, titles)
+    ]
     said = "Speed over dense, each in its fastest form; * fused. Peak memory is that of dense."
     yield "models", "Speed of whole models", lines, said
     for measurement, title in (("prefill", "Prefill"), ("decode", "Decoding"), ("training", "Training step")):
@@ -136,12 +120,6 @@ def of_models(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[P
     said = "Milliseconds by PyTorch's profiler" + (" and, in brackets, as predicted." if ceilings else ".")
     yield "time", "Where the time goes", profile_lines(good, predict), said
     yield "failed", "What failed", failed_lines(rows)
-
-
-def commits(rows: list[dict]) -> dict:
-    """The commits of lines that name theirs already."""
-    names = dict.fromkeys(name for row in rows for name in row["commit"].split(", ") if name)
-    return {"commit": ", ".join(names)}
 
 
 def of_quality(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
