@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_bert, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_blr.cli import COMMANDS, main
 from hf_blr.cli.options import block_counts
 from hf_blr.cli.table import format_table
+from hf_blr.linear import blr_modules
 from hf_blr.structures import spec_from_dict
 from hf_blr.structures.blast.layer import BlastLinear
 
@@ -76,6 +77,41 @@ def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
     assert "2 x down_proj" in printed and "4 x 4" in printed and "14 layers hold" in printed
     assert main(["inspect", folder]) == 0
     assert "not compressed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def classifier(dense, tmp_path):
+    folder = tmp_path / "classifier"
+    model = tiny_bert()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model, (str(folder), dense[1])
+
+
+def test_a_classifier_keeps_its_head(classifier, tmp_path, capsys):
+    model, dense = classifier
+    out = tmp_path / "out"
+    assert compress(dense, out) == 0
+    assert f"{type(model).__name__}.from_pretrained" in capsys.readouterr().out
+    loaded = type(model).from_pretrained(out)
+    assert blr_modules(loaded) and torch.equal(loaded.classifier.weight, model.classifier.weight)
+    for command in (["evaluate", str(out)], ["finetune", str(out), str(tmp_path / "tuned")]):
+        assert main([*command, "--dataset", dense[1], "--seqlen", "32"]) == 2
+        assert "takes causal language models" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_path):
+    out = tmp_path / "out"
+    assert compress(dense, out, "--dtype", "bfloat16") == 0
+    after = {}
+    for dtype in (None, "bfloat16"):
+        tuned, file = tmp_path / f"tuned-{dtype}", tmp_path / "f.json"
+        train = ["--dataset", dense[1], "--steps", "20", "--seqlen", "32", "--lr", "3e-4", "--json", str(file)]
+        assert main(["finetune", str(out), str(tuned), *train, *([] if dtype is None else ["--dtype", dtype])]) == 0
+        after[dtype] = json.loads(file.read_text())["after"]["ppl"]
+        assert AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").dtype == torch.bfloat16
+    assert after[None] < 0.75 * after["bfloat16"]
 
 
 def test_weights_alone_need_no_text(dense, tmp_path):

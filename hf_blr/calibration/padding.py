@@ -22,12 +22,21 @@ def real_positions(batch: Batch, model: nn.Module | None = None) -> Tensor | Non
     shape = tokens.shape if tokens is not None else embedded.shape[:-1] if embedded is not None else None
     if mask is None or mask.dim() != 2 or mask.shape != shape:
         return None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
-        batch[key].shape[:2] == mask.shape for key in DECODED if key in batch
-    ):
+    if has_decoder(model) and any(batch[key].shape[:2] == mask.shape for key in DECODED if key in batch):
         return None
     real = mask.bool()
     return None if real.all() else real
+
+
+def has_decoder(model: nn.Module | None) -> bool:
+    """Whether the model is an encoder with a decoder of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def decoded_positions(batch: Batch) -> Tensor | None:
+    """The positions `[B, T]` of an encoder-decoder's output that count: -100 among the labels says which do not."""
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    return mask if mask is not None or labels is None else labels != -100
 
 
 def real_rows(x: Tensor, real: Tensor | None) -> Tensor:

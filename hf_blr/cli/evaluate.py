@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     rows, results = [], []
     for path in args.model:
         model, tokenizer = options.load_model(path, args)
+        options.check_language_model(model, path)
         settings = {"seqlen": args.seqlen, "stride": args.stride, "max_windows": args.max_windows}
         result = perplexity(model, tokenizer, args.dataset, progress=True, **settings)
         parameters, size = parameter_sizes(model)

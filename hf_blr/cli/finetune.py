@@ -14,7 +14,12 @@ from hf_blr.cli.table import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_model(parser, help="folder or hub id of a compressed causal language model")
+    options.add_model(
+        parser,
+        help="folder or hub id of a compressed causal language model",
+        dtype=None,
+        dtype_help="to train and save in; left out, float32 to train in and MODEL's own to save in",
+    )
     options.add_output(parser)
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
@@ -30,12 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
     from hf_blr.text import load_text, sample_windows, tokenize
 
     options.check_output(args.output, args.overwrite)
+    stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
+    # most steps of a training are so small that bfloat16 rounds them away
+    args.dtype = args.dtype or "float32"
     model, tokenizer = options.load_model(args.model, args)
+    options.check_language_model(model, args.model)
     tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
     windows = sample_windows(tokens, args.seqlen, args.steps * args.batch_size, args.seed)
     callback = BLRCallback(train_norms=args.train_norms, teacher=args.teacher, distill_weight=args.distill_weight)
@@ -56,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         use_cpu=args.device == "cpu",
         seed=args.seed,
     )
+    if stored is not None:
+        model.to(dtype=stored)
     after = perplexity(model, tokenizer, **evaluation)
     print(format_table([{"": "before", "perplexity": before.ppl}, {"": "after", "perplexity": after.ppl}]))
     print(after.protocol)

@@ -19,14 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def add_model(parser: argparse.ArgumentParser, help: str = "a folder or hub id of a causal language model") -> None:
+DTYPE = "of the loaded weights: float32, bfloat16, float16, auto"
+
+
+def add_model(
+    parser: argparse.ArgumentParser,
+    help: str = "a folder or hub id of a causal language model",
+    dtype: str | None = "auto",
+    dtype_help: str = DTYPE,
+) -> None:
     parser.add_argument("model", metavar="MODEL", help=help)
-    add_loading(parser)
+    add_loading(parser, dtype, dtype_help)
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
+def add_loading(parser: argparse.ArgumentParser, dtype: str | None = "auto", dtype_help: str = DTYPE) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="read the dense weights from this GGUF file in MODEL")
-    parser.add_argument("--dtype", default="auto", help="of the loaded weights: float32, bfloat16, float16, auto")
+    parser.add_argument("--dtype", default=dtype, help=dtype_help)
     parser.add_argument("--device", default=default_device(), help="where to run")
 
 
@@ -90,8 +98,12 @@ def block_counts(text: str) -> tuple[int, int]:
 
 
 def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> tuple[Any, Any]:
-    """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one.
+
+    The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
+    says no class, or that is read from a GGUF file, is a causal language model.
+    """
+    from transformers import AutoTokenizer
 
     from hf_blr.integration.patch import dequantizing_config
 
@@ -99,8 +111,32 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
     if args.gguf_file:
         source["gguf_file"] = args.gguf_file
     quantization = {"quantization_config": dequantizing_config()} if args.gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, **source, **quantization)
+    reader = own_class(path, args.gguf_file)
+    model = reader.from_pretrained(path, dtype=args.dtype, **source, **quantization)
     return model.to(args.device), AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
+
+
+def own_class(path: str, gguf_file: str | None = None) -> Any:
+    """The class that reads MODEL, by the name in its config."""
+    import transformers
+
+    if gguf_file is None:
+        config = transformers.AutoConfig.from_pretrained(path)
+        found = getattr(transformers, (config.architectures or [""])[0], None)
+        if found is not None:
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def check_language_model(model: PreTrainedModel, path: str) -> None:
+    """Raises ValueError for a model that predicts no next token."""
+    from hf_blr.finetune.callback import is_causal_lm
+
+    if not is_causal_lm(model):
+        raise ValueError(
+            f"{path} holds a {type(model).__name__}, which predicts no next token: this command takes causal language "
+            "models"
+        )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -137,7 +173,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Writes the model so that `from_pretrained(folder)` reads it, and says how."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"saved to {folder}; load it with: import hf_blr; AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    name = type(model).__name__
+    reader = "AutoModelForCausalLM" if name.endswith("ForCausalLM") or name.endswith("LMHeadModel") else name
+    print(f"saved to {folder}; load it with: import hf_blr; {reader}.from_pretrained({str(folder)!r})")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

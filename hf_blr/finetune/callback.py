@@ -95,6 +95,7 @@ class BLRCallback(TrainerCallback):
         self.freeze(args, model, optimizer)
         self.report(state, model)
         warn_of_decay(model, optimizer)
+        warn_of_rounding(model)
         let_gradients_in(model)
         if is_causal_lm(model):
             # the Trainer counts tokens only when asked to
@@ -204,6 +205,16 @@ def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         logger.warning(
             f"weight_decay={max(decay)} applies to the factors, which lowers the rank of their products "
             "instead of shrinking the weights: set it to 0, or use factor_parameter_groups"
+        )
+
+
+def warn_of_rounding(model: nn.Module) -> None:
+    rounded = {f.dtype for f in factor_parameters(model) if f.requires_grad and f.dtype.itemsize < 4}
+    if rounded:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
+        logger.warning(
+            f"the factors train in {dtypes}, which rounds small steps away: load the model in float32, and set "
+            "bf16=True in the TrainingArguments to compute in bfloat16"
         )
 
 
