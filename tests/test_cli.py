@@ -16,6 +16,7 @@ from hf_blr.cli.table import format_table
 from hf_blr.linear import blr_modules
 from hf_blr.structures import spec_from_dict
 from hf_blr.structures.blast.layer import BlastLinear
+from hf_blr.targets import find_targets
 
 
 @pytest.fixture
@@ -91,6 +92,9 @@ def classifier(dense, tmp_path):
 def test_a_classifier_keeps_its_head(classifier, tmp_path, capsys):
     model, dense = classifier
     out = tmp_path / "out"
+    assert main(["inspect", dense[0]]) == 0
+    layers = sum(model.get_submodule(name).weight.numel() for name in find_targets(model))
+    assert f"{100 * layers / model.num_parameters():.1f} % of its" in capsys.readouterr().out
     assert compress(dense, out) == 0
     assert f"{type(model).__name__}.from_pretrained" in capsys.readouterr().out
     loaded = type(model).from_pretrained(out)

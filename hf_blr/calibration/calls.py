@@ -79,13 +79,17 @@ def record_calls(
         return None
     check_range(ran)
     forms = {step.block: len(step.output) if isinstance(step.output, tuple) else None for step in ran}
-    passes = can_pass_over(body, blocks, batches[0], ran, forms)
+    over = passed_over(body, blocks, batches[0], ran, forms)
     hidden: list[Tensor] = []
     calls: dict[str, list[Call]] = {block: [] for block in order}
+    steps = over or ran
     del ran
-    for batch in batches:
+    for i, batch in enumerate(batches):
         with torch.no_grad():
-            steps = steps_over(body, blocks, batch, forms) if passes else steps_through(body, blocks, batch, stop=True)
+            if i:
+                steps = (
+                    steps_over(body, blocks, batch, forms) if over else steps_through(body, blocks, batch, stop=True)
+                )
         if not is_chain(steps, order):
             return None
         hidden.append(steps[0].args[0])
@@ -173,20 +177,22 @@ def is_chain(steps: list[Step], order: list[str]) -> bool:
     return all(first(a.output) is b.args[0] for a, b in zip(steps, steps[1:], strict=False))
 
 
-def can_pass_over(
+def passed_over(
     body: nn.Module, blocks: dict[str, nn.Module], batch: Batch, ran: list[Step], forms: dict[str, int | None]
-) -> bool:
-    """Whether the blocks are called alike when none of them computes anything.
+) -> list[Step] | None:
+    """The calls in a forward pass over the blocks; None unless they are called alike when none computes anything.
 
-    Not so where one block computes what another is handed beside the hidden states, as a position bias or shared keys.
+    They are not where one block computes what another is handed beside the hidden states, as a position bias or shared
+    keys.
     """
     try:
         passed = steps_over(body, blocks, batch, forms)
     except Exception:  # whatever a model does with a block's further outputs: then it needs them
-        return False
-    return len(passed) == len(ran) and all(
+        return None
+    alike = len(passed) == len(ran) and all(
         same((a.args[1:], a.kwargs), (b.args[1:], b.kwargs)) for a, b in zip(ran, passed, strict=True)
     )
+    return passed if alike else None
 
 
 def same(a: Any, b: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch, hooked, run
 from hf_blr.calibration.grams import GramCollector
-from hf_blr.calibration.padding import decoded_positions, has_decoder, real_positions, real_rows
+from hf_blr.calibration.padding import has_decoder, predicted_positions, real_positions, real_rows
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
 
@@ -138,15 +138,14 @@ def parts_of(batches: list[Batch], count: int) -> Iterator[Batch]:
 def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int]:
     """The summed loss of labels drawn from the model's own predictions, and how many there are."""
     # a decoder of its own is fed from the labels; elsewhere they would only cost a loss
-    decodes = has_decoder(model)
-    given = batch if decodes else {key: value for key, value in batch.items() if key != "labels"}
+    given = {key: value for key, value in batch.items() if key != "labels" or has_decoder(model)}
     logits = getattr(run(model, given), "logits", None)
     if logits is None:
         raise NoLoss(
             f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "
             '(AutoModelForCausalLM, ...), or set fisher=False and allocation="uniform"'
         )
-    mask = decoded_positions(batch) if decodes else batch.get("attention_mask")
+    mask = predicted_positions(batch, model)
     if mask is not None and mask.shape == logits.shape[:-1]:
         logits = logits[mask.bool()]
     flat = logits.reshape(-1, logits.shape[-1]).float()

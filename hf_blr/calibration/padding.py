@@ -33,8 +33,13 @@ def has_decoder(model: nn.Module | None) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def decoded_positions(batch: Batch) -> Tensor | None:
-    """The positions `[B, T]` of an encoder-decoder's output that count: -100 among the labels says which do not."""
+def predicted_positions(batch: Batch, model: nn.Module) -> Tensor | None:
+    """The positions `[B, T]` whose predictions count; None where all do.
+
+    Those of the input, but for an encoder-decoder: there -100 among the labels says which do not.
+    """
+    if not has_decoder(model):
+        return batch.get("attention_mask")
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
     return mask if mask is not None or labels is None else labels != -100
 

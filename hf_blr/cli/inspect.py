@@ -62,9 +62,12 @@ def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from hf_blr.integration.loading import class_named
+
     auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    own = class_named(config)
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = own._from_config(config) if own else auto.from_config(config)
     groups: dict[tuple, int] = {}
     for name in find_targets(model):
         key = name.rpartition(".")[2], *feature_sizes(model.get_submodule(name))

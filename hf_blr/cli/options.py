@@ -103,29 +103,19 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
     The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
     says no class, or that is read from a GGUF file, is a causal language model.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from hf_blr.integration.loading import class_named
     from hf_blr.integration.patch import dequantizing_config
 
-    source = {}
+    own, source, quantization = None, {}, {}
     if args.gguf_file:
         source["gguf_file"] = args.gguf_file
-    quantization = {"quantization_config": dequantizing_config()} if args.gguf_file else {}
-    reader = own_class(path, args.gguf_file)
-    model = reader.from_pretrained(path, dtype=args.dtype, **source, **quantization)
+        quantization["quantization_config"] = dequantizing_config()
+    else:
+        own = class_named(AutoConfig.from_pretrained(path))
+    model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization)
     return model.to(args.device), AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
-
-
-def own_class(path: str, gguf_file: str | None = None) -> Any:
-    """The class that reads MODEL, by the name in its config."""
-    import transformers
-
-    if gguf_file is None:
-        config = transformers.AutoConfig.from_pretrained(path)
-        found = getattr(transformers, (config.architectures or [""])[0], None)
-        if found is not None:
-            return found
-    return transformers.AutoModelForCausalLM
 
 
 def check_language_model(model: PreTrainedModel, path: str) -> None:
@@ -171,10 +161,11 @@ def check_folder(folder: Path, result: Path) -> None:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the model so that `from_pretrained(folder)` reads it, and says how."""
+    from hf_blr.finetune.callback import is_causal_lm
+
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    name = type(model).__name__
-    reader = "AutoModelForCausalLM" if name.endswith("ForCausalLM") or name.endswith("LMHeadModel") else name
+    reader = "AutoModelForCausalLM" if is_causal_lm(model) else type(model).__name__
     print(f"saved to {folder}; load it with: import hf_blr; {reader}.from_pretrained({str(folder)!r})")
 
 

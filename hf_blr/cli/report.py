@@ -26,36 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from hf_blr.bench.report.figures import figures
     from hf_blr.bench.report.page import page
-    from hf_blr.bench.report.sections import Drawing
     from hf_blr.bench.report.summary import summarised
 
     options.check_folder(args.out, args.out)
     results = {path.stem: read_result(path) for path in args.files}
     found = [table for name, result in results.items() for table in tables(name, result)]
     summary = summarised(results)
-    plots = {} if args.no_plots else draw(results)
+    plots = {} if args.no_plots else figures(results)
     notes = [f"From {', '.join(path.name for path in args.files)}. A click on a column's name sorts by it."]
-    drawings = [Drawing(plot.caption, svg, plot.question, plot.card, plot.lead) for plot, svg in plots.values()]
-    write_text_atomically(args.out / "report.html", page(args.title, found, drawings, notes, summary))
-    for name, (plot, svg) in plots.items():
-        write_text_atomically(args.out / f"{name}.svg", svg)
+    write_text_atomically(args.out / "report.html", page(args.title, found, list(plots.values()), notes, summary))
+    for name, plot in plots.items():
+        write_text_atomically(args.out / f"{name}.svg", plot.svg)
         plot.figure.savefig(args.out / f"{name}.png", dpi=150)
     in_short = [summary.table] if summary.table else []
     write_text_atomically(args.out / "report.md", markdown(args.title, in_short + found, plots))
     print(f"{len(found)} tables and {len(plots)} plots in {args.out / 'report.html'}")
 
 
-def draw(results: dict) -> dict[str, tuple]:
-    """{name: (plot, SVG)}."""
-    from hf_blr.bench.report.figures import figures
-    from hf_blr.bench.report.plots import as_svg
-
-    return {name: (plot, as_svg(plot.figure, name)) for name, plot in figures(results).items()}
-
-
 def markdown(title: str, found: list[Table], plots: dict) -> str:
-    parts = [f"# {title}", *(f"![{plot.caption}]({name}.svg)" for name, (plot, _) in plots.items())]
+    parts = [f"# {title}", *(f"![{plot.caption}]({name}.svg)" for name, plot in plots.items())]
     for table in found:
         said = " ".join(text for text in (table.note, table.protocol, table.where) if text)
         parts += [f"## {table.title}", format_table(table.rows, table.columns), said]

@@ -95,12 +95,17 @@ def from_config(
     return model
 
 
-def named_class(config: PreTrainedConfig) -> type[Any]:
-    """The transformers class that the config names. Raises ValueError if there is none."""
+def class_named(config: PreTrainedConfig) -> type[Any] | None:
+    """The transformers class that the config says it was saved by; None where it names none, or none of these."""
     import transformers
 
-    names = getattr(config, "architectures", None) or [None]
-    model_class = getattr(transformers, names[0], None) if names[0] else None
+    names = getattr(config, "architectures", None)
+    return getattr(transformers, names[0], None) if names else None
+
+
+def named_class(config: PreTrainedConfig) -> type[Any]:
+    """The transformers class that the config names. Raises ValueError if there is none."""
+    model_class = class_named(config)
     if model_class is None:
         raise ValueError(
             f"config.architectures is {getattr(config, 'architectures', None)}, which names no class of "

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings
-from hf_blr.bench.report.plots import pyplot
+from hf_blr.bench.report.plots import as_svg, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ class Plot(NamedTuple):
     Args:
         caption: what it shows, and on which card.
         figure: matplotlib's.
+        svg: the figure as an element of a page.
         question: the key of the one that it answers, see `sections.QUESTIONS`.
         card: that its numbers were measured on.
         lead: shown at once; others are folded.
@@ -27,6 +28,7 @@ class Plot(NamedTuple):
 
     caption: str
     figure: Figure
+    svg: str
     question: str
     card: str
     lead: bool = True
@@ -47,7 +49,7 @@ def figures(results: dict[str, dict]) -> dict[str, Plot]:
                     name += f" {file}" * (len(kinds[kind]) > 1)
                     card = card_of(result)
                     key = re.sub(r"[^A-Za-z0-9._]+", "-", name)
-                    found[key] = Plot(f"{caption} {card}".strip(), figure, question, card, *lead)
+                    found[key] = Plot(f"{caption} {card}".strip(), figure, as_svg(figure, key), question, card, *lead)
     return found
 
 

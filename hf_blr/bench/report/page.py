@@ -6,8 +6,9 @@ import re
 from typing import TYPE_CHECKING
 
 from hf_blr.bench.report.cells import format_cell, is_numeric, sort_value
+from hf_blr.bench.report.figures import Plot
 from hf_blr.bench.report.plots import INK
-from hf_blr.bench.report.sections import Drawing, sections
+from hf_blr.bench.report.sections import sections
 from hf_blr.bench.report.summary import Summary
 from hf_blr.bench.report.tables import Table
 
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def page(title: str, tables: list[Table], drawings: list[Drawing], notes: list[str], summary: Summary) -> str:
+def page(title: str, tables: list[Table], plots: list[Plot], notes: list[str], summary: Summary) -> str:
     """The page's HTML.
 
     Args:
         title: of the page.
         tables: in their order within a question.
-        drawings: likewise.
+        plots: likewise.
         notes: lines at the end, as plain text.
         summary: the first screen.
     """
@@ -38,7 +39,7 @@ def page(title: str, tables: list[Table], drawings: list[Drawing], notes: list[s
     environment.filters |= {"shown": format_cell, "key": sort_value, "in_theme": in_theme, "unbroken": unbroken}
     environment.globals["numeric"] = numeric
     return environment.get_template("page.html.j2").render(
-        title=title, summary=summary, sections=sections(tables, drawings), notes=notes
+        title=title, summary=summary, sections=sections(tables, plots), notes=notes
     )
 
 

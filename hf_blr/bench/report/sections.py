@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_blr.bench.report.figures import Plot
 from hf_blr.bench.report.tables import Table
 
 #: {key: (title, how to read what stands below it)}
@@ -49,32 +50,13 @@ QUESTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A plot in the page.
-
-    Args:
-        caption: what it shows, and on which card.
-        svg: an element.
-        question: the key of the one that it answers.
-        card: that its numbers were measured on.
-        lead: shown at once; others are folded.
-    """
-
-    caption: str
-    svg: str
-    question: str
-    card: str
-    lead: bool = True
-
-
 @dataclass
 class OnCard:
     """What answers one question on one card."""
 
     card: str
-    drawings: list[Drawing] = field(default_factory=list)
-    more_drawings: list[Drawing] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    more_plots: list[Plot] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
 
@@ -86,15 +68,15 @@ class Section:
     cards: list[OnCard]
 
 
-def sections(tables: list[Table], drawings: list[Drawing]) -> list[Section]:
+def sections(tables: list[Table], plots: list[Plot]) -> list[Section]:
     """Those with something in them, in the order of `QUESTIONS`."""
     found = []
     for key, (title, help) in QUESTIONS.items():
         cards: dict[str, OnCard] = {}
-        for drawing in drawings:
-            if drawing.question == key:
-                here = cards.setdefault(drawing.card, OnCard(drawing.card))
-                (here.drawings if drawing.lead else here.more_drawings).append(drawing)
+        for plot in plots:
+            if plot.question == key:
+                here = cards.setdefault(plot.card, OnCard(plot.card))
+                (here.plots if plot.lead else here.more_plots).append(plot)
         for table in tables:
             if table.question == key:
                 cards.setdefault(table.card, OnCard(table.card)).tables.append(table)
