@@ -105,9 +105,9 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
 def run_together(modules: list[BLRLinear]) -> None:
     """Make a group of modules of one kind."""
     pack([dict(module.named_parameters(recurse=False)) for module in modules])
-    siblings = ProjectionGroup(modules)
+    group = ProjectionGroup(modules)
     for index, module in enumerate(modules):
-        module.group = siblings, index
+        module.group = group, index
 
 
 @torch.no_grad()

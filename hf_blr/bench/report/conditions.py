@@ -44,6 +44,6 @@ def card_of(result: dict) -> str:
     return result.get("environment", {}).get("device", "")
 
 
-def measured_ceilings(card: str) -> Peaks | None:
+def measured_peaks(card: str) -> Peaks | None:
     """Those that were measured on such a card, None where none were."""
     return next((found for name, found in MEASURED.items() if name.removesuffix("-measured") in card), None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings
+from hf_blr.bench.report.conditions import card_of, kind_of, measured_peaks
 from hf_blr.bench.report.plots import as_svg, pyplot
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def of_models(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterat
 def of_layers(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
     from hf_blr.bench.report.layer_plots import roofline, speed_up
 
-    rows, ceilings = result["rows"], measured_ceilings(card_of(result))
+    rows, peaks = result["rows"], measured_peaks(card_of(result))
     yield "speed-up", "Speed over dense against tokens.", speed_up(plt, rows), "layers"
-    if ceilings:
+    if peaks:
         caption = (
             "Measured rates under the ceilings of the card: a line for each form, a point for each number of tokens."
         )
-        yield "roofline", caption, roofline(plt, rows, ceilings), "predicted"
+        yield "roofline", caption, roofline(plt, rows, peaks), "predicted"

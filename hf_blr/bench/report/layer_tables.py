@@ -40,8 +40,8 @@ def prediction_lines(layers: list[dict], models: list[dict]) -> list[dict]:
     """How far predictions were off: layers by number of tokens, whole models by measurement.
 
     Args:
-        layers: rows of `ceilings.predictions`.
-        models: rows of `model_ceilings.model_predictions`.
+        layers: rows of `peaks.predictions`.
+        models: rows of `model_peaks.model_predictions`.
     """
     by_tokens = sorted(layers, key=lambda row: (row["direction"], row["tokens"]))
     groups = grouped(by_tokens, lambda row: tokens_of(row).replace(" tokens", ""))

@@ -120,7 +120,7 @@ def profile_lines(rows: list[dict], predict: Callable[[dict], dict[str, float]] 
 
     Args:
         rows: of whole models.
-        predict: {part: milliseconds} of a row, as `model_ceilings.predicted_parts`; without it no brackets.
+        predict: {part: milliseconds} of a row, as `model_peaks.predicted_parts`; without it no brackets.
     """
     lines = []
     for row in sorted((row for row in rows if "profile" in row), key=place_in_profiles):

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_blr.bench.report.cells import format_cell
 from hf_blr.bench.report.commits import commits_of, marked, rows_of
-from hf_blr.bench.report.conditions import card_of, kind_of, measured_ceilings, protocol_of, where_of
+from hf_blr.bench.report.conditions import card_of, kind_of, measured_peaks, protocol_of, where_of
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
 from hf_blr.bench.report.lines import grouped, structure_of
 from hf_blr.bench.report.model_tables import (
@@ -59,7 +59,7 @@ def tables(name: str, result: dict) -> list[Table]:
         kind_of(result) or "", of_others
     )
     rows = rows_of(result)
-    return [made(result, rows, *parts) for parts in make(name, rows, measured_ceilings(card_of(result))) if parts[2]]
+    return [made(result, rows, *parts) for parts in make(name, rows, measured_peaks(card_of(result))) if parts[2]]
 
 
 def made(
@@ -76,23 +76,23 @@ def made(
     return Table(title, shown, said, names, question, card_of(result), where_of(result, main), protocol_of(result))
 
 
-def of_layers(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
+def of_layers(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     for model, mine in grouped(rows, lambda row: row["model"]).items():
         title = f"Layers of {model}" if model else "Layers"
         yield "layers", title, layer_lines(mine), "Dense in microseconds, the others as speed over it."
-    if ceilings:
+    if peaks:
         # torch's meta device and the shapes of models are slow to import, and only some files need them
         from hf_blr.bench.peaks import predictions
 
-        yield "predicted", "Layers: predicted and measured", prediction_lines(predictions(rows, ceilings), [])
+        yield "predicted", "Layers: predicted and measured", prediction_lines(predictions(rows, peaks), [])
 
 
-def of_groups(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
+def of_groups(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     said = "Speed over dense of projections that read one input, one by one -> together."
     yield "layers", "Projections with one input", group_lines(rows), said
 
 
-def of_models(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
+def of_models(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     good = [row for row in rows if "error" not in row]
     variants = dict.fromkeys(row["variant"].removesuffix("+fused") for row in good)
     titles = {variant: variant for variant in sorted(variants) if structure_of(variant) != "dense"}
@@ -105,31 +105,31 @@ def of_models(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[P
         yield "models", f"{title} of whole models", compared(good, measurement)
     yield "size", "Models on disk", storage_lines(good), "Gigabytes and, in brackets, seconds to load."
     predict = None
-    if ceilings:
+    if peaks:
         from hf_blr.bench.model_peaks import model_predictions, predicted_parts
 
         yield (
             "predicted",
             "Whole models: predicted and measured",
-            prediction_lines([], model_predictions(good, ceilings)),
+            prediction_lines([], model_predictions(good, peaks)),
         )
 
         def predict(row: dict) -> dict[str, float]:
-            return predicted_parts(row, ceilings)
+            return predicted_parts(row, peaks)
 
-    said = "Milliseconds by PyTorch's profiler" + (" and, in brackets, as predicted." if ceilings else ".")
+    said = "Milliseconds by PyTorch's profiler" + (" and, in brackets, as predicted." if peaks else ".")
     yield "time", "Where the time goes", profile_lines(good, predict), said
     yield "failed", "What failed", failed_lines(rows)
 
 
-def of_quality(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
+def of_quality(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     lines = largest_first(quality_lines(rows))
     dense = {f"{row.get('dataset')} {row['dense_ppl']:.2f}": 0 for row in rows if row.get("dense_ppl")}
     said = f"Dense: {', '.join(dense)}." if dense else ""
     yield "size", "Perplexity", lines, said, quality_columns(rows, lines)
 
 
-def of_others(name: str, rows: list[dict], ceilings: Peaks | None) -> Iterator[Parts]:
+def of_others(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     """Rows as they are, without what no cell can hold; what all rows share is said once."""
     lines = [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
     columns = dict.fromkeys(key for line in lines for key in line if key != "commit")
