@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_bert, tiny_llama, tiny_tokenizer
+from tiny import tiny_bert, tiny_llama, tiny_llava, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_blr.cli import COMMANDS, main
@@ -102,6 +102,21 @@ def test_a_classifier_keeps_its_head(classifier, tmp_path, capsys):
     for command in (["evaluate", str(out)], ["finetune", str(out), str(tmp_path / "tuned")]):
         assert main([*command, "--dataset", dense[1], "--seqlen", "32"]) == 2
         assert "takes causal language models" in capsys.readouterr().err
+
+
+def test_a_model_of_text_and_images_is_evaluated_on_text(dense, tmp_path):
+    folder, text = tmp_path / "llava", dense[1]
+    tiny_llava().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(["evaluate", str(folder), "--dataset", text, "--seqlen", "32"]) == 0
+
+
+def test_an_encoder_decoder_has_no_perplexity(dense, tmp_path, capsys):
+    folder, text = tmp_path / "t5", dense[1]
+    tiny_t5().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(["evaluate", str(folder), "--dataset", text, "--seqlen", "32"]) == 2
+    assert "takes causal language models" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,13 +5,10 @@ import logging
 
 import pytest
 import torch
-from tiny import batches_for, build, tiny_llama
+from tiny import batches_for, build, tiny_llama, tiny_llava
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
 
 from hf_blr import BLRConfig, collect_statistics, compress
@@ -21,15 +18,6 @@ from hf_blr.factorize import factorize
 from hf_blr.plan import resolve_plan
 
 CONFIG = BLRConfig("low_rank", ratio=0.6)
-
-
-def tiny_llava():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = LlamaConfig(vocab_size=257, initializer_range=0.1, **sizes)
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
-    return build(
-        LlavaForConditionalGeneration, LlavaConfig(vision_config=vision, text_config=text, image_token_index=256)
-    )
 
 
 def text():

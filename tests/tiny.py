@@ -10,10 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -90,6 +93,16 @@ def tiny_qwen3(seed=0, **kw) -> Qwen3ForCausalLM:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128}
     return build(Qwen3ForCausalLM, Qwen3Config(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)
+
+
+def tiny_llava() -> LlavaForConditionalGeneration:
+    """A vision tower and a language model of two blocks each."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(vocab_size=257, initializer_range=0.1, **sizes)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    return build(
+        LlavaForConditionalGeneration, LlavaConfig(vision_config=vision, text_config=text, image_token_index=256)
+    )
 
 
 def tiny_inputs(model, seed=1) -> dict[str, torch.Tensor]:

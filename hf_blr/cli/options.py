@@ -119,10 +119,8 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
 
 
 def check_language_model(model: PreTrainedModel, path: str) -> None:
-    """Raises ValueError for a model that predicts no next token."""
-    from hf_blr.finetune.callback import is_causal_lm
-
-    if not is_causal_lm(model):
+    """Raises ValueError for a model that does not predict the next token of its input."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
             f"{path} holds a {type(model).__name__}, which predicts no next token: this command takes causal language "
             "models"
