@@ -32,6 +32,7 @@ from runs import TEXTLESS, Run, row_key, runs, shard, shard_of
 from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.checkpoint.record import forget_quantizer
 from hf_blr.cli import options
 from hf_blr.finetune import refine
 from hf_blr.plan import resolve_plan
@@ -56,6 +57,8 @@ def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tu
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
+        # transformers would not train what was read from a GGUF file
+        forget_quantizer(model)
         refine(model, dense, on.windows, epochs=EPOCHS, seed=on.seed, **settings)
         return model, {"finetune_tokens": EPOCHS * on.windows.numel()}
     elif run.kind == "refine":
