@@ -53,7 +53,7 @@ def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
 
 
 def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
-    """The compressed model and what its row says of the fit."""
+    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
@@ -69,6 +69,11 @@ def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tu
         return model, {"finetune_tokens": EPOCHS * on.windows.numel()}
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
+    elif run.kind == "aa_svd":
+        return baselines.aa_svd(dense, run.ratio, on.batches, on.seed), {}
+    elif run.kind == "modegpt":
+        model, kept = baselines.modegpt(dense, run.ratio, on.statistics, on.batches, **settings)
+        return model, {"kept": kept}
     elif run.kind == "descent":
         return baselines.blast_by_gradients(dense, run.ratio, run.blocks, DESCENT_STEPS, on.seed), {}
     else:
@@ -150,7 +155,7 @@ def main(argv=None):
                 continue
             if run.kind != "refine":
                 earlier.clear()
-            if run.kind not in (*TEXTLESS, "refine dense"):
+            if run.kind not in (*TEXTLESS, "refine dense", "aa_svd"):
                 # what all fits share is no part of the first one's seconds
                 _ = on.statistics
             fit = time.perf_counter()
@@ -162,7 +167,8 @@ def main(argv=None):
                 more["peak_memory"] = torch.cuda.max_memory_allocated()
             seconds = time.perf_counter() - fit
             more["fit_seconds"] = None if args.beside else seconds
-            rows = bench.rows(model, {**facts, **more})
+            kept = more.pop("kept", None)
+            rows = bench.rows(model, {**facts, **more}, kept)
             file.add(rows)
             done |= keys
             scores = ", ".join(f"{row['dataset']} {row['ppl']:.2f}" for row in rows)

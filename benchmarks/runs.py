@@ -26,6 +26,8 @@ LADDER = {
 BLOCK_STEPS = 64
 #: twice the rounds of alternating least squares, and a later stop
 MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
+#: temperatures of MoDeGPT's allocation: its own, and nearly the same share for all blocks
+EPSILONS = (0.1, 1.0)
 #: kinds of runs that read no text
 TEXTLESS = ("weights", "descent")
 
@@ -125,6 +127,8 @@ def runs() -> list[Run]:
         for run in (
             Run("plain SVD", "low_rank", ratio, kind="weights"),
             Run("SVD-LLM with update", "low_rank", ratio, kind="svd_llm"),
+            Run("AA-SVD", "low_rank", ratio, kind="aa_svd"),
+            *(Run(f"MoDeGPT at {e:g}", None, ratio, kind="modegpt", settings=(("epsilon", e),)) for e in EPSILONS),
             Run("blockwise SVD, no activations", "monarch", ratio, (4, 4), kind="weights"),
             Run("BLAST's own descent", "blast", ratio, (16, 16), kind="descent"),
         )
@@ -140,13 +144,13 @@ def runs() -> list[Run]:
         *dense[1:],
         *joint,
         *ladder[:6],
-        *others[:2],
+        *others[:5],
         *shapes[:2],
         *sweep,
         *stages,
         *ladder[6:],
         *shapes[2:],
-        *others[2:],
+        *others[5:],
         *rounds,
     ]
     after = {run.family: run for run in every if run.kind == "refine"}
