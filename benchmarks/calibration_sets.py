@@ -15,9 +15,6 @@ from hf_blr.calibration import collect_statistics
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.config import BLRConfig
 
-#: calibration windows
-WINDOWS = 128
-
 
 @dataclass(frozen=True)
 class Mixture:
@@ -65,12 +62,18 @@ class Calibration:
     counts: dict[str, int]
 
     @classmethod
-    def draw(cls, dense: nn.Module, parts: dict[str, Tensor], mixture: Mixture, seed: int) -> Calibration:
-        """Draws at most `WINDOWS` windows; a part with fewer than its share gives all that it has.
+    def draw(
+        cls, dense: nn.Module, parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int
+    ) -> Calibration:
+        """Draws windows; a part with fewer than its share gives all that it has.
 
         Args:
             dense: the model that will be compressed.
             parts: {name: windows `[n, seqlen]`, or a text's ids `[tokens]`, which are cut into windows}.
+            mixture: of the parts.
+            seed: of the choice and of the order.
+            limit: windows at most, of all parts.
+            seqlen: tokens in a window.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
@@ -80,14 +83,14 @@ class Calibration:
         for name, share in mixture.shares:
             if name not in parts:
                 raise ValueError(f"there is no calibration part {name!r}; there are {sorted(parts)}")
-            windows = windows_of(name, parts[name])
-            count = min(round(share * WINDOWS), len(windows))
+            windows = windows_of(name, parts[name], seqlen)
+            count = min(round(share * limit), len(windows))
             drawn.append(windows[torch.randperm(len(windows), generator=generator)[:count]])
             sources += [name] * count
         whole = len(sources) // protocol.BATCH * protocol.BATCH
         if not whole:
             raise ValueError(
-                f"the calibration set {mixture.label!r} needs {protocol.BATCH} windows of {protocol.SEQLEN} tokens at "
+                f"the calibration set {mixture.label!r} needs {protocol.BATCH} windows of {seqlen} tokens at "
                 f"least, got {len(sources)}"
             )
         order = torch.randperm(len(sources), generator=generator)[:whole]
@@ -120,13 +123,12 @@ class Calibration:
         }
 
 
-def windows_of(name: str, ids: Tensor) -> Tensor:
+def windows_of(name: str, ids: Tensor, seqlen: int) -> Tensor:
     """A part's windows `[n, seqlen]`."""
     if ids.dim() == 1:
-        ids = ids[: len(ids) // protocol.SEQLEN * protocol.SEQLEN].view(-1, protocol.SEQLEN)
-    if ids.dim() != 2 or ids.shape[1] != protocol.SEQLEN:
+        ids = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if ids.dim() != 2 or ids.shape[1] != seqlen:
         raise ValueError(
-            f"the calibration part {name!r} must be windows [n, {protocol.SEQLEN}] or ids [tokens], got shape "
-            f"{list(ids.shape)}"
+            f"the calibration part {name!r} must be windows [n, {seqlen}] or ids [tokens], got shape {list(ids.shape)}"
         )
     return ids

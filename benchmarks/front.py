@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from calibration_sets import Calibration, Mixture
 from int4_dense import BITS, int4_model, rounded_model
-from protocol import Bench, read_ids
+from protocol import SEQLEN, WINDOWS, Bench, read_ids
 from torch import nn
 
 from hf_blr import BLRConfig, compress
@@ -178,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     dense, _ = options.load_model(args.model, args, tokenizer=False)
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     texts = read_ids([str(args.ids)], None)
-    on = Calibration.draw(dense.eval(), {"valid": texts.pop("valid")}, Mixture.parse(["valid"]), seed=0)
+    valid = {"valid": texts.pop("valid")}
+    on = Calibration.draw(dense.eval(), valid, Mixture.parse(["valid"]), 0, WINDOWS, SEQLEN)
     bench = Bench(name, dense, texts)
     machine = environment()
     head = {"environment": {**machine, "commit": args.commit or machine["commit"]}, "protocol": PROTOCOL}

@@ -19,8 +19,8 @@ from hf_blr.ops import use_impl
 from hf_blr.plan import resolve_plan
 
 SEQLEN = 2048
-#: windows that run at once; sequential fits want batches of one shape
-BATCH = 8
+#: calibration windows, and how many run at once; sequential fits want batches of one shape
+WINDOWS, BATCH = 128, 8
 #: WikiText-2 as distributed is tokenised; these marks stand for characters inside words and numbers
 MARKS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
 PROTOCOL = (

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import baselines
+import protocol
 from calibration_sets import Calibration, Mixture
 from protocol import PROTOCOL, Bench, check_tokens, read_ids
 from runs import TEXTLESS, Run, row_key, runs, shard, shard_of
@@ -142,7 +143,7 @@ def main(argv=None):
             file.add(bench.rows(bench.dense, {**dense_facts, "method": "dense, its 4-bit GGUF file", "bytes": size}))
     chosen = shard([run for run in runs() if any(fnmatch(run.label, pattern) for pattern in args.only)], args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
-        on = Calibration.draw(bench.dense, parts, mixture, seed)
+        on = Calibration.draw(bench.dense, parts, mixture, seed, protocol.WINDOWS, protocol.SEQLEN)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:

@@ -1,6 +1,5 @@
 """Windows of a mixture are drawn as its shares and the seed say."""
 
-import calibration_sets
 import protocol
 import pytest
 import torch
@@ -13,13 +12,11 @@ PARTS = {name: 100 * i + torch.arange(20)[:, None].expand(20, 8) for i, name in 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(protocol, "SEQLEN", 8)
     monkeypatch.setattr(protocol, "BATCH", 4)
-    monkeypatch.setattr(calibration_sets, "WINDOWS", 16)
 
 
 def draw(*shares, seed=0, parts=PARTS):
-    return Calibration.draw(tiny_llama(), parts, Mixture.parse(list(shares)), seed)
+    return Calibration.draw(tiny_llama(), parts, Mixture.parse(list(shares)), seed, 16, 8)
 
 
 def test_shares_decide_how_many_windows_come_from_each_part():

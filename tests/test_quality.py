@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import calibration_sets
 import merge
 import protocol
 import pytest
@@ -24,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     torch.save({"valid": WINDOWS.flatten().int(), "own": WINDOWS.flip(0).int()}, tmp_path / "parts.pt")
     monkeypatch.setattr(protocol, "SEQLEN", 32)
     monkeypatch.setattr(protocol, "BATCH", 4)
-    monkeypatch.setattr(calibration_sets, "WINDOWS", 8)
+    monkeypatch.setattr(protocol, "WINDOWS", 8)
     monkeypatch.setattr(quality, "EPOCHS", 2)
     monkeypatch.setattr(quality, "DESCENT_STEPS", 3)
     return tmp_path
