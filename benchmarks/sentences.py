@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -94,7 +94,9 @@ def library_embeddings(model: nn.Module, folder: str, sentences: list[str]) -> T
             "`pip install sentence-transformers`, or leave --sentence-transformers out: the embeddings are the same"
         ) from error
     encoder = SentenceTransformer(folder, device=str(next(model.parameters()).device))
-    encoder[0].auto_model = model
+    # releases differ in what they call it
+    (own,) = (child for child, module in encoder[0].named_children() if isinstance(module, PreTrainedModel))
+    setattr(encoder[0], own, model)
     found = encoder.encode(sentences, batch_size=BATCH, convert_to_tensor=True, normalize_embeddings=True)
     return found.float()
 
