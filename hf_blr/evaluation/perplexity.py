@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from hf_blr.config.texts import describe
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
-from hf_blr.text import NAMED, Tokenizer, describe, load_text, tokenize
+from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
