@@ -83,9 +83,9 @@ class BLRSettings:
         None,
         'Text to fit to: "self" (the dense model writes it), "self:chat" (conversations), "builtin" (Python\'s own '
         'documentation), "wikitext2", "c4", a text file or a folder of them, a .jsonl, .csv or .parquet file or a hub '
-        'id owner/name, each with an optional ":column", a mixture {source: share} (on the command line '
-        'self=0.5,wikitext2=0.5), a list of strings, or a `datasets.Dataset`. "default" is the text that the command '
-        "line takes where none is named. None fits the weights alone.",
+        'id owner/name, each with an optional ":column", a .safetensors file that `hf-blr write` wrote, a mixture '
+        "{source: share} (on the command line self=0.5,wikitext2=0.5), a list of strings, or a `datasets.Dataset`. "
+        '"default" is the text that the command line takes where none is named. None fits the weights alone.',
         options.anything,
         flag="--dataset",
         group=FITTED,

@@ -1,6 +1,7 @@
 """Where text comes from, and how it becomes windows of tokens."""
 
 from hf_blr.text.documents import load_text
+from hf_blr.text.kept import keep_windows
 from hf_blr.text.named import NAMED
 from hf_blr.text.sources import load_windows, resolve_dataset, scored_dataset
 from hf_blr.text.windows import Tokenizer, sample_windows, tokenize
@@ -10,6 +11,7 @@ __all__ = [
     "NAMED",
     "Tokenizer",
     "can_write",
+    "keep_windows",
     "load_text",
     "load_windows",
     "resolve_dataset",

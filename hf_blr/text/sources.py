@@ -17,6 +17,7 @@ from hf_blr.config.texts import (
     needs_writing,
 )
 from hf_blr.text.documents import load_text
+from hf_blr.text.kept import is_kept, kept_windows
 from hf_blr.text.mixtures import mixed_windows
 from hf_blr.text.windows import CHARACTERS_PER_TOKEN, Tokenizer, windows_of
 from hf_blr.text.written import can_write, write_windows
@@ -37,8 +38,9 @@ def load_windows(
     """Windows of a dataset's training split, token ids `[n, seqlen]`, n at most `num_samples`.
 
     Args:
-        dataset: what `load_text` takes; "self" and "self:chat", which the model writes (`write_windows`); a mixture of
-            names and paths, {source: share}, whose shares count windows and need not add up to one; or "default".
+        dataset: what `load_text` takes; "self" and "self:chat", which the model writes (`write_windows`); a
+            .safetensors file of windows (`keep_windows`); a mixture of names and paths, {source: share}, whose shares
+            count windows and need not add up to one; or "default".
         model: writes, if that is asked for.
         tokenizer: of the model.
         seqlen: tokens in a window.
@@ -47,8 +49,8 @@ def load_windows(
         progress: show a progress bar while the model writes.
 
     Raises:
-        ValueError: if the text is shorter than one window, a share comes to no window; also what `load_text` and
-            `write_windows` raise.
+        ValueError: if the text is shorter than one window, a share comes to no window, or a file holds no windows that
+            fit; also what `load_text` and `write_windows` raise.
     """
     dataset = resolve_dataset(dataset, model)
     if is_mixture(dataset):
@@ -61,6 +63,8 @@ def load_windows(
     if needs_writing(dataset):
         chat = dataset == SELF_CHAT
         return write_windows(model, tokenizer, num_samples, seqlen, seed, chat=chat, progress=progress)
+    if is_kept(dataset):
+        return kept_windows(dataset, model, seqlen, num_samples, seed)
     enough = CHARACTERS_PER_TOKEN * seqlen * num_samples
     documents = load_text(dataset, "train", tokenizer, enough=enough, seed=seed)
     return windows_of(tokenizer, documents, seqlen, num_samples, seed)
@@ -83,4 +87,5 @@ def resolve_dataset(dataset: Any, model: Any) -> Any:
 def scored_dataset(dataset: Any, model: Any) -> Any:
     """The text to measure perplexity on beside a dataset: itself, or "builtin" where it has no held-out documents."""
     dataset = resolve_dataset(dataset, model)
-    return DEFAULT_WITHOUT_WRITING if is_mixture(dataset) or needs_writing(dataset) else dataset
+    has_documents = not (is_mixture(dataset) or needs_writing(dataset) or is_kept(dataset))
+    return dataset if has_documents else DEFAULT_WITHOUT_WRITING
