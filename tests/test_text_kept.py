@@ -1,5 +1,7 @@
 """Windows that are written once and fitted to again."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,7 +9,8 @@ from tiny import EOS_ID, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_blr.cli import main
-from hf_blr.text import keep_windows, load_windows, scored_dataset, write_windows
+from hf_blr.linear import blr_modules
+from hf_blr.text import keep_windows, load_windows, scored_dataset, sources, write_windows
 
 
 def load(file, seqlen=16, num_samples=9, model=None):
@@ -23,6 +26,20 @@ def test_windows_come_back_and_long_ones_are_cut(tmp_path):
     mixed = load_windows({str(file): 1, "self": 1}, tiny_llama(), tiny_tokenizer(), 18, 4, progress=False)
     assert (mixed[:, 0] == EOS_ID).tolist() == [False, True, False, True]
     assert scored_dataset(str(file), tiny_llama()) == "builtin"
+
+
+def test_the_teacher_writes_what_a_model_is_fine_tuned_on(tmp_path, monkeypatch):
+    dense, out = str(tmp_path / "dense"), str(tmp_path / "out")
+    tiny_llama().save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    assert main(["compress", dense, out, "--structure", "low_rank", "--rank", "8", "--dataset", "none"]) == 0
+    wrote = []
+    monkeypatch.setattr(sources, "write_windows", lambda *args, **kw: wrote.append(args) or write_windows(*args, **kw))
+    common = ["--dataset", "self", "--steps", "2", "--seqlen", "32", "--json", str(tmp_path / "f.json")]
+    assert main(["finetune", out, str(tmp_path / "tuned"), *common, "--teacher", dense]) == 0
+    ((author, _, *sizes),) = wrote
+    assert not blr_modules(author) and sizes == [8, 32, 0]
+    assert json.loads((tmp_path / "f.json").read_text())["after"]["dataset"] == "builtin (test)"
 
 
 def test_what_cannot_be_fitted_to_says_why(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
+from hf_blr.evaluation import perplexity
 from hf_blr.text import load_text, load_windows, tables
 
 datasets = pytest.importorskip("datasets")
@@ -62,6 +63,8 @@ def test_conversations_become_text_by_the_chat_template(tmp_path):
     assert load_text(f"{file}:source", "train") == ["here"] * 2
     windows = load_windows(file, tiny_llama(), tokenizer, 16, 4)
     assert tokenizer.decode(windows[0]) == "[user] why;[assi"
+    # two conversations of 31 characters and what joins them, a token each
+    assert perplexity(tiny_llama(), tokenizer, file, seqlen=16).n_windows == 64 // 16
 
 
 class Endless:

@@ -196,7 +196,7 @@ def as_tokens(tokenizer: Tokenizer | None, dataset: Any) -> tuple[torch.Tensor, 
     if isinstance(dataset, str) and "\n" in dataset:
         return tokenize(tokenizer, [dataset]), f"<text of {len(dataset)} characters>"
     named = isinstance(dataset, str) and dataset in NAMED
-    return tokenize(tokenizer, load_text(dataset, "test")), describe(dataset) + (" (test)" if named else "")
+    return tokenize(tokenizer, load_text(dataset, "test", tokenizer)), describe(dataset) + (" (test)" if named else "")
 
 
 def check_counts(

@@ -76,7 +76,7 @@ def write_windows(
     start = torch.tensor(opening, device=model.device)
     windows = []
     bar = tqdm(total=num_samples * codes.noise.shape[1], desc="writing text", unit="token", disable=not progress)
-    with bar, evaluating(model), plain_generation(model, seqlen) as settings:
+    with bar, evaluating(model), plain_generation(model, seqlen - len(opening)) as settings:
         for rows in torch.arange(num_samples).split(rows_at_once(model, seqlen)):
             draws = Draws(codes, rows, start.device)
 
@@ -96,11 +96,11 @@ def write_windows(
 
 
 @contextmanager
-def plain_generation(model: Any, length: int) -> Iterator[Any]:
+def plain_generation(model: Any, new_tokens: int) -> Iterator[Any]:
     """For a while the model generates without any setting of its own: no temperature, no penalty, no stopping."""
     kept = model.generation_config
     # what a config leaves out, `generate` fills in from the model's; draws make the choice of the largest a sample
-    model.generation_config = type(kept)(max_length=length, do_sample=False, use_cache=True)
+    model.generation_config = type(kept)(max_new_tokens=new_tokens, do_sample=False, use_cache=True)
     try:
         yield model.generation_config
     finally:
