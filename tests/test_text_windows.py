@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import EOS_ID, tiny_llama, tiny_tokenizer
+from tokenizers import processors
 
 from hf_blr.text import load_windows, sample_windows, tokenize
 from hf_blr.text.windows import LONGEST_WORD, windows_of
@@ -73,3 +74,12 @@ def test_pieces_of_too_few_tokens_are_passed_over_and_at_worst_the_text_is_cut_a
 def test_a_text_without_blanks_is_cut_where_it_is():
     text = "字" * (8 * 64) + "x" * (LONGEST_WORD + 1)
     assert windows_of(tiny_tokenizer(), [text], 16, 4).shape == (4, 16)
+
+
+def test_pieces_of_a_text_do_not_begin_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", EOS_ID)]
+    )
+    assert tokenize(tokenizer, ["text"])[0] == EOS_ID
+    assert not (windows_of(tokenizer, [words(20000)], 32, 10) == EOS_ID).any()

@@ -80,18 +80,19 @@ def test_the_end_of_a_document_does_not_end_the_window():
 
 
 def test_settings_and_state_of_the_model_are_neither_used_nor_changed():
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    # it has dropout
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
     plain = write_windows(model, tokenizer, 4, 32, progress=False)
     config = model.generation_config
     config.temperature, config.top_k, config.repetition_penalty, config.max_new_tokens = 0.1, 2, 3.0, 5
     config.do_sample, config.bad_words_ids = True, [[int(plain[0, 1])]]
     kept, state = copy.deepcopy(config), torch.get_rng_state()
     model.train()
-    model.model.layers[0].eval()
+    model.transformer.h[0].eval()
     assert torch.equal(write_windows(model, tokenizer, 4, 32, progress=False), plain)
     assert model.generation_config is config and config.to_dict() == kept.to_dict()
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and not model.model.layers[0].training
+    assert model.training and not model.transformer.h[0].training
     torch.manual_seed(99)
     assert torch.equal(write_windows(model, tokenizer, 4, 32, progress=False), plain)
 
@@ -164,3 +165,17 @@ def test_rows_that_are_alone_draw_by_noise():
     assert first.sort().values.tolist() == [0, 1, 2, 3] and torch.equal(draws.width, torch.full((4,), 0.25).double())
     second = draws(None, uniform).argmax(-1)
     assert torch.equal(second, (codes.noise[:, 1] * 4).long())
+
+
+def test_what_has_no_probability_is_never_drawn():
+    draws = Draws(Codes(2, 1, seed=0), torch.arange(2), torch.device("cpu"))
+    # the ends of the unit interval, which are drawn once in 2^53 times
+    draws.codes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    scores = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf]).repeat(2, 1)
+    assert draws(None, scores).argmax(-1).tolist() == [1, 2]
+
+
+def test_windows_longer_than_the_models_positions_are_refused():
+    with pytest.raises(ValueError, match="seqlen=129 is beyond the 128 positions of GPT2LMHeadModel"):
+        write_windows(tiny_gpt2(), tiny_tokenizer(), 1, 129)
+    assert write_windows(tiny_gpt2(), tiny_tokenizer(), 1, 128, progress=False).shape == (1, 128)

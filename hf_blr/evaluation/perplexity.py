@@ -15,6 +15,7 @@ from hf_blr.config.texts import describe
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
 from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
+from hf_blr.text.windows import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -209,13 +210,7 @@ def check_counts(
     for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # some families store -1 or 1 for "no limit"
-    if isinstance(positions, int) and 1 < positions < seqlen:
-        raise ValueError(
-            f"seqlen={seqlen} is beyond the {positions} positions of {type(model).__name__}; "
-            f"use seqlen={positions} or less"
-        )
+    check_positions(model, seqlen)
 
 
 def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:

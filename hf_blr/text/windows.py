@@ -61,6 +61,17 @@ def check_counts(seqlen: int, num_samples: int) -> None:
         raise ValueError(f"seqlen and num_samples must be at least 1, got {seqlen} and {num_samples}")
 
 
+def check_positions(model: Any, seqlen: int) -> None:
+    """Raises ValueError if a window has more tokens than the transformers model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # some families store -1 or 1 for "no limit"
+    if isinstance(positions, int) and 1 < positions < seqlen:
+        raise ValueError(
+            f"seqlen={seqlen} is beyond the {positions} positions of {type(model).__name__}; "
+            f"use seqlen={positions} or less"
+        )
+
+
 def windows_of(tokenizer: Tokenizer, documents: list[str], seqlen: int, num_samples: int, seed: int = 0) -> Tensor:
     """Windows as of `sample_windows`, of a text of which only as much is tokenised as they need.
 

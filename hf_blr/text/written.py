@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from hf_blr.config.texts import SELF, SELF_CHAT
 from hf_blr.modes import evaluating
 from hf_blr.text.draws import Codes, Draws
+from hf_blr.text.windows import check_positions
 
 #: for keys and values of a batch where the device does not say how much it has; more rows gain nothing on a CPU
 CACHE_BYTES = 2 << 30
@@ -59,7 +60,8 @@ def write_windows(
 
     Raises:
         ValueError: if the model is no causal language model, nothing says which token begins a document, there is no
-            chat template to begin with, windows have no room for the model's own tokens, or its logits are not finite.
+            chat template to begin with, windows have no room for the model's own tokens or more tokens than it has
+            positions, or its logits are not finite.
     """
     if not can_write(model):
         raise ValueError(
@@ -72,6 +74,7 @@ def write_windows(
             f"num_samples must be at least 1 and seqlen more than the {len(opening)} tokens that a window begins with, "
             f"got {num_samples} and {seqlen}"
         )
+    check_positions(model, seqlen)
     codes = Codes(num_samples, seqlen - len(opening), seed)
     start = torch.tensor(opening, device=model.device)
     windows = []
