@@ -128,6 +128,15 @@ def test_a_hub_id_is_streamed_to_fit_and_read_whole_to_score(hub, monkeypatch):
         load_text("owner/name:body", "test")
 
 
+def test_a_hub_dataset_of_several_configurations_says_what_to_do(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ValueError("Config name is missing, pick one among ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"by its name alone: .*\['a', 'b'\]\. Pass what datasets\.load_dataset"):
+        load_text("owner/name", "train")
+
+
 def test_what_is_neither_here_nor_on_the_hub_says_both(monkeypatch):
     def load_dataset(*args, **kwargs):
         raise FileNotFoundError("no such dataset")

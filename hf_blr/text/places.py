@@ -36,9 +36,16 @@ def read_place(place: str, reading: Reading) -> list[str]:
         return [read_file(root)]
     if HUB_ID.fullmatch(path):
         try:
-            return read_table(load_from_hub(path, path, streaming=reading.enough is not None), reading, column)
+            table = load_from_hub(path, path, streaming=reading.enough is not None)
         except ConnectionError as error:
             raise ConnectionError(f"{path!r} is no file or folder here. {error}") from error
+        except ValueError as error:
+            # of several configurations it names them
+            raise ValueError(
+                f"{path!r} cannot be loaded by its name alone: {error}. Pass what datasets.load_dataset(..., "
+                "streaming=True) gives"
+            ) from error
+        return read_table(table, reading, column)
     shown = path if len(path) <= 80 else path[:80] + "..."
     raise ValueError(
         f"{shown!r} is neither the name of a dataset ({known_names()}) nor a file or folder here; "
