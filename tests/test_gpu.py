@@ -132,6 +132,8 @@ def test_runs_in_a_cuda_graph(structure, tokens):
     function = FUNCTIONS[structure][0]
     expected = function(*tensors)
     stream = torch.cuda.Stream()
+    # on a busy device the inputs may not be written yet
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function(*tensors)
     torch.cuda.synchronize()

@@ -145,6 +145,38 @@ def test_more_tokens_than_are_decoded(monkeypatch):
         assert_within_budget("pivoted", make_inputs("pivoted", tokens, 1, 1, r + 3, 4, r, torch.float32))
 
 
+#: three of them name no feature of 30
+DAMAGED = torch.tensor([31, -2, 7, 2**31 - 1, *range(26)], dtype=torch.int32)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_indices_out_of_range_read_zeros(tokens):
+    _, u, c, _, bias = make_inputs("pivoted", tokens, 1, 1, 30, 20, 7, torch.float32)
+    # what lies around x in memory is not to be read
+    around = torch.full((tokens + 2, 30), float("nan"))
+    x = around[1:-1].normal_()
+    with torch.no_grad():
+        got = ops.pivoted_linear(x, u, c, DAMAGED, bias, impl="triton")
+        rows = torch.where((DAMAGED >= 0) & (DAMAGED < 30), x[:, DAMAGED.clamp(0, 29)], 0)
+        exact = pivoted_linear(rows.double(), u.double(), c.double(), torch.arange(30), bias.double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        pivoted_linear(x, u, c, DAMAGED, bias)
+
+
+@interpreted
+def test_indices_out_of_range_write_nothing():
+    from hf_blr.ops.triton.columns import move_columns
+
+    around = torch.zeros(5, 30)
+    order = DAMAGED.clone()
+    # far enough to fall on memory that the test can look at
+    order[3] = 61
+    move_columns(around[1:4], torch.ones(3, 7), torch.ones(3, 23), order, scatter=True)
+    assert around[[0, 4]].eq(0).all() and around[1:4].sum() == 3 * 26
+
+
 @interpreted
 def test_the_backward_keeps_y_and_nothing_as_large_as_x():
     tensors = make_inputs("pivoted", 40, 1, 1, 30, 20, 7, torch.float32)
