@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Format
+from hf_blr.formats.values import fault
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
 
@@ -225,6 +226,20 @@ class BLRLinear(nn.Module):
             # files want tensors that are contiguous and share no memory
             for name in dict(self.named_parameters(recurse=False)):
                 destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        # here and not after the load, so that nothing wrong gets in
+        wrong = [
+            f"{prefix}{name}: {problem}"
+            for name, (_, kind) in self.storage.stored(self.spec).items()
+            if (value := state_dict.get(prefix + name)) is not None and (problem := fault(kind, value)) is not None
+        ]
+        if wrong:
+            lists[-1].extend(wrong)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it

@@ -48,7 +48,12 @@ class LayerPlan:
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be True or False, got {value!r}")
         storage = format_named(data.pop("format", PLAIN.name))
-        return cls(spec_from_dict(data), bias, transposed, storage)
+        spec = spec_from_dict(data)
+        highest = min(spec.in_features, spec.out_features)
+        if spec.rank > highest:
+            # of a damaged file, whose layers would fill the memory
+            raise ValueError(f"rank must be at most {highest}, as that of any such matrix, got {spec.rank}")
+        return cls(spec, bias, transposed, storage)
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """{state-dict key: shape} of all that the module keeps, its bias among it."""
@@ -152,17 +157,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:
-    """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
-    sizes = layer.spec.in_features, layer.spec.out_features
+    """Raises ValueError unless the module is a dense layer of the kind and sizes that the plan was made for."""
+    planned = layer_in_words((layer.spec.in_features, layer.spec.out_features), layer.bias, layer.transposed)
     found = f"a {type(module).__name__}"
     if is_dense_linear(module):
-        if feature_sizes(module) == sizes:
-            return
-        found = "one of {} -> {}".format(*feature_sizes(module))
-    raise ValueError(
-        f"{name}: the plan says a linear layer of {sizes[0]} -> {sizes[1]} features, the model has {found}"
-        f"{remedy and f'; {remedy}'}"
-    )
+        found = layer_in_words(feature_sizes(module), module.bias is not None, is_transposed(module))
+    if found != planned:
+        raise ValueError(f"{name}: the plan says {planned}, the model has {found}{remedy and f'; {remedy}'}")
+
+
+def layer_in_words(sizes: tuple[int, int], bias: bool, transposed: bool) -> str:
+    kind = "a Conv1D" if transposed else "a linear layer"
+    return f"{kind} of {sizes[0]} -> {sizes[1]} features {'with' if bias else 'without'} a bias"
 
 
 def warn_of_experts(model: nn.Module) -> None:

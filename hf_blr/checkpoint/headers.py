@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hf_blr.checkpoint.files import stored_tensors
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
+from hf_blr.formats.values import fault_of_dtype
 from hf_blr.plan import Plan
-from hf_blr.structures import structures
+from hf_blr.structures import FACTOR, structures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_files(model: PreTrainedModel, plan: Plan, files: list[str] | None) -> None:
+def check_files(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
     """Compare what a BLR checkpoint's safetensors files hold with the plan, before any tensor is read.
 
     Args:
         model: still with its dense modules.
         plan: under the model's own module names.
-        files: the checkpoint's; None, and other formats, are left to the check after the load.
+        files: the checkpoint's; of none, the check after the load must do.
 
     Raises:
-        ValueError: naming the tensors that a planned module has no place for, or that have another shape.
+        ValueError: naming a file that cannot be read, or the tensors that are missing, are in two files, have no place
+            in a planned module, or have another shape or dtype.
     """
     names = ModuleNames(model)
     extra: list[str] = []
     misshapen: list[str] = []
     of_layers = {tensor for record in structures().values() for tensor in record.spec.names()}
-    for key, shape in stored_shapes(files or []):
+    missing = {name: dict.fromkeys(layer.stored_shapes()) for name, layer in plan.items()} if files else {}
+    for key, shape, dtype in stored_tensors(files):
         owner, _, leaf = key.rpartition(".")
         name = names.find(owner)
         if name is None:
@@ -42,24 +45,33 @@ def check_files(model: PreTrainedModel, plan: Plan, files: list[str] | None) -> 
         wanted = plan[name].stored_shapes()
         if leaf not in wanted:
             extra.append(f"{key} (a {plan[name].spec.structure} module has {', '.join(wanted)})")
-        elif shape != wanted[leaf]:
+            continue
+        missing[name].pop(leaf, None)
+        stored = plan[name].storage.stored(plan[name].spec).get(leaf)
+        wrong = fault_of_dtype(stored.kind if stored else FACTOR, dtype)
+        if shape != wanted[leaf]:
             misshapen.append(f"{key} (shape {shape}, the config's layers say {wanted[leaf]})")
-    if extra or misshapen:
+        elif wrong is not None:
+            misshapen.append(f"{key} ({wrong})")
+    # before the loader makes room for what no file has
+    absent = [f"{name}.{leaf}" for name, leaves in missing.items() for leaf in leaves]
+    if absent or extra or misshapen:
         raise ValueError(
-            f"{(extra + misshapen)[0].partition(' ')[0]}: the checkpoint does not fit its own config. "
+            f"{(absent + extra + misshapen)[0].partition(' ')[0]}: the checkpoint does not fit its own config. "
+            + describe("Missing tensors", absent)
             + describe("Tensors without a place", extra)
-            + describe("Tensors of another shape", misshapen)
+            + describe("Tensors of another shape or dtype", misshapen)
             + "Load a dense checkpoint with blr_config= instead of a config that says it is compressed, and "
             "a compressed one with the config.json that was saved with it"
         )
 
 
-def stored_shapes(files: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor in those of the files that are safetensors."""
-    from safetensors import safe_open
-
-    for file in files:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  it is no mapping
-                    yield key, tuple(tensors.get_slice(key).get_shape())
+def check_count(layers: dict[str, dict[str, Any]], files: list[str]) -> None:
+    """Raises ValueError if the plan lists more modules than the files have tensors, before anybody looks for them."""
+    count = sum(1 for _ in stored_tensors(files))
+    if files and len(layers) > count:
+        raise ValueError(
+            f"{next(iter(layers))}: the config's layers list {len(layers)} modules, but the checkpoint's files have "
+            f"{count} tensors, and each module has one at least; load the checkpoint with the config.json that was "
+            "saved with it"
+        )
