@@ -47,7 +47,5 @@ def tensors_in(file: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
             found = [(key, tuple(t.shape), t.dtype) for key, t in stored.items() if isinstance(t, torch.Tensor)]
     except (SafetensorError, *UNREADABLE) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file}: cannot be read ({reason}); the file is damaged or cut short: fetch it again"
-        ) from error
+        raise ValueError(f"{file}: cannot be read ({reason}); it is damaged or cut short: fetch it again") from error
     yield from found

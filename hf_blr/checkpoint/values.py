@@ -15,7 +15,7 @@ def check_values(model: nn.Module) -> None:
     Raises:
         ValueError: naming the tensors that are not finite, and indices that are no permutation.
     """
-    wrong = {}
+    wrong: dict[str, str] = {}
     for owner, module in blr_modules(model).items():
         kinds = module.storage.stored(module.spec)
         found = {f"{owner}.{name}": fault(kinds[name].kind, value) for name, value in module.stored().items()}

@@ -29,7 +29,7 @@ def columns_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back. R, REST and their strides come / VEC.
+    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back. R, REST and strides of both come / VEC.
 
     Indices outside of x's K columns read zeros and write nothing.
     Columns are the inner part of the grid: y and rest take x's cache lines from L2 one after the other.

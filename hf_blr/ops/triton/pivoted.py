@@ -44,7 +44,8 @@ def pivoted_project_kernel(
     """y[r] = x[order[r]] + sum_k x[order[R+k]] c[r,k] for one token, the sum cut into BJ parts of P.
 
     `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded; an index that names none
-    of the R + REST features reads a zero. Sizes and strides come / VEC. The first EARLY steps' indices and c are loaded before the wait.
+    of the R + REST features reads a zero. Sizes and strides come / VEC. The first EARLY steps' indices and c are loaded
+    before the wait.
     """
     i_r = tl.program_id(0)
     o_j, o_b = tl.arange(0, BJ), tl.arange(0, BR)
