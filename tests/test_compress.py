@@ -39,7 +39,7 @@ def test_grams_block_by_block_equal_those_of_a_whole_pass(build):
     model, batches = build(), token_batches()
     names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
     with torch.no_grad():
-        assert BlockChain.trace(model, names, batches) is not None
+        assert len(BlockChain.trace(model, names, batches).segments) == 1
     whole = whole_model_grams(model, names, batches)
     groups = list(iterate_grams(model, names, batches))
     assert len(groups) == 2

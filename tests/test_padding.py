@@ -10,7 +10,7 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import sequential
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.padding import real_positions, real_rows, token_count
-from hf_blr.calibration.sequential import SequentialChain, residual_writers
+from hf_blr.calibration.sequential import SequentialChain, gram_of, residual_writers
 from hf_blr.targets import find_targets
 
 
@@ -70,14 +70,15 @@ def test_targets_and_residual_writers_are_those_of_the_real_tokens():
     batches = batches_for(model)
     for text in (batches, padded(batches)):
         chain = SequentialChain.trace(model, find_targets(model), text)
-        name = "model.layers.0"
-        dense = chain.run_dense(model.model.layers[0], name, chain.groups[name], chain.calls[name])
+        (segment,), name, block = chain.segments, "model.layers.0", model.model.layers[0]
+        piece = segment.piece
+        dense = chain.run_dense(block, name, segment.groups[name], piece.hidden, piece.calls[name], segment.real)
         assert len(dense.written) == 2
-        problems = chain.group_problems(
-            model.model.layers[0], chain.calls[name], dense, dense.groups[1], chain.hidden, 1e-4
-        )
+        problems = chain.group_problems(block, piece.calls[name], dense, dense.groups[1], piece.hidden, 1e-4)
+        first = dense.groups[0][0]
         # as for experts that see other tokens now
-        found.append((next(iter(problems.values())).gram, chain.gram_of(dense.inputs[dense.groups[0][0]])))
+        real = [masks.get(first) for masks in segment.real]
+        found.append((next(iter(problems.values())).gram, gram_of(dense.inputs[first], real)))
     for right, got in zip(*found, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-2)
 
@@ -104,12 +105,12 @@ def test_blocks_are_refined_for_the_real_tokens(monkeypatch):
 
 def test_masks_in_another_form_are_left_alone():
     ids, hidden = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    assert real_positions({"input_ids": ids}) is None
-    assert real_positions({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) is None
-    assert real_positions({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 4, 4)}) is None
-    assert real_positions({"input_features": torch.zeros(2, 4, 8), "attention_mask": hidden}) is None
+    assert real_positions({"input_ids": ids}) == {}
+    assert real_positions({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) == {}
+    assert real_positions({"input_ids": ids, "attention_mask": torch.zeros(2, 1, 4, 4)}) == {}
+    assert real_positions({"input_features": torch.zeros(2, 4, 8), "attention_mask": hidden}) == {}
     for batch in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(2, 4, 8)}):
-        assert torch.equal(real_positions({**batch, "attention_mask": hidden}), hidden.bool())
+        assert torch.equal(real_positions({**batch, "attention_mask": hidden})["tokens"], hidden.bool())
     assert token_count([{"input_ids": ids, "attention_mask": hidden}, {"input_ids": ids}, {"pixels": ids}]) == 6 + 8
 
 
@@ -130,4 +131,4 @@ def test_a_decoders_positions_are_not_hidden_by_the_encoders_mask():
         batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :length]}
         grams = whole_model_grams(model, names, [batch])
         rows[length] = [round(grams[name].trace().item() / 64) for name in names]
-    assert rows == {8: [16, 16], 6: [11, 12]}
+    assert rows == {8: [11, 16], 6: [11, 12]}

@@ -76,18 +76,37 @@ def one_label(**more):
     return build(LlamaForSequenceClassification, config)
 
 
-def test_a_head_of_one_class_has_no_loss_to_share_a_budget_by(caplog):
-    report = compress(one_label(), CONFIG, calibration=text(), progress=False)
-    assert len(report.layers) == 14 and report.predicted_loss is None
-    assert all(0.5 < layer.spec.ratio <= 0.6 for layer in report.layers)
-    assert "no gradient reaches the layers of LlamaForSequenceClassification" in caplog.text
+@pytest.mark.parametrize("structure", ["low_rank", "auto"])
+def test_a_head_of_one_number_is_weighed_by_what_it_moves(structure, caplog):
+    config = BLRConfig(structure, ratio=0.6, allocation="loss")
+    report = compress(one_label(), config, calibration=text(), progress=False)
+    assert len(report.layers) + len(report.left_dense) == 14 and report.predicted_loss > 0
+    kept = sum(layer.spec.num_parameters for layer in report.layers) + sum(report.left_dense.values())
+    dense = sum(layer.spec.dense_parameters for layer in report.layers) + sum(report.left_dense.values())
+    assert kept == pytest.approx(0.6 * dense, rel=0.05)
+    assert not caplog.text
+
+
+class Silent(torch.nn.Module):
+    """Its output depends on none of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+
+    def forward(self, x):
+        self.layers[0](x)
+        return x
+
+
+def test_what_moves_no_output_has_no_loss_to_share_a_budget_by(caplog):
+    given = {"calibration": [{"x": torch.randn(2, 5, 64)}], "progress": False}
+    report = compress(Silent(), CONFIG, **given)
+    assert len(report.layers) == 1 and report.predicted_loss is None
+    assert "no gradient reaches the layers of Silent" in caplog.text
     assert "all outputs weigh alike and all layers keep the same ratio" in caplog.text
-
-
-@pytest.mark.parametrize("wanted", ["loss", "auto"])
-def test_what_needs_a_loss_refuses_a_head_of_one_class(wanted):
-    model = one_label()
-    config = BLRConfig("auto", ratio=0.6) if wanted == "auto" else BLRConfig(ratio=0.6, allocation="loss")
-    with pytest.raises(ValueError, match="no gradient reaches" if wanted == "loss" else "logits of several classes"):
-        compress(model, config, calibration=text(), progress=False)
-    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    for wanted, message in (({"allocation": "loss"}, "no gradient reaches"), ({"structure": "auto"}, "auto")):
+        model = Silent()
+        with pytest.raises(ValueError, match=message):
+            compress(model, BLRConfig(**{"structure": "low_rank", "ratio": 0.6, **wanted}), **given)
+        assert isinstance(model.layers[0], torch.nn.Linear)

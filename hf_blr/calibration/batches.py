@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.calls import Batch
-from hf_blr.calibration.fisher import NoLoss, Statistics, fisher_statistics
+from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.given import given_batches
+from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
@@ -50,7 +51,7 @@ def collect_statistics(
 
 
 def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
-    """Those of the plan's layers; without Fisher matrices if the model has no loss and the config can do without."""
+    """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
     if config.fisher:
         try:
             return fisher_statistics(model, list(plan), batches, config.seed)

@@ -64,8 +64,8 @@ def compress(
     Raises:
         TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
-            offloaded or carries PEFT adapters, there is too little calibration text, or a model without logits, or with
-            one class alone, meets a config that needs them (`allocation="loss"`, `structure="auto"`).
+            offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
+            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
     model = unwrapped(model)
@@ -89,7 +89,7 @@ def compress(
         names = [name for name, _ in model.named_modules() if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
         raise ValueError(
-            'structure="auto" needs calibration text and a model with logits of several classes; name a structure'
+            'structure="auto" needs calibration data and outputs that depend on the layers; name a structure'
         )
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
