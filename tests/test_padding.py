@@ -116,8 +116,22 @@ def test_masks_in_another_form_are_left_alone():
 
 def test_inputs_without_a_row_for_each_position_count_whole():
     real = torch.tensor([[True, False], [True, True]])
-    for shape, rows in (((2, 2, 5), 3), ((4, 5), 3), ((2, 3, 5), 6), ((2, 5), 2), ((1, 2, 2, 5), 4)):
+    for shape, rows in (
+        ((2, 2, 5), 3),
+        ((4, 5), 3),
+        ((2, 3, 5), 6),
+        ((2, 5), 2),
+        ((2, 1, 2, 5), 3),
+        ((3, 2, 2, 5), 12),
+    ):
         assert real_rows(torch.zeros(shape), real).shape == (rows, 5)
+
+
+def test_rows_of_sequences_side_by_side_are_picked_from_there():
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.arange(6).view(2, 3, 1)
+    assert real_rows(x, real).flatten().tolist() == [0, 1, 3]
+    assert real_rows(x.transpose(0, 1), real).flatten().tolist() == [0, 3, 1]
 
 
 def test_a_decoders_positions_are_not_hidden_by_the_encoders_mask():

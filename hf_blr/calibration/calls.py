@@ -50,7 +50,10 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
 
 def run(model: nn.Module, batch: Batch) -> Any:
     """A calibration forward, which fills no key-value cache."""
-    cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    config = getattr(model, "config", None)
+    # a model of text and images keeps the text's settings apart
+    caches = any(hasattr(each, "use_cache") for each in (config, getattr(config, "text_config", None)))
+    cache = {"use_cache": False} if caches else {}
     with calibrating(model):
         return model(**batch, **cache)
 

@@ -160,11 +160,23 @@ def predicted_positions(batch: Batch, model: nn.Module) -> Tensor | None:
 
 
 def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
-    """`[..., K]` -> the rows that count, `[rows, K]`; all of them where `x` has no row for each position."""
+    """`[..., K]` -> the rows that count, `[rows, K]`; all of them where `x` has no row for each position.
+
+    Sequences may lie one behind the other or side by side, and dimensions of one (heads that share a key) in between.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if real is None or (x.shape[:-1] != real.shape and x.shape[:-1] != (real.numel(),)):
+    if real is None:
         return rows
-    return rows[real.flatten().to(x.device)]
+    sizes, shape = sizes_above_one(x.shape[:-1]), sizes_above_one(real.shape)
+    if sizes in (shape, [real.numel()]):
+        return rows[real.flatten().to(x.device)]
+    if sizes == shape[::-1]:
+        return rows[real.T.flatten().to(x.device)]
+    return rows
+
+
+def sizes_above_one(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def token_count(batches: list[Batch]) -> int:

@@ -1,0 +1,108 @@
+"""Statistics of every architecture are those of plain forwards over its samples, one at a time and without padding."""
+
+import pytest
+import torch
+from zoo_inputs import padded_batches, samples
+from zoo_models import KINDS, LEFT_OUT, build
+
+from hf_blr import BLRConfig, collect_statistics
+from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
+from hf_blr.calibration.sequential import SequentialChain
+from hf_blr.dense import dense_weight
+from hf_blr.modes import evaluating
+from hf_blr.targets import find_targets
+
+#: {architecture: layers that read no batch but tables of positions, once a forward}
+OF_POSITIONS = {"deberta_v2": "pos_key_proj pos_query_proj", "swinv2": "continuous_position_bias_mlp.2"}
+#: layers that run on other inputs than these
+UNREACHED = {"mamba": "dt_proj", "longformer": "_global"}
+#: what a mask hides is seen all the same: the pooled token is the last one
+SEES_PADDING = {"siglip"}
+
+BATCHES = {"one by one": (1,) * 6, "ragged": (3, 2, 1), "at once": (6,)}
+
+each = pytest.mark.parametrize("name", KINDS)
+
+
+@pytest.fixture
+def zoo(name):
+    """(the model, its targets, its samples)."""
+    if name in LEFT_OUT:
+        pytest.skip(LEFT_OUT[name])
+    model = build(name)
+    dropped = tuple(OF_POSITIONS.get(name, "nothing").split())
+    return model, [target for target in find_targets(model) if not target.endswith(dropped)], samples(name)
+
+
+def truth(model, names, parts):
+    """{layer: X^T X in float64} by a plain hook on each layer, one sample at a time."""
+    found = {}
+
+    def count(name, x):
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        found[name] = found.get(name, 0) + rows.T @ rows
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: count(name, args[0]))
+        for name in names
+    ]
+    with torch.no_grad():
+        for part in parts:
+            model(**part)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def check(found, right, message):
+    assert set(found) == set(right), message
+    for name, gram in right.items():
+        wrong = (found[name].double() - gram).norm() / gram.norm()
+        assert wrong < 1e-5, f"{message}: {name} is wrong by {wrong:.1e}"
+
+
+@each
+def test_grams_are_those_of_plain_forwards(name, zoo):
+    model, names, parts = zoo
+    right = truth(model, names, parts)
+    assert set(right) == {each for each in names if not each.endswith(UNREACHED.get(name, "nothing"))}
+    for how, sizes in BATCHES.items():
+        batches = padded_batches(name, parts, sizes)
+        with evaluating(model):
+            check(whole_model_grams(model, names, batches), right, f"whole passes, {how}")
+        groups = list(iterate_grams(model, names, batches))
+        assert len(groups) > 1
+        check({layer: gram for group in groups for layer, gram in group.items()}, right, f"by blocks, {how}")
+
+
+@each
+def test_sequential_problems_of_the_dense_model_are_its_own(name, zoo):
+    model, names, parts = zoo
+    right, found = truth(model, names, parts), {}
+    with evaluating(model):
+        chain = SequentialChain.trace(model, names, padded_batches(name, parts, (3, 2, 1)))
+        assert not chain.apart
+        for group in chain.problems(damping=1e-3):
+            for layer, problem in group.items():
+                found[layer] = problem.gram
+                weight = dense_weight(model.get_submodule(layer))
+                torch.testing.assert_close(problem.target, weight, rtol=1e-2, atol=1e-3)
+    check(found, right, "sequential")
+
+
+@each
+def test_fisher_matrices_are_the_same_padded_or_not_and_for_any_batches(name, zoo):
+    model, names, parts = zoo
+    right = truth(model, names, parts)
+    config = BLRConfig("low_rank", ratio=0.5, target_modules=names)
+    plain = collect_statistics(model, config, calibration=parts)
+    assert any(gram.any() for gram in plain.output_grams.values())
+    for how, sizes in BATCHES.items():
+        batches = padded_batches(name, parts, sizes)
+        found = collect_statistics(model, config, calibration=batches)
+        check(found.grams, right, f"with gradients, {how}")
+        if name not in SEES_PADDING:
+            largest = max(gram.norm() for gram in plain.output_grams.values())
+            for layer, gram in plain.output_grams.items():
+                wrong = (found.output_grams[layer] - gram).norm() / (gram.norm() + 1e-6 * largest)
+                assert wrong < 1e-3, f"{how}: G of {layer} is wrong by {wrong:.1e}"
