@@ -106,3 +106,24 @@ def test_fisher_matrices_are_the_same_padded_or_not_and_for_any_batches(name, zo
             for layer, gram in plain.output_grams.items():
                 wrong = (found.output_grams[layer] - gram).norm() / (gram.norm() + 1e-6 * largest)
                 assert wrong < 1e-3, f"{how}: G of {layer} is wrong by {wrong:.1e}"
+
+
+#: models of every form: two sides, stages, towers, lists between lists, shared keys, experts
+FORMS = ["llama", "qwen2_moe", "gemma4", "modernbert", "t5", "bart", "whisper", "wav2vec2", "swin", "clip", "llava"]
+
+
+@pytest.mark.parametrize("name", [*FORMS, "qwen2_vl", "qwen3_vl"])
+def test_sequential_problems_are_those_of_the_model_as_it_is_then(name, zoo):
+    model, names, parts = zoo
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    with evaluating(model):
+        chain = SequentialChain.trace(model, names, padded_batches(name, parts, (3, 2, 1)))
+        for group in chain.problems(damping=1e-3):
+            check({layer: problem.gram for layer, problem in group.items()}, truth(model, list(group), parts), name)
+            seen += group
+            for layer in group:
+                # as a coarse fit would leave them
+                weight = model.get_submodule(layer).weight
+                weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+    assert sorted(seen) == sorted(names)

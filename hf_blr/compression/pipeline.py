@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -36,7 +37,7 @@ def compress(
     config: BLRConfig,
     *,
     tokenizer: Tokenizer | None = None,
-    calibration: Iterable[Batch | Tensor] | None = None,
+    calibration: Iterable[Batch | Tensor] | str | Path | None = None,
     statistics: Statistics | None = None,
     progress: bool = True,
 ) -> CompressionReport:
@@ -52,8 +53,11 @@ def compress(
         model: any module tree with `nn.Linear` or `Conv1D` layers. The plan is also written to the config of the
             transformers model that it is, wraps or is a part of, so that `save_pretrained` and `from_pretrained` work.
         config: what becomes what. With `config.layers` set, that plan is taken as it is.
-        tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments.
-        calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`.
+        tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments. Also
+            the model's processor, which turns images or sounds of `calibration` into batches.
+        calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`, one after
+            the other, as a list, a loader or a generator, which is read once. Or a data set of `datasets` with a column
+            of images or sounds, or a folder of images, of which `config.num_samples` are drawn.
         statistics: of the dense model, from `collect_statistics`, to fit several configs to one such run. Without
             `calibration` beside them, layers are fitted to them alone, whatever `config.sequential` says.
         progress: show progress bars.
