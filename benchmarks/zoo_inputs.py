@@ -1,4 +1,4 @@
-"""Inputs for the models of the zoo: samples of different lengths, and batches in which they are padded."""
+"""Inputs for the models of the zoo: samples of different lengths, batches in which they are padded, and the truth."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ LENGTHS = (12, 5, 9, 12, 3, 8)
 WHOLE_WINDOWS = (12, 4, 8, 12, 4, 8)
 
 
-def samples(name: str, count: int = 6, seed: int = 0) -> list[Sample]:
-    """One input after the other, each a batch of one without padding or mask."""
-    generator = torch.Generator().manual_seed(seed)
+def samples(name: str, count: int = 6, times: int = 1) -> list[Sample]:
+    """One input after the other, each a batch of one without padding or mask, and `times` the usual length."""
+    generator = torch.Generator().manual_seed(0)
     lengths = WHOLE_WINDOWS if name == "longformer" else LENGTHS
-    return [sample(name, lengths[i % len(lengths)], generator) for i in range(count)]
+    if KINDS[name] == "images and text":
+        # what these are given as text is short
+        times = 1
+    return [sample(name, times * lengths[i % len(lengths)], times * 15, generator) for i in range(count)]
 
 
-def sample(name: str, length: int, generator: torch.Generator) -> Sample:
+def sample(name: str, length: int, both: int, generator: torch.Generator) -> Sample:
+    """One of them; `both` is what source and target have in length together."""
+
     def ids(size: int) -> Tensor:
         return torch.randint(3, 250, (1, size), generator=generator)
 
@@ -31,7 +36,7 @@ def sample(name: str, length: int, generator: torch.Generator) -> Sample:
     if kind == "text":
         return {"input_ids": ids(length)}
     if kind == "text to text":
-        return {"input_ids": ids(length), "labels": ids(15 - length)}
+        return {"input_ids": ids(length), "labels": ids(both - length)}
     if kind == "audio to text":
         return {"input_features": numbers(1, 8, 64), "labels": ids(length)}
     if kind == "audio":
@@ -79,3 +84,23 @@ def joined(key: str, values: list[Tensor]) -> Tensor:
     fill = {"input_ids": PAD, "labels": -100}.get(key, 0)
     longest = max(value.shape[-1] for value in values)
     return torch.cat([nn.functional.pad(value, (0, longest - value.shape[-1]), value=fill) for value in values])
+
+
+def plain_grams(model: nn.Module, names: list[str], parts: list[Sample]) -> dict[str, Tensor]:
+    """{layer: X^T X in float64} by a plain hook on each layer, one sample at a time, without padding or mask."""
+    found: dict[str, Tensor] = {}
+
+    def count(name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).double()
+        found[name] = found.get(name, 0) + rows.T @ rows
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: count(name, args[0]))
+        for name in names
+    ]
+    with torch.no_grad():
+        for part in parts:
+            model(**part)
+    for handle in handles:
+        handle.remove()
+    return found

@@ -149,6 +149,9 @@ try:
 except ImportError:
     LEFT_OUT["dit"] = "diffusers is not installed"
 
+#: {architecture: layers that read no batch but tables of positions, once a forward}
+OF_POSITIONS = {"deberta_v2": ("pos_key_proj", "pos_query_proj"), "swinv2": ("continuous_position_bias_mlp.2",)}
+
 #: {architecture: kind of data}
 KINDS = {name: kind for kind, members in ZOO.items() for name in members}
 
@@ -167,3 +170,8 @@ def build(name: str) -> nn.Module:
                 if key.endswith("bias") and parameter.dim() == 1:
                     parameter += 0.1 * torch.randn(parameter.shape)
     return model
+
+
+def reads_positions(name: str, layer: str) -> bool:
+    """Whether a layer's inputs are no sums over the batch's positions."""
+    return layer.endswith(OF_POSITIONS.get(name, ("no layer",)))

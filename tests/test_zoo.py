@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from zoo_inputs import padded_batches, samples
-from zoo_models import KINDS, LEFT_OUT, build
+from zoo_inputs import padded_batches, plain_grams, samples
+from zoo_models import KINDS, LEFT_OUT, build, reads_positions
 
 from hf_blr import BLRConfig, collect_statistics
 from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
@@ -12,8 +12,6 @@ from hf_blr.dense import dense_weight
 from hf_blr.modes import evaluating
 from hf_blr.targets import find_targets
 
-#: {architecture: layers that read no batch but tables of positions, once a forward}
-OF_POSITIONS = {"deberta_v2": "pos_key_proj pos_query_proj", "swinv2": "continuous_position_bias_mlp.2"}
 #: layers that run on other inputs than these
 UNREACHED = {"mamba": "dt_proj", "longformer": "_global"}
 #: what a mask hides is seen all the same: the pooled token is the last one
@@ -30,28 +28,7 @@ def zoo(name):
     if name in LEFT_OUT:
         pytest.skip(LEFT_OUT[name])
     model = build(name)
-    dropped = tuple(OF_POSITIONS.get(name, "nothing").split())
-    return model, [target for target in find_targets(model) if not target.endswith(dropped)], samples(name)
-
-
-def truth(model, names, parts):
-    """{layer: X^T X in float64} by a plain hook on each layer, one sample at a time."""
-    found = {}
-
-    def count(name, x):
-        rows = x.detach().reshape(-1, x.shape[-1]).double()
-        found[name] = found.get(name, 0) + rows.T @ rows
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: count(name, args[0]))
-        for name in names
-    ]
-    with torch.no_grad():
-        for part in parts:
-            model(**part)
-    for handle in handles:
-        handle.remove()
-    return found
+    return model, [target for target in find_targets(model) if not reads_positions(name, target)], samples(name)
 
 
 def check(found, right, message):
@@ -64,7 +41,7 @@ def check(found, right, message):
 @each
 def test_grams_are_those_of_plain_forwards(name, zoo):
     model, names, parts = zoo
-    right = truth(model, names, parts)
+    right = plain_grams(model, names, parts)
     assert set(right) == {each for each in names if not each.endswith(UNREACHED.get(name, "nothing"))}
     for how, sizes in BATCHES.items():
         batches = padded_batches(name, parts, sizes)
@@ -78,7 +55,7 @@ def test_grams_are_those_of_plain_forwards(name, zoo):
 @each
 def test_sequential_problems_of_the_dense_model_are_its_own(name, zoo):
     model, names, parts = zoo
-    right, found = truth(model, names, parts), {}
+    right, found = plain_grams(model, names, parts), {}
     with evaluating(model):
         chain = SequentialChain.trace(model, names, padded_batches(name, parts, (3, 2, 1)))
         assert not chain.apart
@@ -93,7 +70,7 @@ def test_sequential_problems_of_the_dense_model_are_its_own(name, zoo):
 @each
 def test_fisher_matrices_are_the_same_padded_or_not_and_for_any_batches(name, zoo):
     model, names, parts = zoo
-    right = truth(model, names, parts)
+    right = plain_grams(model, names, parts)
     config = BLRConfig("low_rank", ratio=0.5, target_modules=names)
     plain = collect_statistics(model, config, calibration=parts)
     assert any(gram.any() for gram in plain.output_grams.values())
@@ -120,7 +97,9 @@ def test_sequential_problems_are_those_of_the_model_as_it_is_then(name, zoo):
     with evaluating(model):
         chain = SequentialChain.trace(model, names, padded_batches(name, parts, (3, 2, 1)))
         for group in chain.problems(damping=1e-3):
-            check({layer: problem.gram for layer, problem in group.items()}, truth(model, list(group), parts), name)
+            check(
+                {layer: problem.gram for layer, problem in group.items()}, plain_grams(model, list(group), parts), name
+            )
             seen += group
             for layer in group:
                 # as a coarse fit would leave them
