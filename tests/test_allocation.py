@@ -70,7 +70,7 @@ def test_predicted_loss_is_the_divergence_of_a_small_change():
         weight = model.get_submodule(name).weight
         change = 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         weight.data += change
-        expected = predicted_loss(change, statistics.grams[name], statistics.output_grams[name], statistics.tokens)
+        expected = predicted_loss(change, statistics.grams[name], statistics.output_grams[name], statistics.pairs(name))
         ratios.append(divergence(dense, model, batches) / expected)
     # inputs and gradients are not quite independent, nor are tokens, and labels are drawn once
     assert all(0.6 < ratio < 1.6 for ratio in ratios), ratios
@@ -157,7 +157,7 @@ def test_a_metric_undoes_itself_and_bears_outputs_that_nothing_feels():
 def test_the_curve_is_the_loss_of_the_best_low_rank_matrix():
     weight = torch.randn(24, 32)
     gram, output_gram = positive(32, 2).float(), positive(24, 3).float()[None]
-    curve = loss_curve(weight, gram, output_gram, tokens=10, damping=0.0)
+    curve = loss_curve(weight, gram, output_gram, pairs=100, damping=0.0)
     assert len(curve) == 25 and curve[-1] == 0 and (curve.diff() <= 0).all()
     fitted = factorize(weight, LowRank(32, 24, 7), gram, output_gram, options=FitOptions(damping=0.0))
     change = (weight - fitted.tensors["u"] @ fitted.tensors["v"]).double()
@@ -257,7 +257,7 @@ def test_trials_say_what_whole_fits_give():
         spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))
         fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], options=FitOptions(rounds=12))
         change = implementation_of("blast").dense(**fitted.tensors) - layer.matrices()[0]
-        expected = predicted_loss(change, *layer.matrices()[1:], statistics.tokens)
+        expected = predicted_loss(change, *layer.matrices()[1:], statistics.pairs(layer.name))
         low_rank = interpolate(layer.curve(), spec.equivalent_rank)
         assert factor == pytest.approx(expected / low_rank, rel=1e-3)
 

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from zoo_inputs import LENGTHS, samples
+from zoo_models import build as build_model
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import sequential
 from hf_blr.calibration.blockwise import whole_model_grams
-from hf_blr.calibration.padding import real_positions, real_rows, token_count
+from hf_blr.calibration.padding import predicted_positions, real_positions, real_rows, token_count
 from hf_blr.calibration.sequential import SequentialChain, gram_of, residual_writers
+from hf_blr.compression.allocation import predicted_loss
 from hf_blr.targets import find_targets
 
 
@@ -146,3 +149,44 @@ def test_a_decoders_positions_are_not_hidden_by_the_encoders_mask():
         grams = whole_model_grams(model, names, [batch])
         rows[length] = [round(grams[name].trace().item() / 64) for name in names]
     assert rows == {8: [11, 16], 6: [11, 12]}
+
+
+def test_losses_are_those_of_labelled_positions():
+    model, ids = tiny_llama(), batches_for(tiny_llama())[0]["input_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, 10:12] = ids[:, 10:12]
+    config = BLRConfig("low_rank", ratio=0.5)
+    found = collect_statistics(model, config, calibration=[{"input_ids": ids, "labels": labels}])
+    # what stands at 9 and 10 predicts the labels of 10 and 11
+    assert found.tokens == 2 * len(ids) and set(found.rows.values()) == {ids.numel()}
+    name = "model.layers.1.mlp.down_proj"
+    rank = torch.linalg.matrix_rank(found.output_grams[name][0], rtol=1e-5)
+    assert rank == 2 * len(ids)
+    masked = tiny_bert(max_position_embeddings=128)
+    everything = torch.zeros_like(ids)
+    mask = torch.ones_like(ids)
+    mask[:, 20:] = 0
+    assert predicted_positions({"input_ids": ids, "labels": everything[:, 0]}, masked) is None
+    counted = predicted_positions({"input_ids": ids, "labels": everything, "attention_mask": mask}, masked)
+    assert torch.equal(counted, mask.bool())
+
+
+def test_one_ruler_for_layers_that_read_patches_and_tokens():
+    """Twice the patches, each felt as much: a layer's share of the loss is a mean over its own inputs."""
+    model = build_model("llava")
+    statistics = collect_statistics(model, BLRConfig("low_rank", ratio=0.5), calibration=samples("llava"))
+    rows = statistics.rows
+    # five patches with the class token for each of six images, and four marks with every text
+    assert rows["model.vision_tower.encoder.layers.0.mlp.fc1"] == 6 * 5
+    assert rows["model.language_model.layers.0.mlp.up_proj"] == statistics.tokens == sum(LENGTHS) + 6 * 5
+    name = "model.vision_tower.encoder.layers.1.mlp.fc2"
+    dense, change = model.get_submodule(name).weight, 0.01
+    wide = torch.randn(dense.shape, generator=torch.Generator().manual_seed(0)) * change
+    expected = predicted_loss(wide, statistics.grams[name], statistics.output_grams[name], statistics.pairs(name))
+    other = copy.deepcopy(model)
+    other.get_submodule(name).weight.data += wide
+    found = sum(
+        (lambda p, q: (p.exp() * (p - q)).sum())(*(m(**part).logits.log_softmax(-1) for m in (model, other))).item()
+        for part in samples("llava")
+    )
+    assert 0.4 < found / statistics.tokens / expected < 2.5

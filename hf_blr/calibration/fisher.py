@@ -4,13 +4,15 @@ To second order, replacing W by W' raises the model's loss (its KL divergence fr
 (g^T (W - W') x)^2 over tokens, with x the layer's input and g the gradient of the loss by its output, labels drawn from
 the model's own predictions. (A model that predicts no classes has the energy of its features in the loss's place; see
 `calibration/losses.py`.) With x and g taken as independent, as K-FAC does (arXiv 1503.05671), and tokens too, that
-is tr(G (W - W') H (W - W')^T) / (2 T^2) for G = sum g g^T and H = sum x x^T over T tokens: one ruler for all layers.
+is tr(G (W - W') H (W - W')^T) / (2 S T) for G = sum g g^T and H = sum x x^T over the S inputs of the layer, and T
+predictions: one ruler for all layers. S is T in a language model; an image tower reads patches, a classifier predicts
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +36,20 @@ class Statistics:
 
     grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
-    tokens: T, the rows that were summed.
+    tokens: T, the predictions whose losses were summed.
     unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
+    rows: {layer: S, its inputs that were summed}.
     """
 
     grams: dict[str, Tensor]
     output_grams: dict[str, Tensor]
     tokens: int
     unreached: frozenset[str] = frozenset()
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def pairs(self, name: str) -> int:
+        """S T, over which tr(G D H D^T) / 2 is the loss of one prediction."""
+        return self.rows.get(name, self.tokens) * self.tokens
 
     def felt(self, name: str) -> bool:
         """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
@@ -89,7 +97,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
             'allocation="uniform"'
         )
     grams = collector.grams
-    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams))
+    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams), collector.rows)
 
 
 def watch(

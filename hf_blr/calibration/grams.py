@@ -22,16 +22,19 @@ class GramCollector:
 
     Attributes:
         real: {layer: the positions of the batch that runs next which count}, as `Padding.masks` gives them.
+        rows: {layer: how many inputs were summed}.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
         self.real: Masks = {}
+        self.rows: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
         self._version = 0
         self._gram: Tensor | None = None
+        self._size = 0
         self._reached: list[str] = []
         #: {layers that were handed one tensor: sum of its Grams}
         self._sums: dict[tuple[str, ...], Tensor] = {}
@@ -63,8 +66,9 @@ class GramCollector:
                 self._close_group()
                 rows = real_rows(x.detach(), self.real.get(name)).float()
                 # at once: what runs next may write into x
-                self._input, self._version, self._gram = x, x._version, rows.mT @ rows
+                self._input, self._version, self._gram, self._size = x, x._version, rows.mT @ rows, len(rows)
             self._reached.append(name)
+            self.rows[name] = self.rows.get(name, 0) + self._size
 
         return count
 

@@ -17,6 +17,9 @@ Masks = dict[str, Tensor]
 #: decoder is fed, the frames that an audio model cuts its samples into, or some that no mask is about
 TOKENS, DECODED, FRAMES, UNMASKED = "tokens", "decoded", "frames", "unmasked"
 
+#: what transformers calls the losses of the next token; it takes a model without a name for its loss to have this one
+NEXT_TOKEN = (None, "ForCausalLM", "ForConditionalGeneration")
+
 
 class Padding:
     """Which positions of a batch count for each layer and block of a model.
@@ -148,15 +151,22 @@ def has_decoder(model: nn.Module | None) -> bool:
 def predicted_positions(batch: Batch, model: nn.Module) -> Tensor | None:
     """The positions `[B, T]`, bool, whose predictions count; None where all do.
 
-    Those of the input, but for an encoder-decoder: there -100 among the labels says which do not.
+    Those of the input, or of what a decoder is fed. Where the batch holds labels of positions, those of which the label
+    is not -100, as in the model's own loss: a model that predicts the next token has its label one further on.
     """
-    real = real_positions(batch, model)
-    if not has_decoder(model):
-        return real.get(TOKENS, real.get(FRAMES))
-    labels = batch.get("labels")
-    if "decoder_attention_mask" in batch or labels is None or labels.dim() != 2:
-        return real.get(DECODED)
-    return labels != -100
+    real, labels = real_positions(batch, model), batch.get("labels")
+    shown = real.get(DECODED) if has_decoder(model) else real.get(TOKENS, real.get(FRAMES))
+    ids = batch.get("input_ids")
+    if (
+        labels is None
+        or labels.dim() != 2
+        or not (has_decoder(model) or (ids is not None and labels.shape == ids.shape))
+    ):
+        return shown
+    counted = labels != -100
+    if not has_decoder(model) and getattr(model, "loss_type", None) in NEXT_TOKEN:
+        counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
+    return counted if shown is None else counted & shown
 
 
 def real_rows(x: Tensor, real: Tensor | None) -> Tensor:
