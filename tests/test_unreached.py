@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+from zoo_inputs import plain_grams
+from zoo_models import build as build_model
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.budget import share_budget
@@ -110,3 +112,60 @@ def test_what_moves_no_output_has_no_loss_to_share_a_budget_by(caplog):
         with pytest.raises(ValueError, match=message):
             compress(model, BLRConfig(**{"structure": "low_rank", "ratio": 0.6, **wanted}), **given)
         assert isinstance(model.layers[0], torch.nn.Linear)
+
+
+class Mixture(torch.nn.Module):
+    """A residual block whose tokens go to one of three experts, never to the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(32, 2)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        chosen, out = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for number in chosen.unique().tolist():
+            rows = (chosen == number).nonzero().flatten()
+            out.index_add_(0, rows, self.experts[number](flat[rows]))
+        return x + out.view_as(x)
+
+
+class Mixtures(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Mixture() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_experts_that_no_token_chose_are_fitted_to_their_weights(sequential, caplog):
+    torch.manual_seed(0)
+    model = Mixtures()
+    names = [f"layers.{i}.experts.{j}.{k}" for i in (0, 1) for j in range(3) for k in (0, 2)]
+    batches = [{"x": torch.randn(2, 50, 32)} for _ in range(3)]
+    right = plain_grams(model, names, batches)
+    statistics = collect_statistics(model, CONFIG, calibration=batches)
+    assert statistics.unreached == {name for name in names if ".experts.2." in name} == set(names) - set(right)
+    for name, gram in right.items():
+        torch.testing.assert_close(statistics.grams[name].double(), gram, rtol=1e-5, atol=1e-3)
+    config = BLRConfig("low_rank", ratio=0.6, sequential=sequential)
+    report = compress(model, config, calibration=batches, progress=False)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1 and "no calibration input reached layers.0.experts.2.0" in warnings[0]
+    plan = resolve_plan(Mixtures(), CONFIG)
+    untold = {layer.name: layer.spec for layer in report.layers if ".experts.2." in layer.name}
+    assert untold == {name: plan[name].spec for name in statistics.unreached}
+
+
+def test_layers_whose_weight_alone_is_read_are_fitted_to_it(caplog):
+    model = build_model("mamba")
+    report = compress(model, CONFIG, calibration=text(), progress=False)
+    assert {layer.spec.ratio <= 0.6 for layer in report.layers if layer.name.endswith("dt_proj")} == {True}
+    assert sum("no calibration input reached" in record.getMessage() for record in caplog.records) == 1

@@ -63,6 +63,11 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def writes_to(x: Tensor) -> int:
+    """How often a tensor was written to in place; in inference mode nothing counts that."""
+    return 0 if x.is_inference() else x._version
+
+
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
     """(the hidden states, what else a block was called with); None where it was handed no tensor to begin with."""
     if args:

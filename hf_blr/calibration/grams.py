@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_blr.calibration.calls import writes_to
 from hf_blr.calibration.padding import Masks, real_rows
 
 
@@ -32,7 +33,7 @@ class GramCollector:
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
-        self._version = 0
+        self._writes = 0
         self._gram: Tensor | None = None
         self._size = 0
         self._reached: list[str] = []
@@ -62,11 +63,11 @@ class GramCollector:
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if self._input is None or x is not self._input or self._version != x._version:
+            if self._input is None or x is not self._input or self._writes != writes_to(x):
                 self._close_group()
                 rows = real_rows(x.detach(), self.real.get(name)).float()
                 # at once: what runs next may write into x
-                self._input, self._version, self._gram, self._size = x, x._version, rows.mT @ rows, len(rows)
+                self._input, self._writes, self._gram, self._size = x, writes_to(x), rows.mT @ rows, len(rows)
             self._reached.append(name)
             self.rows[name] = self.rows.get(name, 0) + self._size
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.arguments import call_kept_once, same
 from hf_blr.calibration.blocks import list_of
-from hf_blr.calibration.calls import Batch, Call, ReachedBlock, first, hooked, run, split_call
+from hf_blr.calibration.calls import Batch, Call, ReachedBlock, first, hooked, run, split_call, writes_to
 
 #: pieces that a list of blocks may fall into where something stands between two of them: what enters each piece is kept
 #: for all batches
@@ -113,7 +113,7 @@ class Trace:
             if hidden is None:
                 return self._give_up(parent, f"{name} is handed no tensor")
             self.visits += 1
-            self._entered[name] = hidden, hidden._version
+            self._entered[name] = hidden, writes_to(hidden)
             source = self._source(name, parent, hidden)
             calls = self.calls.setdefault(name, [])
             if name not in self.heads:
@@ -144,8 +144,8 @@ class Trace:
                 return
             if not torch.is_tensor(out):
                 return self._give_up(parent, f"{name} puts out no tensor")
-            hidden, version = self._entered.pop(name)
-            if hidden._version != version:
+            hidden, writes = self._entered.pop(name)
+            if writes_to(hidden) != writes:
                 return self._give_up(parent, f"{name} writes into what it is handed")
             if check and not torch.isfinite(out).all():
                 dtype = str(out.dtype).removeprefix("torch.")
@@ -153,7 +153,7 @@ class Trace:
                     f"{name} puts out NaN or infinity on the calibration data in {dtype}; load the model in bfloat16 "
                     "or float32"
                 )
-            self._latest[parent] = name, weakref.ref(out), out._version
+            self._latest[parent] = name, weakref.ref(out), writes_to(out)
             if self.visits == stop:
                 raise ReachedBlock(out)
 
@@ -163,8 +163,8 @@ class Trace:
         """The block of the same list whose output this is."""
         if parent not in self._latest:
             return None
-        latest, output, version = self._latest[parent]
-        return latest if latest != name and output() is hidden and hidden._version == version else None
+        latest, output, writes = self._latest[parent]
+        return latest if latest != name and output() is hidden and writes_to(hidden) == writes else None
 
     def _give_up(self, parent: str, reason: str) -> None:
         self.apart[parent] = reason
