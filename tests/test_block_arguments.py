@@ -131,7 +131,7 @@ def test_only_the_first_batch_runs_the_blocks_and_equal_arguments_are_kept_once(
 
 
 class Stack(torch.nn.Module):
-    """Residual blocks; what leaves one is written anew before the next one, on batches that say so."""
+    """Residual blocks; what leaves one is written anew or in place (2) before the next one, on batches that say so."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -139,7 +139,9 @@ class Stack(torch.nn.Module):
 
     def forward(self, x, anew):
         for layer in self.layers:
-            x = layer(x) + 1 if anew.any() else layer(x)
+            x = layer(x)
+            if anew.any():
+                x = x.add_(1) if anew == 2 else x + 1
         return x
 
 
@@ -152,7 +154,9 @@ class Residual(torch.nn.Module):
         return x + self.down(self.up(x).relu())
 
 
-@pytest.mark.parametrize("blocks, anew, pieces", [(3, [0, 0], 1), (3, [1, 1], 3), (3, [0, 1], 3), (12, [1, 1], 0)])
+@pytest.mark.parametrize(
+    "blocks, anew, pieces", [(3, [0, 0], 1), (3, [1, 1], 3), (3, [2, 2], 3), (3, [0, 1], 3), (12, [1, 1], 0)]
+)
 def test_where_something_stands_between_blocks_they_come_in_pieces(blocks, anew, pieces, caplog):
     torch.manual_seed(0)
     model = Stack(blocks)

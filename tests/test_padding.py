@@ -137,6 +137,16 @@ def test_rows_of_sequences_side_by_side_are_picked_from_there():
     assert real_rows(x.transpose(0, 1), real).flatten().tolist() == [0, 3, 1]
 
 
+def test_a_mask_of_text_hides_no_patches():
+    model, parts = build_model("clip"), samples("clip", 2)
+    ids, mask = torch.randint(3, 250, (2, 5)), torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([p["pixel_values"] for p in parts])}
+    # five of both: four patches and the class token
+    names = [f"{tower}_model.encoder.layers.1.mlp.fc2" for tower in ("text", "vision")]
+    rows = collect_statistics(model, BLRConfig("low_rank", ratio=0.5), calibration=[batch]).rows
+    assert [rows[name] for name in names] == [7, 10]
+
+
 def test_a_decoders_positions_are_not_hidden_by_the_encoders_mask():
     model = tiny_t5()
     ids = torch.randint(1, 250, (2, 8), generator=torch.Generator().manual_seed(0))
