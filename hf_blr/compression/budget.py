@@ -114,14 +114,14 @@ class Layer:
         return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
 
     def curve(self) -> Tensor:
-        return loss_curve(*self.matrices(), self.statistics.tokens, self.config.damping)
+        return loss_curve(*self.matrices(), self.statistics.pairs(self.name), self.config.damping)
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
         weight, gram, output_gram = self.matrices()
         fitted = factorize(weight, spec, gram, output_gram, self.config.fit_options)
         dense = implementation_of(spec.structure).dense(**fitted.tensors)
-        return predicted_loss(dense - weight, gram, output_gram, self.statistics.tokens)
+        return predicted_loss(dense - weight, gram, output_gram, self.statistics.pairs(self.name))
 
 
 def trial_factors(

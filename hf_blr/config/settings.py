@@ -105,7 +105,7 @@ class BLRSettings:
     fisher: bool = option(
         True,
         "Weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over the "
-        "calibration text, and needs a model with logits.",
+        "calibration data. A model without logits of several classes is weighed by the squared error of its features.",
         options.boolean,
         flag="--no-fisher",
         group=FITTED,
