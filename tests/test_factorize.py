@@ -5,6 +5,7 @@ import torch
 
 from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.gram import cholesky, conjugate_gradients, damped
+from hf_blr.factorize.options import damping_of
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, make_spec
@@ -285,3 +286,25 @@ def test_cholesky_lifts_only_the_members_that_fail():
     assert torch.isfinite(factor).all()
     assert torch.equal(factor[0], good / 2)
     torch.testing.assert_close(factor[1] @ factor[1].T, singular, rtol=0, atol=1e-6)
+
+
+def test_the_less_text_the_more_damping():
+    assert damping_of(None, 576, 24000) == pytest.approx(0.155, abs=1e-3)
+    assert damping_of(None, 576, 262144) == pytest.approx(0.047, abs=1e-3)
+    assert damping_of(0.0, 576, 24000) == 0.0
+    # fewer rows than features, or none: no more than the mean itself
+    assert damping_of(None, 576, 100) == damping_of(None, 576, 0) == 1.0
+
+
+def test_damping_by_the_rows_finds_the_better_fit_for_other_inputs():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator) * torch.arange(1, 65) ** -1.0
+    weight = torch.randn(48, 64, generator=generator)
+    seen, others = (torch.randn(rows, 64, generator=generator) @ mixing for rows in (96, 20000))
+    spec, truth = LowRank(64, 48, 12), others.T @ others
+
+    def error(damping):
+        fitted = factorize(weight, spec, seen.T @ seen, options=FitOptions(damping=damping))
+        return relative_error(weight, fitted.tensors["u"] @ fitted.tensors["v"], truth)
+
+    assert error(damping_of(None, 64, 96)) < 0.97 * error(1e-4)

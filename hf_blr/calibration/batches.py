@@ -64,7 +64,7 @@ def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BL
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
         grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams))
+    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:

@@ -176,7 +176,7 @@ def replace_layer(
             spec,
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
-            config.fit_options,
+            config.fit_options(target.shape[1], problem.rows),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

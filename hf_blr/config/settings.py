@@ -149,10 +149,11 @@ class BLRSettings:
         group=FITTED,
         type=float,
     )
-    damping: float = option(
-        1e-4,
-        "Added to the diagonal of each input Gram matrix, as a fraction of its mean.",
-        options.fraction,
+    damping: float | None = option(
+        None,
+        "Added to the diagonal of each input Gram matrix, as a fraction of its mean. If left out, sqrt(K / T) for K "
+        "features and T tokens: the less text, the less is believed of it.",
+        options.optional_fraction,
         flag="--damping",
         group=FITTED,
         type=float,
