@@ -27,8 +27,8 @@ def damping_of(given: float | None, features: int, rows: int) -> float:
     """How much is added to the diagonal of a Gram matrix `[K, K]` of T rows, as a fraction of its mean: sqrt(K / T).
 
     So far, up to a factor, the eigenvalues of a Gram matrix of T samples stray from the true ones, relative to their
-    mean (Marchenko and Pastur 1967). What the sample shows of the directions below that is chance, and a fit that
-    believes it does worse on other text.
+    mean (Marchenko and Pastur 1967). Directions in which the calibration text shows less than that may be large in
+    other text, and a fit that gives them up does worse there. docs/findings.md has the measurements.
 
     Args:
         given: the damping that a user wants, which is returned; None leaves it to the rule.
