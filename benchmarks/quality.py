@@ -40,8 +40,8 @@ from hf_blr.plan import resolve_plan
 
 #: steps of BLAST's own descent
 DESCENT_STEPS = 100
-#: over the windows of the fit; and tokens in all, where there are more windows to train on
-EPOCHS, TRAINED_TOKENS = 8, 10_000_000
+#: over the windows of the fit, unless there are others to train on
+EPOCHS = 8
 
 
 def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
@@ -54,19 +54,21 @@ def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
     return None
 
 
-def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
+def make(
+    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], train_tokens: int
+) -> tuple[torch.nn.Module, dict]:
     """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        return model, trained(model, on, **settings)
+        return model, trained(model, on, train_tokens, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
-            model = make(replace(run, kind="compress"), on, {})[0]
-        return model, trained(model, on)
+            model = make(replace(run, kind="compress"), on, {}, train_tokens)[0]
+        return model, trained(model, on, train_tokens)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -85,9 +87,12 @@ def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tu
         return model, {"mean_rel_error": report.mean_rel_error, "predicted_loss": report.predicted_loss}
 
 
-def trained(model: torch.nn.Module, on: Calibration, **settings) -> dict:
-    """Refines the model in place; what its rows say of that."""
-    epochs = max(1, round(TRAINED_TOKENS / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
+def trained(model: torch.nn.Module, on: Calibration, tokens: int, **settings) -> dict:
+    """Refines the model in place, on some `tokens` in whole epochs where there is text besides that of the fit.
+
+    Returns what its rows say of that.
+    """
+    epochs = max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
     refine(model, on.dense, on.training, epochs=epochs, seed=on.seed, **settings)
     return {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
 
@@ -123,6 +128,7 @@ def main(argv=None):
     parser.add_argument(
         "--train-windows", type=int, default=0, help="of the same mixture, to refine on; those of the fit if left out"
     )
+    parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
     parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
     parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N of the runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
@@ -172,7 +178,7 @@ def main(argv=None):
             fit = time.perf_counter()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            model, more = make(run, on, earlier)
+            model, more = make(run, on, earlier, args.train_tokens)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 more["peak_memory"] = torch.cuda.max_memory_allocated()

@@ -71,10 +71,9 @@ def test_rows_say_on_which_tokens_they_are(folder):
     assert (plain["calibration"], plain["calibration_tokens"], plain.get("calibration_sha256")) == (None, 0, None)
 
 
-def test_more_windows_to_train_on_than_to_fit_to(folder, monkeypatch):
-    monkeypatch.setattr(quality, "TRAINED_TOKENS", 1600)
-    only = ["--only", "1 dense, refined at 0.1", "low_rank 0.5 ours*"]
-    rows = measure(folder, "--windows", "4", "--train-windows", "16", *only)
+def test_more_windows_to_train_on_than_to_fit_to(folder):
+    sizes = ["--windows", "4", "--train-windows", "16", "--train-tokens", "1600"]
+    rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours*")
     assert {row["calibration_tokens"] for row in rows if row["method"] != "dense"} == {128}
     trained = {row["method"]: row for row in rows if row["finetune_tokens"]}
     # three times 16 windows of 32 come nearest to 1600 tokens
