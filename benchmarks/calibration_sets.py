@@ -52,6 +52,7 @@ class Calibration:
     """Windows of a mixture that a seed has drawn, and what the dense model does on them.
 
     windows: token ids `[n, seqlen]`, in random order.
+    training: likewise, for what is trained: more of the same mixture where there is more.
     counts: {part: its windows}.
     """
 
@@ -59,11 +60,19 @@ class Calibration:
     mixture: Mixture
     seed: int
     windows: Tensor
+    training: Tensor
     counts: dict[str, int]
 
     @classmethod
     def draw(
-        cls, dense: nn.Module, parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int
+        cls,
+        dense: nn.Module,
+        parts: dict[str, Tensor],
+        mixture: Mixture,
+        seed: int,
+        limit: int,
+        seqlen: int,
+        training: int = 0,
     ) -> Calibration:
         """Draws windows; a part with fewer than its share gives all that it has.
 
@@ -74,29 +83,14 @@ class Calibration:
             seed: of the choice and of the order.
             limit: windows at most, of all parts.
             seqlen: tokens in a window.
+            training: windows to train on at most; 0 takes those of the fit.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
         """
-        generator = torch.Generator().manual_seed(seed)
-        drawn, sources = [], []
-        for name, share in mixture.shares:
-            if name not in parts:
-                raise ValueError(f"there is no calibration part {name!r}; there are {sorted(parts)}")
-            windows = windows_of(name, parts[name], seqlen)
-            count = min(round(share * limit), len(windows))
-            drawn.append(windows[torch.randperm(len(windows), generator=generator)[:count]])
-            sources += [name] * count
-        whole = len(sources) // protocol.BATCH * protocol.BATCH
-        if not whole:
-            raise ValueError(
-                f"the calibration set {mixture.label!r} needs {protocol.BATCH} windows of {seqlen} tokens at "
-                f"least, got {len(sources)}"
-            )
-        order = torch.randperm(len(sources), generator=generator)[:whole]
-        chosen = [sources[i] for i in order.tolist()]
-        counts = {name: chosen.count(name) for name, _ in mixture.shares}
-        return cls(dense, mixture, seed, torch.cat(drawn)[order].long(), counts)
+        windows, counts = drawn(parts, mixture, seed, limit, seqlen)
+        more = drawn(parts, mixture, seed, training, seqlen)[0] if training else windows
+        return cls(dense, mixture, seed, windows, more, counts)
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -121,6 +115,30 @@ class Calibration:
             "calibration_sha256": sha256_of(self.windows),
             "seed": self.seed,
         }
+
+
+def drawn(
+    parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int
+) -> tuple[Tensor, dict[str, int]]:
+    """The windows of a mixture, in whole batches, and how many come from each part; see `Calibration.draw`."""
+    generator = torch.Generator().manual_seed(seed)
+    found, sources = [], []
+    for name, share in mixture.shares:
+        if name not in parts:
+            raise ValueError(f"there is no calibration part {name!r}; there are {sorted(parts)}")
+        windows = windows_of(name, parts[name], seqlen)
+        count = min(round(share * limit), len(windows))
+        found.append(windows[torch.randperm(len(windows), generator=generator)[:count]])
+        sources += [name] * count
+    whole = len(sources) // protocol.BATCH * protocol.BATCH
+    if not whole:
+        raise ValueError(
+            f"the calibration set {mixture.label!r} needs {protocol.BATCH} windows of {seqlen} tokens at "
+            f"least, got {len(sources)}"
+        )
+    order = torch.randperm(len(sources), generator=generator)[:whole]
+    chosen = [sources[i] for i in order.tolist()]
+    return torch.cat(found)[order].long(), {name: chosen.count(name) for name, _ in mixture.shares}
 
 
 def windows_of(name: str, ids: Tensor, seqlen: int) -> Tensor:

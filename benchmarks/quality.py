@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 import protocol
 from calibration_sets import Calibration, Mixture
-from protocol import PROTOCOL, Bench, check_tokens, read_ids
+from protocol import PROTOCOL, Bench, check_tokens, read_ids, sha256_of
 from runs import TEXTLESS, Run, row_key, runs, shard, shard_of
 
 from hf_blr import BLRConfig, compress
@@ -40,6 +40,7 @@ from hf_blr.plan import resolve_plan
 
 #: steps of BLAST's own descent
 DESCENT_STEPS = 100
+#: over the windows of the fit, unless there are others to train on
 EPOCHS = 8
 
 
@@ -53,21 +54,21 @@ def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
     return None
 
 
-def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tuple[torch.nn.Module, dict]:
+def make(
+    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], train_tokens: int
+) -> tuple[torch.nn.Module, dict]:
     """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        refine(model, dense, on.windows, epochs=EPOCHS, seed=on.seed, **settings)
-        return model, {"finetune_tokens": EPOCHS * on.windows.numel()}
+        return model, trained(model, on, train_tokens, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
-            model = make(replace(run, kind="compress"), on, {})[0]
-        refine(model, dense, on.windows, epochs=EPOCHS, seed=on.seed)
-        return model, {"finetune_tokens": EPOCHS * on.windows.numel()}
+            model = make(replace(run, kind="compress"), on, {}, train_tokens)[0]
+        return model, trained(model, on, train_tokens)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -84,6 +85,16 @@ def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module]) -> tu
         report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
         earlier[run.family] = model
         return model, {"mean_rel_error": report.mean_rel_error, "predicted_loss": report.predicted_loss}
+
+
+def trained(model: torch.nn.Module, on: Calibration, tokens: int, **settings) -> dict:
+    """Refines the model in place, on some `tokens` in whole epochs where there is text besides that of the fit.
+
+    Returns what its rows say of that.
+    """
+    epochs = max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
+    refine(model, on.dense, on.training, epochs=epochs, seed=on.seed, **settings)
+    return {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
 
 
 def facts_of(run: Run, on: Calibration) -> dict:
@@ -113,6 +124,11 @@ def main(argv=None):
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the windows drawn, the fits and the training"
     )
+    parser.add_argument("--windows", type=int, default=protocol.WINDOWS, help="of a calibration set, at most")
+    parser.add_argument(
+        "--train-windows", type=int, default=0, help="of the same mixture, to refine on; those of the fit if left out"
+    )
+    parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
     parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
     parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N of the runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
@@ -143,7 +159,7 @@ def main(argv=None):
             file.add(bench.rows(bench.dense, {**dense_facts, "method": "dense, its 4-bit GGUF file", "bytes": size}))
     chosen = shard([run for run in runs() if any(fnmatch(run.label, pattern) for pattern in args.only)], args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
-        on = Calibration.draw(bench.dense, parts, mixture, seed, protocol.WINDOWS, protocol.SEQLEN)
+        on = Calibration.draw(bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:
@@ -162,7 +178,7 @@ def main(argv=None):
             fit = time.perf_counter()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            model, more = make(run, on, earlier)
+            model, more = make(run, on, earlier, args.train_tokens)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 more["peak_memory"] = torch.cuda.max_memory_allocated()

@@ -13,6 +13,7 @@ import inventory_section
 import layer_sections
 import model_sections
 import quality_sections
+import zoo_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +46,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "api.md": {
         "config": config_section.config_section,
+    },
+    ROOT / "docs" / "calibration.md": {
+        "zoo": zoo_section.zoo_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

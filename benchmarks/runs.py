@@ -24,6 +24,8 @@ LADDER = {
 }
 #: gradient steps on each block by itself
 BLOCK_STEPS = 64
+#: what all fits had before damping followed the number of tokens
+SMALL_DAMPING = {"damping": 1e-4}
 #: twice the rounds of alternating least squares, and a later stop
 MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 #: temperatures of MoDeGPT's allocation: its own, and nearly the same share for all blocks
@@ -79,12 +81,13 @@ def runs() -> list[Run]:
     by_block = {"block_steps": BLOCK_STEPS}
     joint = [
         ours(structure, ratio, blocks, BLOCK_JOINT, by_block)
-        for structure, blocks in (("blast", (4, 16)), ("low_rank", None), ("blast", (16, 16)))
+        for structure, blocks in (("blast", (4, 16)), ("low_rank", None), ("blast", (16, 16)), ("pivoted", None))
         for ratio in (0.8, 0.5)
     ]
     joint += [
         Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
+    damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
         for structure, blocks in (("low_rank", None), ("blast", (4, 16)))
@@ -142,6 +145,7 @@ def runs() -> list[Run]:
         *low_rank,
         *storage,
         *dense[1:],
+        *damping,
         *joint,
         *ladder[:6],
         *others[:5],

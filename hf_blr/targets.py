@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_blr.dense import is_dense_linear
+from hf_blr.dense import feature_sizes, is_dense_linear
 
 #: small layers that steer others: a wrong sign in one of them sends a token to another expert
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+#: layers with fewer features on one side are no matrices to factorise: maps from coordinates, or to one number a head
+NARROWEST = 4
 
 #: a regular expression that matches whole names, or names and their endings
 Patterns = str | list[str]
@@ -59,7 +62,10 @@ def remaining_targets(
         chosen = [
             name
             for name in dense
-            if in_repeated_block(name) and left_out.isdisjoint((name, leaf(name))) and leaf(name) not in ROUTER_NAMES
+            if in_repeated_block(name)
+            and left_out.isdisjoint((name, leaf(name)))
+            and leaf(name) not in ROUTER_NAMES
+            and min(feature_sizes(dense[name])) >= NARROWEST
         ]
     else:
         matched = match(target_modules, dense, "target_modules", must_match=False)

@@ -8,10 +8,12 @@ import torch
 from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, collect_statistics, compress
-from hf_blr.calibration.fisher import fisher_statistics, sampled_loss
+from hf_blr.calibration.fisher import fisher_statistics
+from hf_blr.calibration.losses import sampled_loss
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.compression.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
 from hf_blr.factorize import FitOptions, factorize
+from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
@@ -36,7 +38,7 @@ def test_fisher_matrices_are_sums_of_the_gradients_of_sampled_losses(build):
         batch = {key: value[i : i + 1] for key, value in batches[0].items()}
         kept = {}
         handle = model.get_submodule(name).register_forward_hook(lambda module, args, out, to=kept: to.update(out=out))
-        loss, count = sampled_loss(model, batch, 5 + tokens)
+        loss, count = sampled_loss(model, batch, 5 + i)
         handle.remove()
         (gradient,) = torch.autograd.grad(loss, kept["out"])
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -50,10 +52,9 @@ def test_fisher_matrices_are_sums_of_the_gradients_of_sampled_losses(build):
 def test_labels_are_drawn_from_the_models_predictions():
     class Fixed(torch.nn.Module):
         def forward(self, x):
-            self.logits = x.expand(20000, 3)
-            return self
+            return {"logits": x.expand(1, 20000, 3)}
 
-    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
+    logits = torch.log(torch.tensor([[[0.2, 0.5, 0.3]]]))
     loss, count = sampled_loss(Fixed(), {"x": logits}, seed=0)
     entropy = -(logits.exp() * logits).sum().item()
     # the mean loss of labels drawn from a distribution is its entropy
@@ -70,20 +71,31 @@ def test_predicted_loss_is_the_divergence_of_a_small_change():
         weight = model.get_submodule(name).weight
         change = 0.05 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         weight.data += change
-        expected = predicted_loss(change, statistics.grams[name], statistics.output_grams[name], statistics.tokens)
+        expected = predicted_loss(change, statistics.grams[name], statistics.output_grams[name], statistics.pairs(name))
         ratios.append(divergence(dense, model, batches) / expected)
     # inputs and gradients are not quite independent, nor are tokens, and labels are drawn once
     assert all(0.6 < ratio < 1.6 for ratio in ratios), ratios
 
 
-def test_models_without_a_head_are_told(caplog):
+def test_fisher_matrices_without_classes_are_those_of_the_squared_error_of_features():
     body = tiny_llama().model
-    batches = batches_for(body)
-    report = compress(body, CONFIG, calibration=batches, progress=False)
-    assert "gives no logits" in caplog.text
-    assert not report.left_dense
-    with pytest.raises(ValueError, match="gives no logits.*AutoModelForCausalLM"):
-        compress(tiny_llama().model, BLRConfig("low_rank", ratio=0.5, allocation="loss"), calibration=batches)
+    name = "layers.1.mlp.down_proj"
+    batches = [
+        {"input_ids": torch.randint(0, 256, (32, 24), generator=torch.Generator().manual_seed(i))} for i in (0, 1)
+    ]
+    found = fisher_statistics(body, [name], batches).output_grams[name][0]
+    # J^T J by the chain rule: the layer writes to the stream, which the last norm alone reads
+    entered = []
+    handle = body.norm.register_forward_pre_hook(lambda module, args: entered.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            body(**batch)
+    handle.remove()
+    jacobians = torch.func.vmap(torch.func.jacrev(body.norm))(torch.cat(entered))
+    right = (jacobians.mT @ jacobians).sum(0)
+    # of 1536 directions drawn
+    assert (found - right).norm() < 0.3 * right.norm()
+    assert found.trace() == pytest.approx(right.trace().item(), rel=0.03)
 
 
 def test_regrouped_blocks_are_those_of_the_matrix():
@@ -146,7 +158,7 @@ def test_a_metric_undoes_itself_and_bears_outputs_that_nothing_feels():
 def test_the_curve_is_the_loss_of_the_best_low_rank_matrix():
     weight = torch.randn(24, 32)
     gram, output_gram = positive(32, 2).float(), positive(24, 3).float()[None]
-    curve = loss_curve(weight, gram, output_gram, tokens=10, damping=0.0)
+    curve = loss_curve(weight, gram, output_gram, pairs=100, damping=0.0)
     assert len(curve) == 25 and curve[-1] == 0 and (curve.diff() <= 0).all()
     fitted = factorize(weight, LowRank(32, 24, 7), gram, output_gram, options=FitOptions(damping=0.0))
     change = (weight - fitted.tensors["u"] @ fitted.tensors["v"]).double()
@@ -244,9 +256,11 @@ def test_trials_say_what_whole_fits_give():
     assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
     for ratio, factor in trials:
         spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))
-        fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], options=FitOptions(rounds=12))
-        change = implementation_of("blast").dense(**fitted.tensors) - layer.matrices()[0]
-        expected = predicted_loss(change, *layer.matrices()[1:], statistics.tokens)
+        weight, gram, output_gram = layer.matrices()
+        fitted = factorize(weight, spec, gram, output_gram, FitOptions(rounds=12, damping=layer.options.damping))
+        change = implementation_of("blast").dense(**fitted.tensors) - weight
+        gram = damped(gram, layer.options.damping)
+        expected = predicted_loss(change, gram, output_gram, statistics.pairs(layer.name))
         low_rank = interpolate(layer.curve(), spec.equivalent_rank)
         assert factor == pytest.approx(expected / low_rank, rel=1e-3)
 

@@ -28,7 +28,7 @@ def test_the_update_of_u_lowers_the_error_on_the_compressed_models_inputs():
     dense = tiny_llama()
     batches = list(WINDOWS.split(4))
     statistics = collect_statistics(dense, BLRConfig("low_rank", ratio=0.4), calibration=batches)
-    off = BLRConfig("low_rank", ratio=0.4, sequential=False, fisher=False)
+    off = BLRConfig("low_rank", ratio=0.4, sequential=False, fisher=False, damping=1e-4)
     plain = copy.deepcopy(dense)
     compress(plain, off, statistics=statistics, progress=False)
     updated = svd_llm_updated(dense, 0.4, statistics, batches)

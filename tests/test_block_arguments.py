@@ -6,9 +6,10 @@ from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llam
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, T5Config, T5EncoderModel
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration import calls, sequential
+from hf_blr.calibration import arguments, sequential
+from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
-from hf_blr.calibration.calls import with_own_state
+from hf_blr.calibration.calls import Call
 from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 from hf_blr.targets import find_targets
@@ -73,8 +74,7 @@ def test_grams_block_by_block_are_those_of_whole_passes(case):
     names = find_targets(model)
     right = whole_model_grams(model, names, batches)
     groups = list(iterate_grams(model, names, batches))
-    # Gemma 4 cuts the stream anew before the blocks that share keys, and so is no plain chain
-    assert len(groups) == (1 if case == "shared keys" else model.config.num_hidden_layers)
+    assert len(groups) == model.config.num_hidden_layers
     found = {name: gram for group in groups for name, gram in group.items()}
     assert set(found) == set(right)
     for name, gram in right.items():
@@ -125,35 +125,82 @@ def test_only_the_first_batch_runs_the_blocks_and_equal_arguments_are_kept_once(
         chain = BlockChain.trace(model, list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5))), batches)
     assert len(ran) == 1
     assert "forward" not in vars(model.model.layers[0])
-    cosines = [call[1]["position_embeddings"][0] for each in chain.calls.values() for call in each]
+    (segment,) = chain.segments
+    cosines = [call.kwargs["position_embeddings"][0] for each in segment.piece.calls.values() for call in each]
     assert len(cosines) == 6 and all(cosine is cosines[0] for cosine in cosines)
 
 
-def test_a_chain_that_breaks_on_a_later_batch_is_none():
+class Stack(torch.nn.Module):
+    """Residual blocks; what leaves one is written anew or in place (2) before the next one, on batches that say so."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Residual() for _ in range(blocks))
+
+    def forward(self, x, anew):
+        for layer in self.layers:
+            x = layer(x)
+            if anew.any():
+                x = x.add_(1) if anew == 2 else x + 1
+        return x
+
+
+class Residual(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    "blocks, anew, pieces", [(3, [0, 0], 1), (3, [1, 1], 3), (3, [2, 2], 3), (3, [0, 1], 3), (12, [1, 1], 0)]
+)
+def test_where_something_stands_between_blocks_they_come_in_pieces(blocks, anew, pieces, caplog):
+    torch.manual_seed(0)
+    model = Stack(blocks)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    batches = [{"x": torch.randn(4, 16), "anew": torch.tensor(each)} for each in anew]
+    chain = BlockChain.trace(model, names, batches)
+    assert len(chain.segments) == pieces
+    right, found = whole_model_grams(model, names, batches), {}
+    for group in iterate_grams(model, names, batches):
+        found |= group
+        for name in group:
+            # as a caller does who replaces layers at once
+            torch.nn.init.zeros_(model.get_submodule(name).weight)
+    assert set(found) == set(right)
+    for name in names:
+        torch.testing.assert_close(found[name], right[name])
+    compress(model, BLRConfig("low_rank", ratio=0.5), calibration=batches, progress=False)
+    assert ("fitted on the dense model's inputs" in caplog.text) is (pieces == 0)
+    assert ("layers.8 is handed something else than layers.7 puts out" in caplog.text) is (pieces == 0)
+
+
+def test_hooks_of_blocks_run_once_in_a_replay():
     model, batches = tiny_llama(), batches_of(ids(6, 16), 2)
-    count = []
-
-    def break_second(module, args):
-        count.append(1)
-        # the first batch enters twice: to run, and to see whether the blocks can be passed over
-        return (args[0] + 0,) if len(count) > 2 else None
-
-    model.model.layers[1].register_forward_pre_hook(break_second)
-    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.5)))
-    assert BlockChain.trace(model, names, batches[:2]) is None
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        layer.register_forward_hook(lambda module, args, out: out + 1)
+    names = find_targets(model)
+    right = whole_model_grams(model, names, batches)
+    for group in iterate_grams(model, names, batches):
+        for name, gram in group.items():
+            torch.testing.assert_close(gram, right[name], rtol=1e-4, atol=1e-3)
 
 
 def test_what_blocks_leave_for_later_ones_is_each_models_own():
     state, tensor = {"keys": 1}, torch.zeros(2)
-    given = {"a": [((tensor,), {"state": state})], "b": [((), {"state": state})]}
+    given = {"a": [Call((tensor,), {"state": state})], "b": [Call((), {"state": state})]}
     own = with_own_state(given)
-    assert own["a"][0][1]["state"] is own["b"][0][1]["state"] is not state
-    assert own["a"][0][1]["state"] == state
-    assert own["a"][0][0][0] is tensor
+    assert own["a"][0].kwargs["state"] is own["b"][0].kwargs["state"] is not state
+    assert own["a"][0].kwargs["state"] == state
+    assert own["a"][0].args[0] is tensor
 
 
 def test_objects_of_unknown_kinds_count_as_different():
-    assert calls.same((1, "a", None, [torch.ones(2)]), (1, "a", None, [torch.ones(2)]))
-    assert not calls.same(object(), object())
-    assert not calls.same(torch.ones(2), torch.ones(3))
-    assert not calls.same({"a": 1}, {"b": 1})
+    assert arguments.same((1, "a", None, [torch.ones(2)]), (1, "a", None, [torch.ones(2)]))
+    assert not arguments.same(object(), object())
+    assert not arguments.same(torch.ones(2), torch.ones(3))
+    assert not arguments.same({"a": 1}, {"b": 1})

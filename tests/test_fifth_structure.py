@@ -48,7 +48,8 @@ def test_no_file_of_the_package_names_it():
 
 
 def test_it_compresses_saves_and_loads(tmp_path):
-    model, report = compressed(ratio=0.6)
+    # with weighed outputs the plain error may be anything; without, no fit is worse than zero
+    model, report = compressed(ratio=0.6, fisher=False)
     assert report.layers and all(0 < layer.rel_error < 1 for layer in report.layers)
     assert {type(module).__name__ for module in blr_modules(model).values()} == {"KroneckerLinear"}
     model.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_logits
 from torch import nn
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration import blockwise, calls, fisher, joint, stand_ins
+from hf_blr.calibration import blockwise, fisher, joint, stand_ins, trace
 from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.compression import pipeline
 from hf_blr.linear import blr_modules
@@ -78,7 +78,7 @@ def test_a_stopped_fit_leaves_a_model_that_saves_and_loads(kind, make, error, tm
         # what the loss feels, before the first fit
         (fisher, "sampled_loss", 2, 0),
         # the chain's first passes
-        (calls, "run", 3, 0),
+        (trace, "run", 3, 0),
         # between the blocks, with hooks on the layers of the second
         (blockwise.BlockChain, "forward_as", 40, 7),
         # in the refinement of the second block

@@ -71,6 +71,17 @@ def test_rows_say_on_which_tokens_they_are(folder):
     assert (plain["calibration"], plain["calibration_tokens"], plain.get("calibration_sha256")) == (None, 0, None)
 
 
+def test_more_windows_to_train_on_than_to_fit_to(folder):
+    sizes = ["--windows", "4", "--train-windows", "16", "--train-tokens", "1600"]
+    rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours*")
+    assert {row["calibration_tokens"] for row in rows if row["method"] != "dense"} == {128}
+    trained = {row["method"]: row for row in rows if row["finetune_tokens"]}
+    # three times 16 windows of 32 come nearest to 1600 tokens
+    assert {row["finetune_tokens"] for row in trained.values()} == {1536}
+    assert len({row["finetune_sha256"] for row in trained.values()}) == 1
+    assert trained.keys() == {runs.REFINED, "dense, refined at 0.1"}
+
+
 def test_one_run_compares_calibration_sets_and_seeds(folder):
     sets = ["--calibration", "valid", "--calibration", "valid=0.5", "own=0.5"]
     rows = measure(folder, *sets, "--seeds", "0", "1", "--only", "low_rank 0.5 ours")

@@ -8,6 +8,7 @@ from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llam
 from transformers import SwinConfig, SwinForImageClassification
 
 from hf_blr import BLRConfig, compress
+from hf_blr.calibration.blockwise import iterate_grams
 from hf_blr.calibration.sequential import SequentialChain, residual_writers
 from hf_blr.dense import dense_weight
 from hf_blr.modes import evaluating
@@ -19,6 +20,14 @@ CONFIG = BLRConfig("low_rank", ratio=0.5)
 def trace(model, batches):
     with evaluating(model):
         return SequentialChain.trace(model, list(resolve_plan(model, CONFIG)), batches)
+
+
+def surveyed(chain):
+    """(groups with one input, residual writers, layers) of the first block."""
+    segment = chain.segments[0]
+    prefix, names = next(iter(segment.groups.items()))
+    block, piece = chain.model.get_submodule(prefix), segment.piece
+    return *chain.survey(block, prefix, names, piece.hidden[0], piece.calls[prefix][0], None), names
 
 
 WRITERS = {
@@ -33,8 +42,7 @@ WRITERS = {
 def test_residual_writers_are_found_by_what_they_add(build):
     model = build()
     chain = trace(model, batches_for(model))
-    prefix, names = next(iter(chain.groups.items()))
-    groups, writers = chain.survey(model.get_submodule(prefix), prefix, names, chain.calls[prefix])
+    groups, writers, names = surveyed(chain)
     assert sorted(name for group in groups for name in group) == sorted(names)
     if build is tiny_vit:
         assert len(writers) == 2
@@ -50,7 +58,7 @@ def test_targets_that_are_only_some_of_the_layers_are_grouped_among_themselves()
     names = ["model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.up_proj"]
     with evaluating(model):
         chain = SequentialChain.trace(model, names, batches_for(model))
-    groups, writers = chain.survey(model.model.layers[0], "model.layers.0", names, chain.calls["model.layers.0"])
+    groups, writers, _ = surveyed(chain)
     assert groups == [[name] for name in names]
     assert writers == WRITERS[tiny_llama]
 
@@ -166,13 +174,20 @@ def test_layers_that_are_no_targets_keep_their_weights():
         assert torch.equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight)
 
 
-def test_a_model_that_is_no_chain_falls_back_and_says_so(caplog):
+def test_blocks_that_write_into_what_they_are_handed_are_not_run_alone(caplog):
     model = tiny_llama()
-    # what leaves a block is not the tensor that enters the next one
-    model.model.layers[0].register_forward_hook(lambda module, args, out: out + 0)
-    report = compress(model, CONFIG, calibration=batches_for(model), progress=False)
-    assert len(report.layers) + len(report.left_dense) == 14
-    assert "no plain chain of blocks" in caplog.text
+    forward = model.model.layers[0].forward
+
+    def in_place(hidden, *args, **kwargs):
+        return hidden.copy_(forward(hidden, *args, **kwargs)) * 1
+
+    model.model.layers[0].forward = in_place
+    names, batches = list(resolve_plan(model, CONFIG)), batches_for(model)
+    assert set(trace(model, batches).apart.values()) == {"model.layers.0 writes into what it is handed"}
+    (found,) = iterate_grams(model, names, batches)
+    assert set(found) == set(names)
+    compress(model, CONFIG, calibration=batches, progress=False)
+    assert "model.layers.0 writes into what it is handed" in caplog.text
 
 
 def test_blocks_that_change_the_streams_shape_have_no_writers():

@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
 )
+from zoo_inputs import plain_grams
+from zoo_models import build as build_model
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.budget import share_budget
@@ -76,18 +78,94 @@ def one_label(**more):
     return build(LlamaForSequenceClassification, config)
 
 
-def test_a_head_of_one_class_has_no_loss_to_share_a_budget_by(caplog):
-    report = compress(one_label(), CONFIG, calibration=text(), progress=False)
-    assert len(report.layers) == 14 and report.predicted_loss is None
-    assert all(0.5 < layer.spec.ratio <= 0.6 for layer in report.layers)
-    assert "no gradient reaches the layers of LlamaForSequenceClassification" in caplog.text
+@pytest.mark.parametrize("structure", ["low_rank", "auto"])
+def test_a_head_of_one_number_is_weighed_by_what_it_moves(structure, caplog):
+    config = BLRConfig(structure, ratio=0.6, allocation="loss")
+    report = compress(one_label(), config, calibration=text(), progress=False)
+    assert len(report.layers) + len(report.left_dense) == 14 and report.predicted_loss > 0
+    kept = sum(layer.spec.num_parameters for layer in report.layers) + sum(report.left_dense.values())
+    dense = sum(layer.spec.dense_parameters for layer in report.layers) + sum(report.left_dense.values())
+    assert kept == pytest.approx(0.6 * dense, rel=0.05)
+    assert not caplog.text
+
+
+class Silent(torch.nn.Module):
+    """Its output depends on none of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+
+    def forward(self, x):
+        self.layers[0](x)
+        return x
+
+
+def test_what_moves_no_output_has_no_loss_to_share_a_budget_by(caplog):
+    given = {"calibration": [{"x": torch.randn(2, 5, 64)}], "progress": False}
+    report = compress(Silent(), CONFIG, **given)
+    assert len(report.layers) == 1 and report.predicted_loss is None
+    assert "no gradient reaches the layers of Silent" in caplog.text
     assert "all outputs weigh alike and all layers keep the same ratio" in caplog.text
+    for wanted, message in (({"allocation": "loss"}, "no gradient reaches"), ({"structure": "auto"}, "auto")):
+        model = Silent()
+        with pytest.raises(ValueError, match=message):
+            compress(model, BLRConfig(**{"structure": "low_rank", "ratio": 0.6, **wanted}), **given)
+        assert isinstance(model.layers[0], torch.nn.Linear)
 
 
-@pytest.mark.parametrize("wanted", ["loss", "auto"])
-def test_what_needs_a_loss_refuses_a_head_of_one_class(wanted):
-    model = one_label()
-    config = BLRConfig("auto", ratio=0.6) if wanted == "auto" else BLRConfig(ratio=0.6, allocation="loss")
-    with pytest.raises(ValueError, match="no gradient reaches" if wanted == "loss" else "logits of several classes"):
-        compress(model, config, calibration=text(), progress=False)
-    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+class Mixture(torch.nn.Module):
+    """A residual block whose tokens go to one of three experts, never to the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(32, 2)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        chosen, out = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for number in chosen.unique().tolist():
+            rows = (chosen == number).nonzero().flatten()
+            out.index_add_(0, rows, self.experts[number](flat[rows]))
+        return x + out.view_as(x)
+
+
+class Mixtures(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Mixture() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_experts_that_no_token_chose_are_fitted_to_their_weights(sequential, caplog):
+    torch.manual_seed(0)
+    model = Mixtures()
+    names = [f"layers.{i}.experts.{j}.{k}" for i in (0, 1) for j in range(3) for k in (0, 2)]
+    batches = [{"x": torch.randn(2, 50, 32)} for _ in range(3)]
+    right = plain_grams(model, names, batches)
+    statistics = collect_statistics(model, CONFIG, calibration=batches)
+    assert statistics.unreached == {name for name in names if ".experts.2." in name} == set(names) - set(right)
+    for name, gram in right.items():
+        torch.testing.assert_close(statistics.grams[name].double(), gram, rtol=1e-5, atol=1e-3)
+    config = BLRConfig("low_rank", ratio=0.6, sequential=sequential)
+    report = compress(model, config, calibration=batches, progress=False)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1 and "no calibration input reached layers.0.experts.2.0" in warnings[0]
+    plan = resolve_plan(Mixtures(), CONFIG)
+    untold = {layer.name: layer.spec for layer in report.layers if ".experts.2." in layer.name}
+    assert untold == {name: plan[name].spec for name in statistics.unreached}
+
+
+def test_layers_whose_weight_alone_is_read_are_fitted_to_it(caplog):
+    model = build_model("mamba")
+    report = compress(model, CONFIG, calibration=text(), progress=False)
+    assert {layer.spec.ratio <= 0.6 for layer in report.layers if layer.name.endswith("dt_proj")} == {True}
+    assert sum("no calibration input reached" in record.getMessage() for record in caplog.records) == 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_blr.calibration.joint import Run, order
-from hf_blr.calibration.sequential import Problem, SequentialChain
+from hf_blr.calibration.sequential import SequentialChain, counted
 from hf_blr.config import BLRConfig
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.svd import low_rank_factors
@@ -18,6 +18,8 @@ from hf_blr.linear import BLRLinear
 from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 
+#: of the Gram matrices, as a fraction of their mean diagonal: enough for their roots to exist
+DAMPING = 1e-4
 #: passes over the calibration text for each block
 PASSES = 25
 LEARNING_RATE = 1e-4
@@ -26,14 +28,16 @@ LEARNING_RATE = 1e-4
 class AnchoredChain(SequentialChain):
     """What the layers and blocks of the compressed model get is its own; what they aim at is the dense model's."""
 
-    def between(self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list) -> list[Tensor]:
-        return [self.counted(y, i) for i, y in enumerate(left)]
+    def between(
+        self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list, real: list[Tensor | None]
+    ) -> list[Tensor]:
+        return [counted(y, positions) for y, positions in zip(left, real, strict=True)]
 
-    def problem(
+    def target(
         self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Problem:
+    ) -> Tensor:
         """The matrix that gives W X on X~, without any share left out and without the stream's errors."""
-        return super().problem(name, gram, cross, None, 1.0, damping)
+        return super().target(name, gram, cross, None, 1.0, damping)
 
 
 def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, passes: int = PASSES) -> nn.Module:
@@ -56,10 +60,10 @@ def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, pas
     refine = partial(train_block, steps=passes * len(batches), seed=seed) if passes else None
     with evaluating(model), torch.no_grad():
         chain = AnchoredChain.trace(model, list(plan), [{"input_ids": batch} for batch in batches])
-        for group in chain.problems(config.damping, refine):
+        for group in chain.problems(DAMPING, refine):
             for name, problem in group.items():
                 spec = plan[name].spec
-                u, v = low_rank_factors(problem.target, spec.rank, damped(problem.gram, config.damping))
+                u, v = low_rank_factors(problem.target, spec.rank, damped(problem.gram, DAMPING))
                 model.set_submodule(name, BLRLinear.from_fit(spec, {"u": u, "v": v}, model.get_submodule(name)))
     return model
 

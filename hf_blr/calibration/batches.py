@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.calls import Batch
-from hf_blr.calibration.fisher import NoLoss, Statistics, fisher_statistics
+from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.given import given_batches
+from hf_blr.calibration.losses import NoLoss
+from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
@@ -32,7 +36,7 @@ def collect_statistics(
     config: BLRConfig,
     *,
     tokenizer: Tokenizer | None = None,
-    calibration: Iterable[Batch | Tensor] | None = None,
+    calibration: Iterable[Batch | Tensor] | str | Path | None = None,
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
@@ -50,7 +54,7 @@ def collect_statistics(
 
 
 def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
-    """Those of the plan's layers; without Fisher matrices if the model has no loss and the config can do without."""
+    """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
     if config.fisher:
         try:
             return fisher_statistics(model, list(plan), batches, config.seed)
@@ -60,7 +64,7 @@ def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BL
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
         grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams))
+    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
@@ -77,13 +81,17 @@ def calibration_batches(
     model: nn.Module,
     config: BLRConfig,
     tokenizer: Tokenizer | None,
-    calibration: Iterable[Batch | Tensor] | None,
+    calibration: Iterable[Batch | Tensor] | str | Path | None,
     progress: bool = True,
 ) -> list[Batch]:
     """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
     device = next(model.parameters()).device
     if calibration is not None:
-        batches = given_batches(calibration)
+        if holds_media(calibration):
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            batches = media_batches(calibration, tokenizer, config.num_samples, config.seed, dtype)
+        else:
+            batches = given_batches(calibration)
     elif not config.calibrated:
         return []
     else:

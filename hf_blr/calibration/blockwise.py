@@ -1,30 +1,33 @@
-"""Calibration one decoder layer at a time, so that only that layer's statistics are in memory."""
+"""Calibration one block at a time, so that only that block's statistics are in memory."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.calls import Batch, Call, first, record_calls, run
-from hf_blr.calibration.grams import GramCollector
-from hf_blr.calibration.padding import real_positions
+from hf_blr.calibration.blocks import blocks_of, list_of
+from hf_blr.calibration.calls import Batch, Call, run
+from hf_blr.calibration.grams import GramCollector, Grams
+from hf_blr.calibration.padding import Masks, Padding
 from hf_blr.calibration.precision import calibrating
+from hf_blr.calibration.trace import Piece, traced
 from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[dict[str, Tensor], None, None]:
+def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[Grams, None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
-    The caller may replace a block's layers as soon as it has its statistics: the next block's inputs are already
-    computed. Where a model does not run as a plain chain of blocks, one pass over the whole model gathers everything
-    and is yielded at once, which needs the memory for it.
+    The caller may replace a block's layers as soon as it has its statistics: what enters the other blocks does not
+    change by it. Layers of blocks that cannot be run alone come first, all at once, which needs the memory for it.
+    Layers that no input reaches do not come.
 
     Args:
         names: dense linear layers, in the model's order.
@@ -32,15 +35,19 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
     """
     with evaluating(model), torch.no_grad():
         chain = BlockChain.trace(model, names, batches)
-        yield from chain.run() if chain is not None else [whole_model_grams(model, names, batches)]
+        if chain.apart:
+            yield whole_model_grams(model, list(chain.apart), batches)
+        for segment in chain.segments:
+            with closing(chain.run(segment)) as groups:
+                yield from groups
 
 
-def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
+def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Grams:
     """{layer name: Gram} from one pass over all batches."""
-    body = body_of(model, names, batches)
+    body, padding = body_of(model, names, batches), Padding(model, names, batches)
     with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
         for batch in batches:
-            collector.real = real_positions(batch, model)
+            collector.real = padding.masks(batch)
             run(body, batch)
     return collector.grams
 
@@ -54,44 +61,79 @@ def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Modu
     return body if held and not any("labels" in batch for batch in batches) else model
 
 
-class BlockChain:
-    """The repeated blocks of a model, with what each is called with on each batch besides the hidden states.
+@dataclass
+class Segment:
+    """A piece of the model, with its layers and the positions that count.
 
-    groups: {block: its layers}. hidden: what enters the next block, batch by batch. calls: {block: its calls}.
-    real: the positions of each batch that count, as `real_positions` gives them.
+    groups: {block: its layers}. piece: what goes in, run by run. real: what counts in each run.
     """
 
-    def __init__(
-        self,
-        groups: dict[str, list[str]],
-        model: nn.Module,
-        hidden: list[Tensor],
-        calls: dict[str, list[Call]],
-        real: list[Tensor | None],
-    ):
-        self.groups, self.model, self.hidden, self.calls, self.real = groups, model, hidden, calls, real
+    groups: dict[str, list[str]]
+    piece: Piece
+    real: list[Masks]
+
+
+class BlockChain:
+    """The blocks of a model, in the order in which it runs them, with what each is called with on each batch.
+
+    segments: blocks that hand the hidden states on to one another, in pieces; an encoder is one, a decoder another.
+    apart: {layer: why its block cannot be run alone}.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch], segments: list[Segment], apart: dict[str, str]):
+        self.model, self.batches, self.segments, self.apart = model, batches, segments, apart
 
     @classmethod
     @torch.no_grad()
-    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> Self | None:
-        """Records what the blocks are called with on each batch; None if the model is no plain chain of blocks."""
-        groups = group_by_block(names)
-        if groups is None:
-            return None
-        blocks = {prefix: model.get_submodule(prefix) for prefix in groups}
-        recorded = record_calls(body_of(model, names, batches), blocks, batches)
-        if recorded is None:
-            return None
-        return cls(groups, model, *recorded, [real_positions(batch, model) for batch in batches])
+    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> Self:
+        """Records what the blocks are called with on each batch.
 
-    def run(self) -> Iterator[dict[str, Tensor]]:
-        for prefix, names in self.groups.items():
-            block, calls = self.model.get_submodule(prefix), self.calls.pop(prefix)
+        Raises:
+            ValueError: if a block overflows its dtype.
+        """
+        body = body_of(model, names, batches)
+        groups = blocks_of(model, body, names, batches)
+        blocks = {block: model.get_submodule(block) for block in groups}
+        trace = traced(body, blocks, batches, set(), check=True)
+        padding = Padding(model, [*names, *groups], batches)
+        masks = [padding.masks(batch) for batch in batches]
+        segments = [
+            Segment({block: groups[block] for block in piece.blocks}, piece, [masks[i] for i in piece.batch_of])
+            for piece in trace.pieces()
+        ]
+        apart = {
+            name: trace.apart[list_of(block)]
+            for block, layers in groups.items()
+            for name in layers
+            if list_of(block) in trace.apart
+        }
+        return cls(model, batches, segments, apart)
+
+    def run(self, segment: Segment) -> Generator[Grams, None, None]:
+        """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was."""
+        hidden = list(segment.piece.hidden)
+        for prefix, names in segment.groups.items():
+            block, calls = self.model.get_submodule(prefix), segment.piece.calls[prefix]
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
-                for i, hidden in enumerate(self.hidden):
-                    collector.real = self.real[i]
-                    self.hidden[i] = self.forward(block, hidden, calls[i])
-            yield collector.grams
+                for i, entered in enumerate(hidden):
+                    collector.real = segment.real[i]
+                    hidden[i] = self.forward(block, entered, calls[i])
+            if names:
+                yield collector.grams
+
+    def retraced(self, segment: Segment) -> Piece | None:
+        """What goes into a segment of the model as it is now; None if that has another form than before."""
+        piece = segment.piece
+        numbers = sorted(set(piece.batch_of))
+        batches = [self.batches[i] for i in numbers]
+        blocks = {block: self.model.get_submodule(block) for block in piece.blocks}
+        found = traced(body_of(self.model, piece.blocks, batches), blocks, batches, {piece.blocks[0]}).pieces()
+        if len(found) != 1 or found[0].blocks != piece.blocks:
+            return None
+        again = found[0]
+        again.batch_of = [numbers[i] for i in again.batch_of]
+        shapes = [[hidden.shape for hidden in each.hidden] for each in (piece, again)]
+        return again if again.batch_of == piece.batch_of and shapes[0] == shapes[1] else None
 
     @torch.no_grad()
     def forward(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -100,20 +142,5 @@ class BlockChain:
 
     def forward_as(self, block: nn.Module, function: Callable[..., Any], hidden: Tensor, call: Call) -> Tensor:
         """Likewise by a function in the block's place, with a graph for gradients where they are enabled."""
-        args, kwargs = call
         with calibrating(block):
-            return first(function(hidden, *args, **kwargs))
-
-
-def group_by_block(names: list[str]) -> dict[str, list[str]] | None:
-    """{block: its layers} for names under one list of blocks, `prefix.<number>`; None if there are several lists."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        found = re.match(r"((?:.*?\.)?\d+)\.", name)
-        if not found:
-            return None
-        groups.setdefault(found[1], []).append(name)
-    lists = {prefix.rpartition(".")[0] for prefix in groups}
-    numbers = [int(prefix.rpartition(".")[2]) for prefix in groups]
-    consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return groups if len(lists) == 1 and consecutive else None
+            return call.on(function, hidden)

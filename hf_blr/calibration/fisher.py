@@ -2,23 +2,26 @@
 
 To second order, replacing W by W' raises the model's loss (its KL divergence from itself) by half the mean of
 (g^T (W - W') x)^2 over tokens, with x the layer's input and g the gradient of the loss by its output, labels drawn from
-the model's own predictions. With x and g taken as independent, as K-FAC does (arXiv 1503.05671), and tokens too, that
-is tr(G (W - W') H (W - W')^T) / (2 T^2) for G = sum g g^T and H = sum x x^T over T tokens: one ruler for all layers.
+the model's own predictions. (A model that predicts no classes has the energy of its features in the loss's place; see
+`calibration/losses.py`.) With x and g taken as independent, as K-FAC does (arXiv 1503.05671), and tokens too, that
+is tr(G (W - W') H (W - W')^T) / (2 S T) for G = sum g g^T and H = sum x x^T over the S inputs of the layer, and T
+predictions: one ruler for all layers. S is T in a language model; an image tower reads patches, a classifier predicts
+once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_blr.calibration.calls import Batch, hooked, run
+from hf_blr.calibration.calls import Batch, hooked
 from hf_blr.calibration.grams import GramCollector
-from hf_blr.calibration.padding import has_decoder, predicted_positions, real_positions, real_rows
+from hf_blr.calibration.losses import NoLoss, sampled_loss
+from hf_blr.calibration.padding import Padding, real_rows
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
 
@@ -27,24 +30,30 @@ from hf_blr.modes import evaluating
 SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
 
 
-class NoLoss(ValueError):
-    """The model has no loss that its layers could be weighed by."""
-
-
 @dataclass(frozen=True)
 class Statistics:
     """What one pass over the calibration text says about the dense model's layers.
 
     grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
-    tokens: T, the rows that were summed.
+    tokens: T, the predictions whose losses were summed.
     unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
+    rows: {layer: S, its inputs that were summed}.
     """
 
     grams: dict[str, Tensor]
     output_grams: dict[str, Tensor]
     tokens: int
     unreached: frozenset[str] = frozenset()
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def pairs(self, name: str) -> int:
+        """S T, over which tr(G D H D^T) / 2 is the loss of one prediction."""
+        return self.rows_of(name) * self.tokens
+
+    def rows_of(self, name: str) -> int:
+        """S, or T where nothing else was said."""
+        return self.rows.get(name, self.tokens)
 
     def felt(self, name: str) -> bool:
         """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
@@ -55,53 +64,58 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     """Both kinds of matrices, from one forward and one backward a sequence.
 
     Args:
-        model: in any dtype; its outputs must hold `logits` `[..., classes]`. Its parameters get no gradient.
+        model: in any dtype, with any outputs. Where those hold no `logits` `[..., classes]` of several classes, G is
+            the Gauss-Newton matrix of half the squared error of its features. Its parameters get no gradient.
         names: dense linear layers.
         batches: keyword arguments of the model's forward, on its device; positions that `attention_mask` hides are
             not counted, neither in the matrices nor in the loss.
-        seed: of the labels drawn.
+        seed: of what is drawn for the first sequence; the next one has the next number, whatever batch it is in.
 
     Raises:
-        NoLoss: if the model has no head, or no prediction of its head depends on any of the layers.
+        NoLoss: if the model puts out no numbers, or none that depends on any of the layers.
     """
     output_grams: dict[str, Tensor] = {}
-    tokens = 0
+    tokens = sequences = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
     collector = GramCollector(modules)
+    padding = Padding(model, names, batches)
     handles = [module.register_forward_hook(watch(name, output_grams, collector)) for name, module in modules.items()]
     model.requires_grad_(False)
     try:
         with evaluating(model), hooked(handles), collector, torch.enable_grad():
             for batch in parts_of(batches, sequences_at_once(model)):
-                collector.real = real_positions(batch, model)
-                loss, count = sampled_loss(model, batch, seed + tokens)
+                collector.real = padding.masks(batch)
+                loss, count = sampled_loss(model, batch, seed + sequences)
                 tokens += count
-                loss.backward()
+                sequences += sequences_in(batch)
+                if loss.requires_grad:
+                    loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
     # stops at the first that is not zero
     if not any(gram.any() for gram in output_grams.values()):
         raise NoLoss(
-            f"no gradient reaches the layers of {type(model).__name__}, so no loss weighs them: one class alone "
-            '(num_labels=1) is always predicted with certainty; set fisher=False and allocation="uniform"'
+            f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "
+            'allocation="uniform"'
         )
     grams = collector.grams
-    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams))
+    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams), grams.rows)
 
 
 def watch(
     name: str, output_grams: dict[str, Tensor], collector: GramCollector
-) -> Callable[[nn.Module, Any, Tensor], None]:
+) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A forward hook that adds the gradients by the layer's outputs to its matrix G, where the collector counts."""
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
         blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
+        real = collector.real.get(name)
 
         def add(gradient: Tensor) -> None:
-            rows = real_rows(gradient.detach(), collector.real)
+            rows = real_rows(gradient.detach(), real)
             g = rows.reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
             if name in output_grams:
@@ -110,9 +124,11 @@ def watch(
                 output_grams[name] = product
 
         if not output.requires_grad:
-            # before the first watched layer nothing needs a gradient
-            output.requires_grad_(True)
+            # before the first watched layer nothing needs a gradient. A sum, since models write into outputs, which
+            # may not be where gradients end
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         output.register_hook(add)
+        return output
 
     return hook
 
@@ -128,29 +144,20 @@ def sequences_at_once(model: nn.Module) -> int:
 
 
 def parts_of(batches: list[Batch], count: int) -> Iterator[Batch]:
-    """The batches in parts of at most `count` sequences."""
+    """The batches in parts of at most `count` sequences; whole where they hold something else than a row for each."""
     for batch in batches:
-        size = len(next(iter(batch.values())))
+        size = sequences_in(batch)
+        if any(value.dim() and len(value) not in (1, size) for value in batch.values()) or size <= count:
+            yield batch
+            continue
         for i in range(0, size, count):
-            yield {key: value[i : i + count] if len(value) == size else value for key, value in batch.items()}
+            yield {
+                key: value[i : i + count] if value.dim() and len(value) == size else value
+                for key, value in batch.items()
+            }
 
 
-def sampled_loss(model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, int]:
-    """The summed loss of labels drawn from the model's own predictions, and how many there are."""
-    # a decoder of its own is fed from the labels; elsewhere they would only cost a loss
-    given = {key: value for key, value in batch.items() if key != "labels" or has_decoder(model)}
-    logits = getattr(run(model, given), "logits", None)
-    if logits is None:
-        raise NoLoss(
-            f"{type(model).__name__} gives no logits, so no loss to weigh its layers by: load it with a head "
-            '(AutoModelForCausalLM, ...), or set fisher=False and allocation="uniform"'
-        )
-    mask = predicted_positions(batch, model)
-    if mask is not None and mask.shape == logits.shape[:-1]:
-        logits = logits[mask.bool()]
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    # drawn on the CPU's generator, so that every device sees the same labels up to rounding
-    threshold = torch.rand(len(flat), 1, generator=torch.Generator().manual_seed(seed)).to(flat.device)
-    with torch.no_grad():
-        labels = (flat.softmax(-1).cumsum(-1) < threshold).sum(-1).clamp_max(flat.shape[-1] - 1)
-    return F.cross_entropy(flat, labels, reduction="sum"), len(flat)
+def sequences_in(batch: Batch) -> int:
+    """How many sequences, or images, a batch holds."""
+    named = [batch[key] for key in ("input_ids", "inputs_embeds") if key in batch]
+    return len((named or [value for value in batch.values() if value.dim()])[0])

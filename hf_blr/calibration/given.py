@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from hf_blr.calibration.calls import Batch
 
-EXPECTED = 'a list of batches, each token ids [B, T] or a dict of tensors, {"input_ids": ids, ...}'
+EXPECTED = (
+    'a list of batches, each token ids [B, T] or a dict of tensors, {"input_ids": ids, ...}, a data set of images or '
+    "sounds, or a folder of images"
+)
 FOR_TEXT = "give text as BLRConfig(dataset=[text, ...]) with tokenizer="
 
 
-def given_batches(calibration: Iterable[Batch | Tensor]) -> list[Batch]:
+def given_batches(calibration: Iterable[Batch | Tensor] | str | Path) -> list[Batch]:
     """The batches as dicts of the model's keyword arguments.
 
     Raises:
@@ -54,6 +58,8 @@ def given_batch(number: int, batch: Any) -> Batch:
     if not isinstance(batch, Mapping):
         raise TypeError(f"{where} is a {type(batch).__name__}: give torch.tensor(ids), of shape [B, T]")
     for key, value in batch.items():
+        if isinstance(value, str):
+            raise TypeError(f"{where} holds text under {key!r}: {FOR_TEXT}")
         if not torch.is_tensor(value):
             raise TypeError(
                 f"{where} holds {key!r} as a {type(value).__name__}: give a tensor with one row for each sequence, as "

@@ -8,7 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.calls import writes_to
+from hf_blr.calibration.padding import Masks, real_rows
+
+
+class Grams(dict[str, Tensor]):
+    """{layer: X^T X `[K, K]`}; `rows` says of how many rows X each is, {layer: T}."""
+
+    def __init__(self, grams: dict[str, Tensor], rows: dict[str, int]):
+        super().__init__(grams)
+        self.rows = rows
 
 
 class GramCollector:
@@ -21,16 +30,19 @@ class GramCollector:
         modules: {name: layer}; the layer's first argument is `[..., K]`.
 
     Attributes:
-        real: the positions of the batch that runs next which count, as `real_positions` gives them.
+        real: {layer: the positions of the batch that runs next which count}, as `Padding.masks` gives them.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
-        self.real: Tensor | None = None
+        self.real: Masks = {}
+        self._rows: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
+        self._writes = 0
         self._gram: Tensor | None = None
+        self._size = 0
         self._reached: list[str] = []
         #: {layers that were handed one tensor: sum of its Grams}
         self._sums: dict[tuple[str, ...], Tensor] = {}
@@ -47,23 +59,24 @@ class GramCollector:
         self._close_group()
 
     @property
-    def grams(self) -> dict[str, Tensor]:
-        """{layer: X^T X `[K, K]`}, for the layers that ran; the same object where layers always shared their input."""
+    def grams(self) -> Grams:
+        """Those of the layers that ran; the same tensor where layers always shared their input."""
         grams: dict[str, Tensor] = {}
         for names, total in self._sums.items():
             for name in names:
                 grams[name] = total if name not in grams else grams[name] + total
-        return grams
+        return Grams(grams, self._rows)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if x is not self._input:
+            if self._input is None or x is not self._input or self._writes != writes_to(x):
                 self._close_group()
-                rows = real_rows(x.detach(), self.real).float()
+                rows = real_rows(x.detach(), self.real.get(name)).float()
                 # at once: what runs next may write into x
-                self._input, self._gram = x, rows.mT @ rows
+                self._input, self._writes, self._gram, self._size = x, writes_to(x), rows.mT @ rows, len(rows)
             self._reached.append(name)
+            self._rows[name] = self._rows.get(name, 0) + self._size
 
         return count
 

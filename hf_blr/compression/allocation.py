@@ -76,25 +76,25 @@ def spend_rest(taken: dict[str, int], costs: dict[str, Tensor], losses: dict[str
         taken[name] = i
 
 
-def loss_curve(weight: Tensor, gram: Tensor, output_gram: Tensor, tokens: int, damping: float) -> Tensor:
+def loss_curve(weight: Tensor, gram: Tensor, output_gram: Tensor, pairs: int, damping: float) -> Tensor:
     """Predicted rise of the loss, in nats a token, for the best low-rank matrix of each rank: `[min(N, K) + 1]`.
 
-    Half the squared singular values of G^1/2 W H^1/2 beyond the rank, over T^2; see `factorize/fisher.py`.
+    Half the squared singular values of G^1/2 W H^1/2 beyond the rank, over S T; see `calibration/fisher.py`.
     """
     metric = OutputMetric(output_gram, len(output_gram))
     scale = output_gram.double().diagonal(dim1=-2, dim2=-1).mean()
     image = metric.whiten(weight.double()) @ cholesky(damped(gram, damping).double())
     square = image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image
-    energy = torch.linalg.eigvalsh(square).clamp_min(0) * scale / (2 * tokens**2)
+    energy = torch.linalg.eigvalsh(square).clamp_min(0) * scale / (2 * pairs)
     # eigenvalues rise: the sum of the smallest, for every number of kept ones
     return torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0).cpu()
 
 
-def predicted_loss(change: Tensor, gram: Tensor, output_gram: Tensor, tokens: int) -> float:
-    """Predicted rise of the loss, in nats a token, for W' = W + change `[N, K]`; see `factorize/fisher.py`."""
+def predicted_loss(change: Tensor, gram: Tensor, output_gram: Tensor, pairs: int) -> float:
+    """Predicted rise of the loss, in nats a token, for W' = W + change `[N, K]`; see `calibration/fisher.py`."""
     blocks, size, _ = output_gram.shape
     image = (output_gram @ change.view(blocks, size, -1)).view(change.shape)
-    return (image.double() * (change @ gram).double()).sum().item() / (2 * tokens**2)
+    return (image.double() * (change @ gram).double()).sum().item() / (2 * pairs)
 
 
 def interpolate(curve: Tensor, rank: float) -> float:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ def compress(
     config: BLRConfig,
     *,
     tokenizer: Tokenizer | None = None,
-    calibration: Iterable[Batch | Tensor] | None = None,
+    calibration: Iterable[Batch | Tensor] | str | Path | None = None,
     statistics: Statistics | None = None,
     progress: bool = True,
 ) -> CompressionReport:
@@ -54,8 +55,11 @@ def compress(
         model: any module tree with `nn.Linear` or `Conv1D` layers. The plan is also written to the config of the
             transformers model that it is, wraps or is a part of, so that `save_pretrained` and `from_pretrained` work.
         config: what becomes what. With `config.layers` set, that plan is taken as it is.
-        tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments.
-        calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`.
+        tokenizer: turns `config.dataset` into tokens; needed if there is one and none of the next two arguments. Also
+            the model's processor, which turns images or sounds of `calibration` into batches.
+        calibration: batches to fit to instead: dicts of the model's keyword arguments, or token ids `[B, T]`, one after
+            the other, as a list, a loader or a generator, which is read once. Or a data set of `datasets` with a column
+            of images or sounds, or a folder of images, of which `config.num_samples` are drawn.
         statistics: of the dense model, from `collect_statistics`, to fit several configs to one such run. Without
             `calibration` beside them, layers are fitted to them alone, whatever `config.sequential` says.
         progress: show progress bars.
@@ -66,8 +70,8 @@ def compress(
     Raises:
         TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
-            offloaded or carries PEFT adapters, there is too little calibration text, or a model without logits, or with
-            one class alone, meets a config that needs them (`allocation="loss"`, `structure="auto"`).
+            offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
+            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`).
     """
     started = time.perf_counter()
     model = unwrapped(model)
@@ -96,7 +100,7 @@ def compress(
         names = [name for name, _ in model.named_modules() if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
         raise ValueError(
-            'structure="auto" needs calibration text and a model with logits of several classes; name a structure'
+            'structure="auto" needs calibration data and outputs that depend on the layers; name a structure'
         )
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
@@ -172,7 +176,7 @@ def replace_layer(
             spec,
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
-            config.fit_options,
+            config.fit_options(target.shape[1], problem.rows),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -8,11 +8,11 @@ from contextlib import closing
 
 from torch import Tensor, nn
 
-from hf_blr.calibration.blockwise import iterate_grams
+from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
-from hf_blr.calibration.sequential import Problem, SequentialChain
+from hf_blr.calibration.sequential import Problem, SequentialChain, problems_of
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
@@ -58,8 +58,11 @@ def groups_of_statistics(
     reached: list[str], plan: Plan, statistics: Statistics | None
 ) -> Generator[dict[str, Problem], None, None]:
     """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
-    grams = {} if statistics is None else statistics.grams
-    yield {name: Problem(grams.get(name)) for name in reached if name in plan}
+    fitted = [name for name in reached if name in plan]
+    if statistics is None:
+        yield dict.fromkeys(fitted, Problem(None))
+    else:
+        yield {name: Problem(statistics.grams[name], rows=statistics.rows_of(name)) for name in fitted}
 
 
 def calibrated_groups(
@@ -70,7 +73,7 @@ def calibrated_groups(
     config: BLRConfig,
     blocks: list[BlockReport],
 ) -> Generator[dict[str, Problem], None, None]:
-    """Sequentially if the config wants that and the model can, else from the dense model's inputs alone."""
+    """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
     def refine(name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> None:
         report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
@@ -80,10 +83,13 @@ def calibrated_groups(
     if config.sequential:
         with evaluating(model):
             chain = SequentialChain.trace(model, names, batches)
-            if chain is not None:
-                yield from chain.problems(config.damping, refine if config.block_steps else None)
-                return
-        logger.warning("the model is no plain chain of blocks on these batches: layers are fitted on dense inputs")
+            apart = [name for name in chain.apart if name in plan]
+            if apart:
+                reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
+                logger.warning("%s: %s are fitted on the dense model's inputs", reasons, ", ".join(apart))
+                yield problems_of(whole_model_grams(model, apart, batches))
+            yield from chain.problems(config.damping, refine if config.block_steps else None)
+            return
     with closing(iterate_grams(model, [name for name in names if name in plan], batches)) as blockwise:
         for grams in blockwise:
-            yield {name: Problem(gram) for name, gram in grams.items()}
+            yield problems_of(grams)

@@ -17,7 +17,7 @@ from hf_blr.config.names import AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHO
 from hf_blr.config.options import check_fields, integer
 from hf_blr.config.settings import BLRSettings
 from hf_blr.config.texts import check_dataset, stored_dataset
-from hf_blr.factorize.options import FitOptions
+from hf_blr.factorize.options import FitOptions, damping_of
 from hf_blr.structures import as_block_pair
 
 __all__ = ["AUTO", "FORMAT_VERSION", "QUANT_METHOD", "BLRConfig", "option_fields"]
@@ -99,10 +99,9 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
         """Whether a calibrated fit shares `ratio` out over the layers."""
         return self.fisher and self.ratio is not None and self.allocation != "uniform"
 
-    @property
-    def fit_options(self) -> FitOptions:
-        """What every fit is told."""
-        return FitOptions(self.fit_rounds, self.fit_tolerance, self.damping, self.seed)
+    def fit_options(self, features: int, rows: int = 1) -> FitOptions:
+        """What the fit of a layer of K features is told, which saw so many rows of calibration inputs, if any."""
+        return FitOptions(self.fit_rounds, self.fit_tolerance, damping_of(self.damping, features, rows), self.seed)
 
     def device_for(self, weight: torch.Tensor) -> torch.device:
         """Where the fit of this weight runs."""

@@ -105,7 +105,7 @@ class BLRSettings:
     fisher: bool = option(
         True,
         "Weigh errors in a layer's outputs by how much the model's loss feels them; costs one backward pass over the "
-        "calibration text, and needs a model with logits.",
+        "calibration data. A model without logits of several classes is weighed by the squared error of its features.",
         options.boolean,
         flag="--no-fisher",
         group=FITTED,
@@ -149,10 +149,11 @@ class BLRSettings:
         group=FITTED,
         type=float,
     )
-    damping: float = option(
-        1e-4,
-        "Added to the diagonal of each input Gram matrix, as a fraction of its mean.",
-        options.fraction,
+    damping: float | None = option(
+        None,
+        "Added to the diagonal of each input Gram matrix, as a fraction of its mean. If left out, sqrt(K / T) for K "
+        "features and T tokens: the less text, the less is believed of it.",
+        options.optional_fraction,
         flag="--damping",
         group=FITTED,
         type=float,
