@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Format
-from hf_blr.formats.values import fault
+from hf_blr.formats.values import check_fit, fault
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
 
@@ -100,6 +100,9 @@ class BLRLinear(nn.Module):
             factors: of `factorize.Factors`.
             like: a dense layer or a BLR layer.
             storage: the format in which the factors are kept.
+
+        Raises:
+            ValueError: if a number is too large for the dtype.
         """
         if isinstance(like, BLRLinear):
             dtype, device, transposed = like.dtype, like.device, like.transposed
@@ -107,6 +110,7 @@ class BLRLinear(nn.Module):
             weight = stored_weight(like)
             dtype, device, transposed = weight.dtype, weight.device, is_transposed(like)
         stored = storage.pack(spec, factors, dtype, device)
+        check_fit(spec, storage, stored)
         return BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage).train(like.training)
 
     def put(self, name: str, value: Tensor) -> None:

@@ -245,6 +245,9 @@ class SequentialChain(BlockChain):
                 pull = add(pull, rows_of(gap, real[i]).mT @ reached)
         # there is a batch, or no block would have been traced
         assert gram is not None and cross is not None
+        if not gram.any():
+            # behind a norm that is zero, say: any weight does
+            return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
         damping = damping_of(damping, len(gram), count)
         targets = {name: self.target(name, gram, cross, pull, share, damping) for name in group}
@@ -258,7 +261,10 @@ class SequentialChain(BlockChain):
         image = share * (weight @ (cross - gram).double())
         if pull is not None:
             image += pull.double()
-        root = cholesky(damped(gram, damping).double())
+        try:
+            root = cholesky(damped(gram, damping).double())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         return (weight + torch.cholesky_solve(image.mT, root).mT).float()
 
     def inputs_of(

@@ -68,12 +68,14 @@ def share_budget(
     the config's ratio, since nothing can be predicted of them. Neither are in the loss.
 
     Raises:
-        ValueError: if the budget is smaller than the smallest options.
+        ValueError: if the budget is smaller than the smallest options, or so large that every layer stays dense.
     """
     budget = budget or Budget()
     fixed = {name for name in plan if {"ratio", "rank"} & set(override_for(name, config.overrides))}
     fixed |= {name for name in plan if not statistics.felt(name)}
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
+    if not free:
+        return plan, 0.0
     shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}
     curves = {name: layer.curve() for name, layer in layers.items()}
@@ -95,6 +97,11 @@ def share_budget(
         logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))
     specs = {name: taken[name].spec if name in taken else layer.spec for name, layer in plan.items()}
     chosen = {name: replace(plan[name], spec=spec) for name, spec in specs.items() if spec is not None}
+    if not chosen:
+        raise ValueError(
+            f"a budget of {amount:.4g} keeps all {len(plan)} layers dense, which cost no more: nothing would be "
+            "compressed; use a smaller ratio"
+        )
     return chosen, sum(option.loss for option in taken.values())
 
 
@@ -120,9 +127,13 @@ class Layer:
         return self.config.fit_options(features, self.statistics.rows_of(self.name))
 
     def curve(self) -> Tensor:
+        """`loss_curve` of the layer; raises ValueError with its name where the statistics overflowed."""
         weight, gram, output_gram = self.matrices()
         damping = self.options.damping
-        return loss_curve(weight, gram, output_gram, self.statistics.pairs(self.name), damping)
+        try:
+            return loss_curve(weight, gram, output_gram, self.statistics.pairs(self.name), damping)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""

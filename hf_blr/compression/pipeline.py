@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,8 +26,9 @@ from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
-from hf_blr.factorize import factorize
+from hf_blr.factorize import factorize, relative_error
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops.table import implementation_of
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
@@ -165,23 +167,30 @@ def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
 def replace_layer(
     model: nn.Module, name: str, plan: Plan, problem: Problem, output_gram: Tensor | None, config: BLRConfig
 ) -> LayerReport:
-    """Fits one layer and puts the result in its place."""
+    """Fits one layer and puts the result in its place; reports the error of what is stored."""
     started = time.perf_counter()
     module, spec = model.get_submodule(name), plan[name].spec
     device = config.device_for(stored_weight(module))
-    target = dense_weight(module) if problem.target is None else problem.target
+    target = (dense_weight(module) if problem.target is None else problem.target).to(device)
+    gram = None if problem.gram is None else problem.gram.to(device)
+    options = config.fit_options(target.shape[1], problem.rows)
     try:
-        factors = factorize(
-            target.to(device),
-            spec,
-            None if problem.gram is None else problem.gram.to(device),
-            output_gram,
-            config.fit_options(target.shape[1], problem.rows),
-        )
+        factors = factorize(target, spec, gram, output_gram, options)
+        replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    model.set_submodule(name, BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage))
-    return LayerReport(name, spec, factors.rel_error, factors.rounds, time.perf_counter() - started)
+    rel_error = stored_error(replaced, target, gram)
+    model.set_submodule(name, replaced)
+    return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def stored_error(module: BLRLinear, target: Tensor, gram: Tensor | None) -> float:
+    """`relative_error` of the matrix that the module holds, multiplied out in float32, to the target `[N, K]`."""
+    tensors = {name: t.to(target.device) for name, t in module.tensors().items()}
+    wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    matrix = implementation_of(module.spec.structure).dense(**wide)
+    return relative_error(target.float(), matrix, None if gram is None else gram.float())
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,11 @@ from hf_blr.structures import BLRSpec
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer; rel_error and rounds as in `factorize.Factors`."""
+    """One replaced layer; rounds as in `factorize.Factors`.
+
+    rel_error: as there, but of the factors as they are stored, rounded to their dtype, and on the calibration inputs
+        alone, without the damping that the fit adds to them. Of layers that are fitted to the weights, Frobenius.
+    """
 
     name: str
     spec: BLRSpec

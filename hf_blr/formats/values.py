@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_blr.structures import FACTOR, INDEX, SCALE
+from hf_blr.formats.plain import Format
+from hf_blr.structures import FACTOR, INDEX, SCALE, BLRSpec
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -34,6 +35,17 @@ def fault_of_dtype(kind: str, dtype: torch.dtype) -> str | None:
     if kind in (FACTOR, SCALE) and not dtype.is_floating_point:
         return f"expected floating-point numbers, got {dtype}"
     return None
+
+
+def check_fit(spec: BLRSpec, storage: Format, stored: dict[str, Tensor]) -> None:
+    """Raises ValueError if a fit's stored tensors hold numbers that no layer may: they were too large for the dtype."""
+    for name, (_, kind) in storage.stored(spec).items():
+        problem = fault(kind, stored[name])
+        if problem is not None:
+            raise ValueError(
+                f"the fit's {name} cannot be stored as {stored[name].dtype}: {problem}; load the model in a wider "
+                "dtype, or leave this module dense with modules_to_not_convert"
+            )
 
 
 def is_finite(value: Tensor) -> bool:

@@ -29,9 +29,9 @@ def columns_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back. R, REST and strides of both come / VEC.
+    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back.
 
-    Indices outside of x's K columns read zeros and write nothing.
+    Indices outside of x's K columns read zeros and write nothing. Sizes and strides of y and rest come / VEC.
     Columns are the inner part of the grid: y and rest take x's cache lines from L2 one after the other.
     """
     pivot_tiles, tiles = tl.cdiv(R * VEC, BC), tl.cdiv(R * VEC, BC) + tl.cdiv(REST * VEC, BC)
