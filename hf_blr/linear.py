@@ -12,6 +12,7 @@ from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Format
 from hf_blr.formats.values import check_fit, fault
 from hf_blr.ops.table import implementation_of
+from hf_blr.readonly import ReadOnly
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
 
 
@@ -19,7 +20,7 @@ class BLRLinear(nn.Module):
     """A linear layer whose matrix is stored as block low-rank factors.
 
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
-    to a dense weight that does not exist. `weight` is there to be read, as the dense matrix.
+    to a dense weight that does not exist. `weight` is the dense matrix, to be read and differentiated, not written to.
 
     Args:
         spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
@@ -193,16 +194,18 @@ class BLRLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix as the replaced layer would hold it, detached: for code that only looks at it.
+        """The dense matrix as the replaced layer would hold it, differentiable in the factors while gradients are on.
 
-        While a dense checkpoint streams in, a placeholder parameter of this name stands in the module; it is what the
-        loader must see then.
+        It is there to be read; writing to it raises RuntimeError. While a dense checkpoint streams in, a placeholder
+        parameter of this name stands in the module; it is what the loader must see then.
         """
         placeholder = self._parameters.get("weight")
         if placeholder is not None:
             return placeholder
-        dense = self.dense_weight().detach()
+        dense = self.dense_weight()
         dense = dense.T if self.transposed else dense
+        if not torch.compiler.is_compiling():
+            dense = dense.as_subclass(ReadOnly)
         # transformers' _init_weights re-initialises what does not carry this mark
         dense._is_hf_initialized = True  # type: ignore[attr-defined]
         return dense
