@@ -99,8 +99,8 @@ def share_budget(
     chosen = {name: replace(plan[name], spec=spec) for name, spec in specs.items() if spec is not None}
     if not chosen:
         raise ValueError(
-            f"a budget of {amount:.4g} keeps all {len(plan)} layers dense, which cost no more: nothing would be "
-            "compressed; use a smaller ratio"
+            f"a budget of {amount:.4g} is best spent on all {len(plan)} layers as they are, dense: nothing would be "
+            "compressed; give a smaller one"
         )
     return chosen, sum(option.loss for option in taken.values())
 
