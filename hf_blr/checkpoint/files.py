@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,24 @@ def stored_tensors(files: list[str]) -> Iterator[tuple[str, tuple[int, ...], tor
                 )
             seen[key] = file
             yield key, shape, dtype
+
+
+@contextmanager
+def naming_files(folder: Path) -> Iterator[None]:
+    """Inside the `with`, a load: where a weight file of the folder cannot be read, ValueError that names the file.
+
+    The readers' own errors, which pass through otherwise, name none.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, *UNREADABLE):
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".safetensors", ".bin"):
+                for _ in tensors_in(str(file)):
+                    break
+        raise
 
 
 def tensors_in(file: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
