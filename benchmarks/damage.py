@@ -216,13 +216,10 @@ def plan_crowd(checkpoint: Checkpoint, rng: Random) -> list[str]:
 
 
 def config_field(checkpoint: Checkpoint, rng: Random) -> list[str]:
-    field = rng.choice(option_fields())
-    # None stands for a default of many fields, and text may be called anything
-    wrong = [v for v in (*WRONG_VALUES, -(10**9)) if v is not None and field.metadata["check"](v) is not None]
-    if not wrong:
-        return config_key(checkpoint, rng)
-    checkpoint.blr[field.name] = rng.choice(wrong)
-    return [field.name]
+    values = (*WRONG_VALUES, -(10**9))
+    wrong = [(f.name, v) for f in option_fields() for v in values if f.metadata["check"](v) is not None]
+    name, checkpoint.blr[name] = rng.choice(wrong)
+    return [name]
 
 
 def config_key(checkpoint: Checkpoint, rng: Random) -> list[str]:

@@ -210,6 +210,20 @@ def test_it_trains():
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_a_moving_average_keeps_the_order_and_one_over_buffers_does_not_load():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = nn.Sequential(BLRLinear.from_spec(Pivoted(96, 64, 20)))
+    right, wrong = (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=b) for b in (False, True))
+    for average in (right, wrong):
+        # the first update copies
+        average.update_parameters(model)
+        average.update_parameters(model)
+    assert torch.equal(right.module[0].order, model[0].order)
+    with pytest.raises(RuntimeError, match="order: expected each integer of 0 to 95 once"):
+        model.load_state_dict(wrong.module.state_dict())
+
+
 def test_layers_are_pairs_while_they_are_trained():
     model = tiny_gpt2()
     hf_blr.compress(model, BLRConfig("pivoted", ratio=0.6), progress=False)
