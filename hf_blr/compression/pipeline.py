@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,7 +23,9 @@ from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
-from hf_blr.factorize import factorize
+from hf_blr.factorize import factorize, relative_error
+from hf_blr.factorize.gram import damped
+from hf_blr.formats import PLAIN
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
@@ -168,12 +171,29 @@ def replace_layer(
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    model.set_submodule(name, BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage))
-    return LayerReport(name, spec, factors.rel_error, factors.rounds, time.perf_counter() - started)
+    replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
+    model.set_submodule(name, replaced)
+    rel_error = factors.rel_error
+    if plan[name].storage != PLAIN:
+        rel_error = rounded_error(target, replaced, problem.gram, config)
+    return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
+
+
+def rounded_error(target: Tensor, module: BLRLinear, gram: Tensor | None, config: BLRConfig) -> float:
+    """The relative error of a layer as it is stored, in the measure of `factorize.Factors`."""
+    target = target.to(config.device_for(target)).float()
+    matrix = module.dense_weight(torch.float32).detach().to(target)
+    return relative_error(target, matrix, None if gram is None else damped(gram.to(target), config.damping))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:
-    """(numbers, bytes) in the model's parameters and its factors' indices, shared ones counted once."""
-    indices = [index for module in blr_modules(model).values() for index in module.indices().values()]
-    stored = [*model.parameters(), *indices]
-    return sum(t.numel() for t in stored), sum(t.numel() * t.element_size() for t in stored)
+    """(numbers, bytes) of the model's parameters and its factors' indices, shared ones counted once.
+
+    A factor in bits counts as the numbers that it stands for, and with the bytes that it takes.
+    """
+    layers = blr_modules(model).values()
+    held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    numbers = sum(p.numel() for p in others) + sum(layer.num_parameters for layer in layers)
+    stored = [*model.parameters(), *(index for layer in layers for index in layer.indices().values())]
+    return numbers, sum(t.numel() * t.element_size() for t in stored)

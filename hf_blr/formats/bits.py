@@ -1,0 +1,143 @@
+"""What all formats have in common that store factors in fewer bits: codes and scales in the place of each factor.
+
+A factor u becomes a module `u` of the layer, whose tensors have the names and layout by which compressed-tensors stores
+the weight of a module: its functions take the module's tensors as they are. Factors that multiply number by number
+(`BLRSpec.elementwise`) and indices stay as in the plain format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_blr.formats.codes import Codes
+from hf_blr.formats.plain import Factors, Format
+from hf_blr.structures import CODES, FACTOR, SCALE, SHAPE, BLRSpec, StoredTensor
+from hf_blr.structures.spec import divisors
+
+#: of scales, whatever the layer's dtype: 16 bits with the range of float32, so that none becomes zero or infinite
+SCALE_DTYPE = torch.bfloat16
+
+#: tensors of one factor by their names in its module
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bits(Format):
+    """A format that keeps codes and scales. One that derives from it says how they are chosen and laid out."""
+
+    #: bits of a code
+    bits: int = 8
+    #: consecutive numbers of a row that share a scale; None: the whole row
+    group_size: int | None = None
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {} if self.group_size is None else {"group_size": self.group_size}
+
+    def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise}
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+        """{name in the factor's module: shape and kind} for a factor `[..., n, k]`."""
+        raise NotImplementedError
+
+    def scales(self, factor: Tensor) -> Tensor:
+        """The scales `[..., n, groups]` with which `rounded` comes closest to a factor `[..., n, k]`."""
+        raise NotImplementedError
+
+    def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
+        """The nearest codes to a factor `[..., n, k]` with these scales `[..., n, groups]`."""
+        raise NotImplementedError
+
+    def laid_out(self, codes: Codes) -> dict[str, Tensor]:
+        """The tensors of `parts` that hold these codes."""
+        raise NotImplementedError
+
+    def codes(self, parts: Parts, shape: tuple[int, ...]) -> Codes:
+        """The codes that tensors hold for a factor of this shape."""
+        raise NotImplementedError
+
+    def fault(self, parts: Parts, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with the values of these tensors, which have the right shapes and dtypes; None if nothing."""
+        scale = parts["weight_scale"]
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            return "weight_scale must be finite and positive"
+        return None
+
+    def stored(self, spec: BLRSpec) -> dict[str, StoredTensor]:
+        shapes = self.in_bits(spec)
+        found: dict[str, StoredTensor] = {}
+        for name, tensor in spec.tensors().items():
+            if name in shapes:
+                found |= {f"{name}.{leaf}": part for leaf, part in self.parts(tensor.shape).items()}
+            else:
+                found[name] = tensor
+        return found
+
+    def dtype_of(self, kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        own = {CODES: torch.int32, SCALE: SCALE_DTYPE, SHAPE: torch.int64}
+        return own[kind] if kind in own else super().dtype_of(kind, dtype)
+
+    def pack(self, spec: BLRSpec, tensors: Factors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        shapes = self.in_bits(spec)
+        kept = super().pack(spec, {n: t for n, t in tensors.items() if n not in shapes}, dtype, device)
+        for name, shape in shapes.items():
+            given = tensors[name]
+            codes = given if isinstance(given, Codes) else self.nearest(given.float())
+            if isinstance(given, Codes):
+                self.check_codes(name, codes, shape)
+            kept |= {f"{name}.{leaf}": part.to(device) for leaf, part in self.laid_out(codes).items()}
+        return {name: kept[name] for name in self.stored(spec)}
+
+    def nearest(self, factor: Tensor) -> Codes:
+        """A factor `[..., n, k]` rounded to the nearest codes, with the scales that suit that best."""
+        return self.rounded(factor, self.scales(factor))
+
+    def grouped(self, factor: Tensor) -> Tensor:
+        """A factor `[..., n, k]` as `[..., n, groups, size]`."""
+        return factor.unflatten(-1, (-1, self.group_size or factor.shape[-1]))
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return *shape[:-1], 1 if self.group_size is None else shape[-1] // self.group_size
+
+    def misfit(self, spec: BLRSpec) -> str | None:
+        rows = {name: shape[-1] for name, shape in self.in_bits(spec).items() if math.prod(shape)}
+        for name, length in rows.items():
+            if self.group_size is not None and length % self.group_size:
+                common = math.gcd(*rows.values())
+                choices = [size for size in divisors(common) if size > 1]
+                return (
+                    f"rows of {name} hold {length} numbers, which groups of {self.group_size} do not divide; take "
+                    + (f"a group_size of {choices}" if choices else "another rank")
+                    + ", or None for one scale a row"
+                )
+        return None
+
+    def waste(self, spec: BLRSpec) -> str | None:
+        for name, shape in self.in_bits(spec).items():
+            tensors = [(size, self.dtype_of(kind, None)) for size, kind in self.parts(shape).values() if kind != SHAPE]
+            bits = 8 * sum(math.prod(size) * dtype.itemsize for size, dtype in tensors if dtype is not None)
+            if bits >= 16 * math.prod(shape) > 0:
+                return (
+                    f"{name} {list(shape)} takes {bits / math.prod(shape):.1f} bits a number in {self.name}, no less "
+                    "than the 16 of plain; take a larger rank or group_size, or the plain format"
+                )
+        return None
+
+    def check_codes(self, name: str, codes: Codes, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless a fit's codes for a factor of this shape can be stored."""
+        wanted = shape, self.scale_shape(shape)
+        given = tuple(codes.values.shape), tuple(codes.scale.shape)
+        if given != wanted or codes.scale.dtype != SCALE_DTYPE:
+            raise ValueError(
+                f"codes of {name} must have the shape {wanted[0]}, and scales {wanted[1]} in {SCALE_DTYPE}, got "
+                f"{given[0]} and {given[1]} in {codes.scale.dtype}"
+            )
+        wrong = self.fault(self.laid_out(codes), shape)
+        if wrong is not None:
+            raise ValueError(f"codes of {name}: {wrong}")

@@ -1,0 +1,87 @@
+"""Symmetric integers of 2, 3, 4 or 8 bits: compressed-tensors' `pack-quantized`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_blr.formats import words
+from hf_blr.formats.bits import SCALE_DTYPE, Bits, Parts
+from hf_blr.formats.codes import Codes
+from hf_blr.structures import CODES, SCALE, SHAPE, StoredTensor
+
+#: scales that are tried for a group, as fractions of the one at which its largest number gets the largest code: the
+#: fewer the bits and the longer the group, the more is gained by clipping
+SMALLEST_SCALE, SCALES = 0.2, 33
+
+
+@dataclass(frozen=True)
+class Integer(Bits):
+    """Codes in [-2^(bits-1), 2^(bits-1)), packed along each row into 32-bit words.
+
+    A factor `[..., n, k]` is kept as `weight_packed` `[..., n, words]` int32, `weight_scale` `[..., n, groups]`
+    bfloat16 and `weight_shape`, its shape as int64.
+    """
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+        return {
+            "weight_packed": StoredTensor((*shape[:-1], words.words_for(shape[-1], self.bits)), CODES),
+            "weight_scale": StoredTensor(self.scale_shape(shape), SCALE),
+            "weight_shape": StoredTensor((len(shape),), SHAPE),
+        }
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    def scales(self, factor: Tensor) -> Tensor:
+        """Of least squared error, of `SCALES` for each group."""
+        groups = self.grouped(factor)
+        # a group of zeros takes any scale
+        largest = groups.abs().amax(-1)
+        full = torch.where(largest > 0, largest, 1.0) / (-self.lowest - 1)
+        best = full.to(SCALE_DTYPE)
+        least = torch.full_like(full, float("inf"))
+        for share in torch.linspace(SMALLEST_SCALE, 1, SCALES).tolist():
+            scale = (share * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+            wide = scale.float().unsqueeze(-1)
+            error = (self.clamped(groups / wide) * wide - groups).square().sum(-1)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best
+
+    def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
+        values = self.clamped(self.grouped(factor) / scale.to(factor.dtype).unsqueeze(-1))
+        return Codes(values.to(torch.int8).flatten(-2), scale)
+
+    def clamped(self, values: Tensor) -> Tensor:
+        return values.round().clamp(self.lowest, -self.lowest - 1)
+
+    def laid_out(self, codes: Codes) -> dict[str, Tensor]:
+        shape = torch.tensor(codes.values.shape, dtype=torch.int64)
+        return {
+            "weight_packed": words.pack(codes.values, self.bits),
+            "weight_scale": codes.scale.contiguous(),
+            "weight_shape": shape,
+        }
+
+    def codes(self, parts: Parts, shape: tuple[int, ...]) -> Codes:
+        return Codes(words.unpack(parts["weight_packed"], self.bits, shape[-1]), parts["weight_scale"])
+
+    def fault(self, parts: Parts, shape: tuple[int, ...]) -> str | None:
+        if parts["weight_shape"].tolist() != list(shape):
+            return f"weight_shape must say {list(shape)}, got {parts['weight_shape'].tolist()}"
+        if not words.leftover_is_zero(parts["weight_packed"], self.bits, shape[-1]):
+            return f"weight_packed has bits behind the last of {shape[-1]} numbers, which must be zero"
+        return super().fault(parts, shape)
+
+    def check_codes(self, name: str, codes: Codes, shape: tuple[int, ...]) -> None:
+        highest = -self.lowest - 1
+        values = codes.values
+        if values.dtype != torch.int8 or bool(((values < self.lowest) | (values > highest)).any()):
+            raise ValueError(
+                f"codes of {name} must be int8 in [{self.lowest}, {highest}] for {self.name}, got {values.dtype} in "
+                f"[{values.min().item()}, {values.max().item()}]"
+            )
+        super().check_codes(name, codes, shape)
