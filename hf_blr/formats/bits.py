@@ -51,7 +51,10 @@ class Bits(Format):
         raise NotImplementedError
 
     def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
-        """The nearest codes to a factor `[..., n, k]` with these scales `[..., n, groups]`."""
+        """The nearest codes to a factor `[..., n, k]` with these scales `[..., n, groups]`.
+
+        Also of a part of its columns, with the scales of their groups: what a fit that rounds column by column asks.
+        """
         raise NotImplementedError
 
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
@@ -97,10 +100,6 @@ class Bits(Format):
     def nearest(self, factor: Tensor) -> Codes:
         """A factor `[..., n, k]` rounded to the nearest codes, with the scales that suit that best."""
         return self.rounded(factor, self.scales(factor))
-
-    def grouped(self, factor: Tensor) -> Tensor:
-        """A factor `[..., n, k]` as `[..., n, groups, size]`."""
-        return factor.unflatten(-1, (-1, self.group_size or factor.shape[-1]))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return *shape[:-1], 1 if self.group_size is None else shape[-1] // self.group_size

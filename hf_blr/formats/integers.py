@@ -12,9 +12,10 @@ from hf_blr.formats.bits import SCALE_DTYPE, Bits, Parts
 from hf_blr.formats.codes import Codes
 from hf_blr.structures import CODES, SCALE, SHAPE, StoredTensor
 
-#: scales that are tried for a group, as fractions of the one at which its largest number gets the largest code: the
-#: fewer the bits and the longer the group, the more is gained by clipping
-SMALLEST_SCALE, SCALES = 0.2, 33
+#: scales that are tried for a group, down to this fraction of the one that clips nothing. On normally distributed rows of
+#: 4096 that takes the relative error from 0.15 to 0.11 in 4 bits, from 0.35 to 0.20 in 3 and from 0.89 to 0.39 in 2;
+#: with 8 bits it gains nothing
+SMALLEST_SCALE, SCALES, CLIPS_BELOW = 0.2, 24, 8
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,32 @@ class Integer(Bits):
     def lowest(self) -> int:
         return -(1 << (self.bits - 1))
 
+    @property
+    def highest(self) -> int:
+        return -self.lowest - 1
+
     def scales(self, factor: Tensor) -> Tensor:
-        """Of least squared error, of `SCALES` for each group."""
-        groups = self.grouped(factor)
+        """Of least squared error for each group, among scales down to a fraction of the one that clips nothing."""
+        groups = factor.unflatten(-1, (-1, self.group_size or factor.shape[-1]))
+        full = torch.maximum(groups.amax(-1) / self.highest, groups.amin(-1) / self.lowest)
         # a group of zeros takes any scale
-        largest = groups.abs().amax(-1)
-        full = torch.where(largest > 0, largest, 1.0) / (-self.lowest - 1)
+        full = torch.where(full > 0, full, 1.0)
         best = full.to(SCALE_DTYPE)
         least = torch.full_like(full, float("inf"))
-        for share in torch.linspace(SMALLEST_SCALE, 1, SCALES).tolist():
-            scale = (share * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+        for step in range(SCALES if self.bits < CLIPS_BELOW else 1):
+            scale = (SMALLEST_SCALE ** (step / (SCALES - 1)) * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
             wide = scale.float().unsqueeze(-1)
             error = (self.clamped(groups / wide) * wide - groups).square().sum(-1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return best
 
     def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
-        values = self.clamped(self.grouped(factor) / scale.to(factor.dtype).unsqueeze(-1))
+        groups = factor.unflatten(-1, (scale.shape[-1], -1))
+        values = self.clamped(groups / scale.to(factor.dtype).unsqueeze(-1))
         return Codes(values.to(torch.int8).flatten(-2), scale)
 
     def clamped(self, values: Tensor) -> Tensor:
-        return values.round().clamp(self.lowest, -self.lowest - 1)
+        return values.round().clamp(self.lowest, self.highest)
 
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
         shape = torch.tensor(codes.values.shape, dtype=torch.int64)
@@ -77,11 +83,10 @@ class Integer(Bits):
         return super().fault(parts, shape)
 
     def check_codes(self, name: str, codes: Codes, shape: tuple[int, ...]) -> None:
-        highest = -self.lowest - 1
         values = codes.values
-        if values.dtype != torch.int8 or bool(((values < self.lowest) | (values > highest)).any()):
+        if values.dtype != torch.int8 or bool(((values < self.lowest) | (values > self.highest)).any()):
             raise ValueError(
-                f"codes of {name} must be int8 in [{self.lowest}, {highest}] for {self.name}, got {values.dtype} in "
+                f"codes of {name} must be int8 in [{self.lowest}, {self.highest}] for {self.name}, got {values.dtype} in "
                 f"[{values.min().item()}, {values.max().item()}]"
             )
         super().check_codes(name, codes, shape)
