@@ -81,7 +81,10 @@ def test_a_fit_is_rounded_as_its_format_says(structure, storage):
     }
     assert any(isinstance(part, Codes) for part in taken.values())
     handed = BLRLinear.from_fit(spec, taken, nn.Linear(32, 48), FORMATS[storage])
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(handed.stored().values(), rounded.stored().values()))
+    assert all(
+        torch.equal(a.float(), b.float())
+        for a, b in zip(handed.stored().values(), rounded.stored().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("storage", FORMATS)

@@ -50,7 +50,11 @@ class Integer(Bits):
         best = full.to(SCALE_DTYPE)
         least = torch.full_like(full, float("inf"))
         for step in range(SCALES if self.bits < CLIPS_BELOW else 1):
-            scale = (SMALLEST_SCALE ** (step / (SCALES - 1)) * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+            scale = (
+                (SMALLEST_SCALE ** (step / (SCALES - 1)) * full)
+                .to(SCALE_DTYPE)
+                .clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+            )
             wide = scale.float().unsqueeze(-1)
             error = (self.clamped(groups / wide) * wide - groups).square().sum(-1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)

@@ -1,0 +1,383 @@
+"""Models whose layers are stored in bits: planned, streamed, saved, loaded, placed, and shown."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import hf_blr
+from hf_blr import BLRConfig, compress
+from hf_blr.cli import main
+from hf_blr.finetune import mark_only_factors_trainable
+from hf_blr.formats import PLAIN, FactorInBits, format_named
+from hf_blr.integration import blr_modules, from_config, to_dense
+from hf_blr.plan import layers_from_plan, plan_from_layers, resolve_plan
+from hf_blr.structures import Dense
+
+MIXED = BLRConfig(
+    "blast",
+    ratio=0.6,
+    num_blocks=2,
+    factor_format="int4",
+    dense_format="int3",
+    group_size=8,
+    overrides={
+        "(down_proj|attention.output.dense|attn.c_proj)": {"structure": "dense", "dense_format": "fp8"},
+        "(k_proj|key|c_fc)": {"structure": "dense"},
+        "(up_proj|query)": {"structure": "pivoted", "factor_format": "int8", "group_size": None},
+        "(gate_proj|value)": {"structure": "monarch", "factor_format": "int2"},
+        "o_proj": {"structure": "low_rank", "factor_format": "plain"},
+    },
+)
+
+
+def streamed(model, folder, config):
+    model.save_pretrained(folder / "dense")
+    return type(model).from_pretrained(folder / "dense", blr_config=config)
+
+
+def same(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    assert set(first) == set(second)
+    for key, value in first.items():
+        other = second[key]
+        assert value.dtype == other.dtype and torch.equal(value.view(torch.uint8), other.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixed_model_is_streamed_saved_in_shards_and_loaded(make, dtype, tmp_path):
+    model = streamed(make().to(dtype), tmp_path, MIXED)
+    formats = {module.storage.name for module in blr_modules(model).values()}
+    assert {"int4", "int3", "fp8"} <= formats and model.dtype == dtype
+    model.save_pretrained(tmp_path / "bits", max_shard_size="20KB")
+    assert len(list((tmp_path / "bits").glob("*.safetensors"))) > 1
+    loaded = type(model).from_pretrained(tmp_path / "bits")
+    same(loaded, model)
+    assert torch.equal(tiny_logits(loaded), tiny_logits(model))
+    assert loaded.config.quantization_config == model.config.quantization_config
+    in_memory = make().to(dtype)
+    compress(in_memory, MIXED, progress=False)
+    same(in_memory, model)
+    held = [module for module in loaded.modules() if isinstance(module, FactorInBits)]
+    assert held and not any(p.requires_grad for module in held for p in module.parameters())
+
+
+def test_the_dtype_that_is_asked_for_reaches_numbers_alone(tmp_path):
+    model = streamed(tiny_llama().bfloat16(), tmp_path, MIXED)
+    model.save_pretrained(tmp_path / "bits")
+    wide = LlamaForCausalLM.from_pretrained(tmp_path / "bits", dtype=torch.float32)
+    bits = {key for key in model.state_dict() if "weight_" in key or "fp8" in key}
+    assert len(bits) > 30
+    for name, module in blr_modules(wide).items():
+        narrow = model.get_submodule(name)
+        assert module.dtype == torch.float32
+        for key, value in module.stored().items():
+            old = narrow.stored()[key]
+            assert value.dtype == (old.dtype if "." in key or key == "order" else torch.float32)
+            assert torch.equal(value.float(), old.float())
+    wide.to(torch.bfloat16)
+    same(wide, model)
+
+
+def test_the_file_is_as_large_as_the_bits_say(tmp_path):
+    model = tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=1).bfloat16()
+    rest = 2 * sum(p.numel() for name, p in model.named_parameters() if "_proj" not in name)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    for name, group_size, bits in (("int4", 64, 4.25), ("int3", 64, 3.25), ("int8", 128, 8.125), ("fp8", None, 8.04)):
+        config = BLRConfig("dense", dense_format=name, group_size=group_size)
+        stored = streamed(model, tmp_path, config)
+        stored.save_pretrained(tmp_path / name)
+        size = os.path.getsize(tmp_path / name / "model.safetensors")
+        assert size - rest == pytest.approx(weights * bits / 8, rel=0.01)
+    config = BLRConfig("blast", ratio=0.5, factor_format="int4", group_size=32, num_blocks=(4, 4))
+    stored = streamed(model, tmp_path, config)
+    stored.save_pretrained(tmp_path / "blast")
+    size = os.path.getsize(tmp_path / "blast" / "model.safetensors")
+    plan = plan_from_layers(stored.config.quantization_config.layers)
+    said = sum(layer.storage.num_bytes(layer.spec, torch.bfloat16) for layer in plan.values())
+    assert size - rest == pytest.approx(said, rel=0.01)
+    # u and v in 4 bits and a scale for 32 numbers, s in 16 bits
+    small = sum(16 * layer.spec.rank for layer in plan.values())
+    numbers = sum(layer.spec.num_parameters for layer in plan.values())
+    assert said == pytest.approx((numbers - small) * 4.5 / 8 + 2 * small, rel=0.01)
+
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with groups of int3 in rows that end inside a word, and fp8."""
+    root = tmp_path_factory.mktemp("bits")
+    overrides = {"down_proj": {"structure": "dense"}}
+    config = BLRConfig("low_rank", rank=20, factor_format="int3", dense_format="fp8", overrides=overrides)
+    streamed(tiny_llama(), root, config).save_pretrained(root / "bits")
+    return root / "bits"
+
+
+def edited(folder, target, edit=None, edit_config=None):
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    if edit:
+        edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    if edit_config:
+        edit_config(config["quantization_config"])
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def filled(key, place, value):
+    def edit(tensors):
+        tensors[key][place] = value
+
+    return edit
+
+
+def replaced(key, change):
+    return lambda tensors: tensors.update({key: change(tensors[key])})
+
+
+BROKEN = {
+    "scale of zero": (filled(f"{Q}.u.weight_scale", (3, 0), 0), rf"{Q}\.u\.weight_scale must be finite and positive"),
+    "scale below zero": (filled(f"{Q}.u.weight_scale", (3, 0), -1), "finite and positive"),
+    "scale of NaN": (filled(f"{Q}.v.weight_scale", (0, 0), float("nan")), rf"{Q}\.v\.weight_scale must be finite"),
+    "scale of infinity": (filled(f"{DOWN}.w.weight_scale", (0, 0), float("inf")), rf"{DOWN}\.w\.weight_scale"),
+    "shape of another": (
+        filled(f"{Q}.u.weight_shape", (1,), 21),
+        rf"{Q}\.u\.weight_shape must say \[64, 20\], got \[64, 21\]",
+    ),
+    "bits behind the last": (
+        filled(f"{Q}.u.weight_packed", (5, 1), -1),
+        rf"{Q}\.u\.weight_packed has bits behind the last of 20",
+    ),
+    "NaN in fp8": (
+        replaced(f"{DOWN}.w.weight", lambda t: (t.float() * float("nan")).to(t.dtype)),
+        "w.weight holds NaN",
+    ),
+    "packed as another": (
+        replaced(f"{Q}.u.weight_packed", lambda t: t[:, :1].contiguous()),
+        rf"{Q}\.u\.weight_packed \(shape \(64, 1\), the config's layers say \(64, 2\)\)",
+    ),
+    "packed in 64 bits": (
+        replaced(f"{Q}.u.weight_packed", torch.Tensor.long),
+        rf"{Q}\.u\.weight_packed \(torch.int64, the config's layers say torch.int32\)",
+    ),
+    "fp8 as numbers": (replaced(f"{DOWN}.w.weight", torch.Tensor.half), rf"{DOWN}\.w\.weight \(torch.float16.*float8"),
+    "scale in another dtype": (replaced(f"{Q}.u.weight_scale", torch.Tensor.half), "torch.float16.*bfloat16"),
+    "scale missing": (lambda t: t.pop(f"{Q}.u.weight_scale"), rf"Missing .*{Q}\.u\.weight_scale"),
+    "factor as numbers": (lambda t: t.update({f"{Q}.u": torch.zeros(64, 20)}), rf"{Q}\.u \(a low_rank module has u\.w"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_bits_are_refused_by_name(case, folder, tmp_path):
+    edit, message = BROKEN[case]
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(edited(folder, tmp_path / "broken", edit))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": "int5"}, rf"{Q}: format must be one of .* got 'int5'; a later hf_blr may know it"),
+        ({"format": "fp8", "group_size": 4}, rf"{Q}: the format 'fp8' takes no group_size"),
+        ({"format": "int4", "group_size": 16}, rf"{Q}: rows of u hold 20 numbers, which groups of 16 do not divide"),
+        ({"structure": "dense", "rank": 64, "format": "plain"}, rf"{Q}: a layer of structure 'dense' is smaller in"),
+        ({"structure": "dense", "rank": 20}, rf"{Q}: a dense 64x64 matrix has rank 64, got 20"),
+    ],
+)
+def test_plans_that_cannot_be(change, message, folder, tmp_path):
+    def edit(config):
+        config["layers"][Q].update(change)
+
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(edited(folder, tmp_path / "broken", edit_config=edit))
+
+
+def test_bits_of_a_layer_that_the_config_does_not_list(folder, tmp_path):
+    for name, tensor in ((Q, "u"), (DOWN, "w")):
+        broken = edited(folder, tmp_path / tensor, edit_config=lambda config, name=name: config["layers"].pop(name))
+        with pytest.raises(ValueError, match=rf"{name}\.{tensor}\.weight\S* \(the config's layers do not list"):
+            LlamaForCausalLM.from_pretrained(broken)
+
+
+def test_a_later_format_in_the_settings_is_refused_by_name(folder, tmp_path):
+    broken = edited(folder, tmp_path / "broken", edit_config=lambda config: config.update(factor_format="int5"))
+    with pytest.raises(ValueError, match="factor_format must be .* a later hf_blr may know more.*int5"):
+        LlamaForCausalLM.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_bits_are_offloaded_like_numbers(place, folder, tmp_path):
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    placed = {**dict.fromkeys(parts, "cpu"), "model.layers.1": place}
+    model = LlamaForCausalLM.from_pretrained(folder, device_map=placed, offload_folder=tmp_path / "offload")
+    assert torch.equal(tiny_logits(model), tiny_logits(LlamaForCausalLM.from_pretrained(folder)))
+    layer = model.model.layers[1].self_attn.q_proj
+    assert layer.u.weight_packed.is_meta == (place == "disk")
+    model.save_pretrained(tmp_path / "again")
+    same(LlamaForCausalLM.from_pretrained(tmp_path / "again"), LlamaForCausalLM.from_pretrained(folder))
+
+
+def test_streaming_into_an_offloaded_model(tmp_path):
+    model = streamed(tiny_llama(), tmp_path, MIXED)
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    placed = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    other = LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", blr_config=MIXED, device_map=placed, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(tiny_logits(other), tiny_logits(model))
+
+
+def test_device_map_auto_counts_bits(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert model.get_memory_footprint() < 1.1 * size
+    loaded = LlamaForCausalLM.from_pretrained(folder, device_map="auto", max_memory={"cpu": int(1.3 * size)})
+    assert torch.equal(tiny_logits(loaded), tiny_logits(model))
+
+
+def test_dense_again(folder):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    before = tiny_logits(model.float())
+    to_dense(model)
+    assert not blr_modules(model) and not hasattr(model.config, "quantization_config")
+    assert {type(model.get_submodule(name)) for name in (Q, DOWN)} == {nn.Linear}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(tiny_logits(model), before, rtol=1e-3, atol=1e-3)
+
+
+def test_it_generates(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    out = model.generate(tiny_inputs(model)["input_ids"], max_new_tokens=4, do_sample=False)
+    assert out.shape == (2, 16)
+
+
+def test_from_config_has_random_bits(folder):
+    model = from_config(LlamaForCausalLM.from_pretrained(folder).config)
+    assert torch.isfinite(tiny_logits(model)).all()
+    assert model.get_submodule(Q).storage == format_named("int3")
+
+
+def test_dense_layers_are_a_choice_of_a_plan(tmp_path):
+    model = tiny_llama()
+    overrides = {"down_proj": {"structure": "dense"}, "up_proj": {"structure": "dense", "dense_format": "plain"}}
+    config = BLRConfig("low_rank", rank=8, dense_format="int4", group_size=32, overrides=overrides)
+    plan = resolve_plan(model, config)
+    assert plan[DOWN].spec == Dense(96, 64, 64) and plan[DOWN].storage == format_named("int4", 32)
+    assert plan[Q].storage == PLAIN
+    # what is to stay dense, and plain, is no part of the plan
+    assert not [name for name in plan if name.endswith("up_proj")]
+    assert plan_from_layers(json.loads(json.dumps(layers_from_plan(plan)))) == plan
+    compress(model, BLRConfig(layers=layers_from_plan(plan)), progress=False)
+    report = compress(other := tiny_llama(), config, progress=False)
+    same(model, other)
+    errors = {layer.name: layer.rel_error for layer in report.layers}
+    weight = tiny_llama().get_submodule(DOWN).weight
+    expected = (other.get_submodule(DOWN).dense_weight() - weight).norm() / weight.norm()
+    assert errors[DOWN] == pytest.approx(expected.item(), rel=1e-4) and 0.05 < errors[DOWN] < 0.15
+    assert report.bytes_after < report.bytes_before and report.parameters_after < report.parameters_before
+
+
+def test_what_a_budget_leaves_dense_gets_the_dense_format():
+    settings = dict(ratio=0.8, factor_format="int4", group_size=8, num_blocks=2, fit_rounds=2)
+    ids = [tiny_inputs(tiny_llama())["input_ids"]]
+    report = compress(tiny_llama(), BLRConfig("blast", **settings), calibration=ids, progress=False)
+    assert report.left_dense
+    model = tiny_llama()
+    compress(model, BLRConfig("blast", **settings, dense_format="fp8"), calibration=ids, progress=False)
+    modules = blr_modules(model)
+    assert len(modules) == 14
+    for name, module in modules.items():
+        assert (module.spec.structure == "dense") == (name in report.left_dense)
+        assert module.storage == (format_named("fp8") if name in report.left_dense else format_named("int4", 8))
+
+
+def test_ranks_of_a_ratio_are_such_that_groups_divide():
+    plan = resolve_plan(tiny_llama(), BLRConfig("low_rank", ratio=0.8, factor_format="int4", group_size=4))
+    assert all(layer.spec.rank % 4 == 0 for layer in plan.values())
+    ranks = resolve_plan(tiny_llama(), BLRConfig("low_rank", ratio=0.8))
+    assert all(0 <= ranks[name].spec.rank - layer.spec.rank < 4 for name, layer in plan.items())
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: rows of u hold 10 .*\[2\], or None"):
+        resolve_plan(tiny_llama(), BLRConfig("low_rank", rank=10, factor_format="int4", group_size=4))
+    with pytest.raises(ValueError, match=r"down_proj: rows of w hold 96 numbers.*groups of 64"):
+        overrides = {"down_proj": {"structure": "dense"}}
+        config = BLRConfig("low_rank", rank=8, dense_format="int4", group_size=64, overrides=overrides)
+        resolve_plan(tiny_llama(), config)
+    with pytest.raises(ValueError, match=r"down_proj: rows of w hold 96"):
+        # before hours of calibration, and not after
+        resolve_plan(tiny_llama(), BLRConfig(ratio=0.9, num_blocks=1, dense_format="int4", group_size=64, dataset="c4"))
+
+
+def test_ranks_too_small_for_bits_stay_plain(caplog):
+    plan = resolve_plan(tiny_llama(), BLRConfig("low_rank", rank=1, factor_format="int4"))
+    assert all(layer.storage == PLAIN for layer in plan.values())
+    assert "q_proj: stays in the plain format: u [64, 1] takes 48.0 bits a number" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(ratio=0.5, factor_format="int5"), "factor_format must be one of .*int5"),
+        (dict(ratio=0.5, dense_format=4), "dense_format must be one of"),
+        (dict(ratio=0.5, factor_format="int4", group_size=0), "group_size must be a positive integer"),
+        (dict(ratio=0.5, factor_format="int4", group_size=-2), "group_size must be a positive integer"),
+        (dict(ratio=0.5, group_size=64), "no layer has one"),
+        (dict(ratio=0.5, factor_format="fp8", group_size=64), "no layer has one"),
+        (dict(structure="dense"), "set dense_format"),
+        (dict(structure="dense", ratio=0.5, dense_format="int4"), "keeps the whole matrix: leave ratio"),
+        (dict(ratio=0.5, overrides={"q": {"structure": "dense", "rank": 4}}), r"overrides\['q'\].*keeps the whole"),
+        (dict(ratio=0.5, overrides={"q": {"factor_format": "int5"}}), r"overrides\['q'\]: factor_format must be"),
+        (dict(ratio=0.5, factor_format="int4", block_steps=5, dataset="c4"), "block_steps refine"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BLRConfig(**settings)
+
+
+def test_settings_that_can():
+    assert BLRConfig(ratio=0.5, factor_format="int4", group_size=-1).storage_of("blast", {}) == format_named("int4")
+    config = BLRConfig(ratio=0.5, factor_format="fp8", dense_format="int8", group_size=64)
+    assert config.storage_of("blast", {}) == format_named("fp8")
+    assert config.storage_of("dense", {}) == format_named("int8", 64)
+    assert config.storage_of("dense", {"group_size": None}) == format_named("int8")
+    assert BLRConfig(**{k: v for k, v in config.to_dict().items() if k != "quant_method"}) == config
+
+
+def test_bits_do_not_train(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="stored in bits, which do not train: train adapters"):
+        mark_only_factors_trainable(model)
+
+
+def test_command_line(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = ["--structure", "dense", "--dense-format", "int4", "--group-size", "32", "--dataset", "none"]
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "out"), *options]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    # 4 bits, a scale of 16 bits for 32 numbers, and the shape of each of 14 matrices
+    bits = 4 + 16 / 32 + 14 * 128 / weights
+    assert "int4" in out and f"{bits:.2f} bits a weight" in out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {module.spec.structure for module in blr_modules(loaded).values()} == {"dense"}
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        assert f"{Q}.w.weight_packed" in tensors.keys()  # noqa: SIM118
+    assert hf_blr.lora_targets(loaded)
+    # a structure that has a size still wants one
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "none"), "--dataset", "none"]) != 0
+    assert "give exactly one of ratio" in capsys.readouterr().err
