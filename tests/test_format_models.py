@@ -213,7 +213,7 @@ def test_bits_of_a_layer_that_the_config_does_not_list(folder, tmp_path):
 
 def test_a_later_format_in_the_settings_is_refused_by_name(folder, tmp_path):
     broken = edited(folder, tmp_path / "broken", edit_config=lambda config: config.update(factor_format="int5"))
-    with pytest.raises(ValueError, match="factor_format must be .* a later hf_blr may know more.*int5"):
+    with pytest.raises(ValueError, match="factor_format must be .*a later hf_blr may know more.*int5"):
         LlamaForCausalLM.from_pretrained(broken)
 
 
