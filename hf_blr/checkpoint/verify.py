@@ -7,7 +7,7 @@ and leaves uninitialised memory where they should be.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -79,19 +79,29 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
 
 
 def check_bits(model: nn.Module) -> None:
-    """Of factors in bits, those in memory: they are valid, and the loader has not made them train.
+    """Of factors in bits, in memory or offloaded: they are valid, and the loader has not made them train.
 
     Raises:
-        ValueError: naming the tensors with codes, scales or shapes that cannot be.
+        ValueError: naming the tensors with codes, scales or shapes that cannot be, or that offloading has cast.
     """
     faults = []
     for name, module in model.named_modules():
-        if isinstance(module, FactorInBits):
-            module.requires_grad_(False)
-            parts = module.parts()
-            if not any(part.is_meta for part in parts.values()):
-                fault = module.storage.fault(parts, module.shape)
-                faults += [] if fault is None else [f"{name}.{fault}"]
+        if not isinstance(module, FactorInBits):
+            continue
+        module.requires_grad_(False)
+        parts = module.parts()
+        away: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        read = {leaf: away[leaf] if part.is_meta and away is not None else part for leaf, part in parts.items()}
+        cast = [leaf for leaf, part in parts.items() if read[leaf].dtype != part.dtype]
+        if cast:
+            # the first releases of transformers 5 do that, and every number would come out wrong
+            raise ValueError(
+                f"{name}.{cast[0]}: this transformers reads offloaded tensors as {read[cast[0]].dtype}, which destroys "
+                f"bits stored as {parts[cast[0]].dtype}; upgrade transformers, or load without offload to disk"
+            )
+        if not any(part.is_meta for part in read.values()):
+            fault = module.storage.fault(read, module.shape)
+            faults += [] if fault is None else [f"{name}.{fault}"]
     if faults:
         raise ValueError(
             describe("The checkpoint is damaged", faults) + "Save or fetch it again, or compress the dense model anew"
