@@ -57,6 +57,13 @@ def test_it_compresses_saves_and_loads(tmp_path):
     torch.testing.assert_close(tiny_logits(hf_blr.to_dense(loaded)), tiny_logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_it_is_stored_in_bits(tmp_path):
+    model, _ = compressed(ratio=0.6, factor_format="int4", fisher=False)
+    assert {module.storage.name for module in blr_modules(model).values()} == {"int4"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), tiny_logits(model))
+
+
 def test_a_full_rank_fit_is_exact():
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     fitted = factorize(weight, Kronecker(24, 16, 16, (4, 4)))
