@@ -22,6 +22,8 @@ class BLRLinear(nn.Module):
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
     to a dense weight that does not exist. `weight` is there to be read, as the dense matrix.
 
+    Factors that are kept in bits become numbers of the input's dtype in each forward, whatever then multiplies them.
+
     Args:
         spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
         bias: whether there is a bias `[N]`.
@@ -189,8 +191,8 @@ class BLRLinear(nn.Module):
 
     def factors(self) -> dict[str, nn.Parameter]:
         """{"u", ("s",) "v"}: the factors that are parameters, in the order in which the ops take them; none in bits."""
-        names = self.spec.names(FACTOR)
-        return {name: factor for name in names if (factor := self._parameters.get(name)) is not None}
+        in_bits = self.storage.in_bits(self.spec)
+        return {name: getattr(self, name) for name in self.spec.names(FACTOR) if name not in in_bits}
 
     def indices(self) -> dict[str, Tensor]:
         """The integers that belong to the factors, by name; most structures have none."""

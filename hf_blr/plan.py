@@ -157,7 +157,10 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
         )
     if not plan:
-        raise ValueError(f"rank={config.rank} makes no module of this model smaller; use a lower rank or a ratio")
+        raise ValueError(
+            f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
+            "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
+        )
     warn_of_experts(model)
     return plan
 

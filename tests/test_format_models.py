@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from format_cases import DOWN, Q, checkpoint, same, streamed
 from safetensors import safe_open
 from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_tokenizer
 from torch import nn
@@ -36,19 +37,6 @@ MIXED = BLRConfig(
         "o_proj": {"structure": "low_rank", "factor_format": "plain"},
     },
 )
-
-
-def streamed(model, folder, config):
-    model.save_pretrained(folder / "dense")
-    return type(model).from_pretrained(folder / "dense", blr_config=config)
-
-
-def same(a, b):
-    first, second = a.state_dict(), b.state_dict()
-    assert set(first) == set(second)
-    for key, value in first.items():
-        other = second[key]
-        assert value.dtype == other.dtype and torch.equal(value.view(torch.uint8), other.view(torch.uint8)), key
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
@@ -110,113 +98,9 @@ def test_the_file_is_as_large_as_the_bits_say(tmp_path):
     assert said == pytest.approx((numbers - small) * 4.5 / 8 + 2 * small, rel=0.01)
 
 
-Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint with groups of int3 in rows that end inside a word, and fp8."""
-    root = tmp_path_factory.mktemp("bits")
-    overrides = {"down_proj": {"structure": "dense"}}
-    config = BLRConfig("low_rank", rank=20, factor_format="int3", dense_format="fp8", overrides=overrides)
-    streamed(tiny_llama(), root, config).save_pretrained(root / "bits")
-    return root / "bits"
-
-
-def edited(folder, target, edit=None, edit_config=None):
-    from safetensors.torch import load_file, save_file
-
-    target.mkdir()
-    tensors = load_file(folder / "model.safetensors")
-    if edit:
-        edit(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    if edit_config:
-        edit_config(config["quantization_config"])
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def filled(key, place, value):
-    def edit(tensors):
-        tensors[key][place] = value
-
-    return edit
-
-
-def replaced(key, change):
-    return lambda tensors: tensors.update({key: change(tensors[key])})
-
-
-BROKEN = {
-    "scale of zero": (filled(f"{Q}.u.weight_scale", (3, 0), 0), rf"{Q}\.u\.weight_scale must be finite and positive"),
-    "scale below zero": (filled(f"{Q}.u.weight_scale", (3, 0), -1), "finite and positive"),
-    "scale of NaN": (filled(f"{Q}.v.weight_scale", (0, 0), float("nan")), rf"{Q}\.v\.weight_scale must be finite"),
-    "scale of infinity": (filled(f"{DOWN}.w.weight_scale", (0, 0), float("inf")), rf"{DOWN}\.w\.weight_scale"),
-    "shape of another": (
-        filled(f"{Q}.u.weight_shape", (1,), 21),
-        rf"{Q}\.u\.weight_shape must say \[64, 20\], got \[64, 21\]",
-    ),
-    "bits behind the last": (
-        filled(f"{Q}.u.weight_packed", (5, 1), -1),
-        rf"{Q}\.u\.weight_packed has bits behind the last of 20",
-    ),
-    "NaN in fp8": (
-        replaced(f"{DOWN}.w.weight", lambda t: (t.float() * float("nan")).to(t.dtype)),
-        "w.weight holds NaN",
-    ),
-    "packed as another": (
-        replaced(f"{Q}.u.weight_packed", lambda t: t[:, :1].contiguous()),
-        rf"{Q}\.u\.weight_packed \(shape \(64, 1\), the config's layers say \(64, 2\)\)",
-    ),
-    "packed in 64 bits": (
-        replaced(f"{Q}.u.weight_packed", torch.Tensor.long),
-        rf"{Q}\.u\.weight_packed \(torch.int64, the config's layers say torch.int32\)",
-    ),
-    "fp8 as numbers": (replaced(f"{DOWN}.w.weight", torch.Tensor.half), rf"{DOWN}\.w\.weight \(torch.float16.*float8"),
-    "scale in another dtype": (replaced(f"{Q}.u.weight_scale", torch.Tensor.half), "torch.float16.*bfloat16"),
-    "scale missing": (lambda t: t.pop(f"{Q}.u.weight_scale"), rf"Missing .*{Q}\.u\.weight_scale"),
-    "factor as numbers": (lambda t: t.update({f"{Q}.u": torch.zeros(64, 20)}), rf"{Q}\.u \(a low_rank module has u\.w"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_bits_are_refused_by_name(case, folder, tmp_path):
-    edit, message = BROKEN[case]
-    with pytest.raises(ValueError, match=message):
-        LlamaForCausalLM.from_pretrained(edited(folder, tmp_path / "broken", edit))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"format": "int5"}, rf"{Q}: format must be one of .* got 'int5'; a later hf_blr may know it"),
-        ({"format": "fp8", "group_size": 4}, rf"{Q}: the format 'fp8' takes no group_size"),
-        ({"format": "int4", "group_size": 16}, rf"{Q}: rows of u hold 20 numbers, which groups of 16 do not divide"),
-        ({"structure": "dense", "rank": 64, "format": "plain"}, rf"{Q}: a layer of structure 'dense' is smaller in"),
-        ({"structure": "dense", "rank": 20}, rf"{Q}: a dense 64x64 matrix has rank 64, got 20"),
-    ],
-)
-def test_plans_that_cannot_be(change, message, folder, tmp_path):
-    def edit(config):
-        config["layers"][Q].update(change)
-
-    with pytest.raises(ValueError, match=message):
-        LlamaForCausalLM.from_pretrained(edited(folder, tmp_path / "broken", edit_config=edit))
-
-
-def test_bits_of_a_layer_that_the_config_does_not_list(folder, tmp_path):
-    for name, tensor in ((Q, "u"), (DOWN, "w")):
-        broken = edited(folder, tmp_path / tensor, edit_config=lambda config, name=name: config["layers"].pop(name))
-        with pytest.raises(ValueError, match=rf"{name}\.{tensor}\.weight\S* \(the config's layers do not list"):
-            LlamaForCausalLM.from_pretrained(broken)
-
-
-def test_a_later_format_in_the_settings_is_refused_by_name(folder, tmp_path):
-    broken = edited(folder, tmp_path / "broken", edit_config=lambda config: config.update(factor_format="int5"))
-    with pytest.raises(ValueError, match="factor_format must be .*a later hf_blr may know more.*int5"):
-        LlamaForCausalLM.from_pretrained(broken)
+    return checkpoint(tmp_path_factory.mktemp("bits"))
 
 
 def casts_offloaded_tensors():
@@ -253,13 +137,6 @@ def test_streaming_into_an_offloaded_model(tmp_path):
         tmp_path / "dense", blr_config=MIXED, device_map=placed, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(tiny_logits(other), tiny_logits(model))
-
-
-def test_broken_bits_on_disk_are_refused_too(folder, tmp_path):
-    broken = edited(folder, tmp_path / "broken", filled(f"{Q}.u.weight_scale", (3, 0), 0))
-    with pytest.raises(ValueError, match=r"u\.weight_scale must be finite|upgrade transformers"):
-        placed = {"model": "disk", "lm_head": "cpu"}
-        LlamaForCausalLM.from_pretrained(broken, device_map=placed, offload_folder=tmp_path / "offload")
 
 
 def test_device_map_auto_counts_bits(folder):
@@ -346,27 +223,6 @@ def test_ranks_too_small_for_bits_stay_plain(caplog):
     plan = resolve_plan(tiny_llama(), BLRConfig("low_rank", rank=1, factor_format="int4"))
     assert all(layer.storage == PLAIN for layer in plan.values())
     assert "q_proj: stays in the plain format: u [64, 1] takes 48.0 bits a number" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (dict(ratio=0.5, factor_format="int5"), "factor_format must be one of .*int5"),
-        (dict(ratio=0.5, dense_format=4), "dense_format must be one of"),
-        (dict(ratio=0.5, factor_format="int4", group_size=0), "group_size must be a positive integer"),
-        (dict(ratio=0.5, factor_format="int4", group_size=-2), "group_size must be a positive integer"),
-        (dict(ratio=0.5, group_size=64), "no layer has one"),
-        (dict(ratio=0.5, factor_format="fp8", group_size=64), "no layer has one"),
-        (dict(structure="dense"), "set dense_format"),
-        (dict(structure="dense", ratio=0.5, dense_format="int4"), "keeps the whole matrix: leave ratio"),
-        (dict(ratio=0.5, overrides={"q": {"structure": "dense", "rank": 4}}), r"overrides\['q'\].*keeps the whole"),
-        (dict(ratio=0.5, overrides={"q": {"factor_format": "int5"}}), r"overrides\['q'\]: factor_format must be"),
-        (dict(ratio=0.5, factor_format="int4", block_steps=5, dataset="c4"), "block_steps refine"),
-    ],
-)
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(ValueError, match=message):
-        BLRConfig(**settings)
 
 
 def test_settings_that_can():

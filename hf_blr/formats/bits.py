@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,12 +36,21 @@ class Bits(Format):
     #: consecutive numbers of a row that share a scale; None: the whole row
     group_size: int | None = None
 
+    #: what holds codes
+    code_dtype: ClassVar[torch.dtype] = torch.int32
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """{kind: dtype} of what stands in the place of a factor."""
+        return {CODES: self.code_dtype, SCALE: SCALE_DTYPE, SHAPE: torch.int64}
+
     @property
     def settings(self) -> dict[str, int]:
         return {} if self.group_size is None else {"group_size": self.group_size}
 
     def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise}
+        shapes = spec.shapes(FACTOR).items()
+        return {name: shape for name, shape in shapes if name not in spec.elementwise and 0 not in shape}
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         """{name in the factor's module: shape and kind} for a factor `[..., n, k]`."""
@@ -83,8 +93,7 @@ class Bits(Format):
         return found
 
     def dtype_of(self, kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        own = {CODES: torch.int32, SCALE: SCALE_DTYPE, SHAPE: torch.int64}
-        return own[kind] if kind in own else super().dtype_of(kind, dtype)
+        return self.dtypes.get(kind) or super().dtype_of(kind, dtype)
 
     def pack(self, spec: BLRSpec, tensors: Factors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shapes = self.in_bits(spec)
@@ -94,7 +103,8 @@ class Bits(Format):
             codes = given if isinstance(given, Codes) else self.nearest(given.float())
             if isinstance(given, Codes):
                 self.check_codes(name, codes, shape)
-            kept |= {f"{name}.{leaf}": part.to(device) for leaf, part in self.laid_out(codes).items()}
+            for leaf, part in self.laid_out(codes).items():
+                kept[f"{name}.{leaf}"] = part.to(device).clone(memory_format=torch.contiguous_format)
         return {name: kept[name] for name in self.stored(spec)}
 
     def nearest(self, factor: Tensor) -> Codes:
@@ -105,7 +115,7 @@ class Bits(Format):
         return *shape[:-1], 1 if self.group_size is None else shape[-1] // self.group_size
 
     def misfit(self, spec: BLRSpec) -> str | None:
-        rows = {name: shape[-1] for name, shape in self.in_bits(spec).items() if math.prod(shape)}
+        rows = {name: shape[-1] for name, shape in self.in_bits(spec).items()}
         for name, length in rows.items():
             if self.group_size is not None and length % self.group_size:
                 common = math.gcd(*rows.values())
@@ -119,9 +129,9 @@ class Bits(Format):
 
     def waste(self, spec: BLRSpec) -> str | None:
         for name, shape in self.in_bits(spec).items():
-            tensors = [(size, self.dtype_of(kind, None)) for size, kind in self.parts(shape).values() if kind != SHAPE]
-            bits = 8 * sum(math.prod(size) * dtype.itemsize for size, dtype in tensors if dtype is not None)
-            if bits >= 16 * math.prod(shape) > 0:
+            parts = [part for part in self.parts(shape).values() if part.kind != SHAPE]
+            bits = 8 * sum(math.prod(part.shape) * self.dtypes[part.kind].itemsize for part in parts)
+            if bits >= 16 * math.prod(shape):
                 return (
                     f"{name} {list(shape)} takes {bits / math.prod(shape):.1f} bits a number in {self.name}, no less "
                     "than the 16 of plain; take a larger rank or group_size, or the plain format"

@@ -23,11 +23,10 @@ class Float8(Bits):
     code, and no clipping pays.
     """
 
+    code_dtype = FLOAT8
+
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         return {"weight": StoredTensor(shape, CODES), "weight_scale": StoredTensor(self.scale_shape(shape), SCALE)}
-
-    def dtype_of(self, kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        return FLOAT8 if kind == CODES else super().dtype_of(kind, dtype)
 
     def scales(self, factor: Tensor) -> Tensor:
         largest = factor.abs().amax(-1, keepdim=True)
@@ -40,7 +39,7 @@ class Float8(Bits):
         return Codes((factor / scale.to(factor.dtype)).clamp(-LARGEST, LARGEST).to(FLOAT8), scale)
 
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
-        return {"weight": codes.values.contiguous(), "weight_scale": codes.scale.contiguous()}
+        return {"weight": codes.values, "weight_scale": codes.scale}
 
     def codes(self, parts: Parts, shape: tuple[int, ...]) -> Codes:
         return Codes(parts["weight"], parts["weight_scale"])

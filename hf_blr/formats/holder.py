@@ -27,7 +27,7 @@ class FactorInBits(nn.Module):
         super().__init__()
         self.storage, self.shape = storage, shape
         for name, (size, kind) in storage.parts(shape).items():
-            value = torch.empty(size, device=device, dtype=storage.dtype_of(kind, None))
+            value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,6 @@ class FactorInBits(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorInBits:
         """Moves with the model, and is not cast with it: codes and scales mean something in their own dtype alone."""
-
         applied: Any = super()._apply(lambda tensor: fn(as_integers(tensor)).view(tensor.dtype), recurse)
         return applied
 
@@ -56,9 +55,7 @@ class FactorInBits(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name, (_, kind) in self.storage.parts(self.shape).items():
-            dtype = self.storage.dtype_of(kind, None)
-            assert dtype is not None
-            self._parameters[name] = nn.Parameter(getattr(self, name).view(dtype), False)
+            self._parameters[name] = nn.Parameter(getattr(self, name).view(self.storage.dtypes[kind]), False)
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, storage={self.storage.name}"

@@ -69,7 +69,7 @@ class Integer(Bits):
         shape = torch.tensor(codes.values.shape, dtype=torch.int64)
         return {
             "weight_packed": words.pack(codes.values, self.bits),
-            "weight_scale": codes.scale.contiguous(),
+            "weight_scale": codes.scale,
             "weight_shape": shape,
         }
 
