@@ -160,10 +160,16 @@ def test_autocast_asks_for_its_own_dtype(structure):
         assert torch.equal(module(x), ops.linear(structure, x, tensors, module.bias))
 
 
-@pytest.mark.parametrize("impl", ["triton"])
-def test_kernels_asked_for_by_name_run_on_the_numbers(structure, impl):
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "monarch", "dense"])
+def test_numbers_have_the_dtype_of_the_inputs(structure):
+    module, x = layer(structure, dtype=torch.bfloat16, bias=False), inputs(3)
+    assert module.dtype == torch.bfloat16 and module(x).dtype == torch.float32
+    torch.testing.assert_close(module(x), x @ module.dense_weight(torch.float32).T, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_asked_for_by_name_run_on_the_numbers(structure):
     module, x = layer(structure), inputs(32)
-    module.impl = impl
+    module.impl = "triton"
     if structure == "dense":
         with pytest.raises(RuntimeError, match="dense has no kernels"):
             module(x)

@@ -15,6 +15,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload
 
 import hf_blr
 from hf_blr import BLRConfig, compress
+from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.cli import main
 from hf_blr.finetune import mark_only_factors_trainable
 from hf_blr.formats import PLAIN, FactorInBits, format_named
@@ -186,7 +187,11 @@ def test_dense_layers_are_a_choice_of_a_plan(tmp_path):
     weight = tiny_llama().get_submodule(DOWN).weight
     expected = (other.get_submodule(DOWN).dense_weight() - weight).norm() / weight.norm()
     assert errors[DOWN] == pytest.approx(expected.item(), rel=1e-4) and 0.05 < errors[DOWN] < 0.15
-    assert report.bytes_after < report.bytes_before and report.parameters_after < report.parameters_before
+    replaced = sum(
+        tiny_llama().get_submodule(name).weight.numel() - layer.spec.num_parameters for name, layer in plan.items()
+    )
+    assert report.parameters_after == report.parameters_before - replaced
+    assert report.bytes_after == sum(p.numel() * p.element_size() for p in other.parameters()) < report.bytes_before
 
 
 def test_what_a_budget_leaves_dense_gets_the_dense_format():
@@ -238,6 +243,10 @@ def test_bits_do_not_train(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="stored in bits, which do not train: train adapters"):
         mark_only_factors_trainable(model)
+    pivoted = tiny_llama()
+    compress(pivoted, BLRConfig("pivoted", ratio=0.7, factor_format="int4"), progress=False)
+    with pytest.raises(ValueError, match="pivoted layer in the format 'int4' does not train"), with_stand_ins(pivoted):
+        pass
 
 
 def test_command_line(tmp_path, capsys):

@@ -82,6 +82,12 @@ def test_zeros_and_extremes(name):
     assert storage.fault(storage.laid_out(found), (4, 32)) is None
 
 
+@pytest.mark.parametrize("name, largest", [("int8", 127), ("int4", 7), ("int3", 3), ("int2", 1), ("fp8", 448)])
+def test_scales_that_clip(name, largest):
+    codes = format_named(name).rounded(torch.tensor([[1000.0, 0.0, 1.0]]), torch.ones(1, 1, dtype=torch.bfloat16))
+    assert codes.numbers(torch.float32).tolist() == [[largest, 0, 1]]
+
+
 def test_numbers_are_rounded_once():
     # 2^-30 is below float16's range, and the product is not
     codes = Codes(torch.full((1, 2), 96, dtype=torch.int8), torch.full((1, 1), 2.0**-30, dtype=torch.bfloat16))

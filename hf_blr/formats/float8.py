@@ -35,7 +35,7 @@ class Float8(Bits):
         return scale.clamp_min(torch.finfo(SCALE_DTYPE).tiny)
 
     def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
-        # the scale was rounded, perhaps down; what lies beyond the largest code would become NaN
+        # where a scale clips, releases of PyTorch make NaN of what lies beyond the largest code
         return Codes((factor / scale.to(factor.dtype)).clamp(-LARGEST, LARGEST).to(FLOAT8), scale)
 
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
