@@ -6,11 +6,12 @@ import os
 
 import pytest
 import torch
+import transformers
 from format_cases import DOWN, Q, checkpoint, same, streamed
 from safetensors import safe_open
-from tiny import tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_tokenizer
+from tiny import build, tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.integrations.accelerate import accelerate_disk_offload
 
 import hf_blr
@@ -158,6 +159,25 @@ def test_dense_again(folder):
     torch.testing.assert_close(tiny_logits(model), before, rtol=1e-3, atol=1e-3)
 
 
+def test_a_base_model_takes_the_bits_of_a_model_with_a_head(folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    base = AutoModel.from_pretrained(folder)
+    same(base, model.model)
+    base.save_pretrained(tmp_path)
+    same(LlamaForCausalLM.from_pretrained(tmp_path).model, model.model)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NomicBertModel"), reason="this release has no NomicBert")
+def test_a_family_that_stores_q_k_v_fused(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    dense = build(transformers.NomicBertModel, transformers.NomicBertConfig(**sizes, vocab_size=257))
+    overrides = {"k_proj": {"structure": "low_rank", "ratio": 0.7, "factor_format": "int4"}}
+    model = streamed(dense, tmp_path, BLRConfig("dense", dense_format="fp8", overrides=overrides))
+    assert len(blr_modules(model)) == 7
+    model.save_pretrained(tmp_path / "bits")
+    same(type(model).from_pretrained(tmp_path / "bits"), model)
+
+
 def test_it_generates(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     out = model.generate(tiny_inputs(model)["input_ids"], max_new_tokens=4, do_sample=False)
@@ -187,10 +207,8 @@ def test_dense_layers_are_a_choice_of_a_plan(tmp_path):
     weight = tiny_llama().get_submodule(DOWN).weight
     expected = (other.get_submodule(DOWN).dense_weight() - weight).norm() / weight.norm()
     assert errors[DOWN] == pytest.approx(expected.item(), rel=1e-4) and 0.05 < errors[DOWN] < 0.15
-    replaced = sum(
-        tiny_llama().get_submodule(name).weight.numel() - layer.spec.num_parameters for name, layer in plan.items()
-    )
-    assert report.parameters_after == report.parameters_before - replaced
+    saved = sum(layer.spec.dense_parameters - layer.spec.num_parameters for layer in plan.values())
+    assert report.parameters_after == report.parameters_before - saved
     assert report.bytes_after == sum(p.numel() * p.element_size() for p in other.parameters()) < report.bytes_before
 
 
