@@ -1,9 +1,10 @@
 """The structures: what each stores, and a record of everything in which they differ.
 
 All structures project each input block (`v`), mix, and expand each output block (`u`). They differ in the mix, and
-"pivoted" in how it stores the projection. A structure is a folder beside this file and its name in `BUILT_IN`; one that
-lives elsewhere is made known by `register`. The folder's `__init__` has sizes and record, without torch; its other
-files are the structure's part in the rooms above, and are reached through the record alone.
+"pivoted" in how it stores the projection; "dense" is the whole matrix, for formats of fewer bits. A structure is a
+folder beside this file and its name in `BUILT_IN`; one that lives elsewhere is made known by `register`. The folder's
+`__init__` has sizes and record, without torch; its other files are the structure's part in the rooms above, and are
+reached through the record alone.
 """
 
 from __future__ import annotations
