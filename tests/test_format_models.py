@@ -178,6 +178,46 @@ def test_a_family_that_stores_q_k_v_fused(tmp_path):
     same(type(model).from_pretrained(tmp_path / "bits"), model)
 
 
+def test_a_compressed_model_is_rounded_and_brought_back(tmp_path):
+    settings = dict(ratio=0.6, num_blocks=2, overrides={"down_proj": {"structure": "dense", "dense_format": "fp8"}})
+    model = tiny_llama()
+    compress(model, BLRConfig("blast", **settings), progress=False)
+    plain = {name: module.tensors() for name, module in blr_modules(model).items()}
+    assert hf_blr.to_format(model, "int8") is model
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    same(loaded, model)
+    formats = {name: module.storage.name for name, module in blr_modules(loaded).items()}
+    assert formats == {name: "fp8" if name.endswith("down_proj") else "int8" for name in plain}
+    for name, module in blr_modules(loaded).items():
+        nearest = module.storage.nearest(plain[name]["w" if name.endswith("down_proj") else "u"])
+        assert torch.equal(next(module.children())(torch.float32), nearest.numbers(torch.float32))
+    logits = tiny_logits(loaded)
+    hf_blr.to_format(loaded, "plain")
+    assert torch.equal(tiny_logits(loaded), logits)
+    assert blr_modules(loaded)[Q].storage == PLAIN and blr_modules(loaded)[DOWN].storage == format_named("fp8")
+
+
+def test_formats_that_a_model_cannot_be_brought_to(folder, caplog):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"q_proj: rows of u hold 20 numbers, which groups of 16"):
+        hf_blr.to_format(model, "int4", 16)
+    with pytest.raises(ValueError, match="got 'int5'"):
+        hf_blr.to_format(model, "int5")
+    with pytest.raises(ValueError, match="has no BLR modules; compress it first"):
+        hf_blr.to_format(tiny_llama(), "int4")
+    whole = tiny_llama()
+    compress(whole, BLRConfig("dense", dense_format="int4"), progress=False)
+    with pytest.raises(ValueError, match="has no factors that could be stored in int8"):
+        hf_blr.to_format(whole, "int8")
+    assert all(torch.equal(value.float(), before[key].float()) for key, value in model.state_dict().items())
+    small = tiny_llama()
+    compress(small, BLRConfig("low_rank", rank=1), progress=False)
+    hf_blr.to_format(small, "int4")
+    assert "stays in the format plain" in caplog.text and blr_modules(small)[Q].storage == PLAIN
+
+
 def test_it_generates(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     out = model.generate(tiny_inputs(model)["input_ids"], max_new_tokens=4, do_sample=False)
