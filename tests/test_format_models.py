@@ -301,6 +301,8 @@ def test_bits_do_not_train(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="stored in bits, which do not train: train adapters"):
         mark_only_factors_trainable(model)
+    trained, _ = mark_only_factors_trainable(model, norms=True)
+    assert trained == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     pivoted = tiny_llama()
     compress(pivoted, BLRConfig("pivoted", ratio=0.7, factor_format="int4"), progress=False)
     with pytest.raises(ValueError, match="pivoted layer in the format 'int4' does not train"), with_stand_ins(pivoted):

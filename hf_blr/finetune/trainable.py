@@ -30,15 +30,15 @@ def mark_only_factors_trainable(
         (trainable, total) numbers of parameters, shared ones counted once.
 
     Raises:
-        ValueError: if the model has no BLR module or all factors in bits, an entry of `also` names no module, or more
-            than the adapters is asked for on a model with adapters.
+        ValueError: if the model has no BLR module, or all factors in bits and nothing else is asked for, an entry of
+            `also` names no module, or more than the adapters is asked for on a model with adapters.
     """
     if not blr_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
             "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"
         )
-    if not has_adapters(model) and not factor_parameters(model):
+    if not (has_adapters(model) or factor_parameters(model) or norms or biases or also):
         raise ValueError(
             "all factors of this model are stored in bits, which do not train: train adapters on them "
             '(hf_blr.lora_targets), or compress the dense model with factor_format="plain"'
