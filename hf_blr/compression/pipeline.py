@@ -175,15 +175,15 @@ def replace_layer(
     model.set_submodule(name, replaced)
     rel_error = factors.rel_error
     if plan[name].storage != PLAIN:
-        rel_error = rounded_error(target, replaced, problem.gram, config)
+        rel_error = rounded_error(replaced, target.to(device), problem.gram, config.fit_options.damping)
     return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
 
 
-def rounded_error(target: Tensor, module: BLRLinear, gram: Tensor | None, config: BLRConfig) -> float:
+def rounded_error(module: BLRLinear, target: Tensor, gram: Tensor | None, damping: float) -> float:
     """The relative error of a layer as it is stored, in the measure of `factorize.Factors`."""
-    target = target.to(config.device_for(target)).float()
+    target = target.float()
     matrix = module.dense_weight(torch.float32).detach().to(target)
-    return relative_error(target, matrix, None if gram is None else damped(gram.to(target), config.damping))
+    return relative_error(target, matrix, None if gram is None else damped(gram.to(target), damping))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:
