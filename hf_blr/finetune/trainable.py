@@ -41,7 +41,7 @@ def mark_only_factors_trainable(
     if not (has_adapters(model) or factor_parameters(model) or norms or biases or also):
         raise ValueError(
             "all factors of this model are stored in bits, which do not train: train adapters on them "
-            '(hf_blr.lora_targets), or compress the dense model with factor_format="plain"'
+            '(hf_blr.lora_targets), or make numbers of them with hf_blr.to_format(model, "plain")'
         )
     if has_adapters(model):
         if norms or biases or also:
