@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,7 +26,9 @@ from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
-from hf_blr.factorize import factorize
+from hf_blr.factorize import factorize, relative_error
+from hf_blr.factorize.gram import damped
+from hf_blr.formats import PLAIN
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
@@ -170,22 +173,40 @@ def replace_layer(
     module, spec = model.get_submodule(name), plan[name].spec
     device = config.device_for(stored_weight(module))
     target = dense_weight(module) if problem.target is None else problem.target
+    fit_options = config.fit_options(target.shape[1], problem.rows)
     try:
         factors = factorize(
             target.to(device),
             spec,
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
-            config.fit_options(target.shape[1], problem.rows),
+            fit_options,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    model.set_submodule(name, BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage))
-    return LayerReport(name, spec, factors.rel_error, factors.rounds, time.perf_counter() - started)
+    replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
+    model.set_submodule(name, replaced)
+    rel_error = factors.rel_error
+    if plan[name].storage != PLAIN:
+        rel_error = rounded_error(replaced, target.to(device), problem.gram, fit_options.damping)
+    return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
+
+
+def rounded_error(module: BLRLinear, target: Tensor, gram: Tensor | None, damping: float) -> float:
+    """The relative error of a layer as it is stored, in the measure of `factorize.Factors`."""
+    target = target.float()
+    matrix = module.dense_weight(torch.float32).detach().to(target)
+    return relative_error(target, matrix, None if gram is None else damped(gram.to(target), damping))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:
-    """(numbers, bytes) in the model's parameters and its factors' indices, shared ones counted once."""
-    indices = [index for module in blr_modules(model).values() for index in module.indices().values()]
-    stored = [*model.parameters(), *indices]
-    return sum(t.numel() for t in stored), sum(t.numel() * t.element_size() for t in stored)
+    """(numbers, bytes) of the model's parameters and its factors' indices, shared ones counted once.
+
+    A factor in bits counts as the numbers that it stands for, and with the bytes that it takes.
+    """
+    layers = blr_modules(model).values()
+    held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    numbers = sum(p.numel() for p in others) + sum(layer.num_parameters for layer in layers)
+    stored = [*model.parameters(), *(index for layer in layers for index in layer.indices().values())]
+    return numbers, sum(t.numel() * t.element_size() for t in stored)
