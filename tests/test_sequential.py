@@ -9,7 +9,8 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration.blockwise import iterate_grams
-from hf_blr.calibration.sequential import SequentialChain, residual_writers
+from hf_blr.calibration.residual import residual_writers
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.dense import dense_weight
 from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan

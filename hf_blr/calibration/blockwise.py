@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hf_blr.calibration.blocks import blocks_of, list_of
 from hf_blr.calibration.calls import Batch, Call, run
 from hf_blr.calibration.grams import GramCollector
-from hf_blr.calibration.padding import Masks, Padding
+from hf_blr.calibration.passes import traced
 from hf_blr.calibration.precision import calibrating
-from hf_blr.calibration.trace import Piece, traced
+from hf_blr.calibration.streams import Masks, Padding
+from hf_blr.calibration.trace import Piece
 from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, Segment
 from hf_blr.calibration.calls import Call, ReachedBlock, hooked
 from hf_blr.calibration.joint import Run
-from hf_blr.calibration.padding import Masks, real_rows
+from hf_blr.calibration.residual import add, counted, gram_of, residual_writers, rows_of
+from hf_blr.calibration.streams import Masks
 from hf_blr.calibration.trace import Piece
 from hf_blr.dense import dense_weight, is_dense_linear
 from hf_blr.factorize.gram import cholesky, damped
@@ -39,9 +40,6 @@ READER_SHARE = 0.5
 #: layers give up the loss's own weighting to repair the stream; with none, losses pile up. Of those three, half gave
 #: the lowest perplexity
 STREAM_SHARE = 0.5
-#: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
-#: streams round by as much
-RESIDUAL_TOLERANCE = 0.1
 
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
 AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
@@ -277,18 +275,6 @@ class SequentialChain(BlockChain):
         return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
 
 
-def gram_of(inputs: list[Tensor], real: list[Tensor | None]) -> Tensor:
-    """Of all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
-    calls, odd = divmod(len(inputs), len(real))
-    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
-    return reduce(torch.add, (x.mT @ x for x in rows))
-
-
-def counted(hidden: Tensor, real: Tensor | None) -> Tensor:
-    """The hidden states `[rows, hidden]` of positions that count; all of them, in their shape, where all do."""
-    return hidden if real is None else real_rows(hidden, real)
-
-
 def keep(kept: list[Tensor], x: Tensor) -> None:
     # a copy, since what runs next may write into x
     kept.append(x.clone())
@@ -296,29 +282,3 @@ def keep(kept: list[Tensor], x: Tensor) -> None:
 
 def keep_as(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
     kept[name] = x.clone()
-
-
-def residual_writers(added: Tensor, outputs: dict[str, Tensor], real: Tensor | None = None) -> list[str]:
-    """The layers whose outputs add up to what a block adds to the residual stream; none if no such set does.
-
-    args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers; the positions
-    that count.
-    """
-    candidates = {name: rows_of(out, real) for name, out in outputs.items() if out.shape == added.shape}
-    added = rows_of(added, real)
-    if not candidates:
-        return []
-    # regressed on all of them, the writers come out as one and the others as zero
-    columns = torch.stack([out.flatten() for out in candidates.values()], 1)
-    weights = torch.linalg.lstsq(columns.mT @ columns, columns.mT @ added.flatten()).solution
-    writers = [name for name, weight in zip(candidates, weights.tolist(), strict=True) if weight > 0.5]
-    unexplained = added - sum(candidates[name] for name in writers)
-    return writers if unexplained.norm() <= RESIDUAL_TOLERANCE * added.norm() else []
-
-
-def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
-    return real_rows(x, real).float()
-
-
-def add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
