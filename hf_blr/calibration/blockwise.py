@@ -38,8 +38,8 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
         chain = BlockChain.trace(model, names, batches)
         if chain.apart:
             yield whole_model_grams(model, list(chain.apart), batches)
-        for segment in chain.segments:
-            with closing(chain.run(segment)) as groups:
+        while chain.segments:
+            with closing(chain.run(chain.segments.pop(0))) as groups:
                 yield from groups
 
 
@@ -111,10 +111,13 @@ class BlockChain:
         return cls(model, batches, segments, apart)
 
     def run(self, segment: Segment) -> Generator[dict[str, Tensor], None, None]:
-        """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was."""
-        hidden = list(segment.piece.hidden)
+        """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
+
+        The segment gives up what it holds on the way.
+        """
+        hidden = segment.piece.hidden
         for prefix, names in segment.groups.items():
-            block, calls = self.model.get_submodule(prefix), segment.piece.calls[prefix]
+            block, calls = self.model.get_submodule(prefix), segment.piece.calls.pop(prefix)
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, entered in enumerate(hidden):
                     collector.real = segment.real[i]

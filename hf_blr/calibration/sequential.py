@@ -108,7 +108,9 @@ class SequentialChain(BlockChain):
         self, segment: Segment, compressed: Piece, damping: float, after_block: AfterBlock | None
     ) -> Iterator[dict[str, Problem]]:
         """Those of one segment, for what goes into it in the model compressed so far."""
-        entered, hidden = list(segment.piece.hidden), compressed.hidden
+        entered, hidden = segment.piece.hidden, compressed.hidden
+        # what entered the first block is not kept while later ones are fitted
+        segment.piece.hidden = []
         for prefix, names in segment.groups.items():
             block = self.model.get_submodule(prefix)
             dense_calls, calls = segment.piece.calls.pop(prefix), compressed.calls.pop(prefix)
