@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from calibration_sets import Calibration, Mixture
 from int4_dense import BITS, int4_model, rounded_model
-from protocol import Bench, read_texts
+from protocol import SEQLEN, WINDOWS, Bench, read_ids
 from torch import nn
 
 from hf_blr import BLRConfig, compress
@@ -68,16 +69,16 @@ ROWS = (
 )
 
 
-def quality(bench: Bench, row: Row, kept: float) -> dict:
+def quality(bench: Bench, on: Calibration, row: Row, kept: float) -> dict:
     """{"mb", "ppl"}, and for "auto" the "kinds" of its plan."""
     if row.structure == "dense":
         return {"mb": 2e-6 * parameters(bench.dense), "ppl": bench.dense_ppl}
     if row.structure == "int4":
-        model, count = rounded_model(bench.dense, bench.statistics.grams)
+        model, count = rounded_model(bench.dense, on.statistics.grams)
         return {"mb": 2e-6 * (parameters(bench.dense) - count) + BITS / 8e6 * count, "ppl": bench.score(model)}
     model = copy.deepcopy(bench.dense)
     config = BLRConfig(row.structure, ratio=kept, num_blocks=row.blocks)
-    report = compress(model, config, calibration=bench.batches, statistics=bench.statistics, progress=False)
+    report = compress(model, config, calibration=on.batches, statistics=on.statistics, progress=False)
     found = {"mb": 2e-6 * parameters(model), "ppl": bench.score(model), "fit_seconds": report.seconds}
     if row.structure == "auto":
         targets = resolve_plan(bench.dense, BLRConfig(ratio=kept))
@@ -176,7 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     dense, _ = options.load_model(args.model, args, tokenizer=False)
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
-    bench = Bench(name, dense.eval(), read_texts(None, {}, args.ids, None))
+    texts = read_ids([str(args.ids)], None)
+    valid = {"valid": texts.pop("valid")}
+    on = Calibration.draw(dense.eval(), valid, Mixture.parse(["valid"]), 0, WINDOWS, SEQLEN)
+    bench = Bench(name, dense, texts)
     machine = environment()
     head = {"environment": {**machine, "commit": args.commit or machine["commit"]}, "protocol": PROTOCOL}
     rows = [row for row in ROWS if row.name in args.rows]
@@ -184,13 +188,13 @@ def main(argv: list[str] | None = None) -> None:
     cells += [(row, kept) for kept in args.kept for row in rows if row.structure not in ("dense", "int4")]
     measured = {}
     for row, kept in cells:
-        measured[row, kept] = quality(bench, row, kept)
+        measured[row, kept] = quality(bench, on, row, kept)
         print(f"{row.name} {kept}: {measured[row, kept]}", flush=True)
     file, timer = ResultFile(args.json, head), Timer(args.device)
     if args.no_speed:
         file.add([{"row": row.name, "kept": kept, **found} for (row, kept), found in measured.items()])
         return
-    bench = dense = None
+    bench = on = dense = None
     gc.collect()
     kinds = {key: found.get("kinds") for key, found in measured.items()}
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

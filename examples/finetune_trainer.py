@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from hf_blr import BLRCallback, BLRConfig
 from hf_blr.finetune import WindowDataset
-from hf_blr.text import load_text, sample_windows, tokenize
+from hf_blr.text import load_windows
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="hub id or folder of the dense model")
@@ -18,7 +18,7 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 config = BLRConfig("blast", ratio=0.7, dataset="builtin", num_samples=32, seqlen=args.seqlen)
 model = AutoModelForCausalLM.from_pretrained(args.model, blr_config=config)
-windows = sample_windows(tokenize(tokenizer, load_text("builtin", "train")), args.seqlen, 4 * args.steps)
+windows = load_windows("builtin", model, tokenizer, args.seqlen, 4 * args.steps)
 
 trainer = Trainer(
     model,

@@ -13,6 +13,7 @@ from hf_blr.calibration.losses import sampled_loss
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.compression.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
 from hf_blr.factorize import FitOptions, factorize
+from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
@@ -255,9 +256,11 @@ def test_trials_say_what_whole_fits_give():
     assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
     for ratio, factor in trials:
         spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))
-        fitted = factorize(*layer.matrices()[:1], spec, *layer.matrices()[1:], options=FitOptions(rounds=12))
-        change = implementation_of("blast").dense(**fitted.tensors) - layer.matrices()[0]
-        expected = predicted_loss(change, *layer.matrices()[1:], statistics.pairs(layer.name))
+        weight, gram, output_gram = layer.matrices()
+        fitted = factorize(weight, spec, gram, output_gram, FitOptions(rounds=12, damping=layer.options.damping))
+        change = implementation_of("blast").dense(**fitted.tensors) - weight
+        gram = damped(gram, layer.options.damping)
+        expected = predicted_loss(change, gram, output_gram, statistics.pairs(layer.name))
         low_rank = interpolate(layer.curve(), spec.equivalent_rank)
         assert factor == pytest.approx(expected / low_rank, rel=1e-3)
 

@@ -10,7 +10,7 @@ from hf_blr.calibration.batches import batch_size
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.dense import dense_weight, is_transposed
-from hf_blr.factorize import factorize
+from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import resolve_plan
@@ -101,7 +101,8 @@ def test_later_blocks_are_fitted_to_the_dense_models_activations():
     name = "model.layers.1.mlp.down_proj"
     rows = inputs_of(model, name, batches)
     spec = resolve_plan(model, BLRConfig("low_rank", ratio=0.4))[name].spec
-    expected = factorize(dense_weight(model.get_submodule(name)), spec, rows.T @ rows)
+    options = FitOptions(damping=(96 / len(rows)) ** 0.5)
+    expected = factorize(dense_weight(model.get_submodule(name)), spec, rows.T @ rows, options=options)
     config = BLRConfig("low_rank", ratio=0.4, sequential=False, fisher=False)
     report = compress(model, config, calibration=batches, progress=False)
     assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(expected.rel_error, rel=1e-3)

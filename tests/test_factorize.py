@@ -5,6 +5,7 @@ import torch
 
 from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.gram import cholesky, conjugate_gradients, damped
+from hf_blr.factorize.options import damping_of
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, make_spec
@@ -285,3 +286,11 @@ def test_cholesky_lifts_only_the_members_that_fail():
     assert torch.isfinite(factor).all()
     assert torch.equal(factor[0], good / 2)
     torch.testing.assert_close(factor[1] @ factor[1].T, singular, rtol=0, atol=1e-6)
+
+
+def test_the_less_text_the_more_damping():
+    assert damping_of(None, 576, 24000) == pytest.approx(0.155, abs=1e-3)
+    assert damping_of(None, 576, 262144) == pytest.approx(0.047, abs=1e-3)
+    assert damping_of(0.0, 576, 24000) == 0.0
+    # fewer rows than features, or none: no more than the mean itself
+    assert damping_of(None, 576, 100) == damping_of(None, 576, 0) == 1.0

@@ -155,6 +155,9 @@ def test_norms_biases_and_named_modules_train_on_request():
 def test_a_dense_model_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no BLR module.*compress it first"):
         trainer_for(tiny_llama(), tmp_path)
+    # a head of its own is no reason to think that this was meant
+    with pytest.raises(ValueError, match="compress it first"):
+        mark_only_factors_trainable(tiny_llama(), also=["lm_head"])
 
 
 def test_parameter_groups_do_not_decay_factors_and_vectors():

@@ -132,6 +132,8 @@ def test_runs_in_a_cuda_graph(structure, tokens):
     function = FUNCTIONS[structure][0]
     expected = function(*tensors)
     stream = torch.cuda.Stream()
+    # on a busy GPU it would read what is not written yet: an `order` of old memory leads out of the tensor
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function(*tensors)
     torch.cuda.synchronize()

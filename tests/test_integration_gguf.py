@@ -1,11 +1,14 @@
 """GGUF files as dense sources."""
 
 import numpy as np
+import protocol
 import pytest
+import quality
 import torch
 from tiny import VOCAB_SIZE, tiny_llama, tiny_logits, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from hf_blr.bench.report.files import read_result
 from hf_blr.compression import compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, register
@@ -96,3 +99,25 @@ def test_what_was_read_from_gguf_trains_once_compressed(folder):
     compress(model, BLRConfig("low_rank", rank=6), progress=False)
     validate_quantization_for_training(model)
     assert not hasattr(model, "hf_quantizer")
+
+
+def test_the_benchmark_reads_and_refines_it_dense(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "SEQLEN", 16)
+    monkeypatch.setattr(quality, "EPOCHS", 1)
+    load = quality.options.load_model
+
+    def marked(*args, **kw):
+        model, tokenizer = load(*args, **kw)
+        # 5.17 does so
+        model.is_quantized = True
+        return model, tokenizer
+
+    monkeypatch.setattr(quality.options, "load_model", marked)
+    torch.save({"text": torch.arange(256)}, tmp_path / "ids.pt")
+    ids, result = str(tmp_path / "ids.pt"), tmp_path / "q.json"
+    where = ["--model", str(folder), "--gguf-file", "tiny.gguf", "--device", "cpu", "--json", str(result)]
+    quality.main([*where, "--texts", ids, "--parts", ids, "--calibration", "text", "--only", "1 dense, refined at 1"])
+    rows = read_result(result)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "dense, its 4-bit GGUF file", "dense, refined at 1"]
+    assert rows[1]["bytes"] == (folder / "tiny.gguf").stat().st_size
+    assert rows[2]["ppl"] < rows[0]["ppl"] and rows[2]["kept"] == 1.0

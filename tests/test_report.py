@@ -13,6 +13,7 @@ from hf_blr.bench.report.conditions import kind_of, protocol_of, where_of
 from hf_blr.bench.report.files import read_result, write_result
 from hf_blr.bench.report.model_tables import by_size, compared
 from hf_blr.bench.report.page import page
+from hf_blr.bench.report.quality_tables import usable
 from hf_blr.bench.report.sections import QUESTIONS
 from hf_blr.bench.report.summary import Summary, summarised
 from hf_blr.bench.report.tables import Table, tables
@@ -384,6 +385,18 @@ def test_plots_of_several_files_and_of_rows_that_say_little():
     # no method, and no perplexity that is worth a look
     figures({"q": {"rows": [{k: v for k, v in row.items() if k != "method"} for row in scored]}})
     assert figures({"q": {"rows": [row | {"ppl": 1e9} for row in scored]}}) == {}
+
+
+def test_calibration_sets_and_seeds_are_told_apart_in_tables_and_not_mixed_in_plots():
+    shared = {"model": "small", "dataset": "d", "structure": "blast", "blocks": [4, 4], "ratio": 0.5, "bytes": 1e8}
+    shared |= {"dense_ppl": 17.6, "method": "ours", "calibration": "web", "seed": 0}
+    weights = shared | {"method": "weights", "calibration": None}
+    rows = [shared | {"ppl": 30.0, "calibration": "own", "seed": 1}, shared | {"ppl": 29.0}, weights | {"ppl": 99.0}]
+    (table,) = tables("q", {"environment": ENVIRONMENT, "rows": rows})
+    assert {(row["calibration"], row["seed"]) for row in table.rows} == {("own", 1), ("web", 0), (None, 0)}
+    assert [row["ppl"] for row in usable(rows[1:])] == [29.0, 99.0]
+    assert [row["ppl"] for row in usable(rows)] == [30.0]
+    assert len(usable(rows[2:])) == 1 and usable([]) == []
 
 
 def test_what_is_no_result_file_is_said(tmp_path, capsys):

@@ -35,7 +35,7 @@ def test_a_list_is_taken_as_it_is():
     ("dataset", "split", "error", "match"),
     [
         ("builtin", "validation", ValueError, r"split must be one of \['train', 'test'\]"),
-        ("no/such/file.txt", "test", ValueError, '"builtin", "c4", "wikitext2"'),
+        ("no/such/file.txt", "test", ValueError, '"builtin", "c4", "self", "self:chat", "wikitext2"'),
         ([" ", "\n"], "test", ValueError, "no text in <list of 2 texts>"),
         ([], "test", ValueError, "0 documents"),
         (["a", 3], "test", TypeError, "number 1 is a int"),

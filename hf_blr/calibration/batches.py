@@ -21,7 +21,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
 from hf_blr.targets import refuse_adapters, unwrapped
-from hf_blr.text import Tokenizer, load_text, sample_windows, tokenize
+from hf_blr.text import Tokenizer, load_windows
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BL
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
         grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams))
+    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
@@ -82,6 +82,7 @@ def calibration_batches(
     config: BLRConfig,
     tokenizer: Tokenizer | None,
     calibration: Iterable[Batch | Tensor] | str | Path | None,
+    progress: bool = True,
 ) -> list[Batch]:
     """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
     device = next(model.parameters()).device
@@ -100,8 +101,9 @@ def calibration_batches(
                 "dataset=None to fit the weights alone"
             )
         seqlen = min(config.seqlen, *longest_windows(model, tokenizer))
-        tokens = tokenize(tokenizer, load_text(config.dataset, "train"))
-        windows = sample_windows(tokens, seqlen, config.num_samples, config.seed)
+        windows = load_windows(
+            config.dataset, model, tokenizer, seqlen, config.num_samples, config.seed, progress=progress
+        )
         batches = [{"input_ids": part} for part in windows.split(batch_size(len(windows), seqlen))]
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.blocks import blocks_of, list_of
 from hf_blr.calibration.calls import Batch, Call, run
-from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.grams import GramCollector, Grams
 from hf_blr.calibration.passes import traced
 from hf_blr.calibration.precision import calibrating
 from hf_blr.calibration.streams import Masks, Padding
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[dict[str, Tensor], None, None]:
+def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[Grams, None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
     The caller may replace a block's layers as soon as it has its statistics: what enters the other blocks does not
@@ -43,7 +43,7 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
                 yield from groups
 
 
-def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> dict[str, Tensor]:
+def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Grams:
     """{layer name: Gram} from one pass over all batches."""
     body, padding = body_of(model, names, batches), Padding(model, names, batches)
     with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
@@ -110,7 +110,7 @@ class BlockChain:
         }
         return cls(model, batches, segments, apart)
 
-    def run(self, segment: Segment) -> Generator[dict[str, Tensor], None, None]:
+    def run(self, segment: Segment) -> Generator[Grams, None, None]:
         """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
 
         The segment gives up what it holds on the way.

@@ -50,7 +50,11 @@ class Statistics:
 
     def pairs(self, name: str) -> int:
         """S T, over which tr(G D H D^T) / 2 is the loss of one prediction."""
-        return self.rows.get(name, self.tokens) * self.tokens
+        return self.rows_of(name) * self.tokens
+
+    def rows_of(self, name: str) -> int:
+        """S, or T where nothing else was said."""
+        return self.rows.get(name, self.tokens)
 
     def felt(self, name: str) -> bool:
         """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
@@ -98,7 +102,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
             'allocation="uniform"'
         )
     grams = collector.grams
-    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams), collector.rows)
+    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams), grams.rows)
 
 
 def watch(

@@ -13,6 +13,14 @@ from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.streams import Masks
 
 
+class Grams(dict[str, Tensor]):
+    """{layer: X^T X `[K, K]`}; `rows` says of how many rows X each is, {layer: T}."""
+
+    def __init__(self, grams: dict[str, Tensor], rows: dict[str, int]):
+        super().__init__(grams)
+        self.rows = rows
+
+
 class GramCollector:
     """A context manager in which every forward adds the named layers' inputs to their Gram matrices.
 
@@ -24,13 +32,12 @@ class GramCollector:
 
     Attributes:
         real: {layer: the positions of the batch that runs next which count}, as `Padding.masks` gives them.
-        rows: {layer: how many inputs were summed}.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules = modules
         self.real: Masks = {}
-        self.rows: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
         self._input: Tensor | None = None
@@ -53,13 +60,13 @@ class GramCollector:
         self._close_group()
 
     @property
-    def grams(self) -> dict[str, Tensor]:
-        """{layer: X^T X `[K, K]`}, for the layers that ran; the same object where layers always shared their input."""
+    def grams(self) -> Grams:
+        """Those of the layers that ran; the same tensor where layers always shared their input."""
         grams: dict[str, Tensor] = {}
         for names, total in self._sums.items():
             for name in names:
                 grams[name] = total if name not in grams else grams[name] + total
-        return grams
+        return Grams(grams, self._rows)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,7 +77,7 @@ class GramCollector:
                 # at once: what runs next may write into x
                 self._input, self._writes, self._gram, self._size = x, writes_to(x), rows.mT @ rows, len(rows)
             self._reached.append(name)
-            self.rows[name] = self.rows.get(name, 0) + self._size
+            self._rows[name] = self._rows.get(name, 0) + self._size
 
         return count
 

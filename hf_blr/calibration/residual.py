@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 
@@ -38,13 +36,6 @@ def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
 
 def add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
-
-
-def gram_of(inputs: list[Tensor], real: list[Tensor | None]) -> Tensor:
-    """Of all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
-    calls, odd = divmod(len(inputs), len(real))
-    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
-    return reduce(torch.add, (x.mT @ x for x in rows))
 
 
 def counted(hidden: Tensor, real: Tensor | None) -> Tensor:

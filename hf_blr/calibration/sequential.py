@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from torch.utils.hooks import RemovableHandle
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, Segment
 from hf_blr.calibration.calls import Call, ReachedBlock, hooked
+from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import Run
-from hf_blr.calibration.residual import add, counted, gram_of, residual_writers, rows_of
+from hf_blr.calibration.residual import add, counted, residual_writers, rows_of
 from hf_blr.calibration.streams import Masks
 from hf_blr.calibration.trace import Piece
 from hf_blr.dense import dense_weight, is_dense_linear
 from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.factorize.options import damping_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +49,19 @@ AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer to fit: the Gram matrix `[K, K]` of its inputs, and the matrix to approximate if not its weight."""
+    """One layer to fit.
+
+    gram: of its inputs, `[K, K]`. target: the matrix to approximate, if not its weight. rows: of the Gram matrix' X.
+    """
 
     gram: Tensor | None
     target: Tensor | None = None
+    rows: int = 0
+
+
+def problems_of(grams: Grams) -> dict[str, Problem]:
+    """Those of layers that are to come close to their weights on these inputs."""
+    return {name: Problem(gram, rows=grams.rows[name]) for name, gram in grams.items()}
 
 
 @dataclass
@@ -72,7 +83,7 @@ class DenseRun:
 class SequentialChain(BlockChain):
     """Runs the dense and the compressed model side by side through chains of blocks."""
 
-    def problems(self, damping: float, after_block: AfterBlock | None = None) -> Iterator[dict[str, Problem]]:
+    def problems(self, damping: float | None, after_block: AfterBlock | None = None) -> Iterator[dict[str, Problem]]:
         """{layer: Problem} for the layers that share an input, one such group after the other.
 
         The caller must have replaced the layers of a group when it asks for the next. What enters a segment behind the
@@ -91,9 +102,9 @@ class SequentialChain(BlockChain):
             piece = segment.piece
             if untouched:
                 compressed = Piece(piece.blocks, list(piece.hidden), with_own_state(piece.calls), piece.batch_of)
-                yield from self.problems_of(segment, compressed, damping, after_block)
+                yield from self.segment_problems(segment, compressed, damping, after_block)
             elif (again := self.retraced(segment)) is not None:
-                yield from self.problems_of(segment, again, damping, after_block)
+                yield from self.segment_problems(segment, again, damping, after_block)
             else:
                 logger.warning(
                     "%s runs otherwise in the model compressed so far: its layers are fitted on the dense model's "
@@ -101,11 +112,11 @@ class SequentialChain(BlockChain):
                     piece.blocks[0],
                 )
                 for grams in self.run(segment):
-                    yield {name: Problem(gram) for name, gram in grams.items()}
+                    yield problems_of(grams)
             untouched = False
 
-    def problems_of(
-        self, segment: Segment, compressed: Piece, damping: float, after_block: AfterBlock | None
+    def segment_problems(
+        self, segment: Segment, compressed: Piece, damping: float | None, after_block: AfterBlock | None
     ) -> Iterator[dict[str, Problem]]:
         """Those of one segment, for what goes into it in the model compressed so far."""
         entered, hidden = segment.piece.hidden, compressed.hidden
@@ -207,7 +218,7 @@ class SequentialChain(BlockChain):
         dense: DenseRun,
         group: list[str],
         compressed: list[Tensor],
-        damping: float,
+        damping: float | None,
     ) -> dict[str, Problem]:
         """The regressions of one group, from all batches."""
         writer = group[0] if group[0] in dense.written and len(group) == 1 else None
@@ -217,14 +228,16 @@ class SequentialChain(BlockChain):
         gram: Tensor | None = None
         cross: Tensor | None = None
         pull: Tensor | None = None
+        count = 0
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
             if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
-                return dict.fromkeys(group, Problem(gram_of(inputs, real)))
+                return dict.fromkeys(group, plain_problem(inputs, real))
             x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
             gram = add(gram, reached.mT @ reached)
             cross = add(cross, x.mT @ reached)
+            count += len(reached)
             if writer:
                 gap = dense.entered[i].float() - hidden.float()
                 for name in earlier:
@@ -233,18 +246,20 @@ class SequentialChain(BlockChain):
         # there is a batch, or no block would have been traced
         assert gram is not None and cross is not None
         share = 1.0 if writer else READER_SHARE
-        return {name: self.problem(name, gram, cross, pull, share, damping) for name in group}
+        damping = damping_of(damping, len(gram), count)
+        targets = {name: self.target(name, gram, cross, pull, share, damping) for name in group}
+        return {name: Problem(gram, target, count) for name, target in targets.items()}
 
-    def problem(
+    def target(
         self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Problem:
+    ) -> Tensor:
         """W* = W + (share W (X X~^T - X~ X~^T) + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
         weight = dense_weight(self.model.get_submodule(name)).detach().double()
         image = share * (weight @ (cross - gram).double())
         if pull is not None:
             image += pull.double()
         root = cholesky(damped(gram, damping).double())
-        return Problem(gram, (weight + torch.cholesky_solve(image.mT, root).mT).float())
+        return (weight + torch.cholesky_solve(image.mT, root).mT).float()
 
     def inputs_of(
         self, block: nn.Module, name: str, hidden: Tensor, call: Call, outputs_of: list[str]
@@ -275,6 +290,13 @@ class SequentialChain(BlockChain):
     def on_output(self, name: str, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Likewise with what it puts out."""
         return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
+
+
+def plain_problem(inputs: list[Tensor], real: list[Tensor | None]) -> Problem:
+    """With all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
+    calls, odd = divmod(len(inputs), len(real))
+    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
+    return Problem(reduce(torch.add, (x.mT @ x for x in rows)), rows=sum(map(len, rows)))
 
 
 def keep(kept: list[Tensor], x: Tensor) -> None:

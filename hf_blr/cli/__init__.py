@@ -6,9 +6,9 @@ import argparse
 import sys
 
 import hf_blr
-from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, options, plan, report, roofline, run
+from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, options, plan, report, roofline, run, write
 
-COMMANDS = (compress, plan, evaluate, finetune, inspect, bench, roofline, report, demo, run)
+COMMANDS = (compress, plan, write, evaluate, finetune, inspect, bench, roofline, report, demo, run)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or hub id; SmolLM2-135M-Instruct if left out")
     options.add_loading(parser)
     parser.set_defaults(dtype="float32")
-    parser.add_argument("--dataset", default="builtin", help="builtin, wikitext2, c4, a text file or a folder")
+    options.add_dataset(parser, "builtin")
     parser.add_argument("--ratio", type=float, default=0.7, help="kept / dense parameters of the replaced layers")
     parser.add_argument("--rounds", type=int, default=6, help="rounds of alternating solves at most")
     parser.add_argument("--calibration-tokens", type=int, default=12288)
@@ -91,18 +91,20 @@ class Demo:
     seqlen = 1024
 
     def __init__(self, args: argparse.Namespace, dense: PreTrainedModel, tokenizer: Any):
-        from hf_blr.text import load_text, sample_windows, tokenize
+        from hf_blr.text import load_windows, scored_dataset
 
         self.args, self.dense, self.tokenizer = args, dense.eval(), tokenizer
         self.name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
         # what the protocol and the saved tokenizer call it, rather than a folder of this machine
         tokenizer.name_or_path = self.name
-        tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
+        self.scored = scored_dataset(args.dataset, dense)
         # --quick reads and scores half of the text
         self.share = 2 if args.quick else 1
-        self.calibration = sample_windows(tokens, self.seqlen, self.windows(args.calibration_tokens))
+        self.calibration = load_windows(
+            args.dataset, dense, tokenizer, self.seqlen, self.windows(args.calibration_tokens)
+        )
         # short windows make many optimizer steps of the same amount of text
-        self.training = sample_windows(tokens, self.seqlen // 8, 4 * self.steps)
+        self.training = load_windows(args.dataset, dense, tokenizer, self.seqlen // 8, 4 * self.steps)
         self.all_layers = dense.config.num_hidden_layers
         self.layers = range(0, self.all_layers, QUICK_STRIDE if args.quick else 1)
 
@@ -172,7 +174,7 @@ class Demo:
         result = perplexity(
             model.eval(),
             self.tokenizer,
-            self.args.dataset,
+            self.scored,
             seqlen=self.seqlen,
             max_windows=self.windows(self.args.evaluation_tokens),
         )

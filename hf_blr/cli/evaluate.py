@@ -17,7 +17,7 @@ from hf_blr.cli.table import format_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="+", help="folders or hub ids of causal language models")
     options.add_loading(parser)
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
+    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a file, a folder or a hub id")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--stride", type=int, help="tokens between the starts of two windows; seqlen if left out")
     parser.add_argument("--max-windows", type=int, help="score only the first windows")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dtype_help="to train and save in; left out, float32 to train in and MODEL's own to save in",
     )
     options.add_output(parser)
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, c4, builtin, a text file or a folder")
+    options.add_dataset(parser, "wikitext2")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
-    from hf_blr.text import load_text, sample_windows, tokenize
+    from hf_blr.finetune.distill import load_teacher
+    from hf_blr.text import load_windows, scored_dataset
 
     options.check_output(args.output, args.overwrite)
     stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
@@ -47,10 +48,12 @@ def run(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or "float32"
     model, tokenizer = options.load_model(args.model, args)
     options.check_language_model(model, args.model)
-    tokens = tokenize(tokenizer, load_text(args.dataset, "train"))
-    windows = sample_windows(tokens, args.seqlen, args.steps * args.batch_size, args.seed)
-    callback = BLRCallback(train_norms=args.train_norms, teacher=args.teacher, distill_weight=args.distill_weight)
-    evaluation = {"dataset": args.dataset, "seqlen": args.seqlen}
+    teacher = None if args.teacher is None else load_teacher(args.teacher, model)
+    # of text that a model writes, the dense one writes the better
+    author = model if teacher is None else teacher
+    windows = load_windows(args.dataset, author, tokenizer, args.seqlen, args.steps * args.batch_size, args.seed)
+    callback = BLRCallback(train_norms=args.train_norms, teacher=teacher, distill_weight=args.distill_weight)
+    evaluation = {"dataset": scored_dataset(args.dataset, author), "seqlen": args.seqlen}
     if args.gradient_checkpointing:
         # transformers 5.23 renames the method
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

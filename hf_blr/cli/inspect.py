@@ -15,6 +15,7 @@ import torch
 from hf_blr.cli import options
 from hf_blr.cli.layer_table import rows_by_kind
 from hf_blr.cli.table import format_table
+from hf_blr.config.texts import describe
 from hf_blr.dense import feature_sizes
 from hf_blr.plan import plan_from_layers
 from hf_blr.targets import find_targets
@@ -50,7 +51,7 @@ def compressed_rows(stored: dict) -> tuple[list[dict], str]:
     rows = rows_by_kind({name: layer.spec for name, layer in plan.items()})
     kept = sum(layer.spec.num_parameters for layer in plan.values())
     dense = sum(layer.spec.dense_parameters for layer in plan.values())
-    fitted = f"activations on {stored['dataset']}" if stored.get("dataset") else "weights"
+    fitted = f"activations on {describe(stored['dataset'])}" if stored.get("dataset") else "weights"
     return rows, (
         f"{len(plan)} layers hold {kept / 1e6:.1f} M of {dense / 1e6:.1f} M parameters ({100 * kept / dense:.1f} %), "
         f"fitted to {fitted}"

@@ -13,7 +13,9 @@ import torch
 from hf_blr.atomic import check_writable, write_text_atomically
 from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
+from hf_blr.config.texts import dataset_from
 from hf_blr.structures import block_pair_of, structures
+from hf_blr.text import can_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +43,17 @@ def add_loading(parser: argparse.ArgumentParser, dtype: str | None = "auto", dty
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", type=Path, help="folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds a model already")
+
+
+def add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
+    """The text of a command that trains and measures."""
+    parser.add_argument(
+        "--dataset",
+        type=calibration_text,
+        default=default,
+        help="a text as `hf-blr compress` takes it. Perplexity is measured on its held-out part, or on builtin where a "
+        "model wrote it or texts are mixed",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +90,8 @@ def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
         cli["choices"] = (*structures(), AUTO)
     if field.name == "num_blocks":
         cli["type"] = block_counts
+    if field.name == "dataset":
+        cli["type"] = calibration_text
     group.add_argument(flag, dest=field.name, default=cli.pop("cli_default", field.default), help=help, **cli)
 
 
@@ -93,6 +108,14 @@ def block_counts(text: str) -> tuple[int, int]:
     """`4x16`, or `4` for `4x4`; also sizes such as `4096x11008`."""
     try:
         return block_pair_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def calibration_text(text: str) -> str | dict[str, float]:
+    """A name, a path, or a mixture such as `self=0.5,wikitext2=0.5`."""
+    try:
+        return dataset_from(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -120,7 +143,7 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
 
 def check_language_model(model: PreTrainedModel, path: str) -> None:
     """Raises ValueError for a model that does not predict the next token of its input."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not can_write(model):
         raise ValueError(
             f"{path} holds a {type(model).__name__}, which predicts no next token: this command takes causal language "
             "models"

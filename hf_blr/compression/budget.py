@@ -18,7 +18,8 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
-from hf_blr.factorize import factorize
+from hf_blr.factorize import FitOptions, factorize
+from hf_blr.factorize.gram import damped
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import Plan
 from hf_blr.structures import BLRSpec, structure_named, structures
@@ -113,14 +114,23 @@ class Layer:
         grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
         return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
 
+    @property
+    def options(self) -> FitOptions:
+        features = len(self.statistics.grams[self.name])
+        return self.config.fit_options(features, self.statistics.rows_of(self.name))
+
     def curve(self) -> Tensor:
-        return loss_curve(*self.matrices(), self.statistics.pairs(self.name), self.config.damping)
+        weight, gram, output_gram = self.matrices()
+        damping = self.options.damping
+        return loss_curve(weight, gram, output_gram, self.statistics.pairs(self.name), damping)
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
         weight, gram, output_gram = self.matrices()
-        fitted = factorize(weight, spec, gram, output_gram, self.config.fit_options)
+        fitted = factorize(weight, spec, gram, output_gram, self.options)
         dense = implementation_of(spec.structure).dense(**fitted.tensors)
+        # as the curve that it is compared with
+        gram = damped(gram, self.options.damping)
         return predicted_loss(dense - weight, gram, output_gram, self.statistics.pairs(self.name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -22,12 +23,13 @@ from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
+from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
-from hf_blr.text import Tokenizer
+from hf_blr.text import Tokenizer, resolve_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,12 @@ def compress(
     check_plan(model, plan)
     before = parameter_sizes(model)
     use_text = calibration is not None or statistics is None
-    batches = calibration_batches(model, config, tokenizer, calibration) if use_text else []
+    reads_dataset = calibration is None and statistics is None
+    if config.dataset == DEFAULT:
+        # the checkpoint says what was used, not what was the default at that time
+        config = copy.copy(config)
+        config.dataset = resolve_dataset(DEFAULT, model) if reads_dataset else None
+    batches = calibration_batches(model, config, tokenizer, calibration, progress) if use_text else []
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
@@ -125,6 +132,7 @@ def compress(
         bytes_after=after[1],
         fitted_to="activations" if batches or statistics is not None else "weights",
         calibration_tokens=token_count(batches),
+        dataset=describe(config.dataset) if batches and reads_dataset else None,
         seconds=time.perf_counter() - started,
         layers=layers,
         blocks=blocks,
@@ -168,7 +176,7 @@ def replace_layer(
             spec,
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
-            config.fit_options,
+            config.fit_options(target.shape[1], problem.rows),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

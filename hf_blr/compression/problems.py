@@ -12,7 +12,7 @@ from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
-from hf_blr.calibration.sequential import Problem, SequentialChain
+from hf_blr.calibration.sequential import Problem, SequentialChain, problems_of
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
@@ -58,8 +58,11 @@ def groups_of_statistics(
     reached: list[str], plan: Plan, statistics: Statistics | None
 ) -> Generator[dict[str, Problem], None, None]:
     """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
-    grams = {} if statistics is None else statistics.grams
-    yield {name: Problem(grams.get(name)) for name in reached if name in plan}
+    fitted = [name for name in reached if name in plan]
+    if statistics is None:
+        yield dict.fromkeys(fitted, Problem(None))
+    else:
+        yield {name: Problem(statistics.grams[name], rows=statistics.rows_of(name)) for name in fitted}
 
 
 def calibrated_groups(
@@ -84,9 +87,9 @@ def calibrated_groups(
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
                 logger.warning("%s: %s are fitted on the dense model's inputs", reasons, ", ".join(apart))
-                yield {name: Problem(gram) for name, gram in whole_model_grams(model, apart, batches).items()}
+                yield problems_of(whole_model_grams(model, apart, batches))
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
     with closing(iterate_grams(model, [name for name in names if name in plan], batches)) as blockwise:
         for grams in blockwise:
-            yield {name: Problem(gram) for name, gram in grams.items()}
+            yield problems_of(grams)

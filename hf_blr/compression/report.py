@@ -26,7 +26,8 @@ class CompressionReport:
 
     Counts are numbers stored in the whole model; bytes are those of its parameters. `fitted_to` is "activations" or
     "weights"; for the latter the errors are Frobenius errors. `calibration_tokens` counts the text that this
-    compression ran itself: none if it was given statistics and no text. `left_dense` holds the targets that the
+    compression ran itself: none if it was given statistics and no text; `dataset` says in words which text of the
+    config's it was. `left_dense` holds the targets that the
     allocation kept as they were, with their parameters, and `predicted_loss` is the rise of the loss in nats a token
     that it predicted, to second order and without sequential fits; None if there was no allocation. `blocks` is empty
     unless blocks were refined.
@@ -38,6 +39,7 @@ class CompressionReport:
     bytes_after: int
     fitted_to: str
     calibration_tokens: int
+    dataset: str | None
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
@@ -66,6 +68,8 @@ class CompressionReport:
 
     def __str__(self) -> str:
         fitted = f"{self.calibration_tokens} tokens" if self.calibration_tokens else self.fitted_to
+        if self.dataset is not None:
+            fitted += f" ({self.dataset})"
         left = f", {len(self.left_dense)} left dense" if self.left_dense else ""
         refined = ""
         if self.blocks:

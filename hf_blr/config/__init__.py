@@ -12,11 +12,12 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_blr.config import options
-from hf_blr.config.checks import check_budget, check_dataset, check_together
+from hf_blr.config.checks import check_budget, check_together
 from hf_blr.config.names import AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHOD
 from hf_blr.config.options import check_fields, integer
 from hf_blr.config.settings import BLRSettings
-from hf_blr.factorize.options import FitOptions
+from hf_blr.config.texts import check_dataset, stored_dataset
+from hf_blr.factorize.options import FitOptions, damping_of
 from hf_blr.structures import as_block_pair
 
 __all__ = ["AUTO", "FORMAT_VERSION", "QUANT_METHOD", "BLRConfig", "option_fields"]
@@ -72,7 +73,7 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
         check_together(self, planned)
-        check_dataset(self.dataset)
+        check_dataset(self.dataset, planned)
 
     def settings_with(self, override: dict[str, Any]) -> dict[str, Any]:
         """structure, ratio, rank and num_blocks, with the override's values in place of the config's own."""
@@ -98,10 +99,9 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
         """Whether a calibrated fit shares `ratio` out over the layers."""
         return self.fisher and self.ratio is not None and self.allocation != "uniform"
 
-    @property
-    def fit_options(self) -> FitOptions:
-        """What every fit is told."""
-        return FitOptions(self.fit_rounds, self.fit_tolerance, self.damping, self.seed)
+    def fit_options(self, features: int, rows: int = 1) -> FitOptions:
+        """What the fit of a layer of K features is told, which saw so many rows of calibration inputs, if any."""
+        return FitOptions(self.fit_rounds, self.fit_tolerance, damping_of(self.damping, features, rows), self.seed)
 
     def device_for(self, weight: torch.Tensor) -> torch.device:
         """Where the fit of this weight runs."""
@@ -118,11 +118,7 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
         for values in data["overrides"].values():
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = list(values["num_blocks"])
-        dataset = self.dataset
-        if dataset is not None and not isinstance(dataset, str):
-            size = f" of {len(dataset)} texts" if hasattr(dataset, "__len__") else ""
-            dataset = f"<{type(dataset).__name__}{size}>"
-        return {**data, "dataset": dataset, "quant_method": QUANT_METHOD}
+        return {**data, "dataset": stored_dataset(self.dataset), "quant_method": QUANT_METHOD}
 
     # transformers 5.0 calls this before it exists in its own base class
     def to_diff_dict(self) -> dict[str, Any]:

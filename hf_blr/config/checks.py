@@ -39,12 +39,3 @@ def check_together(config: BLRConfig, planned: bool) -> None:
         )
     if config.allocation == "loss" and (config.ratio is None or not config.fisher):
         raise ValueError('allocation="loss" shares out a ratio by Fisher information: set ratio, and fisher=True')
-
-
-def check_dataset(dataset: Any) -> None:
-    """Raises ValueError for what can be no calibration text."""
-    if not (dataset is None or isinstance(dataset, (str, list, tuple)) or hasattr(dataset, "column_names")):
-        raise ValueError(
-            "dataset must be None, a name, a path, a list of strings or a datasets.Dataset, "
-            f"got {type(dataset).__name__}"
-        )

@@ -49,6 +49,10 @@ def fraction(value: Any) -> str | None:
     return None if right else "in [0, 1)"
 
 
+def optional_fraction(value: Any) -> str | None:
+    return None if value is None or fraction(value) is None else "in [0, 1), or None"
+
+
 def ratio(value: Any) -> str | None:
     right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
     return None if right or value is None else "kept / dense parameters, in (0, 1]"

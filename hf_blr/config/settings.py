@@ -8,6 +8,7 @@ from typing import Any
 from hf_blr.config import options
 from hf_blr.config.names import ALLOCATIONS, FORMAT_VERSION
 from hf_blr.config.options import integer, option
+from hf_blr.config.texts import DEFAULT
 
 #: the groups of `--help`
 BECOMES, FITTED = "what the layers become", "how they are fitted"
@@ -80,12 +81,15 @@ class BLRSettings:
     )
     dataset: Any = option(
         None,
-        'Text to fit to: "builtin" (Python\'s own documentation), "wikitext2", "c4", a text file or a folder of them, '
-        "a list of strings, or a `datasets.Dataset`. None fits the weights alone.",
+        'Text to fit to: "self" (the dense model writes it), "self:chat" (conversations), "builtin" (Python\'s own '
+        'documentation), "wikitext2", "c4", a text file or a folder of them, a .jsonl, .csv or .parquet file or a hub '
+        'id owner/name, each with an optional ":column", a .safetensors file that `hf-blr write` wrote, a mixture '
+        "{source: share} (on the command line self=0.5,wikitext2=0.5), a list of strings, or a `datasets.Dataset`. "
+        '"default" is the text that the command line takes where none is named. None fits the weights alone.',
         options.anything,
         flag="--dataset",
         group=FITTED,
-        cli_default="builtin",
+        cli_default=DEFAULT,
         none="none",
     )
     sequential: bool = option(
@@ -145,10 +149,11 @@ class BLRSettings:
         group=FITTED,
         type=float,
     )
-    damping: float = option(
-        1e-4,
-        "Added to the diagonal of each input Gram matrix, as a fraction of its mean.",
-        options.fraction,
+    damping: float | None = option(
+        None,
+        "Added to the diagonal of each input Gram matrix, as a fraction of its mean. If left out, sqrt(K / T) for K "
+        "features and T tokens: the less text, the less is believed of it.",
+        options.optional_fraction,
         flag="--damping",
         group=FITTED,
         type=float,

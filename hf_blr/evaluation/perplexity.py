@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from hf_blr.config.texts import describe
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
-from hf_blr.text import NAMED, Tokenizer, describe, load_text, tokenize
+from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
+from hf_blr.text.windows import check_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -195,7 +197,7 @@ def as_tokens(tokenizer: Tokenizer | None, dataset: Any) -> tuple[torch.Tensor, 
     if isinstance(dataset, str) and "\n" in dataset:
         return tokenize(tokenizer, [dataset]), f"<text of {len(dataset)} characters>"
     named = isinstance(dataset, str) and dataset in NAMED
-    return tokenize(tokenizer, load_text(dataset, "test")), describe(dataset) + (" (test)" if named else "")
+    return tokenize(tokenizer, load_text(dataset, "test", tokenizer)), describe(dataset) + (" (test)" if named else "")
 
 
 def check_counts(
@@ -208,13 +210,7 @@ def check_counts(
     for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # some families store -1 or 1 for "no limit"
-    if isinstance(positions, int) and 1 < positions < seqlen:
-        raise ValueError(
-            f"seqlen={seqlen} is beyond the {positions} positions of {type(model).__name__}; "
-            f"use seqlen={positions} or less"
-        )
+    check_positions(model, seqlen)
 
 
 def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:

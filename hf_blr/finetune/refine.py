@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
+from hf_blr.config import BLRConfig
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
@@ -75,6 +76,9 @@ def refine(
     it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
     trained as plain pairs of factors and get their pivots anew at the end.
 
+    A dense model is one whose targets were all left dense: with a `dense_rate` it trains them, which says what the text
+    alone does for a model.
+
     Args:
         model: compressed, a causal language model; it comes back in evaluation mode.
         teacher: the dense model.
@@ -110,9 +114,12 @@ def refine(
 
 
 def targets_left_dense(model: nn.Module) -> list[str]:
-    """The layers that the model's config targets and that are dense all the same."""
+    """The layers that the model's config targets and that are dense all the same; of a dense model all by default."""
     model_config: Any = model.config
-    config = model_config.quantization_config
+    config = getattr(model_config, "quantization_config", None)
+    # of what was dequantised while it was loaded, the config can be another format's
+    if not isinstance(config, BLRConfig):
+        return remaining_targets(model)
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_blr.linear import blr_modules
+from hf_blr.targets import remaining_targets
 
 
 def mark_only_factors_trainable(
@@ -24,16 +25,17 @@ def mark_only_factors_trainable(
         norms: train the normalisation layers too (weight and bias of each module with "norm" in its class
             name).
         biases: train the other biases too, those of BLR modules among them.
-        also: names or name endings of further modules to train whole, such as a fresh "classifier".
+        also: names or name endings of further modules to train whole, such as a fresh "classifier". If whole names
+            of projections are among them, the model may be dense.
 
     Returns:
         (trainable, total) numbers of parameters, shared ones counted once.
 
     Raises:
-        ValueError: if the model has no BLR module, an entry of `also` names no module, or more than the
-            adapters is asked for on a model with adapters.
+        ValueError: if the model has no BLR module and no dense projection is asked for, an entry of `also` names no
+            module, or more than the adapters is asked for on a model with adapters.
     """
-    if not blr_modules(model):
+    if not blr_modules(model) and set(also).isdisjoint(remaining_targets(model)):
         raise ValueError(
             f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
             "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"

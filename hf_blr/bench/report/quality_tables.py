@@ -9,7 +9,7 @@ from hf_blr.bench.report.lines import blocks_of, wide
 
 
 def quality_lines(rows: list[dict]) -> list[dict]:
-    """One line for each model, size, structure and method, a column for each text's perplexity."""
+    """One line for each model, size, structure, method, calibration set and seed; a column for each perplexity."""
     lines = wide(
         rows,
         lambda row: {
@@ -18,6 +18,8 @@ def quality_lines(rows: list[dict]) -> list[dict]:
             "structure": row.get("structure"),
             "blocks": blocks_of(row),
             "method": row.get("method"),
+            "calibration": row.get("calibration"),
+            "seed": row.get("seed"),
         },
         lambda row: {
             "MB": None if row.get("bytes") is None else row["bytes"] / 1e6,
@@ -35,7 +37,7 @@ def largest_first(lines: list[dict]) -> list[dict]:
     return sorted(lines, key=lambda line: (-(line["ratio"] or 0), str([line[key] for key in HEAD[2:]])))
 
 
-HEAD = ("model", "kept", "structure", "blocks", "method")
+HEAD = ("model", "kept", "structure", "blocks", "method", "calibration", "seed")
 
 
 def quality_columns(rows: list[dict], lines: list[dict]) -> list[str]:
@@ -57,8 +59,10 @@ HIGHEST = 30
 
 
 def usable(rows: Iterable[dict]) -> list[dict]:
-    """Those with a perplexity that is worth a look, and a size."""
+    """Those with a perplexity that is worth a look, and a size; of several calibration sets and seeds the first's."""
     rows = [row for row in rows if row.get("ppl") and row.get("bytes")]
+    first = next((row for row in rows if row.get("calibration")), rows[0] if rows else {})
+    rows = [row for row in rows if all(row.get(of) in (None, first.get(of)) for of in ("calibration", "seed"))]
     return [row for row in rows if row["ppl"] <= HIGHEST * (row.get("dense_ppl") or float("inf"))]
 
 

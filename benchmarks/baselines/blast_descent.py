@@ -1,4 +1,4 @@
-"""What other papers do, written from the papers, to compare with."""
+"""BLAST's own compression, which knows the weights alone."""
 
 from __future__ import annotations
 
@@ -7,42 +7,16 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.fisher import Statistics
-from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
-from hf_blr.factorize.gram import damped, solve_psd
-from hf_blr.factorize.svd import low_rank_factors
+from hf_blr.factorize.gram import solve_psd
 from hf_blr.linear import BLRLinear
-from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast
 from hf_blr.structures.blast.reference import blast_dense
 
 
-def svd_llm_updated(dense: nn.Module, ratio: float, statistics: Statistics, batches: list[Tensor]) -> nn.Module:
-    """SVD-LLM (arXiv 2403.07378) with its closed-form update: whitened SVD, then u fitted anew, layer by layer.
-
-    u minimises ||W X~ - u v X~|| for the activations X~ of the model compressed so far.
-    """
-    model = copy.deepcopy(dense)
-    config = BLRConfig("low_rank", ratio=ratio)
-    plan = resolve_plan(model, config)
-    with evaluating(model), torch.no_grad():
-        chain = SequentialChain.trace(model, list(plan), [{"input_ids": batch} for batch in batches])
-        for group in chain.problems(config.damping):
-            for name, problem in group.items():
-                weight = dense_weight(model.get_submodule(name)).float()
-                _, v = low_rank_factors(weight, plan[name].spec.rank, damped(statistics.grams[name], config.damping))
-                image = v @ damped(problem.gram, config.damping)
-                u = solve_psd((image @ v.mT).double(), (image @ weight.mT).double()).mT.float()
-                model.set_submodule(
-                    name, BLRLinear.from_fit(plan[name].spec, {"u": u, "v": v}, model.get_submodule(name))
-                )
-    return model
-
-
-def blast_by_gradients(dense: nn.Module, ratio: float, num_blocks, steps: int) -> nn.Module:
+def blast_by_gradients(dense: nn.Module, ratio: float, num_blocks, steps: int, seed: int = 0) -> nn.Module:
     """BLAST's own compression (arXiv 2410.21262): preconditioned gradient descent on each weight, no activations."""
     model = copy.deepcopy(dense)
     plan = resolve_plan(model, BLRConfig("blast", ratio=ratio, num_blocks=num_blocks))
@@ -51,7 +25,7 @@ def blast_by_gradients(dense: nn.Module, ratio: float, num_blocks, steps: int) -
         alike.setdefault(layer.spec, []).append(name)
     for spec, names in alike.items():
         weights = torch.stack([dense_weight(model.get_submodule(name)).float() for name in names])
-        factors = preconditioned_descent(weights, spec, steps)
+        factors = preconditioned_descent(weights, spec, steps, seed=seed)
         for i, name in enumerate(names):
             fitted = {key: value[i] for key, value in factors.items()}
             model.set_submodule(name, BLRLinear.from_fit(spec, fitted, model.get_submodule(name)))

@@ -1,0 +1,152 @@
+"""What a model is fitted to: windows of tokens, drawn from named parts by a mixture and a seed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import protocol
+import torch
+from protocol import sha256_of
+from torch import Tensor, nn
+
+from hf_blr.calibration import collect_statistics
+from hf_blr.calibration.fisher import Statistics
+from hf_blr.config import BLRConfig
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the calibration windows by part; they add up to one."""
+
+    shares: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def parse(cls, items: list[str]) -> Mixture:
+        """Of NAME=SHARE each, or of one NAME.
+
+        Raises:
+            ValueError: if a share is no number above 0, or they do not add up to one.
+        """
+        pairs = [item.partition("=") for item in items]
+        try:
+            shares = tuple((name, float(share) if given else 1.0) for name, given, share in pairs)
+        except ValueError:
+            raise ValueError(f"a calibration set is NAME=SHARE ..., such as web=0.5 own=0.5, got {items}") from None
+        total = sum(share for _, share in shares)
+        if any(share <= 0 for _, share in shares) or abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of a calibration set are above 0 and add up to 1, got {items}")
+        return cls(shares)
+
+    @property
+    def label(self) -> str:
+        """`web`, or `50 % own, 50 % web`."""
+        if len(self.shares) == 1:
+            return self.shares[0][0]
+        return ", ".join(f"{100 * share:.3g} % {name}" for name, share in sorted(self.shares))
+
+
+@dataclass
+class Calibration:
+    """Windows of a mixture that a seed has drawn, and what the dense model does on them.
+
+    windows: token ids `[n, seqlen]`, in random order.
+    training: likewise, for what is trained: more of the same mixture where there is more.
+    counts: {part: its windows}.
+    """
+
+    dense: nn.Module
+    mixture: Mixture
+    seed: int
+    windows: Tensor
+    training: Tensor
+    counts: dict[str, int]
+
+    @classmethod
+    def draw(
+        cls,
+        dense: nn.Module,
+        parts: dict[str, Tensor],
+        mixture: Mixture,
+        seed: int,
+        limit: int,
+        seqlen: int,
+        training: int = 0,
+    ) -> Calibration:
+        """Draws windows; a part with fewer than its share gives all that it has.
+
+        Args:
+            dense: the model that will be compressed.
+            parts: {name: windows `[n, seqlen]`, or a text's ids `[tokens]`, which are cut into windows}.
+            mixture: of the parts.
+            seed: of the choice and of the order.
+            limit: windows at most, of all parts.
+            seqlen: tokens in a window.
+            training: windows to train on at most; 0 takes those of the fit.
+
+        Raises:
+            ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
+        """
+        windows, counts = drawn(parts, mixture, seed, limit, seqlen)
+        more = drawn(parts, mixture, seed, training, seqlen)[0] if training else windows
+        return cls(dense, mixture, seed, windows, more, counts)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """The windows on the model's device."""
+        device = next(self.dense.parameters()).device
+        return [batch.to(device) for batch in self.windows.split(protocol.BATCH)]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What all fits share, collected when it is first asked for."""
+        started = time.perf_counter()
+        found = collect_statistics(self.dense, BLRConfig(ratio=0.5, seed=self.seed), calibration=self.batches)
+        print(f"statistics on {self.mixture.label} took {time.perf_counter() - started:.0f} s", flush=True)
+        return found
+
+    def facts(self) -> dict:
+        """What a row says of it."""
+        return {
+            "calibration": self.mixture.label,
+            "calibration_tokens": self.windows.numel(),
+            "calibration_windows": self.counts,
+            "calibration_sha256": sha256_of(self.windows),
+            "seed": self.seed,
+        }
+
+
+def drawn(
+    parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int
+) -> tuple[Tensor, dict[str, int]]:
+    """The windows of a mixture, in whole batches, and how many come from each part; see `Calibration.draw`."""
+    generator = torch.Generator().manual_seed(seed)
+    found, sources = [], []
+    for name, share in mixture.shares:
+        if name not in parts:
+            raise ValueError(f"there is no calibration part {name!r}; there are {sorted(parts)}")
+        windows = windows_of(name, parts[name], seqlen)
+        count = min(round(share * limit), len(windows))
+        found.append(windows[torch.randperm(len(windows), generator=generator)[:count]])
+        sources += [name] * count
+    whole = len(sources) // protocol.BATCH * protocol.BATCH
+    if not whole:
+        raise ValueError(
+            f"the calibration set {mixture.label!r} needs {protocol.BATCH} windows of {seqlen} tokens at "
+            f"least, got {len(sources)}"
+        )
+    order = torch.randperm(len(sources), generator=generator)[:whole]
+    chosen = [sources[i] for i in order.tolist()]
+    return torch.cat(found)[order].long(), {name: chosen.count(name) for name, _ in mixture.shares}
+
+
+def windows_of(name: str, ids: Tensor, seqlen: int) -> Tensor:
+    """A part's windows `[n, seqlen]`."""
+    if ids.dim() == 1:
+        ids = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    if ids.dim() != 2 or ids.shape[1] != seqlen:
+        raise ValueError(
+            f"the calibration part {name!r} must be windows [n, {seqlen}] or ids [tokens], got shape {list(ids.shape)}"
+        )
+    return ids

@@ -1,0 +1,165 @@
+"""Sentence embeddings of a compressed encoder beside the dense one's: their mean cosine, on sentences of other texts.
+
+    python benchmarks/sentences.py --model FOLDER --parts web=web.txt technical=technical.txt \
+        --calibration web=0.5 technical=0.5 --sentences ptb=ptb.txt c4=c4.txt --json results/sentences.json
+
+The model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
+`--sentence-transformers` that package embeds, with the compressed model in the place of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from calibration_sets import Calibration, Mixture
+from protocol import check_tokens, kept_parameters, plain, read_ids
+from runs import Run, row_key
+
+from hf_blr import BLRConfig, compress
+from hf_blr.bench.environment import environment
+from hf_blr.bench.report.files import ResultFile
+from hf_blr.modes import evaluating
+from hf_blr.targets import find_targets
+
+SEQLEN, WINDOWS, BATCH = 128, 512, 64
+#: words of a sentence that is scored
+FEWEST_WORDS, MOST_WORDS = 5, 60
+SENTENCES = 1000
+PROTOCOL = (
+    "mean cosine between the sentence embeddings of the dense and the compressed model, on the first 1000 sentences of "
+    "5 to 60 words of each text; float32; every row names the windows of 128 tokens that it was fitted to"
+)
+#: the model has no logits, so no loss that its layers could be weighed by
+NO_LOSS = {"fisher": False, "allocation": "uniform"}
+OFF = {**NO_LOSS, "sequential": False}
+
+
+def runs(ratios: list[float]) -> list[Run]:
+    kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
+        ("whitened SVD", "low_rank", None, OFF),
+        ("ours", "low_rank", None, NO_LOSS),
+        ("ours", "pivoted", None, NO_LOSS),
+        ("ours", "blast", (4, 4), NO_LOSS),
+    ]
+    return [
+        Run(method, structure, ratio, blocks, settings=tuple(settings.items()))
+        for ratio in ratios
+        for method, structure, blocks, settings in kinds
+    ]
+
+
+def sentences_of(text: str) -> list[str]:
+    """The first sentences of a text: what stands on a line up to a full stop, question or exclamation mark."""
+    found = (part.strip() for line in text.splitlines() for part in re.split(r"(?<=[.!?])\s+", line))
+    return [part for part in found if FEWEST_WORDS <= len(part.split()) <= MOST_WORDS][:SENTENCES]
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
+    """The mean of the last hidden states of each sentence, special tokens included, at length one: `[n, hidden]`."""
+    device = next(model.parameters()).device
+    parts = []
+    with evaluating(model):
+        for start in range(0, len(sentences), BATCH):
+            batch = tokenizer(sentences[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
+            batch = batch.to(device)
+            counted = batch["attention_mask"].unsqueeze(-1).float()
+            hidden = model(**batch).last_hidden_state.float()
+            parts.append((hidden * counted).sum(1) / counted.sum(1))
+    return nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+def library_embeddings(model: nn.Module, folder: str, sentences: list[str]) -> Tensor:
+    """The same by sentence-transformers, which reads the folder and runs this model in the place of its own.
+
+    Raises:
+        ImportError: if the package is not installed.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "`pip install sentence-transformers`, or leave --sentence-transformers out: the embeddings are the same"
+        ) from error
+    encoder = SentenceTransformer(folder, device=str(next(model.parameters()).device))
+    # releases differ in what they call it
+    (own,) = (child for child, module in encoder[0].named_children() if isinstance(module, PreTrainedModel))
+    setattr(encoder[0], own, model)
+    found = encoder.encode(sentences, batch_size=BATCH, convert_to_tensor=True, normalize_embeddings=True)
+    return found.float()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or hub id of an encoder")
+    parser.add_argument("--parts", nargs="+", required=True, metavar="PART", help="as of quality.py")
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="PART=SHARE", help="as of quality.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--sentence-transformers", action="store_true", help="embed by that package")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="of the model in the rows; the folder's if left out")
+    parser.add_argument("--commit", help="of the source, where there is no checkout")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args(argv)
+    dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = {
+        name: sentences_of(plain(Path(path))) for name, _, path in (item.partition("=") for item in args.sentences)
+    }
+    name = args.name or Path(args.model).name
+
+    def embed(model: nn.Module) -> dict[str, Tensor]:
+        if args.sentence_transformers:
+            return {text: library_embeddings(model, args.model, sentences) for text, sentences in texts.items()}
+        return {text: embeddings(model, tokenizer, sentences) for text, sentences in texts.items()}
+
+    wanted, targets = embed(dense), find_targets(dense)
+    total = kept_parameters(dense, targets)
+    machine = environment()
+    commit = args.commit or machine["commit"]
+    file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
+    done = {row_key(row) for row in file.rows}
+    parts = read_ids(args.parts, tokenizer)
+    for seed in args.seeds:
+        on = Calibration.draw(dense, parts, Mixture.parse(args.calibration), seed, WINDOWS, SEQLEN)
+        for run in runs(args.ratios):
+            facts = {"model": name, **run.facts(), **on.facts(), "commit": commit}
+            if {row_key({**facts, "dataset": text}) for text in texts} <= done:
+                continue
+            model = copy.deepcopy(dense)
+            settings = dict(run.settings)
+            config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, seed=seed, **settings)
+            report = compress(model, config, calibration=on.batches, progress=False)
+            facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
+            rows = [
+                {
+                    **facts,
+                    "dataset": text,
+                    "sentences": len(texts[text]),
+                    "text_sha256": hashlib.sha256("\n".join(texts[text]).encode()).hexdigest(),
+                    "cosine": (found * wanted[text]).sum(-1).mean().item(),
+                }
+                for text, found in embed(model).items()
+            ]
+            check_tokens([*file.rows, *rows])
+            file.add(rows)
+            scores = ", ".join(f"{row['dataset']} {row['cosine']:.4f}" for row in rows)
+            print(f"{run.label}, seed {seed}: {scores} ({report.seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Tables of perplexities as ratios to the dense model's, over all texts and seeds that were measured."""
+
+from __future__ import annotations
+
+import math
+from statistics import geometric_mean
+
+from conditions import RESULTS, table_of
+from runs import DENSE_REFINED
+
+from hf_blr.bench.report.commits import commits_of, rows_of
+from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.lines import grouped, label_of
+from hf_blr.bench.report.quality_tables import score
+
+#: characters of a hash that are enough to tell it from others
+SHOWN_HASH = 8
+
+
+def text_ratio_section(file: str = "quality_h200.json") -> str:
+    """One line for each method, size and calibration set: every text's perplexity, and what their ratios come to."""
+    result = read_result(RESULTS / file)
+    rows = rows_of(result)
+    texts = list(dict.fromkeys(row["dataset"] for row in rows))
+    lines = ratio_lines(rows, texts)
+    columns = ["kept", "layers", "method", "fitted to", *texts, "mean", "worst", "of dense refined"]
+    table, where = table_of(lines, rows, result, columns)
+    return f"{table}\n\n{conditions(result, rows)} {where}."
+
+
+def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
+    """The lines of the table, large models first; what was not scored on all texts is left out.
+
+    A text's cell is its perplexity and the ratio to dense. "mean" is the geometric mean of the ratios of all texts,
+    with half the range over the seeds; "worst" is the largest ratio. "of dense refined" divides the mean of a refined
+    model by that of the dense model that was trained on the same tokens, at the rate that was best for it.
+    """
+    groups = {key: complete(found, texts) for key, found in grouped(rows, method_of).items()}
+    groups = {key: runs for key, runs in groups.items() if runs}
+    fair: dict[tuple, float] = {}
+    for runs in groups.values():
+        row = runs[0][0]
+        if row["method"].startswith(DENSE_REFINED):
+            fitted = fitted_to(row)
+            fair[fitted] = min(fair.get(fitted, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
+    lines = []
+    for runs in groups.values():
+        row = runs[0][0]
+        mean = geometric_mean([mean_ratio(run) for run in runs])
+        line = {
+            "kept": f"{100 * row['ratio']:.0f} %",
+            "layers": label_of(row),
+            "method": row["method"],
+            "fitted to": described(row),
+            "mean": with_spread([mean_ratio(run) for run in runs]),
+            "worst": f"{max(ratio(each) for run in runs for each in run):.3f}",
+        }
+        for i, text in enumerate(texts):
+            of_text = [run[i] for run in runs]
+            line[text] = (
+                f"{score(geometric_mean([r['ppl'] for r in of_text]))} ({geometric_mean(map(ratio, of_text)):.2f}x)"
+            )
+        if row.get("finetune_tokens") and fitted_to(row) in fair and row["structure"]:
+            line["of dense refined"] = f"{mean / fair[fitted_to(row)]:.3f}"
+        measured = [each for run in runs for each in run]
+        lines.append((-row["ratio"], mean, {**line, "commit": commits_of(measured)}))
+    return [line for *_, line in sorted(lines, key=lambda each: each[:2])]
+
+
+def complete(rows: list[dict], texts: list[str]) -> list[list[dict]]:
+    """For each seed that has all texts its rows, in the order of the texts."""
+    runs = []
+    for of_seed in grouped(rows, lambda row: row["seed"]).values():
+        found = {row["dataset"]: row for row in of_seed}
+        if len(found) == len(texts):
+            runs.append([found[text] for text in texts])
+    return runs
+
+
+def method_of(row: dict) -> tuple:
+    return row["model"], row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"], *fitted_to(row)
+
+
+def fitted_to(row: dict) -> tuple:
+    return row["calibration"], row["calibration_tokens"]
+
+
+def described(row: dict) -> str:
+    """`50 % own, 50 % web: 262 thousand tokens`; nothing for what reads no text."""
+    return f"{row['calibration']}: {thousands(row['calibration_tokens'])}" if row["calibration"] else ""
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens / 1000:.0f} thousand tokens"
+
+
+def ratio(row: dict) -> float:
+    return row["ppl"] / row["dense_ppl"]
+
+
+def mean_ratio(run: list[dict]) -> float:
+    """The geometric mean over the texts."""
+    return geometric_mean(map(ratio, run))
+
+
+def with_spread(means: list[float]) -> str:
+    """`1.120`, or `1.120 ± 0.004` with half the range of several seeds."""
+    spread = f" ± {(max(means) - min(means)) / 2:.3f}" if len(means) > 1 else ""
+    return f"{geometric_mean(means):.3f}{spread}"
+
+
+def conditions(result: dict, rows: list[dict]) -> str:
+    """The model, the protocol, and which tokens were scored and fitted to."""
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    scored = {row["dataset"]: f"{thousands(row['text_tokens'])}, {row['text_sha256'][:SHOWN_HASH]}" for row in rows}
+    fitted = {
+        f"{described(row)}, seed {row['seed']}": row["calibration_sha256"][:SHOWN_HASH]
+        for row in rows
+        if row["calibration"]
+    }
+    hashes = f"SHA-256 of the token ids scored: {listed(scored)}; fitted to: {listed(fitted)}."
+    return f"{models}; {result['protocol']}. {hashes}"
+
+
+def listed(named: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({value})" for name, value in named.items())

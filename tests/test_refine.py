@@ -1,0 +1,76 @@
+"""Refinement on the calibration text, of compressed models and of dense ones."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from hf_blr import BLRConfig, compress
+from hf_blr.finetune import refine
+from hf_blr.ops import blast_linear, low_rank_linear, monarch_linear
+from hf_blr.targets import find_targets
+
+WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def test_refinement_lowers_the_loss_and_trains_factors_only():
+    dense = tiny_llama()
+    model = tiny_llama()
+    config = BLRConfig("blast", ratio=0.5, num_blocks=2, allocation="uniform")
+    compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    history = refine(model, dense, WINDOWS, epochs=10, batch_size=4, learning_rate=3e-3)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert not model.training
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.endswith((".u", ".s", ".v")), name
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_refinement_trains_the_targets_that_were_left_dense(rate):
+    model, left, never = tiny_llama(), "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"
+    config = BLRConfig("low_rank", ratio=0.5, allocation="uniform", modules_to_not_convert=[never])
+    compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
+    model.set_submodule(left, model.get_submodule(left).to_dense())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    refine(model, tiny_llama(), WINDOWS, epochs=1, batch_size=4, dense_rate=rate)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert (f"{left}.weight" in moved) == (rate > 0)
+    assert all(name.endswith((".u", ".v")) for name in moved - {f"{left}.weight"})
+
+
+def test_refinement_of_a_dense_model_trains_the_targets_alone_and_with_the_same_loss():
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    history = refine(model, dense, WINDOWS, epochs=10, batch_size=4, learning_rate=3e-3, dense_rate=1.0)
+    logged = [entry for entry in history if "loss" in entry]
+    # the share of the text's own loss moves it: of the divergence from itself nothing would
+    assert logged[0]["distill_loss"] < 1e-3 < logged[-1]["distill_loss"]
+    assert logged[-1]["lm_loss"] < logged[0]["lm_loss"]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))}
+    assert moved == {f"{name}.weight" for name in find_targets(dense)}
+    with pytest.raises(ValueError, match="compress it first"):
+        refine(copy.deepcopy(dense), dense, WINDOWS, epochs=1, batch_size=4)
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_by_the_dense_matrix_have_the_references_values_and_gradients(structure, bias):
+    linear = {"low_rank": low_rank_linear, "monarch": monarch_linear, "blast": blast_linear}[structure]
+    shapes = {
+        "low_rank": [(6, 3), (3, 8)],
+        "monarch": [(2, 3, 4), (2, 4, 4)],
+        "blast": [(2, 3, 3), (2, 2, 3), (2, 3, 4)],
+    }[structure]
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for impl in ("reference", "dense"):
+        generator.manual_seed(0)
+        given = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(2, 5, 8), *shapes, (6,)]]
+        given = [t.requires_grad_() for t in given]
+        out = linear(*given[:-1], given[-1] if bias else None, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), given if bias else given[:-1])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

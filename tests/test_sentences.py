@@ -1,0 +1,68 @@
+"""The benchmark of sentence embeddings, on a tiny encoder."""
+
+import json
+
+import protocol
+import pytest
+import sentences
+import torch
+from tiny import tiny_bert, tiny_tokenizer
+
+TEXT = "\n".join(
+    f"The {word} of a house has {n} windows. Is there {word} enough for {n} of us?"
+    for n, word in enumerate(["roof", "wall", "door", "floor", "stair", "attic", "lamp", "table", "chair"])
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    tiny_bert().bert.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(protocol, "BATCH", 4)
+    monkeypatch.setattr(sentences, "SEQLEN", 16)
+    return tmp_path
+
+
+def test_rows_hold_cosines_to_the_dense_model_on_sentences_it_names(folder, capsys):
+    text, result = str(folder / "text.txt"), folder / "s.json"
+    where = ["--model", str(folder / "model"), "--device", "cpu", "--json", str(result), "--ratios", "0.9", "0.5"]
+    arguments = [*where, "--parts", f"own={text}", "--calibration", "own", "--sentences", f"own={text}"]
+    sentences.main(arguments)
+    rows = json.loads(result.read_text())["rows"]
+    assert len(rows) == 8 and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
+    cosines = {(row["method"], row["structure"], row["ratio"]): row["cosine"] for row in rows}
+    for method, structure in {key[:2] for key in cosines}:
+        assert cosines[method, structure, 0.5] < cosines[method, structure, 0.9] < 1
+    capsys.readouterr()
+    sentences.main(arguments)
+    assert capsys.readouterr().out == "" and json.loads(result.read_text())["rows"] == rows
+
+
+def test_embeddings_do_not_depend_on_the_padding(folder):
+    model, tokenizer = tiny_bert().bert, tiny_tokenizer()
+    found = sentences.embeddings(model, tokenizer, ["one", "a much longer sentence"])
+    alone = sentences.embeddings(model, tokenizer, ["one"])
+    torch.testing.assert_close(found[:1], alone)
+    with torch.no_grad():
+        hidden = model(torch.tensor([tokenizer("one")["input_ids"]])).last_hidden_state[0]
+    torch.testing.assert_close(alone[0], hidden.mean(0) / hidden.mean(0).norm())
+
+
+def test_sentence_transformers_gives_the_same(folder):
+    pytest.importorskip("sentence_transformers")
+    # not the model of the folder, which it reads with the mean as its pooling
+    model, texts = tiny_bert(seed=1).bert, ["one", "a much longer sentence"]
+    found = sentences.library_embeddings(model, str(folder / "model"), texts)
+    torch.testing.assert_close(found, sentences.embeddings(model, tiny_tokenizer(), texts))
+
+
+def test_sentences_are_cut_at_marks_and_kept_by_their_length(monkeypatch):
+    text = "Too short. This one has just five words! What about a question of eight words?\nand a line without any mark"
+    assert sentences.sentences_of(text) == [
+        "This one has just five words!",
+        "What about a question of eight words?",
+        "and a line without any mark",
+    ]
+    monkeypatch.setattr(sentences, "SENTENCES", 1)
+    assert len(sentences.sentences_of(text)) == 1

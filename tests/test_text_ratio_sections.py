@@ -1,0 +1,67 @@
+"""The table of ratios to dense: its means, its spread over seeds, and the fair row beside refined ones."""
+
+import json
+
+import pytest
+import text_ratio_sections
+from text_ratio_sections import ratio_lines, text_ratio_section
+
+TEXTS = ["a", "b"]
+DENSE_PPL = {"a": 10.0, "b": 40.0}
+SHARED = {"model": "tiny", "structure": None, "blocks": None, "ratio": 1.0, "commit": "1234567890"}
+SHARED |= {"calibration": None, "calibration_tokens": 0, "seed": None, "finetune_tokens": 0}
+FITTED = {"calibration": "web", "calibration_tokens": 262144, "calibration_sha256": "c" * 64, "seed": 0}
+OURS = {**SHARED, **FITTED, "structure": "blast", "blocks": [4, 4], "ratio": 0.5, "method": "ours, refined"}
+
+
+def scored(row, *ratios):
+    """Its rows on the texts, of these ratios to dense."""
+    return [
+        {**row, "dataset": text, "ppl": ratio * DENSE_PPL[text], "dense_ppl": DENSE_PPL[text]}
+        | {"text_tokens": 30000, "text_sha256": text * 64}
+        for text, ratio in zip(TEXTS, ratios, strict=False)
+    ]
+
+
+def test_the_mean_is_geometric_over_texts_and_seeds_and_the_worst_is_the_largest_of_all():
+    rows = scored(OURS, 1.0, 4.0) + scored({**OURS, "seed": 1}, 2.0, 4.5)
+    (line,) = ratio_lines(rows, TEXTS)
+    # means 2 and 3 of the two seeds
+    assert line["mean"] == "2.449 ± 0.500" and line["worst"] == "4.500"
+    assert line["a"] == "14.14 (1.41x)" and line["layers"] == "blast 4x4" and line["kept"] == "50 %"
+    (line,) = ratio_lines(scored(OURS, 1.0, 4.0), TEXTS)
+    assert line["mean"] == "2.000"
+
+
+def test_calibration_sets_are_not_mixed_up_and_half_scored_runs_are_left_out():
+    other = {**OURS, "calibration": "own"}
+    rows = scored(OURS, 2.0, 2.0) + scored(other, 1.0, 1.0) + scored({**other, "seed": 1}, 9.0)
+    best, worse = ratio_lines(rows, TEXTS)
+    assert best["fitted to"] == "own: 262 thousand tokens" and best["mean"] == "1.000" and worse["mean"] == "2.000"
+
+
+def test_refined_rows_are_divided_by_the_best_dense_model_refined_on_the_same_tokens():
+    dense = {**SHARED, **FITTED, "finetune_tokens": 8}
+    rows = scored({**dense, "method": "dense, refined at 1"}, 1.5, 1.5)
+    rows += scored({**dense, "method": "dense, refined at 0.1"}, 0.8, 0.8)
+    rows += scored({**dense, "method": "dense, refined at 0.1", "calibration": "own"}, 0.1, 0.1)
+    rows += scored({**OURS, "finetune_tokens": 8}, 1.0, 1.0) + scored({**OURS, "method": "ours"}, 1.2, 1.2)
+    lines = {line["method"]: line.get("of dense refined") for line in ratio_lines(rows, TEXTS)}
+    assert lines["ours, refined"] == "1.250"
+    assert {name for name, fair in lines.items() if fair} == {"ours, refined"}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_ratio_sections, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_section_says_which_tokens_were_scored_and_fitted_to(results):
+    rows = scored({**SHARED, "method": "dense"}, 1.0, 1.0) + scored(OURS, 1.5, 1.5)
+    where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
+    (results / "quality_h200.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
+    section = text_ratio_section()
+    assert section.splitlines()[2].startswith("| 100 % |           | dense ")
+    assert "a (30 thousand tokens, aaaaaaaa); b (30 thousand tokens, bbbbbbbb)" in section
+    assert "web: 262 thousand tokens, seed 0 (cccccccc)" in section and "card, torch 2, commit 1234567" in section
