@@ -119,9 +119,7 @@ def test_a_fit_is_the_same_padded_or_not_and_for_any_batches(name, zoo):
     config = BLRConfig("low_rank", ratio=0.5, modules_to_not_convert=tables)
     for sizes in ((1,) * 40, (16, 12, 12), (40,)):
         model = copy.deepcopy(dense)
-        compress(
-            model, BLRConfig("low_rank", ratio=0.5), calibration=padded_batches(name, parts, sizes), progress=False
-        )
+        compress(model, config, calibration=padded_batches(name, parts, sizes), progress=False)
         with torch.no_grad():
             outputs.append(torch.cat([model(**part).logits.flatten() for part in parts[:6]]))
     for other in outputs[1:]:
