@@ -26,7 +26,8 @@ from hf_blr.calibration.blockwise import BlockChain, Segment
 from hf_blr.calibration.calls import Call, ReachedBlock, hooked
 from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import Run
-from hf_blr.calibration.padding import Masks, real_rows
+from hf_blr.calibration.residual import add, counted, residual_writers, rows_of
+from hf_blr.calibration.streams import Masks
 from hf_blr.calibration.trace import Piece
 from hf_blr.dense import dense_weight, is_dense_linear
 from hf_blr.factorize.gram import cholesky, damped
@@ -41,9 +42,6 @@ READER_SHARE = 0.5
 #: layers give up the loss's own weighting to repair the stream; with none, losses pile up. Of those three, half gave
 #: the lowest perplexity
 STREAM_SHARE = 0.5
-#: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
-#: streams round by as much
-RESIDUAL_TOLERANCE = 0.1
 
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
 AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
@@ -121,7 +119,9 @@ class SequentialChain(BlockChain):
         self, segment: Segment, compressed: Piece, damping: float | None, after_block: AfterBlock | None
     ) -> Iterator[dict[str, Problem]]:
         """Those of one segment, for what goes into it in the model compressed so far."""
-        entered, hidden = list(segment.piece.hidden), compressed.hidden
+        entered, hidden = segment.piece.hidden, compressed.hidden
+        # what entered the first block is not kept while later ones are fitted
+        segment.piece.hidden = []
         for prefix, names in segment.groups.items():
             block = self.model.get_submodule(prefix)
             dense_calls, calls = segment.piece.calls.pop(prefix), compressed.calls.pop(prefix)
@@ -299,11 +299,6 @@ def plain_problem(inputs: list[Tensor], real: list[Tensor | None]) -> Problem:
     return Problem(reduce(torch.add, (x.mT @ x for x in rows)), rows=sum(map(len, rows)))
 
 
-def counted(hidden: Tensor, real: Tensor | None) -> Tensor:
-    """The hidden states `[rows, hidden]` of positions that count; all of them, in their shape, where all do."""
-    return hidden if real is None else real_rows(hidden, real)
-
-
 def keep(kept: list[Tensor], x: Tensor) -> None:
     # a copy, since what runs next may write into x
     kept.append(x.clone())
@@ -311,29 +306,3 @@ def keep(kept: list[Tensor], x: Tensor) -> None:
 
 def keep_as(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
     kept[name] = x.clone()
-
-
-def residual_writers(added: Tensor, outputs: dict[str, Tensor], real: Tensor | None = None) -> list[str]:
-    """The layers whose outputs add up to what a block adds to the residual stream; none if no such set does.
-
-    args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers; the positions
-    that count.
-    """
-    candidates = {name: rows_of(out, real) for name, out in outputs.items() if out.shape == added.shape}
-    added = rows_of(added, real)
-    if not candidates:
-        return []
-    # regressed on all of them, the writers come out as one and the others as zero
-    columns = torch.stack([out.flatten() for out in candidates.values()], 1)
-    weights = torch.linalg.lstsq(columns.mT @ columns, columns.mT @ added.flatten()).solution
-    writers = [name for name, weight in zip(candidates, weights.tolist(), strict=True) if weight > 0.5]
-    unexplained = added - sum(candidates[name] for name in writers)
-    return writers if unexplained.norm() <= RESIDUAL_TOLERANCE * added.norm() else []
-
-
-def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
-    return real_rows(x, real).float()
-
-
-def add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
