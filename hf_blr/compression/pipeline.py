@@ -21,6 +21,7 @@ from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.sequential import Problem
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.budget import share_budget
+from hf_blr.compression.held_out import HeldOut
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
@@ -88,7 +89,10 @@ def compress(
         # the checkpoint says what was used, not what was the default at that time
         config = copy.copy(config)
         config.dataset = resolve_dataset(DEFAULT, model) if reads_dataset else None
-    batches = calibration_batches(model, config, tokenizer, calibration, progress) if use_text else []
+    batches: list[Batch] = []
+    apart: list[Batch] = []
+    if use_text:
+        batches, apart = calibration_batches(model, config, tokenizer, calibration, progress)
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
@@ -108,6 +112,7 @@ def compress(
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
+    held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
     groups = problem_groups(model, names, plan, batches, statistics, config, blocks)
@@ -140,6 +145,8 @@ def compress(
         layers=layers,
         blocks=blocks,
         predicted_loss=predicted,
+        divergence=held_out.divergence(model),
+        held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
 
