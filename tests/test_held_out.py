@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_bert, tiny_inputs, tiny_llama, tiny_tokenizer, tiny_vit
 
 from hf_blr import BLRConfig, compress
+from hf_blr.calibration import held_out
 from hf_blr.calibration.batches import calibration_batches, set_apart
-from hf_blr.compression import held_out
-from hf_blr.compression.held_out import HeldOut
+from hf_blr.calibration.held_out import HeldOut
 
 TEXT = ["".join(random.Random(0).choices("abcdefghij ", k=3000))]
 CONFIG = BLRConfig("low_rank", ratio=0.5, dataset=TEXT, seqlen=32, num_samples=32)
