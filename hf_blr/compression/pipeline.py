@@ -19,7 +19,7 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
-from hf_blr.calibration.sequential import Problem
+from hf_blr.calibration.problem import Problem
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
