@@ -33,9 +33,9 @@ from hf_blr.targets import find_targets
 RATIO = 0.5
 #: samples fitted to, in batches of different sizes, the last one smaller; and samples scored
 SIZES, SCORED = (16, 12, 16, 12, 8), 12
-#: so much longer than in the tests, or so many more where images fix the length: regressions want many times as many
-#: rows as a layer has inputs
-TIMES = 4
+#: so much longer than in the tests, or so many more where images of four patches fix the length: regressions want many
+#: times as many rows as a layer has inputs
+LONGER, MORE = 4, 12
 #: statistics count as those of plain forwards up to this relative error: float32 rounds by less
 EQUAL = 1e-5
 
@@ -44,7 +44,7 @@ def row(name: str) -> dict:
     """One architecture."""
     started = time.perf_counter()
     dense = build(name)
-    longer, more = (1, TIMES) if "images" in KINDS[name] else (TIMES, 1)
+    longer, more = (1, MORE) if "images" in KINDS[name] else (LONGER, 1)
     sizes = tuple(more * size for size in SIZES)
     parts = samples(name, sum(sizes) + SCORED, longer)
     fitted, scored = parts[: sum(sizes)], parts[sum(sizes) :]

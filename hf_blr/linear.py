@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from hf_blr import ops
 from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
-from hf_blr.formats import PLAIN, Format
+from hf_blr.formats import PLAIN, Bits, FactorInBits, Factors, Format
 from hf_blr.formats.values import check_fit, fault
+from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.table import implementation_of
 from hf_blr.readonly import ReadOnly
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
@@ -22,18 +24,20 @@ class BLRLinear(nn.Module):
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
     to a dense weight that does not exist. `weight` is the dense matrix, to be read and differentiated, not written to.
 
+    Factors that are kept in bits become numbers of the input's dtype in each forward, whatever then multiplies them.
+
     Args:
         spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
         bias: whether there is a bias `[N]`.
         transposed: the layer replaces a `Conv1D`, which stores its weight `[K, N]`.
-        device, dtype: of the factors.
+        device, dtype: of the factors; of those that are kept in bits, the dtype that they stand for.
         storage: the format in which factors are kept.
     """
 
     spec_class: type[BLRSpec]
-    #: of most structures and the plain format; `tensors` is there for all
-    u: Tensor
-    v: Tensor
+    #: of most structures: parameters, or modules that hold them in bits; `tensors` is there for all
+    u: Any
+    v: Any
     bias: nn.Parameter | None
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
     group: tuple[Any, int] | None = None
@@ -59,9 +63,13 @@ class BLRLinear(nn.Module):
         self.spec, self.storage = spec, storage
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.transposed = transposed
-        for name, (shape, kind) in storage.stored(spec).items():
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        for name, (shape, kind) in spec.tensors().items():
+            if isinstance(storage, Bits) and name in storage.in_bits(spec):
+                self.add_module(name, FactorInBits(storage, shape, device))
+                continue
             value = torch.empty(shape, device=device, dtype=storage.dtype_of(kind, dtype))
-            if storage.trains(kind):
+            if kind == FACTOR:
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
@@ -81,26 +89,33 @@ class BLRLinear(nn.Module):
         bias: Tensor | None = None,
         transposed: bool = False,
         storage: Format = PLAIN,
+        dtype: torch.dtype | None = None,
     ) -> BLRLinear:
-        """A module holding these tensors. Raises ValueError where one is missing or misshapen."""
+        """A module holding these tensors, of this dtype where all its factors are kept in bits.
+
+        Raises:
+            ValueError: where a tensor is missing or misshapen.
+        """
         shapes = {name: tuple(t.shape) for name, t in stored.items()}
         wanted = {name: t.shape for name, t in storage.stored(spec).items()}
         if shapes != wanted:
             raise ValueError(f"{spec.structure} factors must have the shapes {wanted}, got {shapes}")
-        module = BLRLinear.from_spec(spec, bias=bias is not None, transposed=transposed, device="meta", storage=storage)
+        module = BLRLinear.from_spec(
+            spec, bias=bias is not None, transposed=transposed, device="meta", dtype=dtype, storage=storage
+        )
         for name, value in (stored if bias is None else {**stored, "bias": bias}).items():
             module.put(name, value.detach())
         return module
 
     @staticmethod
-    def from_fit(spec: BLRSpec, factors: dict[str, Tensor], like: nn.Module, storage: Format = PLAIN) -> BLRLinear:
+    def from_fit(spec: BLRSpec, factors: Factors, like: nn.Module, storage: Format = PLAIN) -> BLRLinear:
         """A module with fitted factors in the place of a layer: in its dtype, device and mode, and with its bias.
 
         Args:
             spec: the sizes that were fitted.
-            factors: of `factorize.Factors`.
+            factors: of `factorize.Factors`; in `formats.Codes` where a fit has chosen codes and scales itself.
             like: a dense layer or a BLR layer.
-            storage: the format in which the factors are kept.
+            storage: the format in which the factors are kept; what comes as numbers is rounded to the nearest codes.
 
         Raises:
             ValueError: if a number is too large for the dtype.
@@ -112,11 +127,15 @@ class BLRLinear(nn.Module):
             dtype, device, transposed = weight.dtype, weight.device, is_transposed(like)
         stored = storage.pack(spec, factors, dtype, device)
         check_fit(spec, storage, stored)
-        return BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage).train(like.training)
+        module = BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage, dtype)
+        return module.train(like.training)
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Makes this the stored tensor or bias of that name."""
-        setattr(self, name, nn.Parameter(value) if name in self._parameters else value)
+    def put(self, key: str, value: Tensor) -> None:
+        """Makes this the stored tensor or bias of that state-dict key."""
+        owner, _, name = key.rpartition(".")
+        holder = self.get_submodule(owner)
+        # what is kept in bits does not train
+        setattr(holder, name, nn.Parameter(value, requires_grad=not owner) if name in holder._parameters else value)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`."""
@@ -125,7 +144,7 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
-        tensors = list(self.tensors().values())
+        tensors = list(self.tensors(compute_dtype(x)).values())
         return ops.linear(self.spec.structure, x, tensors, self.bias, self.impl or None, self.activation)
 
     def train(self, mode: bool = True) -> BLRLinear:
@@ -148,9 +167,12 @@ class BLRLinear(nn.Module):
             return
         for index in self.indices().values():
             index.copy_(torch.arange(len(index)))
-        std = self.initial_std()
-        for name, value in self.factors().items():
-            nn.init.normal_(value, std=std[name])
+        for name, std in self.initial_std().items():
+            held = getattr(self, name)
+            if isinstance(held, FactorInBits):
+                held.fill(torch.randn(held.shape, device=self.device) * std)
+            else:
+                nn.init.normal_(held, std=std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -160,37 +182,41 @@ class BLRLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
-        return self._first_factor.dtype
+        """Of the factors; where all are kept in bits, the dtype that they stand for."""
+        return next((factor.dtype for factor in self.factors().values()), self._dtype)
 
     @property
     def device(self) -> torch.device:
-        """Of the factors."""
-        return self._first_factor.device
-
-    @property
-    def _first_factor(self) -> Tensor:
-        return getattr(self, next(iter(self.storage.stored(self.spec))))
+        """Of the stored tensors."""
+        return next(iter(self.stored().values())).device
 
     def stored(self) -> dict[str, Tensor]:
         """{state-dict key: tensor} of all that the layer keeps but its bias."""
-        return {name: getattr(self, name) for name in self.storage.stored(self.spec)}
+        places = [(key, *key.rpartition(".")[::2]) for key in self.storage.stored(self.spec)]
+        return {key: getattr(self.get_submodule(owner), name) for key, owner, name in places}
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """{"u", ("s",) "v"}: the parameters in the order in which the ops take them."""
-        return {name: getattr(self, name) for name in self.spec.names(FACTOR)}
+        """{"u", ("s",) "v"}: the factors that are parameters, in the order in which the ops take them; none in bits."""
+        in_bits = self.storage.in_bits(self.spec)
+        return {name: getattr(self, name) for name in self.spec.names(FACTOR) if name not in in_bits}
 
     def indices(self) -> dict[str, Tensor]:
         """The integers that belong to the factors, by name; most structures have none."""
         return {name: getattr(self, name) for name in self.spec.names(INDEX)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Factors and indices: all that the ops take."""
-        return self.storage.unpack(self.spec, self.stored())
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Factors and indices: all that the ops take. Factors kept in bits come in `dtype`; None: in the layer's."""
+        held = {name: getattr(self, name) for name in self.spec.names()}
+        return {
+            name: part(dtype or self.dtype) if isinstance(part, FactorInBits) else part for name, part in held.items()
+        }
 
-    def dense_weight(self) -> Tensor:
-        """The dense matrix `[N, K]`, differentiable in the factors."""
-        return implementation_of(self.spec.structure).dense(**self.tensors())
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense matrix `[N, K]`, multiplied out in this dtype or else in the layer's; differentiable in factors."""
+        dtype = dtype or self.dtype
+        tensors = self.tensors(dtype)
+        factors = {name: tensors[name].to(dtype) for name in self.spec.names(FACTOR)}
+        return implementation_of(self.spec.structure).dense(**{**tensors, **factors})
 
     @property
     def weight(self) -> Tensor:
@@ -213,19 +239,16 @@ class BLRLinear(nn.Module):
     def to_dense(self) -> nn.Module:
         """The `nn.Linear` (or `Conv1D`) with the same matrix, dtype and device; multiplied out in float32 or better."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        tensors = self.tensors()
-        for name in self.spec.names(FACTOR):
-            tensors[name] = tensors[name].detach().to(wide)
-        weight = implementation_of(self.spec.structure).dense(**tensors).to(self.dtype)
+        weight = self.dense_weight(wide).detach().to(self.dtype)
         dense = build_dense(weight, self.bias, self.transposed)
         dense.train(self.training)
-        return dense.requires_grad_(self._first_factor.requires_grad)
+        # what is kept in bits cannot say whether the matrix would train
+        return dense.requires_grad_(next((factor.requires_grad for factor in self.factors().values()), True))
 
     @property
     def num_parameters(self) -> int:
-        """Numbers stored, the bias included."""
-        bias = () if self.bias is None else (self.bias,)
-        return sum(t.numel() for t in (*self.stored().values(), *bias))
+        """Numbers that the layer stands for, the bias included."""
+        return self.spec.num_parameters + (0 if self.bias is None else self.out_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -248,6 +271,12 @@ class BLRLinear(nn.Module):
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BLRLinear:
+        # what a cast does to a number, it does to those that the factors in bits stand for
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        applied: Any = super()._apply(fn, recurse)
+        return applied
+
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it
         return {name: value for name, value in self.__dict__.items() if name != "group"}
@@ -255,7 +284,7 @@ class BLRLinear(nn.Module):
     def extra_repr(self) -> str:
         spec, b = self.spec, self.spec.num_blocks
         blocks = "" if b == (1, 1) else f", num_blocks={b}"
-        kept = "" if self.storage is PLAIN else f", storage={self.storage.name}"
+        kept = "" if self.storage == PLAIN else f", storage={self.storage.name}"
         return (
             f"in_features={spec.in_features}, out_features={spec.out_features}, rank={spec.rank}{blocks}, "
             f"bias={self.bias is not None}, ratio={spec.ratio:.3f}{kept}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_w
 from hf_blr.factorize.finite import check_finite
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
-from hf_blr.structures import BLRSpec, make_spec, max_rank, spec_from_dict
+from hf_blr.structures import (
+    FACTOR,
+    BLRSpec,
+    Dense,
+    StoredTensor,
+    make_spec,
+    max_rank,
+    spec_from_dict,
+    structure_named,
+)
 from hf_blr.targets import find_targets, override_for
 
 logger = logging.getLogger(__name__)
@@ -22,16 +31,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one dense layer becomes: the factors' sizes, and what else must be known to build it back."""
+    """What one dense layer becomes: the factors' sizes, and what else must be known to build it back.
+
+    Raises:
+        ValueError: if the format cannot store a layer of these sizes.
+    """
 
     spec: BLRSpec
     bias: bool
     transposed: bool
     storage: Format = PLAIN
 
+    def __post_init__(self) -> None:
+        problem = self.storage.misfit(self.spec) or self.storage.waste(self.spec)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.storage == PLAIN and structure_named(self.spec.structure).whole:
+            raise ValueError(
+                f"a layer of structure {self.spec.structure!r} is smaller in a format of fewer bits alone: name one, "
+                "or leave the layer out of the plan"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         # the plain format goes without saying, also for a release that knows no other
-        kept = {} if self.storage is PLAIN else {"format": self.storage.name}
+        kept = {} if self.storage == PLAIN else {"format": self.storage.name, **self.storage.settings}
         return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept}
 
     @classmethod
@@ -47,7 +70,7 @@ class LayerPlan:
         for key, value in (("bias", bias), ("transposed", transposed)):
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be True or False, got {value!r}")
-        storage = format_named(data.pop("format", PLAIN.name))
+        storage = format_named(data.pop("format", PLAIN.name), data.pop("group_size", None))
         spec = spec_from_dict(data)
         highest = min(spec.in_features, spec.out_features)
         if spec.rank > highest:
@@ -55,10 +78,11 @@ class LayerPlan:
             raise ValueError(f"rank must be at most {highest}, as that of any such matrix, got {spec.rank}")
         return cls(spec, bias, transposed, storage)
 
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{state-dict key: shape} of all that the module keeps, its bias among it."""
-        bias = {"bias": (self.spec.out_features,)} if self.bias else {}
-        return {name: t.shape for name, t in self.storage.stored(self.spec).items()} | bias
+    def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """{state-dict key: shape, dtype} of all that the module keeps, its bias among it; None: the model's dtype."""
+        bias = {"bias": StoredTensor((self.spec.out_features,), FACTOR)} if self.bias else {}
+        tensors = (self.storage.stored(self.spec) | bias).items()
+        return {key: (shape, self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
@@ -115,28 +139,58 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
         )
     targets = find_targets(model, config.target_modules, config.modules_to_not_convert)
     by_default = config.target_modules is None or config.target_modules == "all-linear"
-    plan, too_small = {}, []
+    plan: Plan = {}
+    too_small: list[str] = []
     for name in targets:
         module = model.get_submodule(name)
-        in_features, out_features = feature_sizes(module)
-        settings = config.settings_with(override_for(name, config.overrides))
-        rank, sizes = settings["rank"], (in_features, out_features, settings["num_blocks"])
-        if by_default and rank is not None and rank > max_rank(settings["structure"], *sizes):
+        override = override_for(name, config.overrides)
+        settings = config.settings_with(override)
+        structure, rank, blocks = settings["structure"], settings["rank"], settings["num_blocks"]
+        if by_default and rank is not None and rank > max_rank(structure, *feature_sizes(module), blocks):
             too_small.append(name)
-            continue
+        keeps_all = name in too_small or structure_named(structure).whole
         try:
-            spec = make_spec(in_features=in_features, out_features=out_features, **settings)
+            # a budget may leave any layer dense, and shall not find out after hours that the format cannot store it
+            whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
+            layer = whole if keeps_all else factored_plan(name, module, config, override)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        plan[name] = LayerPlan(spec, module.bias is not None, is_transposed(module))
+        if layer is not None:
+            plan[name] = layer
     if too_small:
         logger.warning(
             "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
         )
     if not plan:
-        raise ValueError(f"rank={config.rank} makes no module of this model smaller; use a lower rank or a ratio")
+        raise ValueError(
+            f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
+            "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
+        )
     warn_of_experts(model)
     return plan
+
+
+def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan:
+    """A layer as factors: of a ratio, with the largest rank that it buys and that the format's groups divide."""
+    settings = config.settings_with(override)
+    k, n = feature_sizes(module)
+    spec = make_spec(in_features=k, out_features=n, **settings)
+    storage = config.storage_of(spec.structure, override)
+    if settings["ratio"] is not None and storage.misfit(spec) is not None:
+        lower = (replace(spec, rank=rank) for rank in range(spec.rank - 1, 0, -1))
+        spec = next((candidate for candidate in lower if storage.misfit(candidate) is None), spec)
+    if storage.misfit(spec) is None and (waste := storage.waste(spec)) is not None:
+        logger.warning("%s: stays in the plain format: %s", name, waste)
+        storage = PLAIN
+    return LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
+
+
+def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
+    """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
+    k, n = feature_sizes(module)
+    spec = Dense(k, n, min(k, n))
+    storage = config.storage_of(spec.structure, override)
+    return None if storage == PLAIN else LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

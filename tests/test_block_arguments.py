@@ -1,5 +1,7 @@
 """What blocks are called with besides the hidden states, batch by batch: positions, masks, per-layer inputs, shapes."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llama
@@ -10,6 +12,7 @@ from hf_blr.calibration import arguments, sequential
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Call
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
 from hf_blr.targets import find_targets
@@ -176,6 +179,19 @@ def test_where_something_stands_between_blocks_they_come_in_pieces(blocks, anew,
     compress(model, BLRConfig("low_rank", ratio=0.5), calibration=batches, progress=False)
     assert ("fitted on the dense model's inputs" in caplog.text) is (pieces == 0)
     assert ("layers.8 is handed something else than layers.7 puts out" in caplog.text) is (pieces == 0)
+
+
+@pytest.mark.parametrize("kind", [BlockChain, SequentialChain])
+def test_what_entered_a_block_is_not_kept_for_the_next(kind):
+    model, batches = tiny_llama(num_hidden_layers=3), batches_of(ids(6, 16), 2)
+    chain = kind.trace(model, find_targets(model), batches)
+    entered = [weakref.ref(hidden) for hidden in chain.segments[0].piece.hidden]
+    groups = chain.run(chain.segments.pop()) if kind is BlockChain else chain.problems(damping=1e-3)
+    for group in groups:
+        if next(iter(group)).startswith("model.layers.2"):
+            break
+    assert not any(hidden() is not None for hidden in entered)
+    groups.close()
 
 
 def test_hooks_of_blocks_run_once_in_a_replay():

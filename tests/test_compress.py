@@ -6,7 +6,6 @@ from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
 from torch import nn
 
 from hf_blr import BLRConfig, collect_statistics, compress, to_dense
-from hf_blr.calibration.batches import batch_size
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.dense import dense_weight, is_transposed
@@ -251,12 +250,6 @@ def test_a_plain_module_can_be_compressed():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     report = compress(model, BLRConfig("low_rank", ratio=0.5), progress=False)
     assert [layer.name for layer in report.layers] == ["0", "2"]
-
-
-def test_batches_have_one_shape():
-    assert batch_size(128, 2048) == 8
-    assert batch_size(7, 2048) == 7
-    assert batch_size(11, 4096) == 1
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "block-by-block"])

@@ -58,6 +58,13 @@ def test_it_compresses_saves_and_loads(tmp_path):
     torch.testing.assert_close(tiny_logits(hf_blr.to_dense(loaded)), tiny_logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_it_is_stored_in_bits(tmp_path):
+    model, _ = compressed(ratio=0.6, factor_format="int4", fisher=False)
+    assert {module.storage.name for module in blr_modules(model).values()} == {"int4"}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), tiny_logits(model))
+
+
 def test_a_full_rank_fit_is_exact():
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     fitted = factorize(weight, Kronecker(24, 16, 16, (4, 4)))
@@ -154,7 +161,7 @@ def test_another_record_cannot_take_its_name():
 
 def test_every_record_is_whole(monkeypatch):
     """Walks the records and says which lacks what."""
-    for record in structures.structures().values():
+    for record in (*structures.structures().values(), *structures.whole_structures().values()):
         for part in (f.name for f in dataclasses.fields(record)):
             value = getattr(record, part)
             if isinstance(value, str) and value.startswith(("hf_blr.", "kronecker.")) and "triton" not in value:
@@ -162,7 +169,10 @@ def test_every_record_is_whole(monkeypatch):
         assert record.load("module").spec_class is record.spec
         assert record.weighed in ("", *record.spec.names("factor"))
         assert set(record.scaled) <= set(record.spec.names("factor"))
-        spec = record.spec(16, 16, 2)
+        spec = record.spec(16, 16, 16 if record.whole else 2)
+        assert set(spec.elementwise) <= set(record.spec.names("factor"))
+        assert sum(stage.flops for stage in stages(spec, 3)) == spec.flops(3)
+        assert sum(stage.flops for stage in training_stages(spec, 3)) >= 3 * spec.flops(3)
         assert tuple(spec.sizes()) == record.spec.names() == tuple(record.spec.kinds)
         numbers = sum(torch.Size(shape).numel() for shape in spec.shapes().values())
         assert spec.num_parameters == numbers

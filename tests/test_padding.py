@@ -12,7 +12,9 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import sequential
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.padding import predicted_positions, real_positions, real_rows, token_count
-from hf_blr.calibration.sequential import SequentialChain, gram_of, residual_writers
+from hf_blr.calibration.problem import plain_problem
+from hf_blr.calibration.residual import residual_writers
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.compression.allocation import predicted_loss
 from hf_blr.targets import find_targets
 
@@ -81,7 +83,7 @@ def test_targets_and_residual_writers_are_those_of_the_real_tokens():
         first = dense.groups[0][0]
         # as for experts that see other tokens now
         real = [masks.get(first) for masks in segment.real]
-        found.append((next(iter(problems.values())).gram, gram_of(dense.inputs[first], real)))
+        found.append((next(iter(problems.values())).gram, plain_problem(dense.inputs[first], real).gram))
     for right, got in zip(*found, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-2)
 

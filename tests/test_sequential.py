@@ -8,8 +8,9 @@ from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llam
 from transformers import SwinConfig, SwinForImageClassification
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration.blockwise import iterate_grams
-from hf_blr.calibration.sequential import SequentialChain, residual_writers
+from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
+from hf_blr.calibration.residual import residual_writers
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.dense import dense_weight
 from hf_blr.modes import evaluating
 from hf_blr.plan import resolve_plan
@@ -188,6 +189,76 @@ def test_blocks_that_write_into_what_they_are_handed_are_not_run_alone(caplog):
     assert set(found) == set(names)
     compress(model, CONFIG, calibration=batches, progress=False)
     assert "model.layers.0 writes into what it is handed" in caplog.text
+
+
+class Block(torch.nn.Module):
+    """Residual, or writing into what it is handed."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.up, self.down, self.in_place = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16), in_place
+
+    def forward(self, x):
+        added = self.down(self.up(x).relu())
+        return x.add_(added) * 1 if self.in_place else x + added
+
+
+class TwoLists(torch.nn.Module):
+    """The second list reads what the first leaves of the rows, `keep` says which."""
+
+    def __init__(self, in_place, keep):
+        super().__init__()
+        self.early = torch.nn.ModuleList(Block(in_place) for _ in range(2))
+        self.late = torch.nn.ModuleList(Block() for _ in range(2))
+        self.keep = keep
+
+    def forward(self, x):
+        x = x.clone()
+        for block in self.early:
+            x = block(x)
+        x = x[self.keep(x)]
+        for block in self.late:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_the_part_that_cannot_be_run_alone_is_fitted_on_dense_inputs(in_place, caplog):
+    torch.manual_seed(0)
+    model, batches = TwoLists(in_place, lambda x: slice(None)), [{"x": torch.randn(40, 16)} for _ in range(2)]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    chain = SequentialChain.trace(model, names, batches)
+    assert {block for segment in chain.segments for block in segment.groups} == (
+        {"late.0", "late.1"} if in_place else {"early.0", "early.1", "late.0", "late.1"}
+    )
+    report = compress(model, BLRConfig("low_rank", ratio=0.6, fisher=False), calibration=batches, progress=False)
+    assert len(report.layers) == 8
+    said = [record.getMessage() for record in caplog.records]
+    assert said == (
+        [
+            "early.0 writes into what it is handed: early.0.up, early.0.down, early.1.up, early.1.down are fitted on "
+            "the dense model's inputs"
+        ]
+        if in_place
+        else []
+    )
+
+
+def test_a_part_that_runs_otherwise_when_others_are_compressed_is_fitted_on_dense_inputs(caplog):
+    torch.manual_seed(0)
+    model = TwoLists(False, lambda x: x.sum(-1) > 0)
+    batches, targets = [{"x": torch.randn(40, 16)} for _ in range(2)], {}
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    right = whole_model_grams(model, names, batches)
+    for group in SequentialChain.trace(model, names, batches).problems(damping=1e-3):
+        for name, problem in group.items():
+            targets[name] = problem.target
+            if name.startswith("late"):
+                torch.testing.assert_close(problem.gram, right[name])
+            else:
+                torch.nn.init.normal_(model.get_submodule(name).weight)
+    assert [name for name in names if targets[name] is None] == [name for name in names if name.startswith("late")]
+    assert "late.0 runs otherwise in the model compressed so far" in caplog.text
 
 
 def test_blocks_that_change_the_streams_shape_have_no_writers():

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted, make_spec, max_rank, spec_from_dict, structures
+from hf_blr.structures import (
+    FACTOR,
+    Blast,
+    LowRank,
+    Monarch,
+    Pivoted,
+    make_spec,
+    max_rank,
+    spec_from_dict,
+    structures,
+    whole_structures,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +88,13 @@ def test_max_rank_is_the_last_that_saves_anything(structure, k, n):
         (dict(structure="pivoted", in_features=8, out_features=8, rank=1, num_blocks=2), "one block"),
         (
             dict(structure="svd", in_features=8, out_features=8, rank=1),
-            r"\['blast', 'low_rank', 'monarch', 'pivoted'\]",
+            r"\['blast', 'dense', 'low_rank', 'monarch', 'pivoted'\]",
         ),
         (
             dict(structure="blast", in_features=8, out_features=8, rank=0, num_blocks=2),
             "rank must be an integer of at least 1",
         ),
+        (dict(structure="dense", in_features=8, out_features=8, ratio=0.5), "keeps the whole matrix.*leave them out"),
         (dict(structure="blast", in_features=8, out_features=8, num_blocks=2), "exactly one of ratio and rank"),
         (dict(structure="blast", in_features=8, out_features=8, rank=1, num_blocks=(1, 2, 4)), "num_blocks"),
         (dict(structure="blast", in_features=8, out_features=8, rank=1, num_blocks=0), "num_blocks"),
@@ -91,6 +103,16 @@ def test_max_rank_is_the_last_that_saves_anything(structure, k, n):
 def test_errors_say_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_spec(**arguments)
+
+
+def test_the_whole_matrix_is_a_structure_apart():
+    spec = make_spec("dense", 12, 8)
+    assert spec.rank == 8 and spec.num_parameters == 96 and spec.ratio == 1 and spec.flops(3) == 2 * 3 * 96
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert "dense" not in structures() and list(whole_structures()) == ["dense"]
+    assert max_rank("dense", 12, 8) == 0
+    with pytest.raises(ValueError, match="rank 8, got 7"):
+        spec_from_dict({**spec.to_dict(), "rank": 7})
 
 
 def test_spec_from_dict_refuses_other_keys():

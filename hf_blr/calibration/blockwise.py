@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hf_blr.calibration.blocks import blocks_of, list_of
 from hf_blr.calibration.calls import Batch, Call, run
 from hf_blr.calibration.grams import GramCollector, Grams
-from hf_blr.calibration.padding import Masks, Padding
+from hf_blr.calibration.passes import traced
 from hf_blr.calibration.precision import calibrating
-from hf_blr.calibration.trace import Piece, traced
+from hf_blr.calibration.streams import Masks, Padding
+from hf_blr.calibration.trace import Piece
 from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
         chain = BlockChain.trace(model, names, batches)
         if chain.apart:
             yield whole_model_grams(model, list(chain.apart), batches)
-        for segment in chain.segments:
-            with closing(chain.run(segment)) as groups:
+        while chain.segments:
+            with closing(chain.run(chain.segments.pop(0))) as groups:
                 yield from groups
 
 
@@ -110,10 +111,13 @@ class BlockChain:
         return cls(model, batches, segments, apart)
 
     def run(self, segment: Segment) -> Generator[Grams, None, None]:
-        """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was."""
-        hidden = list(segment.piece.hidden)
+        """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
+
+        The segment gives up what it holds on the way.
+        """
+        hidden = segment.piece.hidden
         for prefix, names in segment.groups.items():
-            block, calls = self.model.get_submodule(prefix), segment.piece.calls[prefix]
+            block, calls = self.model.get_submodule(prefix), segment.piece.calls.pop(prefix)
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, entered in enumerate(hidden):
                     collector.real = segment.real[i]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from hf_blr.calibration.calls import Batch, hooked
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.losses import NoLoss, sampled_loss
-from hf_blr.calibration.padding import Padding, real_rows
+from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.streams import Padding
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
 

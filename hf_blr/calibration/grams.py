@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.calls import writes_to
-from hf_blr.calibration.padding import Masks, real_rows
+from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.streams import Masks
 
 
 class Grams(dict[str, Tensor]):

@@ -9,7 +9,7 @@ from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.formats.values import fault_of_dtype
 from hf_blr.plan import Plan
-from hf_blr.structures import FACTOR, structures
+from hf_blr.structures import FACTOR, INDEX, structures, whole_structures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,29 +30,32 @@ def check_files(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
     names = ModuleNames(model)
     extra: list[str] = []
     misshapen: list[str] = []
-    of_layers = {tensor for record in structures().values() for tensor in record.spec.names()}
-    missing = {name: dict.fromkeys(layer.stored_shapes()) for name, layer in plan.items()} if files else {}
+    records = {**structures(), **whole_structures()}
+    of_layers = {tensor for record in records.values() for tensor in record.spec.names()}
+    missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if files else {}
     for key, shape, dtype in stored_tensors(files):
-        owner, _, leaf = key.rpartition(".")
-        name = names.find(owner)
+        name, leaf = place_of(key, names)
         if name is None:
             # of a head that this class does not have
             continue
         if name not in plan:
-            if leaf in of_layers and not hasattr(names.modules[name], leaf):
+            if leaf.partition(".")[0] in of_layers and not hasattr(names.modules[name], leaf):
                 extra.append(f"{key} (the config's layers do not list this module)")
             continue
-        wanted = plan[name].stored_shapes()
+        wanted = plan[name].stored()
         if leaf not in wanted:
             extra.append(f"{key} (a {plan[name].spec.structure} module has {', '.join(wanted)})")
             continue
         missing[name].pop(leaf, None)
-        stored = plan[name].storage.stored(plan[name].spec).get(leaf)
-        wrong = fault_of_dtype(stored.kind if stored else FACTOR, dtype)
-        if shape != wanted[leaf]:
-            misshapen.append(f"{key} (shape {shape}, the config's layers say {wanted[leaf]})")
+        kinds = plan[name].storage.stored(plan[name].spec)
+        kind = kinds[leaf].kind if leaf in kinds else FACTOR
+        wrong = fault_of_dtype(kind, dtype)
+        if shape != wanted[leaf][0]:
+            misshapen.append(f"{key} (shape {shape}, the config's layers say {wanted[leaf][0]})")
         elif wrong is not None:
             misshapen.append(f"{key} ({wrong})")
+        elif kind != INDEX and wanted[leaf][1] not in (None, dtype):
+            misshapen.append(f"{key} ({dtype}, the config's layers say {wanted[leaf][1]})")
     # before the loader makes room for what no file has
     absent = [f"{name}.{leaf}" for name, leaves in missing.items() for leaf in leaves]
     if absent or extra or misshapen:
@@ -64,6 +67,17 @@ def check_files(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
             + "Load a dense checkpoint with blr_config= instead of a config that says it is compressed, and "
             "a compressed one with the config.json that was saved with it"
         )
+
+
+def place_of(key: str, names: ModuleNames) -> tuple[str | None, str]:
+    """(the model's own name of the module that a tensor is for, the tensor's name in there); None: no such module."""
+    owner, _, leaf = key.rpartition(".")
+    name = names.find(owner)
+    if name is None:
+        # a factor in bits is a module of its own in the layer, which the dense model does not have
+        owner, _, factor = owner.rpartition(".")
+        name, leaf = names.find(owner), f"{factor}.{leaf}"
+    return name, leaf
 
 
 def check_count(layers: dict[str, dict[str, Any]], files: list[str]) -> None:

@@ -7,11 +7,12 @@ and leaves uninitialised memory where they should be.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from hf_blr.formats import FactorInBits
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.targets import keep_in_fp32_names
 
@@ -23,16 +24,22 @@ Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 def expected_tensors(model: nn.Module) -> Expected:
     """{parameter or index: (shape, dtype)} of a model that has its final modules and waits for its weights."""
-    indices = {
+    return {name: (t.shape, t.dtype) for name, t in (*model.named_parameters(), *indices_of(model).items())}
+
+
+def indices_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the integers that belong to the factors."""
+    return {
         f"{name}.{leaf}": index
         for name, module in blr_modules(model).items()
         for leaf, index in module.indices().items()
     }
-    return {name: (t.shape, t.dtype) for name, t in (*model.named_parameters(), *indices.items())}
 
 
 def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> None:
-    """After the load: every tensor is present and in its shape. Floating-point ones are cast to their dtype.
+    """After the load: every tensor is present and in its shape, and bits are such that they can be read.
+
+    Floating-point tensors are cast to their dtype.
 
     Args:
         model: as the loader left it.
@@ -41,10 +48,10 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
             dense one may lack what transformers then initialises, with a warning.
 
     Raises:
-        ValueError: naming what is missing or misshapen.
+        ValueError: naming what is missing, misshapen, or holds codes or scales that mean nothing.
     """
     missing, misshapen = [], []
-    compressed = blr_modules(model)
+    compressed = tuple(f"{name}." for name in blr_modules(model))
     own = own_pattern(model) if complete and saved_from_this_class(model) else None
     for owner_name, owner in model.named_modules():
         indices = owner.indices() if isinstance(owner, BLRLinear) else {}
@@ -53,7 +60,7 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
             if parameter.is_meta and hasattr(owner, "_hf_hook"):
                 # offloaded: accelerate brings it in for each forward
                 continue
-            required = owner_name in compressed or (own is not None and own.match(name))
+            required = name.startswith(compressed) or (own is not None and own.match(name))
             if required and not is_loaded(parameter):
                 missing.append(name)
             elif name in expected and parameter.shape != expected[name][0]:
@@ -68,6 +75,37 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
             "compressed one is incomplete, or its config.json belongs to another: save or fetch it again"
         )
     cast_parameters(model, expected)
+    check_bits(model)
+
+
+def check_bits(model: nn.Module) -> None:
+    """Of factors in bits, in memory or offloaded: they are valid, and the loader has not made them train.
+
+    Raises:
+        ValueError: naming the tensors with codes, scales or shapes that cannot be, or that offloading has cast.
+    """
+    faults = []
+    for name, module in model.named_modules():
+        if not isinstance(module, FactorInBits):
+            continue
+        module.requires_grad_(False)
+        parts = module.parts()
+        away: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        read = {leaf: away[leaf] if part.is_meta and away is not None else part for leaf, part in parts.items()}
+        cast = [leaf for leaf, part in parts.items() if read[leaf].dtype != part.dtype]
+        if cast:
+            # the first releases of transformers 5 do that, and every number would come out wrong
+            raise ValueError(
+                f"{name}.{cast[0]}: this transformers reads offloaded tensors as {read[cast[0]].dtype}, which destroys "
+                f"bits stored as {parts[cast[0]].dtype}; upgrade transformers, or load without offload to disk"
+            )
+        if not any(part.is_meta for part in read.values()):
+            fault = module.storage.fault(read, module.shape)
+            faults += [] if fault is None else [f"{name}.{fault}"]
+    if faults:
+        raise ValueError(
+            describe("The checkpoint is damaged", faults) + "Save or fetch it again, or compress the dense model anew"
+        )
 
 
 def mark_loaded(parameter: torch.Tensor) -> None:
@@ -98,7 +136,11 @@ def cast_parameters(model: nn.Module, expected: Expected) -> None:
     Up to 5.17, transformers leaves a tensor whose name differs between file and model as it was stored.
     """
     kept = keep_in_fp32_names(model)
+    in_bits = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FactorInBits))
     for name, parameter in model.named_parameters():
+        if name.startswith(in_bits):
+            # their dtypes are those of the file, which was checked before
+            continue
         if name not in expected or parameter.is_meta or any(f".{part}." in f".{name}." for part in kept):
             continue
         dtype = expected[name][1]

@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_output(parser)
     size = options.add_blr(parser)
+    # a structure that keeps the whole matrix has no size; of any other, the config asks for one
+    size.required = False
     size.add_argument(
         "--plan", type=Path, metavar="FILE", help="a plan that `hf-blr plan` wrote: layers, ranks and all"
     )

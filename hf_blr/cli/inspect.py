@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_blr.cli import options
-from hf_blr.cli.layer_table import rows_by_kind
+from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.table import format_table
 from hf_blr.config.texts import describe
 from hf_blr.dense import feature_sizes
@@ -22,6 +22,8 @@ from hf_blr.targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from hf_blr.structures import BLRSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,25 +39,46 @@ def run(args: argparse.Namespace) -> None:
     if stored is None:
         rows, note = dense_rows(config)
     else:
-        rows, note = compressed_rows(stored if isinstance(stored, dict) else stored.to_dict())
+        dtype = getattr(config, "dtype", None) or torch.float32
+        rows, note = compressed_rows(stored if isinstance(stored, dict) else stored.to_dict(), dtype)
     print(format_table(rows))
     print(note)
     options.write_json(args.json, {"model": args.model, "rows": rows})
 
 
-def compressed_rows(stored: dict) -> tuple[list[dict], str]:
-    """One row per kind of layer, and a summary."""
+def compressed_rows(stored: dict, dtype: torch.dtype) -> tuple[list[dict], str]:
+    """One row per kind of layer, and a summary; bits are those stored for each weight of the dense matrix.
+
+    Args:
+        stored: the `quantization_config`.
+        dtype: of the saved model, for what the plain format keeps.
+    """
     if stored.get("quant_method") != "hf_blr" or not stored.get("layers"):
         raise ValueError(f"this model is quantised with {stored.get('quant_method')!r}, not compressed by hf_blr")
     plan = plan_from_layers(stored["layers"])
-    rows = rows_by_kind({name: layer.spec for name, layer in plan.items()})
+    specs = {name: layer.spec for name, layer in plan.items()}
+    bytes_of = {name: layer.storage.num_bytes(layer.spec, dtype) for name, layer in plan.items()}
+    rows = [
+        {
+            **row,
+            "format": ", ".join(dict.fromkeys(plan[name].storage.name for name in group)),
+            "bits a weight": bits_a_weight(bytes_of, specs, group),
+        }
+        for row, group in zip(rows_by_kind(specs), by_kind(specs).values(), strict=True)
+    ]
     kept = sum(layer.spec.num_parameters for layer in plan.values())
     dense = sum(layer.spec.dense_parameters for layer in plan.values())
     fitted = f"activations on {describe(stored['dataset'])}" if stored.get("dataset") else "weights"
     return rows, (
         f"{len(plan)} layers hold {kept / 1e6:.1f} M of {dense / 1e6:.1f} M parameters ({100 * kept / dense:.1f} %), "
+        f"{sum(bytes_of.values()) / 1e6:.1f} MB, {bits_a_weight(bytes_of, specs, list(plan)):.2f} bits a weight, "
         f"fitted to {fitted}"
     )
+
+
+def bits_a_weight(bytes_of: dict[str, int], specs: dict[str, BLRSpec], names: list[str]) -> float:
+    """Bits that these layers store together for each number of their dense matrices."""
+    return 8 * sum(bytes_of[name] for name in names) / sum(specs[name].dense_parameters for name in names)
 
 
 def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:

@@ -15,7 +15,7 @@ from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.config.texts import dataset_from
 from hf_blr.folders import clear_stopped, replacing_folder
-from hf_blr.structures import block_pair_of, structures
+from hf_blr.structures import block_pair_of, structures, whole_structures
 from hf_blr.text import can_write
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
         group.add_argument(flag, dest=field.name, action="store_false", help=help)
         return
     if field.name == "structure":
-        cli["choices"] = (*structures(), AUTO)
+        cli["choices"] = (*structures(), *whole_structures(), AUTO)
     if field.name == "num_blocks":
         cli["type"] = block_counts
     if field.name == "dataset":

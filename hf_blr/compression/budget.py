@@ -21,7 +21,7 @@ from hf_blr.dense import dense_weight
 from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.gram import damped
 from hf_blr.ops.table import implementation_of
-from hf_blr.plan import Plan
+from hf_blr.plan import Plan, dense_plan
 from hf_blr.structures import BLRSpec, structure_named, structures
 from hf_blr.targets import override_for
 
@@ -72,6 +72,7 @@ def share_budget(
     """
     budget = budget or Budget()
     fixed = {name for name in plan if {"ratio", "rank"} & set(override_for(name, config.overrides))}
+    fixed |= {name for name, layer in plan.items() if structure_named(layer.spec.structure).whole}
     fixed |= {name for name in plan if not statistics.felt(name)}
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
     if not free:
@@ -85,7 +86,10 @@ def share_budget(
         options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
             trials = factors.get((kind_of(name), shape.structure, shape.num_blocks), [])
+            storage = config.storage_of(shape.structure, override_for(name, config.overrides))
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
+                if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:
+                    continue
                 loss = factor_at(trials, candidate.ratio) * interpolate(curves[name], candidate.equivalent_rank)
                 options[name].append(Option(candidate, budget.of(candidate), loss))
     amount = budget.amount
@@ -95,8 +99,17 @@ def share_budget(
     dense = [name for name in taken if taken[name].spec is None]
     if dense:
         logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))
-    specs = {name: taken[name].spec if name in taken else layer.spec for name, layer in plan.items()}
-    chosen = {name: replace(plan[name], spec=spec) for name, spec in specs.items() if spec is not None}
+    chosen: Plan = {}
+    for name, layer in plan.items():
+        override = override_for(name, config.overrides)
+        taken_spec = None if name in fixed else taken[name].spec
+        if name in fixed:
+            chosen[name] = layer
+        elif taken_spec is not None:
+            storage = config.storage_of(taken_spec.structure, override)
+            chosen[name] = replace(layer, spec=taken_spec, storage=storage)
+        elif (whole := dense_plan(model.get_submodule(name), config, override)) is not None:
+            chosen[name] = whole
     if not chosen:
         raise ValueError(
             f"a budget of {amount:.4g} is best spent on all {len(plan)} layers as they are, dense: nothing would be "

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
-from hf_blr.calibration.sequential import Problem
+from hf_blr.calibration.problem import Problem
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
@@ -28,7 +29,6 @@ from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.factorize import factorize, relative_error
 from hf_blr.linear import BLRLinear, blr_modules
-from hf_blr.ops.table import implementation_of
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
@@ -87,7 +87,10 @@ def compress(
         # the checkpoint says what was used, not what was the default at that time
         config = copy.copy(config)
         config.dataset = resolve_dataset(DEFAULT, model) if reads_dataset else None
-    batches = calibration_batches(model, config, tokenizer, calibration, progress) if use_text else []
+    batches: list[Batch] = []
+    apart: list[Batch] = []
+    if use_text:
+        batches, apart = calibration_batches(model, config, tokenizer, calibration, progress)
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
@@ -107,6 +110,7 @@ def compress(
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
+    held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
     groups = problem_groups(model, names, plan, batches, statistics, config, blocks)
@@ -139,6 +143,8 @@ def compress(
         layers=layers,
         blocks=blocks,
         predicted_loss=predicted,
+        divergence=held_out.divergence(model),
+        held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
 
@@ -187,14 +193,19 @@ def replace_layer(
 @torch.no_grad()
 def stored_error(module: BLRLinear, target: Tensor, gram: Tensor | None) -> float:
     """`relative_error` of the matrix that the module holds, multiplied out in float32, to the target `[N, K]`."""
-    tensors = {name: t.to(target.device) for name, t in module.tensors().items()}
-    wide = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-    matrix = implementation_of(module.spec.structure).dense(**wide)
-    return relative_error(target.float(), matrix, None if gram is None else gram.float())
+    target = target.float()
+    matrix = module.dense_weight(torch.float32).to(target)
+    return relative_error(target, matrix, None if gram is None else gram.to(target))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:
-    """(numbers, bytes) in the model's parameters and its factors' indices, shared ones counted once."""
-    indices = [index for module in blr_modules(model).values() for index in module.indices().values()]
-    stored = [*model.parameters(), *indices]
-    return sum(t.numel() for t in stored), sum(t.numel() * t.element_size() for t in stored)
+    """(numbers, bytes) of the model's parameters and its factors' indices, shared ones counted once.
+
+    A factor in bits counts as the numbers that it stands for, and with the bytes that it takes.
+    """
+    layers = blr_modules(model).values()
+    held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    numbers = sum(p.numel() for p in others) + sum(layer.num_parameters for layer in layers)
+    stored = [*model.parameters(), *(index for layer in layers for index in layer.indices().values())]
+    return numbers, sum(t.numel() * t.element_size() for t in stored)

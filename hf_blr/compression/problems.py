@@ -12,7 +12,8 @@ from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
-from hf_blr.calibration.sequential import Problem, SequentialChain, problems_of
+from hf_blr.calibration.problem import Problem, problems_of
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan

@@ -13,18 +13,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_blr.config import options
 from hf_blr.config.checks import check_budget, check_together
-from hf_blr.config.names import AUTO, FORMAT_VERSION, OVERRIDE_KEYS, QUANT_METHOD
+from hf_blr.config.names import AUTO, FORMAT_VERSION, QUANT_METHOD, SIZE_KEYS
 from hf_blr.config.options import check_fields, integer
-from hf_blr.config.settings import BLRSettings
+from hf_blr.config.storage import FORMAT_CHECKS, FORMAT_KEYS, StorageSettings, check_storage
 from hf_blr.config.texts import check_dataset, stored_dataset
 from hf_blr.factorize.options import FitOptions, damping_of
-from hf_blr.structures import as_block_pair
+from hf_blr.structures import as_block_pair, structure_named
 
 __all__ = ["AUTO", "FORMAT_VERSION", "QUANT_METHOD", "BLRConfig", "option_fields"]
 
 
 @dataclass(eq=False, repr=False)
-class BLRConfig(BLRSettings, QuantizationConfigMixin):
+class BLRConfig(StorageSettings, QuantizationConfigMixin):
     """How a model is compressed; saved in its `config.json` under `quantization_config`.
 
     Every field is checked when a config is made. `help(BLRConfig)` and the documentation list them.
@@ -61,23 +61,25 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
     def validate(self) -> None:
         """What fields mean together. Raises ValueError."""
         planned = bool(self.layers)
-        check_budget("BLRConfig", {key: getattr(self, key) for key in OVERRIDE_KEYS}, planned)
+        check_budget("BLRConfig", {key: getattr(self, key) for key in SIZE_KEYS}, planned)
         for pattern, values in (self.overrides or {}).items():
             where = f"overrides[{pattern!r}]"
-            unknown = sorted(set(values) - set(OVERRIDE_KEYS))
+            takes = (*SIZE_KEYS, *FORMAT_KEYS)
+            unknown = sorted(set(values) - set(takes))
             if unknown:
-                raise ValueError(f"{where} has no {unknown}; it takes {list(OVERRIDE_KEYS)}")
-            checks = {"ratio": options.ratio, "rank": integer(1, optional=True)}
-            check_fields(f"{where}: ", {"ratio": None, "rank": None, **values}, checks)
+                raise ValueError(f"{where} has no {unknown}; it takes {list(takes)}")
+            checks = {"ratio": options.ratio, "rank": integer(1, optional=True), **FORMAT_CHECKS}
+            check_fields(f"{where}: ", values, {key: check for key, check in checks.items() if key in values})
             check_budget(where, self.settings_with(values), planned)
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
         check_together(self, planned)
+        check_storage(self)
         check_dataset(self.dataset, planned)
 
     def settings_with(self, override: dict[str, Any]) -> dict[str, Any]:
         """structure, ratio, rank and num_blocks, with the override's values in place of the config's own."""
-        settings = {key: getattr(self, key) for key in OVERRIDE_KEYS}
+        settings = {key: getattr(self, key) for key in SIZE_KEYS}
         if override.get("ratio") is not None:
             settings["rank"] = None
         if override.get("rank") is not None:
@@ -85,7 +87,9 @@ class BLRConfig(BLRSettings, QuantizationConfigMixin):
         if override.get("structure", self.structure) != self.structure:
             # block counts of one structure mean little for another
             settings["num_blocks"] = None
-        settings |= override
+            if structure_named(override["structure"]).whole:
+                settings["ratio"] = settings["rank"] = None
+        settings |= {key: value for key, value in override.items() if key in SIZE_KEYS}
         # holds the layer's place in the plan until its structure is chosen; any size can be low-rank
         return settings | ({"structure": "low_rank"} if settings["structure"] == AUTO else {})
 

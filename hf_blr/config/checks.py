@@ -12,13 +12,24 @@ if TYPE_CHECKING:
 
 
 def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
-    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank; at most, if planned."""
+    """Raises ValueError unless `settings` names a structure and exactly one of ratio and rank; at most, if planned.
+
+    A structure that stores the whole matrix takes neither.
+    """
+    whole = False
     try:
         if settings["structure"] != AUTO or where != "BLRConfig":
-            structure_named(settings["structure"])
+            whole = structure_named(settings["structure"]).whole
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
+    if whole:
+        if given or settings["num_blocks"] is not None:
+            raise ValueError(
+                f"{where}: structure={settings['structure']!r} keeps the whole matrix: leave ratio, rank and "
+                "num_blocks out"
+            )
+        return
     if len(given) != 1 and not (planned and not given):
         raise ValueError(
             f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "

@@ -7,4 +7,5 @@ FORMAT_VERSION = 1
 #: the structure that stands for the best one for each layer
 AUTO = "auto"
 ALLOCATIONS = ("loss", "uniform")
-OVERRIDE_KEYS = ("structure", "ratio", "rank", "num_blocks")
+#: what an override says of a layer's sizes
+SIZE_KEYS = ("structure", "ratio", "rank", "num_blocks")

@@ -20,8 +20,8 @@ class BLRSettings:
 
     structure: str = option(
         "blast",
-        'A structure\'s name; or "auto", which takes for each layer the structure, blocks and rank of the least '
-        "predicted loss (it needs text, a ratio and `fisher`).",
+        'A structure\'s name; "dense", which keeps the whole matrix in `dense_format`; or "auto", which takes for each '
+        "layer the structure, blocks and rank of the least predicted loss (it needs text, a ratio and `fisher`).",
         options.anything,
         flag="--structure",
         group=BECOMES,
@@ -75,8 +75,9 @@ class BLRSettings:
     )
     overrides: dict[str, dict[str, Any]] | None = option(
         None,
-        '{pattern: {"structure" | "ratio" | "rank" | "num_blocks": ...}}; a pattern is a regular expression that an '
-        "ending of the module's name must match; the first that does is used.",
+        '{pattern: {"structure" | "ratio" | "rank" | "num_blocks" | "factor_format" | "dense_format" | "group_size": '
+        "...}}; a pattern is a regular expression that an ending of the module's name must match; the first that does "
+        "is used.",
         options.dict_of_dicts,
     )
     dataset: Any = option(

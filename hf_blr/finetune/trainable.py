@@ -32,13 +32,19 @@ def mark_only_factors_trainable(
         (trainable, total) numbers of parameters, shared ones counted once.
 
     Raises:
-        ValueError: if the model has no BLR module and no dense projection is asked for, an entry of `also` names no
-            module, or more than the adapters is asked for on a model with adapters.
+        ValueError: if the model has no BLR module and no dense projection is asked for, or all factors in bits and
+            nothing else is asked for, an entry of `also` names no module, or more than the adapters is asked for on a
+            model with adapters.
     """
     if not blr_modules(model) and set(also).isdisjoint(remaining_targets(model)):
         raise ValueError(
             f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
             "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"
+        )
+    if not (has_adapters(model) or factor_parameters(model) or norms or biases or also):
+        raise ValueError(
+            "all factors of this model are stored in bits, which do not train: train adapters on them "
+            '(hf_blr.lora_targets), or make numbers of them with hf_blr.to_format(model, "plain")'
         )
     if has_adapters(model):
         if norms or biases or also:
@@ -70,7 +76,7 @@ def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterabl
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The factors of all BLR modules, in the model's order."""
+    """The factors of all BLR modules, in the model's order; those in bits do not train, and are not among them."""
     return [factor for module in blr_modules(model).values() for factor in module.factors().values()]
 
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from hf_blr.structures import FACTOR, INDEX, BLRSpec, StoredTensor
+from hf_blr.formats.codes import Codes
+from hf_blr.structures import INDEX, BLRSpec, StoredTensor
+
+#: by name: numbers, or the codes and scales that a fit has chosen for them
+Factors = Mapping[str, Tensor | Codes]
 
 
+@dataclass(frozen=True)
 class Format:
     """Factors as they are, in the layer's dtype; indices as int32."""
 
-    name = "plain"
+    name: str = "plain"
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What else than its name a plan says of the format."""
+        return {}
+
+    def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
+        """{factor: shape} of those that a module keeps in another form than as one parameter."""
+        return {}
 
     def stored(self, spec: BLRSpec) -> dict[str, StoredTensor]:
         """{state-dict key: shape and kind} of what a module keeps, in a fixed order."""
@@ -21,27 +39,40 @@ class Format:
         """Of a stored tensor of this kind in a layer of `dtype` (None: PyTorch's default)."""
         return torch.int32 if kind == INDEX else dtype
 
-    def trains(self, kind: str) -> bool:
-        """Whether stored tensors of this kind are parameters; the others are buffers."""
-        return kind == FACTOR
+    def num_bytes(self, spec: BLRSpec, dtype: torch.dtype) -> int:
+        """Of all that a layer of this dtype stores, but for its bias."""
+        dtypes = [(math.prod(shape), self.dtype_of(kind, dtype)) for shape, kind in self.stored(spec).values()]
+        return sum(count * (dtype if of is None else of).itemsize for count, of in dtypes)
 
-    def pack(
-        self, spec: BLRSpec, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Tensor]:
-        """What a module keeps for these factors and indices, in memory of its own.
+    def misfit(self, spec: BLRSpec) -> str | None:
+        """Why a layer of these sizes cannot be stored so, and what to do; None if it can."""
+        return None
+
+    def waste(self, spec: BLRSpec) -> str | None:
+        """Why a layer of these sizes is no smaller so than plain in 16 bits, and what to do; None if it is."""
+        return None
+
+    def pack(self, spec: BLRSpec, tensors: Factors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """{state-dict key: tensor} that a module keeps for these factors and indices, in memory of its own.
 
         A fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which multiply
         with other rounding than the same factors read back from a file.
-        """
-        kinds = spec.kinds
-        return {
-            name: tensor.to(device, self.dtype_of(kinds[name], dtype)).clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
 
-    def unpack(self, spec: BLRSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The factors and indices in the order in which the ops take them, differentiable in what trains."""
-        return stored
+        Args:
+            spec: the sizes.
+            tensors: of the spec; factors in any float dtype or, where the format stores bits, as `Codes`.
+            dtype, device: of the layer.
+
+        Raises:
+            ValueError: if codes are handed to a format that stores none, or do not fit it.
+        """
+        kept = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Codes):
+                raise ValueError(f"the {self.name} format keeps {name} as numbers, got codes; hand in their values")
+            own = self.dtype_of(spec.kinds[name], dtype)
+            kept[name] = tensor.to(device, own).clone(memory_format=torch.contiguous_format)
+        return kept
 
 
 PLAIN = Format()

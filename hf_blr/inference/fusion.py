@@ -93,7 +93,7 @@ def unfuse(model: nn.Module) -> None:
 
 def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
-    if not isinstance(module, BLRLinear) or module.storage is not PLAIN or module.device.type == "meta":
+    if not isinstance(module, BLRLinear) or module.storage != PLAIN or module.device.type == "meta":
         return None
     if not structure_named(module.spec.structure).grouped:
         return None

@@ -10,6 +10,7 @@ from torch import nn
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.ops.dispatch import resolve_impl
 from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR
 
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
 
 def has_kernels(module: BLRLinear) -> bool:
     """Whether kernels can run for this layer, where it is and in its dtype."""
-    factors = list(module.factors().values())
+    tensors = module.tensors()
+    factors = [tensors[name] for name in module.spec.names(FACTOR)]
     kernels = implementation_of(module.spec.structure).kernel is not None
     return resolve_impl(None, factors[0], factors, kernels=kernels) == "triton"

@@ -1,8 +1,9 @@
-"""BLR models without a checkpoint: back to dense, and from a config with random factors."""
+"""BLR models without a checkpoint: back to dense, to another format, and from a config with random factors."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,11 +11,15 @@ from torch import nn
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
-from hf_blr.linear import blr_modules
+from hf_blr.formats import format_named
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
+from hf_blr.structures import structure_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -26,12 +31,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model has no BLR modules, is offloaded, or carries adapters on them.
     """
-    modules = blr_modules(model)
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no BLR modules, there is nothing to make dense")
-    adapted = [name for name in modules if name.endswith(".base_layer")]
-    if adapted:
-        raise ValueError(f"{adapted[0]} carries an adapter; take it off first with peft_model.unload()")
+    modules = unadapted_modules(model)
     refuse_offloaded(model)
     recorded = holders(model)
     try:
@@ -43,13 +43,66 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
+def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.Module:
+    """Store the factors of a compressed model in another format: rounded to fewer bits, or as numbers in "plain".
+
+    Works in place, one module at a time, and returns the model, whose config names the format. Layers of
+    `structure="dense"` stay as they are, and so do those that would take no less than in 16 bits, with a warning.
+
+    Args:
+        model: a compressed model, or a part of one.
+        name: of `formats.FORMATS`.
+        group_size: numbers along a row of a factor that share a scale; None: the whole row.
+
+    Raises:
+        ValueError: before anything is changed, for an unknown format, if groups do not divide the rows of a layer's
+            factors, or if the model has no factors, is offloaded, or carries adapters on them.
+    """
+    storage = format_named(name, group_size)
+    modules = {
+        path: module
+        for path, module in unadapted_modules(model).items()
+        if not structure_named(module.spec.structure).whole
+    }
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no factors that could be stored in {name}; compress it first")
+    for path, module in modules.items():
+        problem = storage.misfit(module.spec)
+        if problem is not None:
+            raise ValueError(f"{path}: {problem}")
+    refuse_offloaded(model)
+    recorded = holders(model)
+    try:
+        for path, module in modules.items():
+            waste = storage.waste(module.spec)
+            if waste is not None:
+                logger.warning("%s: stays in the format %s: %s", path, module.storage.name, waste)
+                continue
+            model.set_submodule(path, BLRLinear.from_fit(module.spec, module.tensors(), module, storage))
+    finally:
+        # stopped half-way, the configs name the formats as they are
+        record_replaced(recorded)
+    return model
+
+
+def unadapted_modules(model: nn.Module) -> dict[str, BLRLinear]:
+    """The model's BLR modules. Raises ValueError if one carries an adapter, or there is none."""
+    modules = blr_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no BLR modules; compress it first")
+    adapted = [name for name in modules if name.endswith(".base_layer")]
+    if adapted:
+        raise ValueError(f"{adapted[0]} carries an adapter; take it off first with peft_model.unload()")
+    return modules
+
+
 def refuse_offloaded(model: nn.Module) -> None:
     """Raises ValueError if some weights are on disk or wait behind an offload hook."""
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ValueError(
             f"{away[0]} is offloaded ({len(away)} parameters are), and factors must be in memory to be "
-            "multiplied out; load the model without device_map, or with one that holds all of it"
+            "multiplied out or rounded; load the model without device_map, or with one that holds all of it"
         )
 
 

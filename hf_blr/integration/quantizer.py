@@ -118,9 +118,9 @@ class BLRHfQuantizer(HfQuantizer):
                 )
             factors = fit_weight(name, module, weight.detach(), self.quantization_config)
             finish_placeholder(name, self.awaiting)
-            for factor, tensor in factors.items():
-                module.put(factor, tensor)
-                mark_loaded(getattr(module, factor))
+            for key, tensor in factors.items():
+                module.put(key, tensor)
+                mark_loaded(module.stored()[key])
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

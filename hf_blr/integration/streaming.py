@@ -51,7 +51,7 @@ class FactorizeOp(ConversionOps):
         return out
 
     def fit(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{full name of a factor: tensor}; for a weight that cannot be fitted nothing, and a message."""
+        """{full state-dict key: tensor}; for a weight that cannot be fitted nothing, and a message."""
         try:
             factors = fit_weight(name, self.awaiting[name], weight, self.config)
         except ValueError as error:
@@ -66,7 +66,7 @@ class FactorizeOp(ConversionOps):
 
 
 def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig) -> dict[str, torch.Tensor]:
-    """The module's factors, {name: tensor}, for a dense weight; in the weight's dtype and on its device.
+    """What the module keeps, {state-dict key: tensor}, for a dense weight; for its dtype and on its device.
 
     Args:
         name: of the weight, for messages.

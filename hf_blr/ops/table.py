@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_blr.ops.library import define_structure
-from hf_blr.structures import FACTOR, structure_named, structures
+from hf_blr.structures import FACTOR, structure_named, structures, whole_structures
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,5 @@ def multiplied_out(found: Implementation, tensors: Sequence[Tensor]) -> Tensor:
         return found.dense(*tensors)
 
 
-for _name in structures():
+for _name in (*structures(), *whole_structures()):
     load(_name)

@@ -1,29 +1,44 @@
 """The structures: what each stores, and a record of everything in which they differ.
 
 All structures project each input block (`v`), mix, and expand each output block (`u`). They differ in the mix, and
-"pivoted" in how it stores the projection. A structure is a folder beside this file and its name in `BUILT_IN`; one that
-lives elsewhere is made known by `register`. The folder's `__init__` has sizes and record, without torch; its other
-files are the structure's part in the rooms above, and are reached through the record alone.
+"pivoted" in how it stores the projection; "dense" is the whole matrix, for formats of fewer bits. A structure is a
+folder beside this file and its name in `BUILT_IN`; one that lives elsewhere is made known by `register`. The folder's
+`__init__` has sizes and record, without torch; its other files are the structure's part in the rooms above, and are
+reached through the record alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from hf_blr.structures import blast, low_rank, monarch, pivoted
+from hf_blr.structures import blast, dense, low_rank, monarch, pivoted
 from hf_blr.structures.blast import Blast
+from hf_blr.structures.dense import Dense
 from hf_blr.structures.low_rank import LowRank
 from hf_blr.structures.monarch import Monarch
 from hf_blr.structures.pivoted import Pivoted
 from hf_blr.structures.record import Structure
-from hf_blr.structures.spec import FACTOR, INDEX, SCALE, BLRSpec, StoredTensor, as_block_pair, block_pair_of
+from hf_blr.structures.spec import (
+    CODES,
+    FACTOR,
+    INDEX,
+    SCALE,
+    SHAPE,
+    BLRSpec,
+    StoredTensor,
+    as_block_pair,
+    block_pair_of,
+)
 
 __all__ = [
+    "CODES",
     "FACTOR",
     "INDEX",
     "SCALE",
+    "SHAPE",
     "BLRSpec",
     "Blast",
+    "Dense",
     "LowRank",
     "Monarch",
     "Pivoted",
@@ -38,9 +53,10 @@ __all__ = [
     "structure_named",
     "structures",
     "unregister",
+    "whole_structures",
 ]
 
-BUILT_IN = (low_rank.RECORD, pivoted.RECORD, monarch.RECORD, blast.RECORD)
+BUILT_IN = (low_rank.RECORD, pivoted.RECORD, monarch.RECORD, blast.RECORD, dense.RECORD)
 
 _records: dict[str, Structure] = {record.name: record for record in BUILT_IN}
 
@@ -64,8 +80,13 @@ def unregister(name: str) -> None:
 
 
 def structures() -> dict[str, Structure]:
-    """{name: record} of every structure that is known, in the order in which they became so."""
-    return dict(_records)
+    """{name: record} of every structure that has a rank, in the order in which they became known."""
+    return {name: record for name, record in _records.items() if not record.whole}
+
+
+def whole_structures() -> dict[str, Structure]:
+    """{name: record} of those that store the whole matrix, and that a format alone makes smaller."""
+    return {name: record for name, record in _records.items() if record.whole}
 
 
 def structure_named(name: Any) -> Structure:
@@ -86,11 +107,22 @@ def make_spec(
 ) -> BLRSpec:
     """A spec from a rank, or from the largest rank whose parameters are at most `ratio` of the dense ones.
 
+    A structure that stores the whole matrix takes neither.
+
     Raises:
         ValueError: if not exactly one of ratio and rank is given, the budget buys no rank at all, or the result
-            would hold as many numbers as the dense matrix or more.
+            would hold as many numbers as the dense matrix or more; if a structure that stores the whole matrix is given
+            a ratio, a rank or blocks.
     """
-    cls = structure_named(structure).spec
+    record = structure_named(structure)
+    cls = record.spec
+    if record.whole:
+        if (ratio, rank, num_blocks) != (None, None, None):
+            raise ValueError(
+                f"{structure} keeps the whole matrix, got ratio={ratio}, rank={rank} and num_blocks={num_blocks}; "
+                "leave them out"
+            )
+        return cls(in_features, out_features, min(in_features, out_features))
     blocks = as_block_pair(cls.default_blocks if num_blocks is None else num_blocks)
     if (ratio is None) == (rank is None):
         raise ValueError(f"give exactly one of ratio and rank, got ratio={ratio} and rank={rank}")

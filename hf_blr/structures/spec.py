@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 #: what a stored tensor is. Factors are floating-point numbers that train; indices are integers, each of 0 to their
-#: number less one once; scales multiply
-#: factors that a format stores in fewer bits
-FACTOR, INDEX, SCALE = "factor", "index", "scale"
+#: number less one once. A format that stores a factor in fewer bits keeps codes, the scales that multiply them, and the
+#: factor's shape in their place
+FACTOR, INDEX, CODES, SCALE, SHAPE = "factor", "index", "codes", "scale", "shape"
 
 
 class StoredTensor(NamedTuple):
-    """Shape and kind (`FACTOR`, `INDEX` or `SCALE`) of a tensor that a layer keeps under a name."""
+    """Shape and kind (`FACTOR`, `INDEX`, `CODES`, `SCALE` or `SHAPE`) of a tensor that a layer keeps under a name."""
 
     shape: tuple[int, ...]
     kind: str
@@ -49,6 +49,9 @@ class BLRSpec:
     blocked: ClassVar[bool] = False
     #: {state-dict key: kind} in the order in which the ops take the tensors; factors come before indices
     kinds: ClassVar[dict[str, str]] = {"u": FACTOR, "v": FACTOR}
+    #: factors that multiply number by number: few, and every error in one meets a whole row of another factor, so that
+    #: formats of fewer bits leave them in the layer's dtype. All others multiply along their last axis
+    elementwise: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_blocks", as_block_pair(self.num_blocks))

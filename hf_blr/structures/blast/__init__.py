@@ -17,6 +17,7 @@ class Blast(BLRSpec):
     default_blocks = (4, 16)
     blocked = True
     kinds = {"u": FACTOR, "s": FACTOR, "v": FACTOR}
+    elementwise = ("s",)
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         (b1, b2), (p, q) = self.num_blocks, self.block_shape

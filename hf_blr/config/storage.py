@@ -1,0 +1,90 @@
+"""The fields of a `BLRConfig` that say in what form layers are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_blr.config.options import option
+from hf_blr.config.settings import BLRSettings
+from hf_blr.formats import FORMATS, PLAIN, Format, format_named, takes_groups
+from hf_blr.structures import structure_named, whole_structures
+from hf_blr.structures.spec import is_count
+
+if TYPE_CHECKING:
+    from hf_blr.config import BLRConfig
+
+#: the group of `--help`
+STORED = "how the layers are stored"
+
+FORMAT_KEYS = ("factor_format", "dense_format", "group_size")
+
+
+def format_name(value: Any) -> str | None:
+    known = isinstance(value, str) and value in FORMATS
+    return None if known else f"one of {tuple(FORMATS)} (a later hf_blr may know more)"
+
+
+def group_size(value: Any) -> str | None:
+    right = value is None or (is_count(value) and (value == -1 or value >= 1))
+    return None if right else "a positive integer, or None (or -1) for one scale a row"
+
+
+FORMAT_CHECKS = {"factor_format": format_name, "dense_format": format_name, "group_size": group_size}
+
+
+@dataclass(eq=False, repr=False)
+class StorageSettings(BLRSettings):
+    """What a user says of bits, behind all other fields in the order of the constructor."""
+
+    factor_format: str = option(
+        PLAIN.name,
+        'How factors are stored: "plain" in the dtype of the model, "int8", "int4", "int3", "int2" or "fp8". Factors '
+        "that multiply number by number (BLAST's s), indices and biases stay as they are.",
+        format_name,
+        flag="--factor-format",
+        group=STORED,
+        choices=tuple(FORMATS),
+    )
+    dense_format: str = option(
+        PLAIN.name,
+        'How the target layers that keep their whole matrix are stored: those with structure="dense", and those that '
+        "the budget leaves dense.",
+        format_name,
+        flag="--dense-format",
+        group=STORED,
+        choices=tuple(FORMATS),
+    )
+    group_size: int | None = option(
+        None,
+        "Numbers along a row of a factor that share a scale, in formats of integers; if left out, or -1, all of a row.",
+        group_size,
+        flag="--group-size",
+        group=STORED,
+        type=int,
+    )
+
+    def storage_of(self, structure: str, override: dict[str, Any]) -> Format:
+        """The format of a layer of this structure, with the override's values in place of the config's own."""
+        settings = {key: getattr(self, key) for key in FORMAT_KEYS} | override
+        name = settings["dense_format" if structure_named(structure).whole else "factor_format"]
+        grouped = takes_groups(name) and settings["group_size"] not in (None, -1)
+        return format_named(name, settings["group_size"] if grouped else None)
+
+
+def check_storage(config: BLRConfig) -> None:
+    """Raises ValueError for settings of bits that contradict others."""
+    everywhere = [{}, *(config.overrides or {}).values()]
+    used = {values.get(key, getattr(config, key)) for values in everywhere for key in ("factor_format", "dense_format")}
+    if config.structure in whole_structures() and config.dense_format == PLAIN.name and not config.layers:
+        raise ValueError(f"structure={config.structure!r} stores whole matrices in fewer bits: set dense_format")
+    if config.group_size is not None and not any(takes_groups(name) for name in used):
+        raise ValueError(
+            f"group_size={config.group_size} is of formats of integers, and no layer has one: set factor_format or "
+            "dense_format"
+        )
+    if config.block_steps and config.factor_format != PLAIN.name:
+        raise ValueError(
+            f"block_steps refine factors by gradient steps, which do not move codes of {config.factor_format}: set "
+            'factor_format="plain" or block_steps=0'
+        )

@@ -1,0 +1,68 @@
+"""The module that holds one factor in bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.formats.bits import Bits
+
+
+class FactorInBits(nn.Module):
+    """Codes and scales of a factor; called with a dtype, it gives the factor back.
+
+    It is called, not only read, because packages that offload weights bring them in before a module's forward. The
+    tensors are parameters that do not train, because offloading moves parameters and leaves buffers where they are.
+
+    Args:
+        storage: the format.
+        shape: of the factor `[..., n, k]`.
+        device: of its tensors.
+    """
+
+    def __init__(self, storage: Bits, shape: tuple[int, ...], device: torch.device | str | None = None):
+        super().__init__()
+        self.storage, self.shape = storage, shape
+        for name, (size, kind) in storage.parts(shape).items():
+            value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The factor `[..., n, k]` in this dtype."""
+        return self.storage.codes(self.parts(), self.shape).numbers(dtype)
+
+    def parts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.storage.parts(self.shape)}
+
+    def fill(self, factor: Tensor) -> None:
+        """Take these numbers `[..., n, k]`, rounded to the nearest codes."""
+        for name, part in self.storage.laid_out(self.storage.nearest(factor)).items():
+            getattr(self, name).data.copy_(part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorInBits:
+        """Moves with the model, and is not cast with it: codes and scales mean something in their own dtype alone."""
+        applied: Any = super()._apply(lambda tensor: fn(as_integers(tensor)).view(tensor.dtype), recurse)
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # plain pickles of float8 tensors cannot be read back (PyTorch 2.13); those of integers can
+        integers = {name: nn.Parameter(as_integers(part), False) for name, part in self.parts().items()}
+        return {**self.__dict__, "_parameters": integers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, (_, kind) in self.storage.parts(self.shape).items():
+            self._parameters[name] = nn.Parameter(getattr(self, name).view(self.storage.dtypes[kind]), False)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, storage={self.storage.name}"
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """A view without floating-point numbers: functions that cast those leave it alone."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.int16)
