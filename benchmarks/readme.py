@@ -14,6 +14,7 @@ import layer_sections
 import model_sections
 import quality_sections
 import robustness_section
+import sentences_section
 import text_ratio_sections
 import zoo_section
 
@@ -27,6 +28,7 @@ DOCUMENTS = {
     ROOT / "docs" / "measured.md": {
         "front-protocol": front_section.protocol_section,
         "demo": quality_sections.demo_section,
+        "sentences": sentences_section.sentences_section,
         "text-ratios": text_ratio_sections.text_ratio_section,
         "quality": quality_sections.quality_section,
         "square-blast": quality_sections.square_blast_section,
