@@ -181,6 +181,7 @@ def replace_layer(
             None if problem.gram is None else problem.gram.to(device),
             output_gram,
             fit_options,
+            plan[name].storage,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
