@@ -43,8 +43,8 @@ SEQLEN, WINDOWS = 1024, 8
 GROUP, RATIO = 32, 0.8
 PROTOCOL = (
     f"token perplexity on the first {WINDOWS} windows of {SEQLEN} of each text, no BOS; float32; fitted to "
-    f"{FIT_WINDOWS} windows of {FIT_SEQLEN} spread over one text, on the dense model's inputs; a random rotation of each "
-    "layer's inputs before fits"
+    f"{FIT_WINDOWS} windows of {FIT_SEQLEN} spread over one text, on the dense model's inputs; a random rotation of "
+    "each layer's inputs before fits"
 )
 
 #: (fitted tensors, what is to be rounded) -> the tensors as they are stored

@@ -235,12 +235,13 @@ def test_blast_solves_s_in_the_metric_of_the_outputs():
     assert losses[0] < losses[1]
 
 
-def test_a_structure_without_a_way_of_its_own_hands_numbers_over(monkeypatch):
+def test_a_structure_without_a_way_of_its_own_takes_the_nearest_codes(monkeypatch):
     spec, storage = SPECS[0], format_named("int4", 8)
     weight, gram, _, _ = fitted(spec)
     rounds_to_nearest(monkeypatch)
     found = factorize(weight, spec, gram, None, OPTIONS, storage)
-    assert all(torch.is_tensor(t) for t in found.tensors.values())
+    numbers = factorize(weight, spec, gram, None, OPTIONS).tensors
+    assert all(torch.equal(found.tensors[key].values, storage.nearest(numbers[key]).values) for key in ("u", "v"))
 
 
 def test_groups_that_do_not_divide_rows_are_refused():

@@ -6,18 +6,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_blr.calibration.joint import BlockReport
+from hf_blr.compression.allocation import Choice
 from hf_blr.structures import BLRSpec
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer; rel_error and rounds as in `factorize.Factors`."""
+    """One replaced layer; rel_error and rounds as in `factorize.Factors`, `choice` only where bits were shared out."""
 
     name: str
     spec: BLRSpec
     rel_error: float
     rounds: int
     seconds: float
+    choice: Choice | None = None
 
 
 @dataclass

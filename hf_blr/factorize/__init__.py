@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,7 @@ def factorize(
         output_gram: G = sum of g g^T over the gradients g of the loss by the layer's outputs, as diagonal blocks
             `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike.
         options: rounds, tolerance, damping and seed.
-        storage: where it keeps bits, factors come as codes, if the structure has a way to choose them that is better
-            than the nearest.
+        storage: where it keeps bits, factors come as codes.
 
     Raises:
         ValueError: if the shapes do not match, the weight or the Gram holds NaN or infinity, or the format cannot store
@@ -78,12 +78,8 @@ def factorize(
     if scale == 0:
         return Factors(zero_tensors(spec, weight.device), 0.0, 0)
     weight = weight / scale
-    if gram is not None:
-        gram = damped(gram.to(weight), options.damping)
-        gram = gram / gram.diagonal().mean()
-    metric = None
-    if output_gram is not None and record.weighed:
-        metric = OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
+    gram = None if gram is None else unit_gram(gram.to(weight), options.damping)
+    metric = metric_of(spec, output_gram, weight.device)
     image = weight if metric is None else metric.whiten(weight)
     tensors, losses = record.load("fit")(image, spec, gram, options)
     if metric is not None:
@@ -93,11 +89,37 @@ def factorize(
     share = scale ** (1 / len(record.scaled))
     tensors = {name: (t * share if name in record.scaled else t).contiguous() for name, t in tensors.items()}
     fitted = Factors(tensors, error, max(len(losses) - 1, 0))
-    if not isinstance(storage, Bits) or not record.rounding:
+    if not isinstance(storage, Bits):
         return fitted
-    problem = ToRound(weight * scale, gram, metric, storage, options.seed)
-    fitted = replace(fitted, tensors=record.load("rounding")(spec, tensors, problem))
-    return replace(fitted, rel_error=relative_error(problem.weight, fitted.matrix(spec), gram))
+    return in_bits(fitted, spec, ToRound(weight * scale, gram, metric, storage, options.seed))
+
+
+def in_bits(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:
+    """The same fit with codes in the place of factors, and the error that comes of them.
+
+    They are chosen as the structure's record says, or are the nearest where it says nothing.
+    """
+    choose = structure_named(spec.structure).load("rounding") or nearest
+    rounded = replace(fitted, tensors=choose(spec, dict(fitted.tensors), problem))
+    return replace(rounded, rel_error=relative_error(problem.weight, rounded.matrix(spec), problem.gram))
+
+
+def nearest(spec: BLRSpec, tensors: Mapping[str, Any], problem: ToRound) -> dict[str, Tensor | Codes]:
+    names = problem.storage.in_bits(spec)
+    return {name: problem.round(tensor, None) if name in names else tensor for name, tensor in tensors.items()}
+
+
+def metric_of(spec: BLRSpec, output_gram: Tensor | None, device: torch.device) -> OutputMetric | None:
+    """That of the outputs, for a structure that can be weighed by them."""
+    if output_gram is None or not structure_named(spec.structure).weighed:
+        return None
+    return OutputMetric(output_gram.to(device), spec.num_blocks[1])
+
+
+def unit_gram(gram: Tensor, damping: float) -> Tensor:
+    """H `[K, K]` damped, with a mean diagonal of one."""
+    gram = damped(gram, damping)
+    return gram / gram.diagonal().mean()
 
 
 def zero_tensors(spec: BLRSpec, device: torch.device) -> dict[str, Tensor]:
