@@ -29,7 +29,6 @@ from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.cli import options
-from hf_blr.evaluation import perplexity
 from hf_blr.factorize import factorize
 from hf_blr.factorize.bits import ToRound, refitted, rotation
 from hf_blr.factorize.gram import damped
@@ -38,13 +37,16 @@ from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import BLRSpec
 
-FIT_SEQLEN, FIT_WINDOWS = 512, 16
-SEQLEN, WINDOWS = 1024, 8
+FIT_SEQLEN, FIT_WINDOWS = 512, 8
+SEQLEN, WINDOWS = 512, 4
+#: one block of so many is compressed: a processor's time is short
+EVERY = 3
 GROUP, RATIO = 32, 0.8
 PROTOCOL = (
-    f"token perplexity on the first {WINDOWS} windows of {SEQLEN} of each text, no BOS; float32; fitted to "
-    f"{FIT_WINDOWS} windows of {FIT_SEQLEN} spread over one text, on the dense model's inputs; a random rotation of "
-    "each layer's inputs before fits"
+    f"perplexity, and KL divergence of the dense model's next token from the rounded one's in nats, on the first "
+    f"{WINDOWS} windows of {SEQLEN} of each text, no BOS; float32; the layers of one block of {EVERY}, fitted to "
+    f"{FIT_WINDOWS} windows of {FIT_SEQLEN} spread over one text, on the dense model's inputs and without weights of "
+    "outputs; a random rotation of each layer's inputs before fits"
 )
 
 #: (fitted tensors, what is to be rounded) -> the tensors as they are stored
@@ -91,10 +93,12 @@ ROWS = [
 ]
 
 
-def configs(structure: str, storage: str) -> BLRConfig:
+def config_of(structure: str, storage: str, blocks: int) -> BLRConfig:
+    chosen = "|".join(str(block) for block in range(0, blocks, EVERY))
+    common = {"group_size": GROUP, "fisher": False, "target_modules": rf".*layers\.({chosen})\..*proj"}
     if structure == "dense":
-        return BLRConfig("dense", dense_format=storage, group_size=GROUP)
-    return BLRConfig(structure, ratio=RATIO, allocation="uniform", factor_format=storage, group_size=GROUP)
+        return BLRConfig("dense", dense_format=storage, **common)
+    return BLRConfig(structure, ratio=RATIO, factor_format=storage, **common)
 
 
 class Layers:
@@ -119,8 +123,7 @@ class Layers:
             turned, gram = weight @ turn, turn.T @ self.statistics.grams[name] @ turn
             fit_options = config.fit_options(k, self.statistics.rows_of(name))
             if (name, spec) not in self.fits:
-                output_gram = self.statistics.output_grams[name]
-                self.fits[name, spec] = factorize(turned, spec, gram, output_gram, fit_options).tensors
+                self.fits[name, spec] = factorize(turned, spec, gram, options=fit_options).tensors
             tensors = self.fits[name, spec]
             if way is not None:
                 problem = ToRound(turned, damped(gram, fit_options.damping), None, layer.storage, config.seed)
@@ -129,6 +132,22 @@ class Layers:
             stored_bits += 8 * storage.num_bytes(spec, torch.bfloat16)
             numbers += spec.dense_parameters
         return model, stored_bits / numbers
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of every next token, `[WINDOWS, SEQLEN, vocabulary]`."""
+    rows = ids[: WINDOWS * SEQLEN].view(WINDOWS, SEQLEN)
+    return torch.stack([model(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows])
+
+
+def perplexity_of(found: Tensor, ids: Tensor) -> float:
+    rows = ids[: WINDOWS * SEQLEN].view(WINDOWS, SEQLEN)
+    return found[:, :-1].gather(-1, rows[:, 1:, None]).double().mean().neg().exp().item()
+
+
+def divergence(right: Tensor, found: Tensor) -> float:
+    return (right.exp() * (right - found)).sum(-1).double().mean().item()
 
 
 def numbers_of(tensor: Tensor | Codes) -> Tensor:
@@ -148,23 +167,26 @@ def main() -> None:
     ((fitted_to, ids),) = read_ids([args.fit], tokenizer).items()
     starts = torch.linspace(0, len(ids) - FIT_SEQLEN, FIT_WINDOWS).long().tolist()
     batches = [ids[None, start : start + FIT_SEQLEN] for start in starts]
-    statistics = collect_statistics(dense, configs("dense", "int4"), calibration=batches)
+    blocks = dense.config.num_hidden_layers
+    statistics = collect_statistics(dense, config_of("dense", "int4", blocks), calibration=batches)
+    right = {name: log_probabilities(dense, text) for name, text in texts.items()}
     layers = Layers(dense, statistics)
     head = {"protocol": PROTOCOL, "group": GROUP, "ratio": RATIO, "fitted_to": fitted_to, "environment": environment()}
     file = ResultFile(args.json, head)
 
     def score(model: nn.Module, **facts: Any) -> None:
-        ppl = {
-            name: perplexity(model, None, text, seqlen=SEQLEN, max_windows=WINDOWS, batch_size=2).ppl
-            for name, text in texts.items()
+        found = {name: log_probabilities(model, text) for name, text in texts.items()}
+        scores = {
+            "ppl": {name: perplexity_of(found[name], text) for name, text in texts.items()},
+            "kl": {name: divergence(right[name], found[name]) for name in texts},
         }
-        file.add([{"model": Path(args.gguf_file or args.model).name.partition(".Q")[0], **facts, "ppl": ppl}])
+        file.add([{"model": Path(args.gguf_file or args.model).name.partition(".Q")[0], **facts, **scores}])
         print(file.rows[-1], flush=True)
 
     score(dense, structure="dense", format="plain", way="", bits=16.0, seconds=0.0)
     for structure, storage, way in ROWS:
         started = time.perf_counter()
-        model, bits = layers.model(configs(structure, storage), WAYS.get(way))
+        model, bits = layers.model(config_of(structure, storage, blocks), WAYS.get(way))
         seconds = time.perf_counter() - started
         score(model, structure=structure, format=storage if way else "plain", way=way, bits=bits, seconds=seconds)
 
