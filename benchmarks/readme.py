@@ -13,6 +13,7 @@ import inventory_section
 import layer_sections
 import model_sections
 import quality_sections
+import rounding_section
 import zoo_section
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "calibration.md": {
         "zoo": zoo_section.zoo_section,
+    },
+    ROOT / "docs" / "formats.md": {
+        "rounding": rounding_section.rounding_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

@@ -90,6 +90,6 @@ def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, formats: tuple[Bits, ..
     rounding = {}
     for storage in storable(spec, formats):
         total = layer.loss(layer.rounded(fitted, spec, storage).matrix(spec))
-        # the refit of other factors can gain what rounding costs
-        rounding[storage.name] = max(total - cut, 1e-30) / scale
+        # the refit of other factors can gain what rounding costs; a matrix of zeros loses nothing
+        rounding[storage.name] = max(total - cut, 1e-30) / scale if scale > 0 else 0.0
     return Trial(spec.ratio, max(cut, 1e-30) / low_rank if low_rank > 0 else 1.0, rounding)
