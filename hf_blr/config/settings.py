@@ -21,7 +21,8 @@ class BLRSettings:
     structure: str = option(
         "blast",
         'A structure\'s name; "dense", which keeps the whole matrix in `dense_format`; or "auto", which takes for each '
-        "layer the structure, blocks and rank of the least predicted loss (it needs text, `fisher`, and a ratio or `bits_per_weight`).",
+        "layer the structure, blocks and rank of the least predicted loss (it needs text, `fisher`, and a ratio or "
+        "`bits_per_weight`).",
         options.anything,
         flag="--structure",
         group=BECOMES,
