@@ -244,6 +244,14 @@ def test_a_structure_without_a_way_of_its_own_takes_the_nearest_codes(monkeypatc
     assert all(torch.equal(found.tensors[key].values, storage.nearest(numbers[key]).values) for key in ("u", "v"))
 
 
+def test_pivots_that_are_all_features_leave_nothing_but_u():
+    spec, storage = Pivoted(16, 48, 16), format_named("int8", 8)
+    weight = normal(48, 16)
+    found = factorize(weight, spec, correlated(16), storage=storage)
+    assert found.tensors["c"].shape == (16, 0) and isinstance(found.tensors["u"], Codes)
+    assert found.rel_error < 0.01
+
+
 def test_groups_that_do_not_divide_rows_are_refused():
     with pytest.raises(ValueError, match="which groups of 7 do not divide"):
         factorize(torch.ones(32, 48), SPECS[0], storage=format_named("int4", 7))

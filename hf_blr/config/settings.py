@@ -170,7 +170,7 @@ class BLRSettings:
     )
     seed: int = option(
         0,
-        "Of the calibration windows and of the fits' starting points.",
+        "Of the calibration windows, of the fits' starting points, and of rotations before rounding.",
         integer(),
         flag="--seed",
         group=FITTED,
