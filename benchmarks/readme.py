@@ -14,6 +14,7 @@ import layer_sections
 import model_sections
 import quality_sections
 import robustness_section
+import rounding_section
 import sentences_section
 import text_ratio_sections
 import zoo_section
@@ -57,6 +58,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "trust.md": {
         "robustness": robustness_section.robustness_section,
+    },
+    ROOT / "docs" / "formats.md": {
+        "rounding": rounding_section.rounding_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

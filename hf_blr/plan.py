@@ -152,7 +152,11 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
         try:
             # a budget may leave any layer dense, and shall not find out after hours that the format cannot store it
             whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
-            layer = whole if keeps_all else factored_plan(name, module, config, override)
+            if config.bits_per_weight is not None and not override:
+                # until bits are shared out
+                layer: LayerPlan | None = whole_layer(module, format_named("int8"))
+            else:
+                layer = whole if keeps_all else factored_plan(name, module, config, override)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if layer is not None:
@@ -187,10 +191,14 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
 
 def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
     """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
+    storage = config.storage_of(Dense.structure, override)
+    return None if storage == PLAIN else whole_layer(module, storage)
+
+
+def whole_layer(module: nn.Module, storage: Format) -> LayerPlan:
+    """A layer that keeps its whole matrix in this format of fewer bits."""
     k, n = feature_sizes(module)
-    spec = Dense(k, n, min(k, n))
-    storage = config.storage_of(spec.structure, override)
-    return None if storage == PLAIN else LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
+    return LayerPlan(Dense(k, n, min(k, n)), module.bias is not None, is_transposed(module), storage)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from hf_blr.cli import COMMANDS, main
 from hf_blr.cli.options import block_counts
 from hf_blr.cli.table import format_table
 from hf_blr.linear import blr_modules
-from hf_blr.structures import spec_from_dict
+from hf_blr.plan import plan_from_layers
 from hf_blr.structures.blast.layer import BlastLinear
 from hf_blr.targets import find_targets
 
@@ -142,8 +142,11 @@ def test_weights_alone_need_no_text(dense, tmp_path):
     assert stored["dataset"] is None and stored["rank"] == 4
 
 
+BITS = ["--bits-per-weight", "4"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"]])
+@pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"], BITS])
 def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     folder, text = dense
     file = tmp_path / "plan.json"
@@ -152,10 +155,11 @@ def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     assert "Predicted rise of the loss" in capsys.readouterr().out
     plan = json.loads(file.read_text())
     assert plan["predicted_loss"] > 0
-    specs = {
-        name: spec_from_dict({k: v for k, v in layer.items() if k not in ("bias", "transposed")})
-        for name, layer in plan["layers"].items()
-    }
+    layers = plan_from_layers(plan["layers"])
+    specs = {name: layer.spec for name, layer in layers.items()}
+    if budget == BITS:
+        bits = [8 * layer.storage.num_bytes(layer.spec, torch.float32) for layer in layers.values()]
+        assert len(bits) == 14 and sum(bits) <= 4 * sum(spec.dense_parameters for spec in specs.values())
     if budget[0] == "--parameters":
         assert sum(spec.num_parameters for spec in specs.values()) <= 30000
     dropped = next(iter(plan["layers"]))

@@ -5,6 +5,7 @@ FILE` follows it.
 
 Examples:
   hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --ratio 0.6 --structure auto
+  hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --structure auto --bits-per-weight 3.5 --group-size 64
   hf-blr plan meta-llama/Llama-3.2-1B plan.json --ms 9 --device-name H100 --tokens 1024
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,20 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hf_blr.calibration import collect_statistics
+    from hf_blr.compression.bits import share_bits
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
     options.check_file(args.output, args.overwrite)
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
-    given = args.ratio
     # short fits compare structures at this size where the budget names none
-    args.ratio = 0.5 if given is None else given
+    args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
     model, tokenizer = options.load_model(args.model, args)
     statistics = collect_statistics(model, config, tokenizer=tokenizer)
     plan = resolve_plan(model, config)
-    chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
+    if config.bits_per_weight is not None:
+        chosen, loss, choices = share_bits(model, plan, statistics, config)
+        print("; ".join(f"{count} x {taken}" for taken, count in Counter(c.taken for c in choices.values()).items()))
+    else:
+        chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
     specs = {name: layer.spec for name, layer in chosen.items()}
     print(format_table(rows_by_kind(specs)))
     dense = sum(layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)

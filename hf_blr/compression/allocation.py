@@ -9,16 +9,50 @@ from torch import Tensor
 
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.metric import OutputMetric
-from hf_blr.structures import BLRSpec
+from hf_blr.formats import PLAIN, Format
+from hf_blr.structures import BLRSpec, structure_named
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that a layer can become: a spec, or None for staying dense, at a cost, with its predicted loss."""
+    """One thing that a layer can become: a spec, or None for staying dense, at a cost, with its predicted loss.
+
+    storage: the format of its factors, where that is chosen too.
+    """
 
     spec: BLRSpec | None
     cost: float
     loss: float
+    storage: Format = PLAIN
+
+    @property
+    def whole(self) -> bool:
+        """Whether it keeps the whole matrix."""
+        return self.spec is None or structure_named(self.spec.structure).whole
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Structure, blocks and format, without the rank."""
+        if self.spec is None:
+            return ("dense", self.storage.name)
+        blocks = "{}x{}".format(*self.spec.num_blocks)
+        return (self.spec.structure, *([blocks] if self.spec.blocked else []), self.storage.name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a layer became what it is.
+
+    taken: structure, blocks and format. bits: stored for each number of the dense matrix. loss: predicted, in nats a
+    token. runner_up, runner_up_loss: the option of another structure, blocks or format that stores no more bits and
+    has the least loss of those; None if there is none.
+    """
+
+    taken: str
+    bits: float
+    loss: float
+    runner_up: str | None
+    runner_up_loss: float | None
 
 
 def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
@@ -74,6 +108,23 @@ def spend_rest(taken: dict[str, int], costs: dict[str, Tensor], losses: dict[str
         name, i = best
         rest -= (costs[name][i] - costs[name][taken[name]]).item()
         taken[name] = i
+
+
+def loss_of(plan: dict[str, Option]) -> float:
+    return sum(option.loss for option in plan.values())
+
+
+def choice_of(taken: Option, options: list[Option], whole: BLRSpec) -> Choice:
+    """Why this one of the options of a layer."""
+    others = [option for option in options if option.kind != taken.kind and option.cost <= taken.cost]
+    second = min(others, key=lambda option: option.loss, default=None)
+    return Choice(
+        " ".join(taken.kind),
+        taken.cost / whole.dense_parameters,
+        taken.loss,
+        None if second is None else " ".join(second.kind),
+        None if second is None else second.loss,
+    )
 
 
 def loss_curve(weight: Tensor, gram: Tensor, output_gram: Tensor, pairs: int, damping: float) -> Tensor:

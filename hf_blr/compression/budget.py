@@ -18,9 +18,10 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
-from hf_blr.factorize import FitOptions, factorize
+from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
+from hf_blr.factorize.bits import ToRound
 from hf_blr.factorize.gram import damped
-from hf_blr.ops.table import implementation_of
+from hf_blr.formats import Bits
 from hf_blr.plan import Plan, dense_plan
 from hf_blr.structures import BLRSpec, structure_named, structures
 from hf_blr.targets import override_for
@@ -150,12 +151,25 @@ class Layer:
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
+        return self.loss(self.fit(spec).matrix(spec))
+
+    def fit(self, spec: BLRSpec) -> Factors:
         weight, gram, output_gram = self.matrices()
-        fitted = factorize(weight, spec, gram, output_gram, self.options)
-        dense = implementation_of(spec.structure).dense(**fitted.tensors)
+        return factorize(weight, spec, gram, output_gram, self.options)
+
+    def rounded(self, fitted: Factors, spec: BLRSpec, storage: Bits) -> Factors:
+        """The fit with codes in the place of factors."""
+        weight, gram, output_gram = self.matrices()
+        gram = unit_gram(gram, self.options.damping)
+        metric = metric_of(spec, output_gram, weight.device)
+        return in_bits(fitted, spec, ToRound(weight, gram, metric, storage, self.options.seed))
+
+    def loss(self, matrix: Tensor) -> float:
+        """The predicted loss of another matrix `[N, K]` in the place of W."""
+        weight, gram, output_gram = self.matrices()
         # as the curve that it is compared with
         gram = damped(gram, self.options.damping)
-        return predicted_loss(dense - weight, gram, output_gram, self.statistics.pairs(self.name))
+        return predicted_loss(matrix - weight, gram, output_gram, self.statistics.pairs(self.name))
 
 
 def trial_factors(

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.problem import Problem
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
+from hf_blr.compression.allocation import Choice
+from hf_blr.compression.bits import share_bits
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.report import CompressionReport, LayerReport
@@ -110,6 +113,9 @@ def compress(
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
+    choices: dict[str, Choice] = {}
+    if statistics is not None and config.bits_per_weight is not None and not config.layers:
+        plan, predicted, choices = share_bits(model, plan, statistics, config)
     held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
@@ -130,6 +136,7 @@ def compress(
     forget_quantizer(model)
     order = {name: i for i, name in enumerate(plan)}
     layers.sort(key=lambda layer: order[layer.name])
+    layers = [replace(layer, choice=choices.get(layer.name)) for layer in layers]
     after = parameter_sizes(model)
     return CompressionReport(
         parameters_before=before[0],
@@ -181,7 +188,7 @@ def replace_layer(
     gram = None if problem.gram is None else problem.gram.to(device)
     options = config.fit_options(target.shape[1], problem.rows)
     try:
-        factors = factorize(target, spec, gram, output_gram, options)
+        factors = factorize(target, spec, gram, output_gram, options, plan[name].storage)
         replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_blr.calibration.joint import BlockReport
+from hf_blr.compression.allocation import Choice
 from hf_blr.structures import BLRSpec
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer; rounds as in `factorize.Factors`.
+    """One replaced layer; rounds as in `factorize.Factors`, `choice` only where bits were shared out.
 
     rel_error: as there, but of the factors as they are stored, rounded to their dtype, and on the calibration inputs
         alone, without the damping that the fit adds to them. Of layers that are fitted to the weights, Frobenius.
@@ -22,6 +23,7 @@ class LayerReport:
     rel_error: float
     rounds: int
     seconds: float
+    choice: Choice | None = None
 
 
 @dataclass

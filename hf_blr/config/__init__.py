@@ -61,7 +61,8 @@ class BLRConfig(StorageSettings, QuantizationConfigMixin):
     def validate(self) -> None:
         """What fields mean together. Raises ValueError."""
         planned = bool(self.layers)
-        check_budget("BLRConfig", {key: getattr(self, key) for key in SIZE_KEYS}, planned)
+        sized = planned or self.bits_per_weight is not None
+        check_budget("BLRConfig", {key: getattr(self, key) for key in SIZE_KEYS}, sized)
         for pattern, values in (self.overrides or {}).items():
             where = f"overrides[{pattern!r}]"
             takes = (*SIZE_KEYS, *FORMAT_KEYS)
@@ -73,8 +74,8 @@ class BLRConfig(StorageSettings, QuantizationConfigMixin):
             check_budget(where, self.settings_with(values), planned)
             if values.get("num_blocks") is not None:
                 values["num_blocks"] = as_block_pair(values["num_blocks"])
-        check_together(self, planned)
         check_storage(self)
+        check_together(self, planned)
         check_dataset(self.dataset, planned)
 
     def settings_with(self, override: dict[str, Any]) -> dict[str, Any]:

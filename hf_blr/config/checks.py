@@ -43,6 +43,8 @@ def check_together(config: BLRConfig, planned: bool) -> None:
         raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
     if planned:
         return
+    if config.bits_per_weight is not None:
+        return
     if config.structure == AUTO and (not config.shares_budget or config.num_blocks is not None):
         raise ValueError(
             'structure="auto" shares out a ratio by Fisher information and chooses the blocks: set ratio, leave '

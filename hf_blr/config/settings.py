@@ -21,7 +21,8 @@ class BLRSettings:
     structure: str = option(
         "blast",
         'A structure\'s name; "dense", which keeps the whole matrix in `dense_format`; or "auto", which takes for each '
-        "layer the structure, blocks and rank of the least predicted loss (it needs text, a ratio and `fisher`).",
+        "layer the structure, blocks and rank of the least predicted loss (it needs text, `fisher`, and a ratio or "
+        "`bits_per_weight`).",
         options.anything,
         flag="--structure",
         group=BECOMES,
@@ -169,7 +170,7 @@ class BLRSettings:
     )
     seed: int = option(
         0,
-        "Of the calibration windows and of the fits' starting points.",
+        "Of the calibration windows, of the fits' starting points, and of rotations before rounding.",
         integer(),
         flag="--seed",
         group=FITTED,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_blr.config.names import AUTO
 from hf_blr.config.options import option
 from hf_blr.config.settings import BLRSettings
 from hf_blr.formats import FORMATS, PLAIN, Format, format_named, takes_groups
@@ -28,6 +30,11 @@ def format_name(value: Any) -> str | None:
 def group_size(value: Any) -> str | None:
     right = value is None or (is_count(value) and (value == -1 or value >= 1))
     return None if right else "a positive integer, or None (or -1) for one scale a row"
+
+
+def positive(value: Any) -> str | None:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return None if right or value is None else "a positive number of bits, or None"
 
 
 FORMAT_CHECKS = {"factor_format": format_name, "dense_format": format_name, "group_size": group_size}
@@ -64,6 +71,18 @@ class StorageSettings(BLRSettings):
         type=int,
     )
 
+    bits_per_weight: float | None = option(
+        None,
+        'With structure="auto", in place of a ratio: bits that all target layers may store for each number of their '
+        "dense matrices, scales, indices and all else included. Each layer gets the structure, rank and format of the "
+        "least predicted loss. Needs text and `fisher`.",
+        positive,
+        flag="--bits-per-weight",
+        group=STORED,
+        type=float,
+        size=True,
+    )
+
     def storage_of(self, structure: str, override: dict[str, Any]) -> Format:
         """The format of a layer of this structure, with the override's values in place of the config's own."""
         settings = {key: getattr(self, key) for key in FORMAT_KEYS} | override
@@ -78,7 +97,9 @@ def check_storage(config: BLRConfig) -> None:
     used = {values.get(key, getattr(config, key)) for values in everywhere for key in ("factor_format", "dense_format")}
     if config.structure in whole_structures() and config.dense_format == PLAIN.name and not config.layers:
         raise ValueError(f"structure={config.structure!r} stores whole matrices in fewer bits: set dense_format")
-    if config.group_size is not None and not any(takes_groups(name) for name in used):
+    if config.bits_per_weight is not None:
+        check_bits(config)
+    elif config.group_size is not None and not any(takes_groups(name) for name in used):
         raise ValueError(
             f"group_size={config.group_size} is of formats of integers, and no layer has one: set factor_format or "
             "dense_format"
@@ -88,3 +109,28 @@ def check_storage(config: BLRConfig) -> None:
             f"block_steps refine factors by gradient steps, which do not move codes of {config.factor_format}: set "
             'factor_format="plain" or block_steps=0'
         )
+
+
+def check_bits(config: BLRConfig) -> None:
+    """Raises ValueError for settings that contradict a budget of bits."""
+    where = f"bits_per_weight={config.bits_per_weight:g}"
+    if config.structure != AUTO:
+        raise ValueError(
+            f'{where} chooses structure, rank and format of each layer: set structure="auto", got {config.structure!r}'
+        )
+    if config.ratio is not None or config.rank is not None or config.num_blocks is not None:
+        raise ValueError(
+            f"{where} is a budget of its own, got ratio={config.ratio}, rank={config.rank} and "
+            f"num_blocks={config.num_blocks}; leave them out"
+        )
+    if {config.factor_format, config.dense_format} != {PLAIN.name}:
+        raise ValueError(
+            f"{where} chooses formats, got factor_format={config.factor_format!r} and "
+            f"dense_format={config.dense_format!r}; leave them out, or set them in overrides"
+        )
+    if config.layers:
+        return
+    if not config.fisher or config.allocation == "uniform":
+        raise ValueError(f"{where} is shared out by Fisher information: leave fisher and allocation as they are")
+    if config.block_steps:
+        raise ValueError(f"{where} may store factors in bits, which gradient steps do not move: set block_steps=0")

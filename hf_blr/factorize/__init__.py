@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_blr.factorize.bits import ToRound
 from hf_blr.factorize.finite import check_finite
 from hf_blr.factorize.gram import damped, squared_error
 from hf_blr.factorize.metric import OutputMetric
 from hf_blr.factorize.options import FitOptions
+from hf_blr.formats import PLAIN, Bits, Codes, Format
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec, structure_named
 
@@ -21,14 +25,21 @@ __all__ = ["Factors", "FitOptions", "factorize"]
 class Factors:
     """The outcome of one fit.
 
-    tensors: factors in the shapes of the spec, float32, and indices, int32; on the weight's device.
-    rel_error: ||(W - W') X|| / ||W X|| over the calibration inputs X; Frobenius, ||W - W'|| / ||W||, without a Gram.
+    tensors: factors in the shapes of the spec, float32, or codes of them, and indices, int32; on the weight's device.
+    rel_error: ||(W - W') X|| / ||W X|| over the calibration inputs X, of codes where there are any; Frobenius,
+        ||W - W'|| / ||W||, without a Gram.
     rounds: alternating rounds that were run; 0 for a closed form.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor | Codes]
     rel_error: float
     rounds: int
+
+    def matrix(self, spec: BLRSpec) -> Tensor:
+        """The dense matrix `[N, K]`, float32."""
+        numbers = {name: t.numbers(torch.float32) if isinstance(t, Codes) else t for name, t in self.tensors.items()}
+        matrix: Tensor = implementation_of(spec.structure).dense(**numbers)
+        return matrix
 
 
 def factorize(
@@ -37,6 +48,7 @@ def factorize(
     gram: Tensor | None = None,
     output_gram: Tensor | None = None,
     options: FitOptions | None = None,
+    storage: Format = PLAIN,
 ) -> Factors:
     """The factors of `spec` that come closest to W on the inputs that `gram` describes.
 
@@ -47,11 +59,15 @@ def factorize(
         output_gram: G = sum of g g^T over the gradients g of the loss by the layer's outputs, as diagonal blocks
             `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike.
         options: rounds, tolerance, damping and seed.
+        storage: where it keeps bits, factors come as codes.
 
     Raises:
-        ValueError: if the shapes do not match, or the weight or the Gram holds NaN or infinity.
+        ValueError: if the shapes do not match, the weight or the Gram holds NaN or infinity, or the format cannot store
+            factors of these sizes.
     """
     record, options = structure_named(spec.structure), options or FitOptions()
+    if (misfit := storage.misfit(spec)) is not None:
+        raise ValueError(misfit)
     if tuple(weight.shape) != (spec.out_features, spec.in_features):
         raise ValueError(f"the weight must be [{spec.out_features}, {spec.in_features}], got {tuple(weight.shape)}")
     if gram is not None and gram.shape[-1] != spec.in_features:
@@ -61,12 +77,8 @@ def factorize(
     if scale == 0:
         return Factors(zero_tensors(spec, weight.device), 0.0, 0)
     weight = (weight.detach().double() / scale).float().contiguous()
-    if gram is not None:
-        gram = damped(gram.to(weight), options.damping)
-        gram = gram / gram.diagonal().mean()
-    metric = None
-    if output_gram is not None and record.weighed:
-        metric = OutputMetric(output_gram.to(weight.device), spec.num_blocks[1])
+    gram = None if gram is None else unit_gram(gram.to(weight), options.damping)
+    metric = metric_of(spec, output_gram, weight.device)
     image = weight if metric is None else metric.whiten(weight)
     tensors, losses = record.load("fit")(image, spec, gram, options)
     if metric is not None:
@@ -75,7 +87,38 @@ def factorize(
     error = relative_error(weight, implementation_of(spec.structure).dense(**tensors), gram)
     share = scale ** (1 / len(record.scaled))
     tensors = {name: (t * share if name in record.scaled else t).contiguous() for name, t in tensors.items()}
-    return Factors(tensors, error, max(len(losses) - 1, 0))
+    fitted = Factors(tensors, error, max(len(losses) - 1, 0))
+    if not isinstance(storage, Bits):
+        return fitted
+    return in_bits(fitted, spec, ToRound(weight * scale, gram, metric, storage, options.seed))
+
+
+def in_bits(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:
+    """The same fit with codes in the place of factors, and the error that comes of them.
+
+    They are chosen as the structure's record says, or are the nearest where it says nothing.
+    """
+    choose = structure_named(spec.structure).load("rounding") or nearest
+    rounded = replace(fitted, tensors=choose(spec, dict(fitted.tensors), problem))
+    return replace(rounded, rel_error=relative_error(problem.weight, rounded.matrix(spec), problem.gram))
+
+
+def nearest(spec: BLRSpec, tensors: Mapping[str, Any], problem: ToRound) -> dict[str, Tensor | Codes]:
+    names = problem.storage.in_bits(spec)
+    return {name: problem.round(tensor, None) if name in names else tensor for name, tensor in tensors.items()}
+
+
+def metric_of(spec: BLRSpec, output_gram: Tensor | None, device: torch.device) -> OutputMetric | None:
+    """That of the outputs, for a structure that can be weighed by them."""
+    if output_gram is None or not structure_named(spec.structure).weighed:
+        return None
+    return OutputMetric(output_gram.to(device), spec.num_blocks[1])
+
+
+def unit_gram(gram: Tensor, damping: float) -> Tensor:
+    """H `[K, K]` damped, with a mean diagonal of one."""
+    gram = damped(gram, damping)
+    return gram / gram.diagonal().mean()
 
 
 def zero_tensors(spec: BLRSpec, device: torch.device) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ class OutputMetric:
         self.root = cholesky(diagonal)  # [B2, Q, Q]
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """L^T W, for W `[N, K]`."""
-        blocks = weight.double().view(self.root.shape[0], -1, weight.shape[1])
+        """L^T W, for W with N rows in its first two (or one) dimensions."""
+        blocks = weight.double().reshape(self.root.shape[0], self.root.shape[1], -1)
         return (self.root.mT @ blocks).view(weight.shape).to(weight.dtype)
 
     def restore(self, u: Tensor) -> Tensor:

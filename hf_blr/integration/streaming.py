@@ -85,7 +85,7 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
         )
     check_finite(name, weight, "repair the checkpoint, or leave this module dense with modules_to_not_convert")
     matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
-    fitted = factorize(matrix, module.spec, options=config.fit_options(module.in_features))
+    fitted = factorize(matrix, module.spec, options=config.fit_options(module.in_features), storage=module.storage)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
     stored = module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
     try:

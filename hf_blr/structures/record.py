@@ -26,6 +26,8 @@ class Structure:
         module: the subclass of `BLRLinear`.
         fit: (W, spec, gram or None, `FitOptions`) -> (factors, squared error after each round).
         finish: (spec, factors) -> the tensors as they are stored, of the same matrix.
+        rounding: (spec, finished tensors, `factorize.bits.ToRound`) -> the tensors, with `formats.Codes` for factors.
+            "": every number goes to its nearest code.
         scaled: the factors that carry the matrix's scale between them: c^(1/n) times each of these n is c times W.
         stages: (spec, tokens, form, adds, layers, chip) -> the `roofline.stages.Stage`s of a forward, in numbers.
         backward_stages: (spec, tokens, chip) -> those of a backward.
@@ -56,6 +58,7 @@ class Structure:
     colour: str
     closed_form: bool = False
     weighed: str = "u"
+    rounding: str = ""
     scaled: tuple[str, ...] = ("u", "v")
     auto_blocks: tuple[tuple[int, int], ...] = ()
     rank_multiple: int = 16

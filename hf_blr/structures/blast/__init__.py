@@ -37,6 +37,7 @@ RECORD = Structure(
     module="hf_blr.structures.blast.layer:BlastLinear",
     fit="hf_blr.structures.blast.fit:fit",
     finish="hf_blr.structures.blast.fit:finish",
+    rounding="hf_blr.structures.blast.rounding:rounded",
     stages="hf_blr.structures.blast.stages:forward_stages",
     backward_stages="hf_blr.structures.blast.stages:backward_stages",
     colour="#d62728",

@@ -123,11 +123,14 @@ class BlastProblem:
 
     def solve_u(self, s: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, float]:
         """u `[B2, Q, R]` for s and the products of v, and the squared error that is left."""
-        normal = torch.cat([half.mul_(s).sum(2) for _, half in self.weighted(g, s)])  # [R, B2, R]
         rhs = (s.unsqueeze(2) * c).sum(1).mT
-        u = solve_psd(normal.transpose(0, 1), rhs)
+        u = solve_psd(self.normal_of_u(s, g), rhs)
         # float32 sums lose the last digits of a small difference
         return u.mT, (self.energy - (u.double() * rhs.double()).sum()).item()
+
+    def normal_of_u(self, s: Tensor, g: Tensor) -> Tensor:
+        """`[B2, R, R]`: the Gram matrices of what each u_i multiplies, for s and the products of v."""
+        return torch.cat([half.mul_(s).sum(2) for _, half in self.weighted(g, s)]).transpose(0, 1)
 
     def solve_s(self, state: State) -> Tensor:
         """s `[B2, B1, R]` for the state's u and v, close to the best."""

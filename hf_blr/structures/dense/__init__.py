@@ -41,6 +41,7 @@ RECORD = Structure(
     module="hf_blr.structures.dense.layer:DenseLinear",
     fit="hf_blr.structures.dense.fit:fit",
     finish="hf_blr.structures.dense.fit:finish",
+    rounding="hf_blr.structures.dense.rounding:rounded",
     stages="hf_blr.structures.dense.stages:forward_stages",
     backward_stages="hf_blr.structures.dense.stages:backward_stages",
     colour="#7f7f7f",

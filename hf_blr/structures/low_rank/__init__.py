@@ -28,6 +28,7 @@ RECORD = Structure(
     module="hf_blr.structures.low_rank.layer:LowRankLinear",
     fit="hf_blr.structures.low_rank.fit:fit",
     finish="hf_blr.factorize.balance:balanced",
+    rounding="hf_blr.structures.low_rank.rounding:rounded",
     stages="hf_blr.structures.low_rank.stages:forward_stages",
     backward_stages="hf_blr.structures.low_rank.stages:backward_stages",
     colour="#1f77b4",

@@ -35,6 +35,7 @@ RECORD = Structure(
     module="hf_blr.structures.monarch.layer:MonarchLinear",
     fit="hf_blr.structures.monarch.fit:fit",
     finish="hf_blr.structures.monarch.fit:balanced",
+    rounding="hf_blr.structures.monarch.rounding:rounded",
     stages="hf_blr.structures.monarch.stages:forward_stages",
     backward_stages="hf_blr.structures.monarch.stages:backward_stages",
     colour="#2ca02c",

@@ -60,6 +60,7 @@ RECORD = Structure(
     module="hf_blr.structures.pivoted.layer:PivotedLinear",
     fit="hf_blr.structures.low_rank.fit:fit",
     finish="hf_blr.structures.pivoted.pivots:finish",
+    rounding="hf_blr.structures.pivoted.rounding:rounded",
     stages="hf_blr.structures.pivoted.stages:forward_stages",
     backward_stages="hf_blr.structures.pivoted.stages:backward_stages",
     colour="#17becf",

@@ -1,0 +1,128 @@
+"""Structure, rank and format of each layer, when all layers share one budget of stored bits.
+
+What an option is predicted to cost the loss is a sum: what the rank cuts off, as in `budget`, and what rounding adds,
+as in `rounding_trials`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hf_blr.calibration.fisher import Statistics
+from hf_blr.compression.allocation import Choice, Option, allocate, choice_of, interpolate, loss_of
+from hf_blr.compression.budget import Layer, factor_at, kind_of, shapes_for
+from hf_blr.compression.rounding_trials import Trial, candidates, rounding_scale, storable, trials_of
+from hf_blr.config import BLRConfig
+from hf_blr.dense import stored_weight
+from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups
+from hf_blr.plan import LayerPlan, Plan
+from hf_blr.structures import BLRSpec
+from hf_blr.targets import override_for
+
+
+def share_bits(
+    model: nn.Module, plan: Plan, statistics: Statistics, config: BLRConfig
+) -> tuple[Plan, float, dict[str, Choice]]:
+    """The plan of the least predicted loss within `config.bits_per_weight`, that loss, and why; see `Choice`.
+
+    No plan that keeps all layers whole in one format is predicted to do better. Layers that `config.overrides` name
+    keep what they say. Those of which the loss felt nothing keep their matrix, in the widest format that the budget
+    allows each layer. Neither are in the loss; their bits are counted. Layers that are best left as they are, are not
+    in the plan.
+
+    Raises:
+        ValueError: if the smallest options store more than the budget.
+    """
+    assert config.bits_per_weight is not None
+    formats = formats_of(config)
+    fixed = {name: layer for name, layer in plan.items() if override_for(name, config.overrides)}
+    for name in plan:
+        if name not in fixed and not statistics.felt(name):
+            fixed[name] = widest(plan[name], formats, config.bits_per_weight)
+    free = {name: plan[name].spec for name in plan if name not in fixed}
+    dtypes = {name: stored_weight(model.get_submodule(name)).dtype for name in plan}
+    numbers = sum(layer.spec.dense_parameters for layer in plan.values())
+    rest = config.bits_per_weight * numbers
+    rest -= sum(8 * layer.storage.num_bytes(layer.spec, dtypes[name]) for name, layer in fixed.items())
+    layers = {name: Layer(model, name, statistics, config) for name in free}
+    trials = trials_of(layers, free, formats)
+    options = {
+        name: options_of(layers[name], spec, trials[kind_of(name)], formats, dtypes[name], config)
+        for name, spec in free.items()
+    }
+    least = sum(min(option.cost for option in of_layer) for of_layer in options.values())
+    if least > rest:
+        raise ValueError(
+            f"bits_per_weight={config.bits_per_weight:g} is less than the smallest options take together: give at "
+            f"least {config.bits_per_weight + (least - rest) / numbers:.3f}, or a larger group_size"
+        )
+    taken = min([allocate(options, rest), *uniform(options, rest)], key=loss_of)
+    chosen = dict(fixed)
+    for name, option in taken.items():
+        if option.spec is not None:
+            chosen[name] = replace(plan[name], spec=option.spec, storage=option.storage)
+    reasons = {name: choice_of(option, options[name], free[name]) for name, option in taken.items()}
+    return {name: chosen[name] for name in plan if name in chosen}, loss_of(taken), reasons
+
+
+def formats_of(config: BLRConfig) -> tuple[Bits, ...]:
+    """Those of fewer bits, with the config's groups where they take any."""
+    group_size = None if config.group_size == -1 else config.group_size
+    found = (format_named(name, group_size if takes_groups(name) else None) for name in FORMATS)
+    return tuple(storage for storage in found if isinstance(storage, Bits))
+
+
+def widest(layer: LayerPlan, formats: tuple[Bits, ...], bits_per_weight: float) -> LayerPlan:
+    """The whole layer in the format that stores most within the budget, or in the smallest if none is within."""
+    most = bits_per_weight * layer.spec.dense_parameters / 8
+    sizes = {storage: storage.num_bytes(layer.spec, torch.bfloat16) for storage in storable(layer.spec, formats)}
+    within = {storage: size for storage, size in sizes.items() if size <= most}
+    return replace(layer, storage=max(within, key=sizes.__getitem__) if within else min(sizes, key=sizes.__getitem__))
+
+
+def options_of(
+    layer: Layer,
+    whole: BLRSpec,
+    trials: dict[BLRSpec, list[Trial]],
+    formats: tuple[Bits, ...],
+    dtype: torch.dtype,
+    config: BLRConfig,
+) -> list[Option]:
+    """All that a layer can become, with what it stores in bits and its predicted loss."""
+    curve, scale = layer.curve(), rounding_scale(layer)
+    found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype), 0.0)]
+
+    def add(spec: BLRSpec, storage: Format, cut: float, tries: list[Trial]) -> None:
+        added = 0.0
+        if storage != PLAIN:
+            measured = [
+                (trial.ratio, trial.rounding[storage.name]) for trial in tries if storage.name in trial.rounding
+            ]
+            if not measured:
+                return
+            added = scale * factor_at(measured, spec.ratio)
+        found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype), cut + added, storage))
+
+    for kept in storable(whole, formats):
+        add(whole, kept, 0.0, trials[whole])
+    for shape in shapes_for(whole, config):
+        tries = trials[shape]
+        for spec in candidates(shape, formats):
+            truncation = factor_at([(trial.ratio, trial.truncation) for trial in tries], spec.ratio)
+            cut = truncation * interpolate(curve, spec.equivalent_rank)
+            for storage in (PLAIN, *storable(spec, formats)):
+                add(spec, storage, cut, tries)
+    return found
+
+
+def uniform(options: dict[str, list[Option]], budget: float) -> list[dict[str, Option]]:
+    """The plans within the budget that keep every layer whole in one format."""
+    plans = []
+    for kind in {option.kind for of_layer in options.values() for option in of_layer if option.whole}:
+        plan = {name: option for name, layer in options.items() for option in layer if option.kind == kind}
+        if len(plan) == len(options) and sum(option.cost for option in plan.values()) <= budget:
+            plans.append(plan)
+    return plans

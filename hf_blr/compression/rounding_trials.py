@@ -1,0 +1,95 @@
+"""What rounding adds to the predicted loss, measured on one layer of each kind.
+
+It is taken as a multiple of the layer's `rounding_scale`, and the multiple as the same for all layers of a kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from hf_blr.compression.allocation import interpolate
+from hf_blr.compression.budget import Layer, at_ranks, kind_of, shapes_for
+from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.formats import Bits
+from hf_blr.structures import BLRSpec
+
+#: ratios that trial fits keep: with the bits of the format, most layers keep one between them
+TRIAL_RATIOS = 0.3, 0.75
+#: smallest ratio that a layer may keep: the prediction is local and says little about ruins
+FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One structure's blocks at one ratio, fitted to one layer.
+
+    truncation: its loss before rounding, over that of low-rank with as many parameters. rounding: {format: what
+    rounding adds to the loss, over the layer's `rounding_scale`}.
+    """
+
+    ratio: float
+    truncation: float
+    rounding: dict[str, float]
+
+
+@cache
+def storable(spec: BLRSpec, formats: tuple[Bits, ...]) -> list[Bits]:
+    """The formats that can store a layer of these sizes and save something by it."""
+    return [storage for storage in formats if storage.misfit(spec) is None and storage.waste(spec) is None]
+
+
+@cache
+def candidates(shape: BLRSpec, formats: tuple[Bits, ...]) -> list[BLRSpec]:
+    """The structure and blocks at the ranks worth considering that at least one format can store."""
+    return [spec for spec in at_ranks(shape, FLOOR, 1.0) if storable(spec, formats)]
+
+
+def rounding_scale(layer: Layer) -> float:
+    """The loss of errors of the weight's own size after GPTQ's feedback, in all numbers alike, in nats a token.
+
+    The feedback leaves tr(D) of tr(H), for H = L D L^T with L unit triangular: what is left of each column's error when
+    the later columns have made up for it.
+    """
+    weight, gram, output_gram = layer.matrices()
+    pivots = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2)).diagonal().square().sum()
+    felt = output_gram.double().diagonal(dim1=-2, dim2=-1).sum()
+    return (felt * pivots * weight.double().square().mean()).item() / (2 * layer.statistics.pairs(layer.name))
+
+
+def trials_of(
+    layers: dict[str, Layer], free: dict[str, BLRSpec], formats: tuple[Bits, ...]
+) -> dict[str, dict[BLRSpec, list[Trial]]]:
+    """{kind of layer: {shape at rank 1, or the whole matrix: its trials, by rising ratio}}, from each middle layer."""
+    kinds: dict[str, list[str]] = {}
+    for name in free:
+        kinds.setdefault(kind_of(name), []).append(name)
+    found = {}
+    for kind, names in kinds.items():
+        name = names[len(names) // 2]
+        layer, whole = layers[name], free[name]
+        curve = layer.curve()
+        found[kind] = {whole: [trial_of(layer, whole, curve, formats)]}
+        for shape in shapes_for(whole, layer.config):
+            ranks = candidates(shape, formats)
+            near = [nearest_to(kept, ranks) for kept in TRIAL_RATIOS if ranks]
+            found[kind][shape] = [trial_of(layer, spec, curve, formats) for spec in dict.fromkeys(near)]
+    return found
+
+
+def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
+    return min(specs, key=lambda spec: abs(spec.ratio - ratio))
+
+
+def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, formats: tuple[Bits, ...]) -> Trial:
+    fitted = layer.fit(spec)
+    cut, scale = layer.loss(fitted.matrix(spec)), rounding_scale(layer)
+    low_rank = interpolate(curve, spec.equivalent_rank)
+    rounding = {}
+    for storage in storable(spec, formats):
+        total = layer.loss(layer.rounded(fitted, spec, storage).matrix(spec))
+        # the refit of other factors can gain what rounding costs; a matrix of zeros loses nothing
+        rounding[storage.name] = max(total - cut, 1e-30) / scale if scale > 0 else 0.0
+    return Trial(spec.ratio, max(cut, 1e-30) / low_rank if low_rank > 0 else 1.0, rounding)

@@ -1,0 +1,16 @@
+"""Low-rank factors in bits: v, then the best u for it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_blr.factorize.bits import ToRound, refitted, rotation
+from hf_blr.formats import Codes
+from hf_blr.structures.spec import BLRSpec
+
+
+def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
+    """The codes of u and v, for fitted u `[N, R]` and v `[R, K]` with `balanced` norms."""
+    v = problem.round(rotation(spec.rank, problem.seed, tensors["v"]) @ tensors["v"], problem.gram)
+    u, gram = refitted(problem.weight, v.numbers(problem.weight.dtype), problem.input_gram)
+    return {"u": problem.round(u, gram), "v": v}

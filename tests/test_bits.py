@@ -1,0 +1,216 @@
+"""Bits shared out over the layers: what the plan stores, what it is predicted to lose, and what it says of why."""
+
+from functools import cache
+
+import pytest
+import torch
+from tiny import batches_for, divergence, tiny_llama
+
+from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.compression.allocation import Option, choice_of
+from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
+from hf_blr.compression.budget import Layer, kind_of
+from hf_blr.compression.rounding_trials import rounding_scale, storable, trials_of
+from hf_blr.factorize import factorize
+from hf_blr.formats import PLAIN, format_named
+from hf_blr.integration import blr_modules
+from hf_blr.plan import resolve_plan
+from hf_blr.structures import Dense, LowRank
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def config(bits, **settings):
+    return BLRConfig("auto", bits_per_weight=bits, **{"target_modules": TARGETS, "fit_rounds": 2, **settings})
+
+
+@cache
+def dense():
+    # in 16 bits, so that the plain format is among what a budget can buy
+    return tiny_llama().bfloat16()
+
+
+@cache
+def statistics():
+    return collect_statistics(tiny_llama(), config(4), calibration=batches_for(tiny_llama(), count=4))
+
+
+@cache
+def shared(bits, **settings):
+    wanted = config(bits, **settings)
+    return share_bits(dense(), resolve_plan(dense(), wanted), statistics(), wanted)
+
+
+def stored_bits(plan, model):
+    dtype = torch.bfloat16
+    kept = sum(8 * layer.storage.num_bytes(layer.spec, dtype) for layer in plan.values())
+    left = [name for name in resolve_plan(model, config(4)) if name not in plan]
+    numbers = [model.get_submodule(name).weight.numel() for name in resolve_plan(model, config(4))]
+    return (kept + 16 * sum(model.get_submodule(name).weight.numel() for name in left)) / sum(numbers)
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.3, 9.0, 16.0])
+def test_plans_stay_within_the_bits_and_use_them(bits):
+    plan, _, _ = shared(bits)
+    assert 0.85 * bits < stored_bits(plan, dense()) <= bits
+
+
+def test_more_bits_are_predicted_to_lose_less():
+    losses = [shared(bits)[1] for bits in (2.5, 4.3, 9.0, 16.0)]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
+    # what stays as it is loses nothing
+    assert losses[-1] == 0 and not shared(16.0)[0]
+
+
+def layer_options():
+    plan = resolve_plan(dense(), config(4))
+    formats, free = formats_of(config(4)), {name: layer.spec for name, layer in plan.items()}
+    layers = {name: Layer(dense(), name, statistics(), config(4)) for name in free}
+    trials = trials_of(layers, free, formats)
+    return layers, {
+        name: options_of(layers[name], spec, trials[kind_of(name)], formats, torch.bfloat16, config(4))
+        for name, spec in free.items()
+    }
+
+
+@cache
+def all_options():
+    return layer_options()
+
+
+@pytest.mark.parametrize("bits", [2.5, 3.0, 4.3, 5.0, 8.3])
+def test_no_uniform_plan_of_whole_layers_is_better(bits):
+    _, options = all_options()
+    numbers = sum(dense().get_submodule(name).weight.numel() for name in options)
+    plans = uniform(options, bits * numbers)
+    names = {plan[next(iter(plan))].storage.name for plan in plans}
+    # a row of 64 or 96 numbers carries a scale of 16 bits
+    widths = {"int2": 2.25, "int3": 3.25, "int4": 4.25, "int8": 8.25, "fp8": 8.25}
+    assert {name for name, width in widths.items() if width <= bits - 0.01} <= names
+    loss = shared(bits)[1]
+    assert all(loss <= sum(option.loss for option in plan.values()) for plan in plans)
+
+
+def test_options_are_all_that_a_layer_can_become():
+    _, options = all_options()
+    kinds = {option.kind for option in options["model.layers.0.mlp.down_proj"]}
+    assert {("dense", "plain"), ("dense", "int3"), ("low_rank", "int4"), ("pivoted", "fp8")} <= kinds
+    assert {("monarch", "4x4", "int2"), ("blast", "4x16", "int8"), ("low_rank", "plain")} <= kinds
+
+
+@pytest.mark.parametrize("storage", ["int4", "int3", "int2", "fp8"])
+def test_predicted_losses_of_rounding_are_near_those_of_rounded_layers(storage):
+    """Also for layers on which no trial was made, and for ranks between those that were tried."""
+    layers, options = all_options()
+    for name, layer in layers.items():
+        weight, gram, output_gram = layer.matrices()
+        n, k = weight.shape
+        for spec in (Dense(k, n, min(k, n)), LowRank(k, n, 20)):
+            option = next(o for o in options[name] if o.spec == spec and o.storage.name == storage)
+            fitted = factorize(weight, spec, gram, output_gram, layer.options, format_named(storage))
+            measured = layer.loss(fitted.matrix(spec))
+            assert 0.6 < option.loss / measured < 1.6, (name, spec)
+
+
+def test_the_scale_of_rounding_grows_with_weight_inputs_and_gradients():
+    layer = Layer(dense(), "model.layers.0.mlp.down_proj", statistics(), config(4))
+    weight, gram, output_gram = layer.matrices()
+    damping = layer.options.damping
+    h = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram))
+    # what is left of each column's error when those behind it have made up for it: 1 / (H_ii..)^-1 of its first entry
+    left = sum(1 / torch.linalg.inv(h[i:, i:])[0, 0] for i in range(len(h)))
+    felt = output_gram.double().diagonal(dim1=1, dim2=2).sum()
+    expected = felt * left * weight.double().square().mean() / (2 * statistics().pairs(layer.name))
+    assert rounding_scale(layer) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_reasons_name_the_best_of_what_costs_no_more():
+    whole = Dense(8, 8, 8)
+    taken = Option(LowRank(8, 8, 2), 100.0, 0.1, format_named("int4"))
+    options = [
+        taken,
+        Option(LowRank(8, 8, 1), 50.0, 0.2, format_named("int4")),
+        Option(LowRank(8, 8, 1), 90.0, 0.15, format_named("int8")),
+        Option(whole, 95.0, 0.3, format_named("int2")),
+        Option(None, 128.0, 0.0),
+    ]
+    choice = choice_of(taken, options, whole)
+    assert (choice.taken, choice.loss, choice.bits) == ("low_rank int4", 0.1, 100 / 64)
+    assert (choice.runner_up, choice.runner_up_loss) == ("low_rank int8", 0.15)
+    assert choice_of(options[1], options, whole).runner_up is None
+
+
+def test_compressions_follow_the_plan_and_report_why():
+    model, batches = tiny_llama(), batches_for(tiny_llama(), count=4)
+    report = compress(model, config(3.5), calibration=batches, progress=False)
+    modules = blr_modules(model)
+    assert set(modules) == {layer.name for layer in report.layers}
+    for layer in report.layers:
+        module, choice = modules[layer.name], layer.choice
+        assert choice.taken.split()[0] == module.spec.structure and choice.taken.split()[-1] == module.storage.name
+        stored = 8 * module.storage.num_bytes(module.spec, torch.float32)
+        assert choice.bits == pytest.approx(stored / module.spec.dense_parameters)
+        assert choice.loss >= 0 and (choice.runner_up is None) == (choice.runner_up_loss is None)
+    assert report.predicted_loss == pytest.approx(sum(layer.choice.loss for layer in report.layers))
+    assert report.to_dict()["layers"][0]["choice"]["taken"] == report.layers[0].choice.taken
+    assert divergence(tiny_llama(), model, batches) < 0.5
+
+
+def test_overrides_keep_what_they_say_and_their_bits_count():
+    wanted = config(4, overrides={"q_proj": {"structure": "low_rank", "rank": 8, "factor_format": "int8"}})
+    plan, _, reasons = share_bits(dense(), resolve_plan(dense(), wanted), statistics(), wanted)
+    assert all(plan[name].spec == LowRank(64, 64, 8) for name in plan if "q_proj" in name)
+    assert all("down_proj" in name for name in reasons)
+    assert 3.2 < stored_bits(plan, dense()) <= 4
+
+
+def test_groups_are_those_of_the_config():
+    plan, _, _ = shared(4.3, group_size=16)
+    assert {layer.storage.group_size for layer in plan.values() if hasattr(layer.storage, "lowest")} <= {16}
+    for layer in plan.values():
+        assert layer.storage == PLAIN or layer.storage in storable(layer.spec, formats_of(config(4.3, group_size=16)))
+
+
+def test_layers_that_nothing_reaches_keep_their_matrix():
+    import dataclasses
+
+    name = "model.layers.0.self_attn.q_proj"
+    deaf = {**statistics().output_grams, name: torch.zeros_like(statistics().output_grams[name])}
+    wanted = config(4.4)
+    found = dataclasses.replace(statistics(), output_grams=deaf)
+    plan, _, reasons = share_bits(dense(), resolve_plan(dense(), wanted), found, wanted)
+    assert plan[name].spec == Dense(64, 64, 64) and plan[name].storage.name == "int4" and name not in reasons
+    assert stored_bits(plan, dense()) <= 4.4
+
+
+def test_fewer_bits_than_the_smallest_options_take_are_refused():
+    with pytest.raises(ValueError, match=r"less than the smallest options take together: give at least (\d\.\d+)") as e:
+        shared(0.05)
+    least = float(str(e.value).split("at least ")[1].split(",")[0])
+    assert stored_bits(shared(least + 1e-3)[0], dense()) <= least + 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"structure": "blast"}, 'set structure="auto"'),
+        ({"ratio": 0.5}, "is a budget of its own, got ratio=0.5"),
+        ({"rank": 4}, "is a budget of its own, got ratio=None, rank=4"),
+        ({"num_blocks": 4}, "num_blocks=\\(4, 4\\)"),
+        ({"factor_format": "int4"}, "chooses formats, got factor_format='int4'"),
+        ({"dense_format": "int4"}, "chooses formats"),
+        ({"fisher": False}, "leave fisher and allocation"),
+        ({"allocation": "uniform"}, "leave fisher and allocation"),
+        ({"block_steps": 4}, "set block_steps=0"),
+        ({"bits_per_weight": 0}, "a positive number of bits"),
+        ({"bits_per_weight": "4"}, "a positive number of bits"),
+    ],
+)
+def test_settings_that_contradict_a_budget_of_bits_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BLRConfig(**{"structure": "auto", "bits_per_weight": 4, **settings})
+
+
+def test_without_text_bits_are_refused():
+    with pytest.raises(ValueError, match="needs calibration data"):
+        compress(tiny_llama(), config(4), progress=False)

@@ -1,0 +1,313 @@
+"""Rounding in the metric of the inputs: the algorithm, what structures make of it, and that compressions use it."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from tiny import batches_for, tiny_llama
+
+from hf_blr import BLRConfig, compress, structures
+from hf_blr.factorize import FitOptions, factorize, relative_error
+from hf_blr.factorize.bits import ToRound, refitted, rotation
+from hf_blr.factorize.gram import damped
+from hf_blr.factorize.rounding import DAMPING, rounded_in_metric
+from hf_blr.formats import Codes, format_named
+from hf_blr.integration import blr_modules
+from hf_blr.linear import BLRLinear
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import Blast, Dense, LowRank, Monarch, Pivoted, structure_named
+
+FORMATS = [("int8", None), ("int4", None), ("int4", 8), ("int3", 8), ("int2", 8), ("fp8", None)]
+SPECS = [
+    LowRank(48, 32, 16),
+    Pivoted(48, 32, 16),
+    Monarch(48, 32, 8, (2, 2)),
+    Blast(48, 32, 16, (2, 2)),
+    Dense(48, 32, 32),
+]
+OPTIONS = FitOptions(rounds=4, damping=1e-3)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(k, seed=1, spread=1.3):
+    """The Gram matrix `[k, k]` of inputs of which a few directions carry most."""
+    x = normal(8 * k, k, seed=seed) * torch.logspace(0, -spread, k)
+    x = x @ torch.linalg.qr(normal(k, k, seed=seed + 1))[0]
+    return x.T @ x
+
+
+def rounds_to_nearest(monkeypatch):
+    """From here on, structures choose no codes."""
+    for name in ("low_rank", "dense"):
+        monkeypatch.setitem(structures._records, name, replace(structure_named(name), rounding=""))
+
+
+def cost(change, gram):
+    return ((change @ gram) * change).sum().item()
+
+
+def slowly(factor, gram, storage):
+    """GPTQ of `[n, k]` by its definition: the best columns behind i for an error in i, from the inverse of H each time.
+
+    Everything in float64, without blocks and without a Cholesky factor.
+    """
+    left, gram = factor.double().clone(), gram.double()
+    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    size = storage.group_size or factor.shape[1]
+    scales = []
+    for i in range(factor.shape[1]):
+        if i % size == 0:
+            scales.append(storage.scales(left[:, i : i + size].float()))
+        inverse = torch.linalg.inv(gram[i:, i:])
+        numbers = storage.rounded(left[:, i : i + 1], scales[-1]).numbers(torch.float64)
+        error = (left[:, i : i + 1] - numbers) / inverse[0, 0]
+        left[:, i:] -= error * inverse[0]
+        left[:, i : i + 1] = numbers
+    return storage.rounded(left, torch.cat(scales, 1))
+
+
+@pytest.mark.parametrize("name, size", [("int4", None), ("int4", 32), ("int3", 96), ("int3", 160), ("fp8", None)])
+def test_it_is_gptq_by_its_definition(name, size):
+    # more columns than one block of updates, and groups that begin in one and end in the next
+    k = 480 if size == 96 else 320
+    storage, factor, gram = format_named(name, size), normal(6, k), correlated(k)
+    # in float64, where no number lies so close to the middle of two codes that sums in another order move it
+    found, expected = rounded_in_metric(factor.double(), gram, storage), slowly(factor, gram, storage)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.values.float(), expected.values.float())
+
+
+@pytest.mark.parametrize("name, size", FORMATS)
+def test_it_beats_the_nearest_codes_on_correlated_inputs(name, size):
+    storage, factor, gram = format_named(name, size), normal(16, 64), correlated(64)
+    nearest = storage.nearest(factor).numbers(torch.float32) - factor
+    careful = rounded_in_metric(factor, gram, storage).numbers(torch.float32) - factor
+    assert cost(careful, gram) < 0.6 * cost(nearest, gram)
+
+
+def test_blocks_are_rounded_like_one_after_the_other():
+    storage, factors = format_named("int4", 16), normal(3, 8, 48)
+    grams = torch.stack([correlated(48, seed) for seed in (1, 3, 5)])
+    found = rounded_in_metric(factors.double(), grams, storage)
+    for i in range(3):
+        alone = rounded_in_metric(factors[i].double(), grams[i], storage)
+        assert torch.equal(found.values[i], alone.values) and torch.equal(found.scale[i], alone.scale)
+
+
+def test_without_correlation_or_a_gram_codes_are_the_nearest():
+    storage, factor = format_named("int4", 16), normal(8, 48)
+    nearest = storage.nearest(factor)
+    for gram in (None, torch.diag(torch.logspace(0, 2, 48))):
+        assert torch.equal(rounded_in_metric(factor, gram, storage).values, nearest.values)
+
+
+def test_weights_of_rows_change_nothing():
+    """A row that the loss feels ten times more gets the same codes: only what couples rows could change them."""
+    storage, factor, gram = format_named("int4"), normal(8, 48), correlated(48)
+    weights = torch.tensor([1.0, 2.0, 4.0, 8.0] * 2).unsqueeze(1)
+    plain, weighed = (rounded_in_metric(f, gram, storage) for f in (factor, factor * weights))
+    assert torch.equal(plain.values, weighed.values)
+
+
+def test_a_direction_without_inputs_is_no_obstacle():
+    storage, factor, gram = format_named("int4"), normal(8, 48), correlated(48)
+    gram[:5], gram[:, :5] = 0, 0
+    numbers = rounded_in_metric(factor, gram, storage).numbers(torch.float32)
+    assert torch.isfinite(numbers).all()
+    assert cost(numbers - factor, gram) < cost(storage.nearest(factor).numbers(torch.float32) - factor, gram)
+
+
+def test_a_rotation_leaves_the_matrix_as_it_is():
+    u, v = normal(24, 8).double(), normal(8, 32, seed=1).double()
+    turn = rotation(8, 0, v)
+    torch.testing.assert_close(u @ turn.T @ (turn @ v), u @ v, rtol=1e-12, atol=1e-12)
+    pairs = rotation(8, 0, v, 3, 2)
+    torch.testing.assert_close(pairs @ pairs.mT, torch.eye(8).double().expand(3, 2, 8, 8), rtol=0.0, atol=1e-12)
+    assert not torch.allclose(pairs[0, 0], pairs[1, 0])
+    assert torch.equal(turn, rotation(8, 0, v)) and not torch.equal(turn, rotation(8, 1, v))
+
+
+def test_the_refit_is_the_best_there_is():
+    weight, rows, gram = normal(24, 32).double(), normal(8, 32, seed=1).double(), correlated(32).double()
+    u, normal_matrix = refitted(weight, rows, gram)
+    torch.testing.assert_close(normal_matrix, rows @ gram @ rows.T)
+    root = torch.linalg.cholesky(gram)
+    expected = torch.linalg.lstsq((rows @ root).T, (weight @ root).T).solution.T
+    torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-8)
+
+
+@cache
+def fitted(spec, weighed=True):
+    output_gram = correlated(spec.out_features, seed=7)[None] if weighed else None
+    weight = normal(spec.out_features, spec.in_features) @ torch.diag(torch.logspace(0, -1, spec.in_features))
+    gram = correlated(spec.in_features)
+    return weight, gram, output_gram, factorize(weight, spec, gram, output_gram, OPTIONS)
+
+
+def nearest_error(spec, storage, weight, gram, numbers):
+    """Of factors that all go to their nearest codes."""
+    rounded = {
+        name: storage.nearest(t).numbers(torch.float32) if name in storage.in_bits(spec) else t
+        for name, t in numbers.tensors.items()
+    }
+    matrix = implementation_of(spec.structure).dense(**rounded)
+    return relative_error(weight, matrix, None if gram is None else damped(gram, OPTIONS.damping))
+
+
+@pytest.mark.parametrize("name, size", FORMATS)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+def test_every_structure_loses_less_than_by_the_nearest_codes(spec, name, size):
+    storage = format_named(name, size)
+    # without weights of outputs, under which the error that is reported is not the one that is fitted
+    weight, gram, output_gram, numbers = fitted(spec, weighed=False)
+    found = factorize(weight, spec, gram, output_gram, OPTIONS, storage)
+    assert {key for key, t in found.tensors.items() if isinstance(t, Codes)} == set(storage.in_bits(spec))
+    assert found.rel_error < nearest_error(spec, storage, weight, gram, numbers)
+
+
+@pytest.mark.parametrize("spec", SPECS[:-1], ids=lambda spec: spec.structure)
+def test_fits_to_weights_alone_gain_too(spec):
+    storage = format_named("int3", 8)
+    weight = fitted(spec)[0]
+    numbers = factorize(weight, spec, options=OPTIONS)
+    found = factorize(weight, spec, options=OPTIONS, storage=storage)
+    assert found.rel_error < nearest_error(spec, storage, weight, None, numbers)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+def test_the_error_that_is_reported_is_that_of_what_is_stored(spec):
+    storage = format_named("int4", 8)
+    weight, gram, output_gram, _ = fitted(spec)
+    found = factorize(weight, spec, gram, output_gram, OPTIONS, storage)
+    layer = BLRLinear.from_fit(spec, found.tensors, torch.nn.Linear(48, 32), storage)
+    stored = relative_error(weight, layer.dense_weight(torch.float32).detach(), damped(gram, OPTIONS.damping))
+    assert found.rel_error == pytest.approx(stored, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_size_of_the_weight_does_not_matter(scale):
+    spec, storage = SPECS[0], format_named("int4", 8)
+    weight, gram, output_gram, _ = fitted(spec)
+    found = factorize(weight * scale, spec, gram, output_gram, OPTIONS, storage)
+    expected = factorize(weight, spec, gram, output_gram, OPTIONS, storage).rel_error
+    # bfloat16 has scales of other last digits there
+    assert found.rel_error == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("step", ["refit", "rotation"])
+def test_each_step_helps(step, monkeypatch):
+    """Without the refit u is the one that was fitted; without the rotation few indices of the rank carry most."""
+    spec, storage = LowRank(48, 32, 16), format_named("int3", 8)
+    errors = []
+    for with_it in (True, False):
+        if not with_it and step == "rotation":
+            monkeypatch.setattr(
+                "hf_blr.structures.low_rank.rounding.rotation", lambda rank, seed, like: torch.eye(rank).to(like)
+            )
+        if not with_it and step == "refit":
+            weight, gram, output_gram, numbers = fitted(spec, weighed=False)
+            turn = rotation(16, OPTIONS.seed, numbers.tensors["v"])
+            u, v = numbers.tensors["u"] @ turn.T, turn @ numbers.tensors["v"]
+            v_codes = rounded_in_metric(v, damped(gram, OPTIONS.damping), storage).numbers(torch.float32)
+            u_codes = rounded_in_metric(u, v @ damped(gram, OPTIONS.damping) @ v.T, storage).numbers(torch.float32)
+            errors.append(relative_error(weight, u_codes @ v_codes, damped(gram, OPTIONS.damping)))
+            continue
+        total = 0.0
+        for seed in range(4):
+            weight, gram, output_gram, _ = fitted(spec, weighed=False)
+            total += factorize(weight, spec, gram, None, FitOptions(damping=1e-3, seed=seed), storage).rel_error
+        errors.append(total / 4)
+    assert errors[0] < 0.99 * errors[1]
+
+
+def test_blast_solves_s_in_the_metric_of_the_outputs():
+    spec, storage = Blast(48, 32, 16, (2, 2)), format_named("int3", 8)
+    weight, gram, output_gram, _ = fitted(spec)
+    losses = []
+    for given in (output_gram, None):
+        change = weight - factorize(weight, spec, gram, given, OPTIONS, storage).matrix(spec)
+        metric = torch.block_diag(output_gram[0, :16, :16], output_gram[0, 16:, 16:])
+        losses.append(((metric @ change) * (change @ gram)).sum().item())
+    assert losses[0] < losses[1]
+
+
+def test_a_structure_without_a_way_of_its_own_takes_the_nearest_codes(monkeypatch):
+    spec, storage = SPECS[0], format_named("int4", 8)
+    weight, gram, _, _ = fitted(spec)
+    rounds_to_nearest(monkeypatch)
+    found = factorize(weight, spec, gram, None, OPTIONS, storage)
+    numbers = factorize(weight, spec, gram, None, OPTIONS).tensors
+    assert all(torch.equal(found.tensors[key].values, storage.nearest(numbers[key]).values) for key in ("u", "v"))
+
+
+def test_pivots_that_are_all_features_leave_nothing_but_u():
+    spec, storage = Pivoted(16, 48, 16), format_named("int8", 8)
+    weight = normal(48, 16)
+    found = factorize(weight, spec, correlated(16), storage=storage)
+    assert found.tensors["c"].shape == (16, 0) and isinstance(found.tensors["u"], Codes)
+    assert found.rel_error < 0.01
+
+
+def test_groups_that_do_not_divide_rows_are_refused():
+    with pytest.raises(ValueError, match="which groups of 7 do not divide"):
+        factorize(torch.ones(32, 48), SPECS[0], storage=format_named("int4", 7))
+
+
+CONFIGS = [
+    BLRConfig("dense", dense_format="int4", group_size=16),
+    BLRConfig("low_rank", ratio=0.9, factor_format="int4", dense_format="int4"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.structure)
+def test_compressions_round_with_care(config, monkeypatch):
+    """Whole matrices, factors, and what a budget leaves whole."""
+    dense = tiny_llama()
+    batches = batches_for(dense, count=4)
+    errors = []
+    for nearest in (False, True):
+        if nearest:
+            rounds_to_nearest(monkeypatch)
+        model = tiny_llama()
+        report = compress(model, config, calibration=batches, progress=False)
+        assert "dense" in {layer.spec.structure for layer in report.layers}
+        errors.append({layer.name: layer.rel_error for layer in report.layers})
+    whole = [layer.name for layer in report.layers if layer.spec.structure == "dense"]
+    assert all(errors[0][name] < errors[1][name] for name in whole)
+    assert sum(errors[0].values()) < sum(errors[1].values())
+
+
+def test_later_layers_are_fitted_to_what_the_codes_of_earlier_ones_give_them(monkeypatch):
+    config = BLRConfig("dense", dense_format="int2", fisher=False)
+    model = tiny_llama()
+    seen = {}
+
+    def spy(problem, factor, gram):
+        seen[len(seen)] = gram.clone()
+        return rounded_in_metric(factor, gram, problem.storage)
+
+    monkeypatch.setattr(ToRound, "round", spy)
+    batches = batches_for(model, count=2)
+    report = compress(model, config, calibration=batches, progress=False)
+    name = "model.layers.1.mlp.gate_proj"
+    entered = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: entered.append(args[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    x = torch.cat(entered)
+    # every layer before it is in its final form when its turn comes
+    order = [layer.name for layer in report.layers].index(name)
+    mean = (x.T @ x).diagonal().mean()
+    found = seen[order] - (seen[order].diagonal().mean() - 1) * torch.eye(len(seen[order]))
+    options = config.fit_options(x.shape[1], len(x))
+    expected = damped(x.T @ x, options.damping) / ((1 + options.damping) * mean)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert all(module.storage.name == "int2" for module in blr_modules(model).values())
