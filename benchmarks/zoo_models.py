@@ -143,7 +143,7 @@ ZOO: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
 # fmt: on
 
 #: {architecture: why nothing of it can be compressed here}
-LEFT_OUT = {"falcon": "its projections are a subclass of nn.Linear"}
+LEFT_OUT: dict[str, str] = {}
 try:
     import diffusers
 except ImportError:

@@ -19,14 +19,20 @@ from hf_blr.structures import (
     BLRSpec,
     Dense,
     StoredTensor,
+    as_block_pair,
     make_spec,
     max_rank,
     spec_from_dict,
     structure_named,
 )
-from hf_blr.targets import find_targets, override_for
+from hf_blr.targets import NARROWEST, ROUTER_NAMES, find_targets, in_repeated_block, leaf, override_for
 
 logger = logging.getLogger(__name__)
+
+#: layers whose weight is no matrix that multiplies features
+WITHOUT_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
+#: of a model's parameters; smaller matrices outside of linear layers are tables of positions and the like
+LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     by_default = config.target_modules is None or config.target_modules == "all-linear"
     plan: Plan = {}
     too_small: list[str] = []
+    misfits: dict[str, ValueError] = {}
     for name in targets:
         module = model.get_submodule(name)
         override = override_for(name, config.overrides)
@@ -149,9 +156,16 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
             layer = whole if keeps_all else factored_plan(name, module, config, override)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            refused = ValueError(f"{name}: {error}")
+            if not (by_default and too_narrow(module, settings)):
+                raise refused from None
+            misfits[name], layer = refused, None
         if layer is not None:
             plan[name] = layer
+    if misfits and not plan:
+        raise next(iter(misfits.values()))
+    if misfits:
+        logger.warning("%d modules stay dense, too narrow for their blocks: %s", len(misfits), ", ".join(misfits))
     if too_small:
         logger.warning(
             "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
@@ -161,8 +175,18 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
             "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
         )
-    warn_of_experts(model)
+    warn_of_unreached(model)
     return plan
+
+
+def too_narrow(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether a layer has fewer features than blocks on a side, or a ratio buys it no rank at all."""
+    spec, sizes, ratio = structure_named(settings["structure"]).spec, feature_sizes(module), settings["ratio"]
+    blocks = as_block_pair(spec.default_blocks if settings["num_blocks"] is None else settings["num_blocks"])
+    if any(size < count for size, count in zip(sizes, blocks, strict=True)):
+        return True
+    divided = all(size % count == 0 for size, count in zip(sizes, blocks, strict=True))
+    return divided and ratio is not None and spec.rank_within(int(ratio * sizes[0] * sizes[1]), *sizes, blocks) < 1
 
 
 def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan:
@@ -219,9 +243,22 @@ def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = ""
     )
 
 
-def warn_of_experts(model: nn.Module) -> None:
-    """Experts fused into 3-D parameters stay dense; say how much of the model that is."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name)
-    if experts:
-        share = experts / sum(p.numel() for p in model.parameters())
-        logger.warning("the experts' fused weights stay dense: %.0f %% of the model's parameters", 100 * share)
+def warn_of_unreached(model: nn.Module) -> None:
+    """Matrices of repeated blocks that lie in no linear layer stay dense; say which, and how much of the model."""
+    unreached: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not in_repeated_block(name) or leaf(name) in ROUTER_NAMES or isinstance(module, WITHOUT_MATRIX):
+            continue
+        if is_dense_linear(module) or isinstance(module, BLRLinear):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and min(parameter.shape[-2:]) >= NARROWEST:
+                kind = f"{leaf(name)}.{key}"
+                unreached[kind] = unreached.get(kind, 0) + parameter.numel()
+    share = sum(unreached.values()) / sum(p.numel() for p in model.parameters())
+    if share >= LEAST_SHARE:
+        logger.warning(
+            "matrices that lie in no linear layer stay dense: %s, %.0f %% of the model's parameters",
+            ", ".join(unreached),
+            100 * share,
+        )
