@@ -82,8 +82,8 @@ def set_dense_weight(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 def feature_sizes(module: nn.Module) -> tuple[int, int]:
-    """(K, N)."""
-    n, k = dense_weight(module).shape
+    """(K, N); of a tensor of experts, those of each."""
+    n, k = dense_weight(module).shape[-2:]
     return k, n
 
 

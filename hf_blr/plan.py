@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
+from hf_blr.experts import ExpertsLinear, ExpertsTensor, layer_named, tensors_of
 from hf_blr.factorize.finite import check_finite
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
@@ -20,6 +21,7 @@ from hf_blr.structures import (
     Dense,
     StoredTensor,
     as_block_pair,
+    is_count,
     make_spec,
     max_rank,
     spec_from_dict,
@@ -47,8 +49,15 @@ class LayerPlan:
     bias: bool
     transposed: bool
     storage: Format = PLAIN
+    #: E, where the layer is a tensor of that many experts; 0 for a linear layer
+    experts: int = 0
 
     def __post_init__(self) -> None:
+        if self.experts and self.storage != PLAIN:
+            raise ValueError(
+                f"experts keep their factors in the plain format, got {self.storage.name}; name it in overrides, or "
+                "leave them out with modules_to_not_convert"
+            )
         problem = self.storage.misfit(self.spec) or self.storage.waste(self.spec)
         if problem is not None:
             raise ValueError(problem)
@@ -61,7 +70,8 @@ class LayerPlan:
     def to_dict(self) -> dict[str, Any]:
         # the plain format goes without saying, also for a release that knows no other
         kept = {} if self.storage == PLAIN else {"format": self.storage.name, **self.storage.settings}
-        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept}
+        many = {"experts": self.experts} if self.experts else {}
+        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept, **many}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
@@ -76,17 +86,22 @@ class LayerPlan:
         for key, value in (("bias", bias), ("transposed", transposed)):
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be True or False, got {value!r}")
+        experts = data.pop("experts", 0)
+        if not is_count(experts) or experts < 0:
+            raise ValueError(f"experts must be a number of experts, got {experts!r}")
         storage = format_named(data.pop("format", PLAIN.name), data.pop("group_size", None))
-        return cls(spec_from_dict(data), bias, transposed, storage)
+        return cls(spec_from_dict(data), bias, transposed, storage, experts)
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """{state-dict key: shape, dtype} of all that the module keeps, its bias among it; None: the model's dtype."""
         bias = {"bias": StoredTensor((self.spec.out_features,), FACTOR)} if self.bias else {}
-        tensors = (self.storage.stored(self.spec) | bias).items()
-        return {key: (shape, self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
+        tensors, leading = (self.storage.stored(self.spec) | bias).items(), (self.experts,) if self.experts else ()
+        return {key: ((*leading, *shape), self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
+        if self.experts:
+            return ExpertsLinear(self.spec, self.experts, self.transposed, device, dtype)
         return BLRLinear.from_spec(
             self.spec,
             bias=self.bias,
@@ -119,7 +134,13 @@ def layers_from_plan(plan: Plan) -> dict[str, dict]:
 def plan_in_place(model: nn.Module) -> Plan:
     """The plan of what is replaced in the model now, read off its BLR modules."""
     return {
-        name: LayerPlan(module.spec, module.bias is not None, module.transposed, module.storage)
+        name: LayerPlan(
+            module.spec,
+            module.bias is not None,
+            module.transposed,
+            module.storage,
+            module.num_experts if isinstance(module, ExpertsLinear) else 0,
+        )
         for name, module in blr_modules(model).items()
     }
 
@@ -144,7 +165,7 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     too_small: list[str] = []
     misfits: dict[str, ValueError] = {}
     for name in targets:
-        module = model.get_submodule(name)
+        module = layer_named(model, name)
         override = override_for(name, config.overrides)
         settings = config.settings_with(override)
         structure, rank, blocks = settings["structure"], settings["rank"], settings["num_blocks"]
@@ -194,6 +215,9 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
     settings = config.settings_with(override)
     k, n = feature_sizes(module)
     spec = make_spec(in_features=k, out_features=n, **settings)
+    if isinstance(module, ExpertsTensor):
+        # their factors are kept in no other format
+        return LayerPlan(spec, False, module.owner.is_transposed, PLAIN, module.num_experts)
     storage = config.storage_of(spec.structure, override)
     if settings["ratio"] is not None and storage.misfit(spec) is not None:
         lower = (replace(spec, rank=rank) for rank in range(spec.rank - 1, 0, -1))
@@ -206,6 +230,8 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
 
 def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
     """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
+    if isinstance(module, ExpertsTensor):
+        return None
     k, n = feature_sizes(module)
     spec = Dense(k, n, min(k, n))
     storage = config.storage_of(spec.structure, override)
@@ -221,7 +247,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             "device, or without device_map"
         )
     for name, layer in plan.items():
-        module = model.get_submodule(name)
+        module = layer_named(model, name)
         check_layer(name, module, layer)
         weight = stored_weight(module)
         if weight.is_meta:
@@ -233,12 +259,17 @@ def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = ""
     """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
     sizes = layer.spec.in_features, layer.spec.out_features
     found = f"a {type(module).__name__}"
-    if is_dense_linear(module):
+    if isinstance(module, ExpertsTensor) and layer.experts:
+        if (feature_sizes(module), module.num_experts) == (sizes, layer.experts):
+            return
+        found = "{} experts of {} -> {}".format(module.num_experts, *feature_sizes(module))
+    elif is_dense_linear(module) and not layer.experts:
         if feature_sizes(module) == sizes:
             return
         found = "one of {} -> {}".format(*feature_sizes(module))
+    planned = f"{layer.experts} experts" if layer.experts else "a linear layer"
     raise ValueError(
-        f"{name}: the plan says a linear layer of {sizes[0]} -> {sizes[1]} features, the model has {found}"
+        f"{name}: the plan says {planned} of {sizes[0]} -> {sizes[1]} features, the model has {found}"
         f"{remedy and f'; {remedy}'}"
     )
 
@@ -252,6 +283,8 @@ def warn_of_unreached(model: nn.Module) -> None:
         if is_dense_linear(module) or isinstance(module, BLRLinear):
             continue
         for key, parameter in module.named_parameters(recurse=False):
+            if key in tensors_of(module):
+                continue
             if parameter.dim() > 1 and min(parameter.shape[-2:]) >= NARROWEST:
                 kind = f"{leaf(name)}.{key}"
                 unreached[kind] = unreached.get(kind, 0) + parameter.numel()

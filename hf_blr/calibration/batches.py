@@ -40,8 +40,8 @@ def collect_statistics(
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
-    With `config.fisher` that takes a forward and a backward pass, else a forward. Arguments and errors as for
-    `compress`.
+    Experts are in none: `compress` asks for theirs block by block. With `config.fisher` that takes a forward and a
+    backward pass, else a forward. Arguments and errors as for `compress`.
     """
     model = unwrapped(model)
     refuse_adapters(model)
@@ -55,21 +55,27 @@ def collect_statistics(
 
 def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
     """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
-    if config.fisher:
+    names = linear_names(plan)
+    if config.fisher and names:
         try:
-            return fisher_statistics(model, list(plan), batches, config.seed)
+            return fisher_statistics(model, names, batches, config.seed)
         except NoLoss as error:
             if config.allocation == "loss":
                 raise
             logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
     with evaluating(model):
-        grams = whole_model_grams(model, list(plan), batches)
-    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
+        grams = whole_model_grams(model, names, batches)
+    return Statistics(grams, {}, token_count(batches), frozenset(names) - frozenset(grams), grams.rows)
+
+
+def linear_names(plan: Plan) -> list[str]:
+    """The layers that statistics are about: those of experts, a matrix for each, are too many to hold at once."""
+    return [name for name, layer in plan.items() if not layer.experts]
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
     """Raises ValueError if the statistics were collected without a planned layer."""
-    missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
+    missing = [name for name in linear_names(plan) if name not in statistics.grams and name not in statistics.unreached]
     if missing:
         raise ValueError(
             f"statistics.grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "

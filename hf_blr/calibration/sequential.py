@@ -24,12 +24,14 @@ from torch.utils.hooks import RemovableHandle
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, Segment
 from hf_blr.calibration.calls import Call, ReachedBlock, hooked
-from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import Run
+from hf_blr.calibration.problem import Problem, problems_of
 from hf_blr.calibration.residual import add, counted, residual_writers, rows_of
+from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.streams import Masks
 from hf_blr.calibration.trace import Piece
 from hf_blr.dense import dense_weight, is_dense_linear
+from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
 
@@ -45,23 +47,6 @@ STREAM_SHARE = 0.5
 
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
 AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One layer to fit.
-
-    gram: of its inputs, `[K, K]`. target: the matrix to approximate, if not its weight. rows: of the Gram matrix' X.
-    """
-
-    gram: Tensor | None
-    target: Tensor | None = None
-    rows: int = 0
-
-
-def problems_of(grams: Grams) -> dict[str, Problem]:
-    """Those of layers that are to come close to their weights on these inputs."""
-    return {name: Problem(gram, rows=grams.rows[name]) for name, gram in grams.items()}
 
 
 @dataclass
@@ -112,7 +97,8 @@ class SequentialChain(BlockChain):
                     piece.blocks[0],
                 )
                 for grams in self.run(segment):
-                    yield problems_of(grams)
+                    experts = [name for name in grams if lies_in_experts(self.model, name)]
+                    yield pooled(problems_of(grams), experts)
             untouched = False
 
     def segment_problems(
@@ -128,8 +114,15 @@ class SequentialChain(BlockChain):
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
             wanted = self.between(block, hidden, dense.left, calls, real) if after_block is not None else []
+            experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
-                yield self.group_problems(block, calls, dense, group, hidden, damping)
+                if group[0] not in experts:
+                    yield self.group_problems(block, calls, dense, group, hidden, damping)
+            if experts:
+                # the router sends them other tokens in the compressed model: there is nothing to regress on
+                inputs = {name: dense.inputs[name] for name in experts if name in dense.inputs}
+                masks = {name: [each.get(name) for each in segment.real] for name in inputs}
+                yield pooled({name: plain_problem(x, masks[name]) for name, x in inputs.items()}, experts)
             dense.inputs.clear()
             # a layer that is a block by itself has another in its place now
             block = self.model.get_submodule(prefix)

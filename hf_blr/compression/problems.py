@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
-from hf_blr.calibration.sequential import Problem, SequentialChain, problems_of
+from hf_blr.calibration.problem import Problem, problems_of
+from hf_blr.calibration.routed import pooled
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
+from hf_blr.experts import lies_in_experts
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
 
@@ -50,7 +54,8 @@ def problem_groups(
                 waiting.pop(name, None)
             yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
     if waiting:
-        logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
+        why = "no calibration input reached" if batches else "the statistics hold nothing of"
+        logger.warning("%s %s; fitted to the weights alone", why, ", ".join(waiting))
         yield dict.fromkeys(waiting, Problem(None))
 
 
@@ -58,7 +63,7 @@ def groups_of_statistics(
     reached: list[str], plan: Plan, statistics: Statistics | None
 ) -> Generator[dict[str, Problem], None, None]:
     """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
-    fitted = [name for name in reached if name in plan]
+    fitted = [name for name in reached if name in plan and (statistics is None or name in statistics.grams)]
     if statistics is None:
         yield dict.fromkeys(fitted, Problem(None))
     else:
@@ -87,9 +92,17 @@ def calibrated_groups(
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
                 logger.warning("%s: %s are fitted on the dense model's inputs", reasons, ", ".join(apart))
-                yield problems_of(whole_model_grams(model, apart, batches))
+                yield with_pooled(model, whole_model_grams(model, apart, batches), apart)
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
-    with closing(iterate_grams(model, [name for name in names if name in plan], batches)) as blockwise:
+    fitted = [name for name in names if name in plan]
+    with closing(iterate_grams(model, fitted, batches)) as blockwise:
         for grams in blockwise:
-            yield problems_of(grams)
+            yield with_pooled(model, grams, fitted)
+
+
+def with_pooled(model: nn.Module, grams: Grams, names: list[str]) -> dict[str, Problem]:
+    """The problems of these layers, and of all experts among `names` whose tensor has some expert here."""
+    tensors = {name.rpartition(".")[0] for name in grams}
+    experts = [name for name in names if name.rpartition(".")[0] in tensors and lies_in_experts(model, name)]
+    return pooled(problems_of(grams), experts)
