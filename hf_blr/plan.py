@@ -67,6 +67,11 @@ class LayerPlan:
                 "or leave the layer out of the plan"
             )
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices of the spec's sizes the layer holds: one, or one for each expert."""
+        return max(self.experts, 1)
+
     def to_dict(self) -> dict[str, Any]:
         # the plain format goes without saying, also for a release that knows no other
         kept = {} if self.storage == PLAIN else {"format": self.storage.name, **self.storage.settings}

@@ -5,8 +5,12 @@ from __future__ import annotations
 from hf_blr.structures import BLRSpec
 
 
-def rows_by_kind(specs: dict[str, BLRSpec]) -> list[dict]:
-    """Rows of layers that share their name's ending (q_proj, ...), their sizes and their structure."""
+def rows_by_kind(specs: dict[str, BLRSpec], matrices: dict[str, int] | None = None) -> list[dict]:
+    """Rows of layers that share their name's ending (q_proj, ...), their sizes and their structure.
+
+    matrices: how many each layer holds; None for one.
+    """
+    many = dict.fromkeys(specs, 1) if matrices is None else matrices
     return [
         {
             "layers": f"{len(group)} x {kind}",
@@ -15,7 +19,7 @@ def rows_by_kind(specs: dict[str, BLRSpec]) -> list[dict]:
             "blocks": "{} x {}".format(*spec.num_blocks),
             "rank": span([specs[name].rank for name in group]),
             "kept": sum(specs[name].ratio for name in group) / len(group),
-            "parameters (M)": sum(specs[name].num_parameters for name in group) / 1e6,
+            "parameters (M)": sum(many[name] * specs[name].num_parameters for name in group) / 1e6,
         }
         for (kind, *_), group in by_kind(specs).items()
         for spec in [specs[group[0]]]

@@ -93,7 +93,7 @@ def share_budget(
     amount = budget.amount
     if amount is None:
         amount = ratio_of(config) * sum(budget.of(spec, dense=True) for spec in free.values())
-    taken = allocate(options, amount)
+    taken = allocate(options, amount) if options else {}
     dense = [name for name in taken if taken[name].spec is None]
     if dense:
         logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))

@@ -98,7 +98,7 @@ def compress(
         logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
         statistics = statistics_of(model, plan, batches, config)
     output_grams = statistics.output_grams if statistics is not None and config.fisher else {}
-    targets = {name: max(layer.experts, 1) * layer.spec.dense_parameters for name, layer in plan.items()}
+    targets = {name: layer.matrices * layer.spec.dense_parameters for name, layer in plan.items()}
     names = list(plan)
     if config.layers:
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out

@@ -54,8 +54,11 @@ def problem_groups(
                 waiting.pop(name, None)
             yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
     if waiting:
-        why = "no calibration input reached" if batches else "the statistics hold nothing of"
-        logger.warning("%s %s; fitted to the weights alone", why, ", ".join(waiting))
+        untold = [name for name in waiting if not batches and statistics and name not in statistics.unreached]
+        unseen = [name for name in waiting if name not in untold]
+        for why, left in (("no calibration input reached", unseen), ("the statistics hold nothing of", untold)):
+            if left:
+                logger.warning("%s %s; fitted to the weights alone", why, ", ".join(left))
         yield dict.fromkeys(waiting, Problem(None))
 
 
