@@ -1,7 +1,6 @@
 """Experts in 3-D parameters: found, fitted one by one, stored in batches, run, trained, and made dense again."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -22,6 +21,8 @@ from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense
 from hf_blr.calibration.problem import Problem
 from hf_blr.calibration.routed import pooled
 from hf_blr.compression import pipeline
+from hf_blr.compression.allocation import loss_curve
+from hf_blr.compression.budget import Layer, share_budget
 from hf_blr.experts import Experts, ExpertsLinear, dense_layers, expanded, layer_named, opened
 from hf_blr.factorize import factorize
 from hf_blr.finetune import mark_only_factors_trainable
@@ -185,13 +186,50 @@ def test_fits_to_activations_are_closer_on_them():
     assert found["activations"] < 0.9 * found["weights"]
 
 
-def test_statistics_leave_experts_out_and_compress_says_so(caplog):
-    model = tiny_mixtral()
+def test_statistics_of_a_tensor_are_those_of_its_experts_together():
+    model, name = qwen3_moe(), "model.layers.1.mlp.experts.gate_up_proj"
+    batches = batches_for(model)
+    own = routed_statistics(model, name, batches)
+    for fisher in (True, False):
+        config = BLRConfig("low_rank", ratio=0.5, fisher=fisher)
+        statistics = collect_statistics(model, config, calibration=batches)
+        torch.testing.assert_close(statistics.grams[name].double(), sum(own.values()), rtol=1e-4, atol=1e-4)
+        assert statistics.rows_of(name) == 2 * statistics.tokens == sum(statistics.rows[each] for each in own)
+        assert not statistics.unreached and (name in statistics.output_grams) == fisher
+    assert type(model.model.layers[1].mlp.experts) is not Experts
+
+
+def test_a_budget_counts_all_experts_and_gives_more_to_what_the_loss_feels():
+    model, config = qwen3_moe(), BLRConfig("low_rank", ratio=0.5, allocation="loss")
+    with torch.no_grad():
+        # so small that nothing is lost by giving it away
+        model.model.layers[1].mlp.experts.down_proj *= 1e-3
+    statistics = collect_statistics(model, config, calibration=batches_for(model))
+    plan, dense = resolve_plan(model, config), {}
+    for name, layer in plan.items():
+        dense[name] = layer.matrices * layer.spec.dense_parameters
+    chosen, loss = share_budget(model, plan, statistics, config)
+    kept = {name: layer.matrices * layer.spec.num_parameters for name, layer in chosen.items()}
+    total = sum(kept.get(name, size) for name, size in dense.items())
+    assert 0.47 * sum(dense.values()) < total <= 0.5 * sum(dense.values()) and loss > 0
+    small, large = (f"model.layers.{i}.mlp.experts.down_proj" for i in (1, 0))
+    assert kept[small] < 0.15 * dense[small] and kept.get(large, dense[large]) > 0.3 * dense[large]
+    report = compress(model, config, statistics=statistics, progress=False)
+    assert report.ratio == pytest.approx(total / sum(dense.values()))
+    assert blr_modules(model)[small].spec == chosen[small].spec
+
+
+def test_the_predicted_loss_of_experts_is_that_of_each_on_its_share():
+    model, name = qwen3_moe(), "model.layers.0.mlp.experts.down_proj"
     statistics = collect_statistics(model, CONFIG, calibration=batches_for(model))
-    assert not any("experts" in name for name in statistics.grams) and not statistics.unreached
-    with caplog.at_level(logging.WARNING):
-        compress(model, CONFIG, statistics=statistics, progress=False)
-    assert "the statistics hold nothing of model.layers.0.mlp.experts.gate_up_proj.0" in caplog.text
+    layer = Layer(model, name, statistics, CONFIG)
+    gram, output_gram = statistics.grams[name], statistics.output_grams[name]
+    rows = [statistics.rows[f"{name}.{expert}"] for expert in range(6)]
+    wanted = sum(
+        count / sum(rows) * loss_curve(weight, gram, output_gram, statistics.pairs(name), layer.options.damping)
+        for count, weight in zip(rows, layer_named(model, name).weight, strict=True)
+    )
+    torch.testing.assert_close(layer.curve(), wanted)
 
 
 def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_path):

@@ -126,7 +126,7 @@ def compress(
                     if problem.target is not None:
                         set_dense_weight(model.get_submodule(name), problem.target)
                     continue
-                layers.append(replace_layer(model, name, fits, problem, output_grams.get(name), config))
+                layers.append(replace_layer(model, name, fits, problem, output_grams.get(origin[name]), config))
                 bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
                 bar.update()
     # where the budget left all layers dense, nothing was recorded

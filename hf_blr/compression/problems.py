@@ -42,35 +42,37 @@ def problem_groups(
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
     """
-    reached = [name for name in names if statistics is None or name not in statistics.unreached]
+    reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
     if batches:
         groups = calibrated_groups(model, reached, plan, batches, config, blocks)
     else:
-        groups = groups_of_statistics(reached, plan, statistics)
+        groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
         for group in groups:
             for name in group:
                 waiting.pop(name, None)
             yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
     if waiting:
-        untold = [name for name in waiting if not batches and statistics and name not in statistics.unreached]
-        unseen = [name for name in waiting if name not in untold]
-        for why, left in (("no calibration input reached", unseen), ("the statistics hold nothing of", untold)):
-            if left:
-                logger.warning("%s %s; fitted to the weights alone", why, ", ".join(left))
+        logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
         yield dict.fromkeys(waiting, Problem(None))
 
 
+def label_of(model: nn.Module, name: str) -> str:
+    """The name under which statistics know a layer: of an expert, that of its tensor."""
+    return name.rpartition(".")[0] if lies_in_experts(model, name) else name
+
+
 def groups_of_statistics(
-    reached: list[str], plan: Plan, statistics: Statistics | None
+    model: nn.Module, reached: list[str], plan: Plan, statistics: Statistics | None
 ) -> Generator[dict[str, Problem], None, None]:
     """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
-    fitted = [name for name in reached if name in plan and (statistics is None or name in statistics.grams)]
+    fitted = {name: label_of(model, name) for name in reached if name in plan}
     if statistics is None:
         yield dict.fromkeys(fitted, Problem(None))
     else:
-        yield {name: Problem(statistics.grams[name], rows=statistics.rows_of(name)) for name in fitted}
+        grams = statistics.grams
+        yield {name: Problem(grams[label], rows=statistics.rows_of(label)) for name, label in fitted.items()}
 
 
 def calibrated_groups(
