@@ -70,9 +70,9 @@ def share_budget(
 ) -> tuple[Plan, float]:
     """The plan that the predicted loss likes best, and that loss in nats a token; layers best left dense are not in it.
 
-    The experts of a tensor count as one layer, whose loss is theirs together. Layers with a ratio or rank of their own in
-    `config.overrides` keep it. Those of which the loss felt nothing keep
-    the config's ratio, since nothing can be predicted of them. Neither are in the loss.
+    The experts of a tensor count as one layer, whose loss is theirs together. Layers with a ratio or rank of their own
+    in `config.overrides` keep it. Those of which the loss felt nothing keep the config's ratio, since nothing can be
+    predicted of them. Neither are in the loss.
 
     Raises:
         ValueError: if the budget is smaller than the smallest options.
@@ -162,7 +162,7 @@ class Layer:
         damping, pairs = self.options.damping, self.statistics.pairs(self.name)
         if weight.dim() == 2:
             return loss_curve(weight, gram, output_gram, pairs, damping)
-        # an expert that sees the share p of S tokens has p G, p H and p S: of the tensor's loss it makes p tr(G D H D^T)
+        # an expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss
         curves = [
             share * loss_curve(weight[expert], gram, output_gram, pairs, damping)
             for expert, share in self.shares(len(weight)).items()

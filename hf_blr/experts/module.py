@@ -25,14 +25,15 @@ class Experts(nn.Module):
         """hidden_states `[T, H]`, experts and their weights `[T, k]` -> `[T, H]`, expert after expert."""
         own: Any = self
         out = torch.zeros_like(hidden_states)
-        entry = "gate_up_proj" if own.has_gate else "up_proj"
+        gated = getattr(self, "has_gate", True)
+        entry = "gate_up_proj" if gated else "up_proj"
         for expert in top_k_index.unique().tolist():
             # an index beyond the last expert stands for none
             if expert >= own.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
             inner = self.project(entry, hidden_states[token], expert)
-            inner = self._apply_gate(inner) if own.has_gate else own.act_fn(inner)
+            inner = self._apply_gate(inner) if gated else own.act_fn(inner)
             result = self.project("down_proj", inner, expert)
             if getattr(own, "has_post_expert_norm", False):
                 result = own.post_expert_norm(result)

@@ -44,8 +44,8 @@ class ExpertsTensor(nn.Module):
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether this is a module that Transformers lets other functions compute, by the attributes that they go by."""
-    # of `transformers.integrations.moe.use_experts_implementation`
-    marks = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
+    # of `transformers.integrations.moe.use_experts_implementation`; before there was `has_gate`, all had one
+    marks = ("has_bias", "is_transposed", "_apply_gate", "num_experts")
     return all(hasattr(module, mark) for mark in marks)
 
 
