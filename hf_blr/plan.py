@@ -201,6 +201,13 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
             "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
         )
+    rounded = [
+        name
+        for name, layer in plan.items()
+        if layer.experts and config.storage_of(layer.spec.structure, override_for(name, config.overrides)) != PLAIN
+    ]
+    if rounded:
+        logger.warning("%d tensors of experts keep their factors in the plain format: %s", len(rounded), rounded)
     warn_of_unreached(model)
     return plan
 

@@ -1,6 +1,7 @@
 """Experts in 3-D parameters: found, fitted one by one, stored in batches, run, trained, and made dense again."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from transformers import (
 )
 from zoo_inputs import plain_grams
 
-from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense
+from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense, to_format
 from hf_blr.calibration.problem import Problem
 from hf_blr.calibration.routed import pooled
+from hf_blr.cli import main
 from hf_blr.compression import pipeline
 from hf_blr.compression.allocation import loss_curve
 from hf_blr.compression.budget import Layer, share_budget
@@ -249,6 +251,44 @@ def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_pa
     assert type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
     model.save_pretrained(tmp_path)
     assert torch.equal(tiny_logits(type(model).from_pretrained(tmp_path)), tiny_logits(model))
+
+
+def test_bits_are_for_linear_layers_and_a_warning_says_so(caplog):
+    model = tiny_mixtral()
+    compress(model, BLRConfig("low_rank", ratio=0.5, factor_format="int8"), progress=False)
+    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
+    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
+    assert {formats[name] for name in formats if "experts" not in name} == {"int8"}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("4 tensors of experts keep their factors in the plain format")
+    to_format(model, "int4")
+    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
+    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
+    assert {formats[name] for name in formats if "experts" not in name} == {"int4"}
+
+
+def test_inspect_counts_every_expert(tmp_path, capsys):
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "dense")
+    assert main(["inspect", str(tmp_path / "dense"), "--json", str(tmp_path / "d.json")]) == 0
+    rows = {row["layers"]: row for row in json.loads((tmp_path / "d.json").read_text())["rows"]}
+    assert rows["8 x gate_up_proj"]["parameters (M)"] == pytest.approx(8 * 64 * 192 / 1e6)
+    compress(model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path / "factors")
+    assert main(["inspect", str(tmp_path / "factors"), "--json", str(tmp_path / "f.json")]) == 0
+    rows = {row["layers"]: row for row in json.loads((tmp_path / "f.json").read_text())["rows"]}
+    rank = blr_modules(model)["model.layers.0.mlp.experts.gate_up_proj"].spec.rank
+    assert rows["2 x gate_up_proj"]["parameters (M)"] == pytest.approx(8 * rank * (64 + 192) / 1e6)
+    total = sum(module.num_parameters for module in blr_modules(model).values())
+    assert f"hold {total / 1e6:.1f} M" in capsys.readouterr().out
+
+
+def test_adapters_on_experts_are_refused():
+    peft = pytest.importorskip("peft")
+    model = tiny_mixtral()
+    compress(model, CONFIG, progress=False)
+    with pytest.raises(NotImplementedError, match="factors of experts take no LoRA adapter"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
 
 
 def test_what_knows_linear_layers_alone_leaves_experts_alone():
