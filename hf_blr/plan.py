@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
-from hf_blr.experts import ExpertsLinear, ExpertsTensor, layer_named, tensors_of
+from hf_blr.experts import ExpertsLinear, ExpertsTensor, layer_named
 from hf_blr.factorize.finite import check_finite
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
@@ -27,14 +27,10 @@ from hf_blr.structures import (
     spec_from_dict,
     structure_named,
 )
-from hf_blr.targets import NARROWEST, ROUTER_NAMES, find_targets, in_repeated_block, leaf, override_for
+from hf_blr.targets import find_targets, override_for
+from hf_blr.unreached import warn_of_unreached
 
 logger = logging.getLogger(__name__)
-
-#: layers whose weight is no matrix that multiplies features
-WITHOUT_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
-#: of a model's parameters; smaller matrices outside of linear layers are tables of positions and the like
-LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -284,26 +280,3 @@ def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = ""
         f"{name}: the plan says {planned} of {sizes[0]} -> {sizes[1]} features, the model has {found}"
         f"{remedy and f'; {remedy}'}"
     )
-
-
-def warn_of_unreached(model: nn.Module) -> None:
-    """Matrices of repeated blocks that lie in no linear layer stay dense; say which, and how much of the model."""
-    unreached: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if not in_repeated_block(name) or leaf(name) in ROUTER_NAMES or isinstance(module, WITHOUT_MATRIX):
-            continue
-        if is_dense_linear(module) or isinstance(module, BLRLinear):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if key in tensors_of(module):
-                continue
-            if parameter.dim() > 1 and min(parameter.shape[-2:]) >= NARROWEST:
-                kind = f"{leaf(name)}.{key}"
-                unreached[kind] = unreached.get(kind, 0) + parameter.numel()
-    share = sum(unreached.values()) / sum(p.numel() for p in model.parameters())
-    if share >= LEAST_SHARE:
-        logger.warning(
-            "matrices that lie in no linear layer stay dense: %s, %.0f %% of the model's parameters",
-            ", ".join(unreached),
-            100 * share,
-        )

@@ -51,7 +51,9 @@ def lora_targets(model: nn.Module) -> list[str]:
     """
     names = [name for name, module in blr_modules(model).items() if not isinstance(module, ExpertsLinear)]
     if not names:
-        raise ValueError(f'{type(model).__name__} has no BLR layers; target_modules="all-linear" finds dense ones')
+        raise ValueError(
+            f'{type(model).__name__} has no BLR modules for adapters; target_modules="all-linear" finds dense ones'
+        )
     return names
 
 
