@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import batches_for, build, divergence, tiny_inputs, tiny_logits, tiny_mixtral
+from tiny import batches_for, build, divergence, tiny_inputs, tiny_logits, tiny_mixtral, tiny_tokenizer
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -308,3 +308,22 @@ def test_experts_are_named_like_other_layers():
     assert len(report.layers) == 8 and len(blr_modules(model)) == 2
     assert type(model.model.layers[0].mlp.experts.gate_up_proj) is torch.nn.Parameter
     assert "model.layers.0.mlp.experts.gate_up_proj" in dense_layers(model)
+
+
+def test_a_plan_of_the_command_line_treats_a_tensor_as_one_layer(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("A line about one thing, then a line about another. " * 60)
+    tiny_mixtral(max_position_embeddings=64).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    common = [str(tmp_path / "dense"), "--structure", "low_rank", "--dataset", str(text), "--seqlen", "32"]
+    common += ["--num-samples", "8"]
+    plan = tmp_path / "plan.json"
+    assert main(["plan", common[0], str(plan), *common[1:], "--ratio", "0.5"]) == 0
+    layers = json.loads(plan.read_text())["layers"]
+    assert {layer["experts"] for name, layer in layers.items() if "experts" in name} == {4}
+    assert main(["compress", common[0], str(tmp_path / "out"), *common[1:], "--plan", str(plan)]) == 0
+    assert "x gate_up_proj" in capsys.readouterr().out
+    loaded = type(tiny_mixtral()).from_pretrained(tmp_path / "out")
+    assert {name: module.spec.rank for name, module in blr_modules(loaded).items()} == {
+        name: layer["rank"] for name, layer in layers.items()
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hf_blr.structures import BLRSpec
 
 
@@ -30,7 +32,14 @@ def by_kind(specs: dict[str, BLRSpec]) -> dict[tuple, list[str]]:
     """{(ending, sizes, structure, blocks): names}, in the order of the first of each."""
     groups: dict[tuple, list[str]] = {}
     for name, spec in specs.items():
-        key = name.rpartition(".")[2], spec.in_features, spec.out_features, spec.structure, spec.num_blocks
+        # experts of one tensor are of one kind
+        key = (
+            re.sub(r"\.\d+$", "", name).rpartition(".")[2],
+            spec.in_features,
+            spec.out_features,
+            spec.structure,
+            spec.num_blocks,
+        )
         groups.setdefault(key, []).append(name)
     return groups
 
