@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: install test test-quick lint docs demo clean
+.PHONY: install test test-quick test-long lint docs demo clean
 
 install: $(READY)
 
@@ -23,6 +23,10 @@ test: $(READY)
 # what a change is checked with many times a day; minutes where `test` takes a quarter of an hour
 test-quick: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# thousands of damaged checkpoints; minutes
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import inventory_section
 import layer_sections
 import model_sections
 import quality_sections
+import robustness_section
+import text_ratio_sections
 import zoo_section
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,7 @@ DOCUMENTS = {
     ROOT / "docs" / "measured.md": {
         "front-protocol": front_section.protocol_section,
         "demo": quality_sections.demo_section,
+        "text-ratios": text_ratio_sections.text_ratio_section,
         "quality": quality_sections.quality_section,
         "square-blast": quality_sections.square_blast_section,
         "quality-rows": quality_sections.quality_rows_section,
@@ -49,6 +52,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "calibration.md": {
         "zoo": zoo_section.zoo_section,
+    },
+    ROOT / "docs" / "trust.md": {
+        "robustness": robustness_section.robustness_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

@@ -3,7 +3,8 @@
     python benchmarks/sentences.py --model FOLDER --parts web=web.txt technical=technical.txt \
         --calibration web=0.5 technical=0.5 --sentences ptb=ptb.txt c4=c4.txt --json results/sentences.json
 
-The model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
+It is fitted to windows of text, or with `--fit-to sentences` to sentences as it reads them, with its special tokens and
+padded. The model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
 `--sentence-transformers` that package embeds, with the compressed model in the place of its own.
 """
 
@@ -14,6 +15,7 @@ import copy
 import hashlib
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
-from protocol import check_tokens, kept_parameters, plain, read_ids
+from protocol import check_tokens, kept_parameters, plain, read_ids, sha256_of
 from runs import Run, row_key
 
 from hf_blr import BLRConfig, compress
@@ -36,22 +38,24 @@ from hf_blr.targets import find_targets
 SEQLEN, WINDOWS, BATCH = 128, 512, 64
 #: words of a sentence that is scored
 FEWEST_WORDS, MOST_WORDS = 5, 60
-SENTENCES = 1000
+#: sentences of a text that are scored, and those that are fitted to
+SENTENCES, FITTED = 1000, 1600
 PROTOCOL = (
     "mean cosine between the sentence embeddings of the dense and the compressed model, on the first 1000 sentences of "
-    "5 to 60 words of each text; float32; every row names the windows of 128 tokens that it was fitted to"
+    "5 to 60 words of each text; float32; every row names the tokens that it was fitted to, windows of 128 or sentences"
 )
-#: the model has no logits, so no loss that its layers could be weighed by
-NO_LOSS = {"fisher": False, "allocation": "uniform"}
-OFF = {**NO_LOSS, "sequential": False}
+#: all outputs of a layer weigh alike, as if nothing were known of what the embedding feels
+ALIKE = {"fisher": False, "allocation": "uniform"}
+OFF = {**ALIKE, "sequential": False}
 
 
 def runs(ratios: list[float]) -> list[Run]:
     kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
+        ("ours", "pivoted", None, {}),
+        ("ours", "blast", (4, 4), {}),
+        ("ours, outputs alike", "pivoted", None, ALIKE),
+        ("ours", "low_rank", None, {}),
         ("whitened SVD", "low_rank", None, OFF),
-        ("ours", "low_rank", None, NO_LOSS),
-        ("ours", "pivoted", None, NO_LOSS),
-        ("ours", "blast", (4, 4), NO_LOSS),
     ]
     return [
         Run(method, structure, ratio, blocks, settings=tuple(settings.items()))
@@ -61,9 +65,28 @@ def runs(ratios: list[float]) -> list[Run]:
 
 
 def sentences_of(text: str) -> list[str]:
-    """The first sentences of a text: what stands on a line up to a full stop, question or exclamation mark."""
+    """The sentences of a text: what stands on a line up to a full stop, question or exclamation mark."""
     found = (part.strip() for line in text.splitlines() for part in re.split(r"(?<=[.!?])\s+", line))
-    return [part for part in found if FEWEST_WORDS <= len(part.split()) <= MOST_WORDS][:SENTENCES]
+    return [part for part in found if FEWEST_WORDS <= len(part.split()) <= MOST_WORDS]
+
+
+def sentence_batches(texts: dict[str, str], tokenizer: Any, seed: int) -> tuple[list[dict[str, Tensor]], dict]:
+    """Sentences of all texts that a seed has drawn, as the encoder reads them, and what a row says of them."""
+    sentences = [sentence for text in texts.values() for sentence in sentences_of(text)]
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))[:FITTED].tolist()
+    # of like length together, so that little is padding
+    drawn = sorted((sentences[i] for i in order), key=len)
+    batches = [
+        dict(tokenizer(drawn[i : i + BATCH], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, len(drawn), BATCH)
+    ]
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    return batches, {
+        "calibration": f"sentences of {', '.join(texts)}",
+        "calibration_tokens": len(ids),
+        "calibration_sha256": sha256_of(ids),
+        "seed": seed,
+    }
 
 
 @torch.no_grad()
@@ -101,11 +124,18 @@ def library_embeddings(model: nn.Module, folder: str, sentences: list[str]) -> T
     return found.float()
 
 
+def texts_of(items: list[str]) -> dict[str, str]:
+    """Of NAME=FILE each."""
+    return {name: plain(Path(path)) for name, _, path in (item.partition("=") for item in items)}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or hub id of an encoder")
     parser.add_argument("--parts", nargs="+", required=True, metavar="PART", help="as of quality.py")
-    parser.add_argument("--calibration", nargs="+", required=True, metavar="PART=SHARE", help="as of quality.py")
+    parser.add_argument("--calibration", nargs="+", metavar="PART=SHARE", help="as of quality.py, for windows")
+    parser.add_argument("--fit-to", choices=("windows", "sentences"), default="windows", help="of the parts")
+    parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, as of quality.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
@@ -117,9 +147,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {
-        name: sentences_of(plain(Path(path))) for name, _, path in (item.partition("=") for item in args.sentences)
-    }
+    texts = {name: sentences_of(text)[:SENTENCES] for name, text in texts_of(args.sentences).items()}
     name = args.name or Path(args.model).name
 
     def embed(model: nn.Module) -> dict[str, Tensor]:
@@ -133,17 +161,22 @@ def main(argv=None):
     commit = args.commit or machine["commit"]
     file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
     done = {row_key(row) for row in file.rows}
-    parts = read_ids(args.parts, tokenizer)
+    chosen = [run for run in runs(args.ratios) if any(fnmatch(run.label, pattern) for pattern in args.only)]
     for seed in args.seeds:
-        on = Calibration.draw(dense, parts, Mixture.parse(args.calibration), seed, WINDOWS, SEQLEN)
-        for run in runs(args.ratios):
-            facts = {"model": name, **run.facts(), **on.facts(), "commit": commit}
+        if args.fit_to == "sentences":
+            batches, fitted = sentence_batches(texts_of(args.parts), tokenizer, seed)
+        else:
+            mixture = Mixture.parse(args.calibration)
+            on = Calibration.draw(dense, read_ids(args.parts, tokenizer), mixture, seed, WINDOWS, SEQLEN)
+            batches, fitted = on.batches, on.facts()
+        for run in chosen:
+            facts = {"model": name, **run.facts(), **fitted, "commit": commit}
             if {row_key({**facts, "dataset": text}) for text in texts} <= done:
                 continue
             model = copy.deepcopy(dense)
             settings = dict(run.settings)
             config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, seed=seed, **settings)
-            report = compress(model, config, calibration=on.batches, progress=False)
+            report = compress(model, config, calibration=batches, progress=False)
             facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
             rows = [
                 {

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Bits, FactorInBits, Factors, Format
+from hf_blr.formats.values import check_fit, fault
 from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.table import implementation_of
+from hf_blr.readonly import ReadOnly
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
 
 
@@ -20,7 +22,7 @@ class BLRLinear(nn.Module):
     """A linear layer whose matrix is stored as block low-rank factors.
 
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
-    to a dense weight that does not exist. `weight` is there to be read, as the dense matrix.
+    to a dense weight that does not exist. `weight` is the dense matrix, to be read and differentiated, not written to.
 
     Factors that are kept in bits become numbers of the input's dtype in each forward, whatever then multiplies them.
 
@@ -114,6 +116,9 @@ class BLRLinear(nn.Module):
             factors: of `factorize.Factors`; in `formats.Codes` where a fit has chosen codes and scales itself.
             like: a dense layer or a BLR layer.
             storage: the format in which the factors are kept; what comes as numbers is rounded to the nearest codes.
+
+        Raises:
+            ValueError: if a number is too large for the dtype.
         """
         if isinstance(like, BLRLinear):
             dtype, device, transposed = like.dtype, like.device, like.transposed
@@ -121,6 +126,7 @@ class BLRLinear(nn.Module):
             weight = stored_weight(like)
             dtype, device, transposed = weight.dtype, weight.device, is_transposed(like)
         stored = storage.pack(spec, factors, dtype, device)
+        check_fit(spec, storage, stored)
         module = BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage, dtype)
         return module.train(like.training)
 
@@ -214,16 +220,18 @@ class BLRLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense matrix as the replaced layer would hold it, detached: for code that only looks at it.
+        """The dense matrix as the replaced layer would hold it, differentiable in the factors while gradients are on.
 
-        While a dense checkpoint streams in, a placeholder parameter of this name stands in the module; it is what the
-        loader must see then.
+        It is there to be read; writing to it raises RuntimeError. While a dense checkpoint streams in, a placeholder
+        parameter of this name stands in the module; it is what the loader must see then.
         """
         placeholder = self._parameters.get("weight")
         if placeholder is not None:
             return placeholder
-        dense = self.dense_weight().detach()
+        dense = self.dense_weight()
         dense = dense.T if self.transposed else dense
+        if not torch.compiler.is_compiling():
+            dense = dense.as_subclass(ReadOnly)
         # transformers' _init_weights re-initialises what does not carry this mark
         dense._is_hf_initialized = True  # type: ignore[attr-defined]
         return dense
@@ -248,6 +256,20 @@ class BLRLinear(nn.Module):
             # files want tensors that are contiguous and share no memory
             for name in dict(self.named_parameters(recurse=False)):
                 destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        # here and not after the load, so that nothing wrong gets in
+        wrong = [
+            f"{prefix}{name}: {problem}"
+            for name, (_, kind) in self.storage.stored(self.spec).items()
+            if (value := state_dict.get(prefix + name)) is not None and (problem := fault(kind, value)) is not None
+        ]
+        if wrong:
+            lists[-1].extend(wrong)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BLRLinear:
         # what a cast does to a number, it does to those that the factors in bits stand for

@@ -91,7 +91,12 @@ class LayerPlan:
         if not is_count(experts) or experts < 0:
             raise ValueError(f"experts must be a number of experts, got {experts!r}")
         storage = format_named(data.pop("format", PLAIN.name), data.pop("group_size", None))
-        return cls(spec_from_dict(data), bias, transposed, storage, experts)
+        spec = spec_from_dict(data)
+        highest = min(spec.in_features, spec.out_features)
+        if spec.rank > highest:
+            # of a damaged file, whose layers would fill the memory
+            raise ValueError(f"rank must be at most {highest}, as that of any such matrix, got {spec.rank}")
+        return cls(spec, bias, transposed, storage, experts)
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """{state-dict key: shape, dtype} of all that the module keeps, its bias among it; None: the model's dtype."""
@@ -264,19 +269,21 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:
-    """Raises ValueError unless the module is a dense layer of the sizes that the plan was made for."""
+    """Raises ValueError unless the module is a dense layer of the kind and sizes that the plan was made for."""
     sizes = layer.spec.in_features, layer.spec.out_features
+    planned = layer_in_words(sizes, layer.bias, layer.transposed, layer.experts)
     found = f"a {type(module).__name__}"
-    if isinstance(module, ExpertsTensor) and layer.experts:
-        if (feature_sizes(module), module.num_experts) == (sizes, layer.experts):
-            return
-        found = "{} experts of {} -> {}".format(module.num_experts, *feature_sizes(module))
-    elif is_dense_linear(module) and not layer.experts:
-        if feature_sizes(module) == sizes:
-            return
-        found = "one of {} -> {}".format(*feature_sizes(module))
-    planned = f"{layer.experts} experts" if layer.experts else "a linear layer"
-    raise ValueError(
-        f"{name}: the plan says {planned} of {sizes[0]} -> {sizes[1]} features, the model has {found}"
-        f"{remedy and f'; {remedy}'}"
-    )
+    if isinstance(module, ExpertsTensor):
+        found = layer_in_words(feature_sizes(module), False, module.owner.is_transposed, module.num_experts)
+    elif is_dense_linear(module):
+        found = layer_in_words(feature_sizes(module), module.bias is not None, is_transposed(module))
+    if found != planned:
+        raise ValueError(f"{name}: the plan says {planned}, the model has {found}{remedy and f'; {remedy}'}")
+
+
+def layer_in_words(sizes: tuple[int, int], bias: bool, transposed: bool, experts: int = 0) -> str:
+    if experts:
+        stored = ", stored transposed" if transposed else ""
+        return f"{experts} experts of {sizes[0]} -> {sizes[1]} features{stored}"
+    kind = "a Conv1D" if transposed else "a linear layer"
+    return f"{kind} of {sizes[0]} -> {sizes[1]} features {'with' if bias else 'without'} a bias"

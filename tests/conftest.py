@@ -26,3 +26,12 @@ def poisoned_buffers(monkeypatch):
 
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that are marked as long run where they are asked for, and nowhere else."""
+    if "long" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]

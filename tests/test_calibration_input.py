@@ -96,7 +96,7 @@ def test_windows_are_as_long_as_model_and_tokenizer_take(case):
     model, tokenizer = make(), tiny_tokenizer()
     tokenizer.model_max_length = longest
     config = BLRConfig("low_rank", ratio=0.6, dataset=["some words " * 200], seqlen=seqlen, num_samples=4)
-    batches = calibration_batches(model, config, tokenizer, None)
+    batches, _ = calibration_batches(model, config, tokenizer, None)
     assert {batch["input_ids"].shape[1] for batch in batches} == {expected}
     with torch.no_grad():
         model(**batches[0])

@@ -75,7 +75,7 @@ def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tuned)]) == 0
     printed = capsys.readouterr().out
-    assert "2 x down_proj" in printed and "4 x 4" in printed and "14 layers hold" in printed
+    assert "down_proj" in printed and "4 x 4" in printed and f"{len(report['layers'])} layers hold" in printed
     assert main(["inspect", folder]) == 0
     assert "not compressed" in capsys.readouterr().out
 
@@ -169,7 +169,7 @@ def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     assert "pass --overwrite" in capsys.readouterr().err
     # layers this small are fastest dense
     assert main(["plan", folder, str(tmp_path / "ms.json"), "--ms", "1", *on_text]) == 2
-    assert "best spent on the dense layers" in capsys.readouterr().err
+    assert "as they are, dense" in capsys.readouterr().err
     file.write_text("{}")
     assert main(["compress", folder, str(tmp_path / "none"), "--plan", str(file), *on_text]) == 2
     assert "is no plan" in capsys.readouterr().err

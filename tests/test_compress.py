@@ -6,7 +6,6 @@ from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer, tiny_vit
 from torch import nn
 
 from hf_blr import BLRConfig, collect_statistics, compress, to_dense
-from hf_blr.calibration.batches import batch_size
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.dense import dense_weight, is_transposed
@@ -102,10 +101,14 @@ def test_later_blocks_are_fitted_to_the_dense_models_activations():
     rows = inputs_of(model, name, batches)
     spec = resolve_plan(model, BLRConfig("low_rank", ratio=0.4))[name].spec
     options = FitOptions(damping=(96 / len(rows)) ** 0.5)
-    expected = factorize(dense_weight(model.get_submodule(name)), spec, rows.T @ rows, options=options)
+    weight = dense_weight(model.get_submodule(name))
+    fitted = factorize(weight, spec, rows.T @ rows, options=options).tensors
+    lost = (weight - fitted["u"] @ fitted["v"]) @ rows.T
     config = BLRConfig("low_rank", ratio=0.4, sequential=False, fisher=False)
     report = compress(model, config, calibration=batches, progress=False)
-    assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(expected.rel_error, rel=1e-3)
+    assert {r.name: r for r in report.layers}[name].rel_error == pytest.approx(
+        (lost.norm() / (weight @ rows.T).norm()).item(), rel=1e-3
+    )
 
 
 def limit_rank(model, rank):
@@ -247,12 +250,6 @@ def test_a_plain_module_can_be_compressed():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     report = compress(model, BLRConfig("low_rank", ratio=0.5), progress=False)
     assert [layer.name for layer in report.layers] == ["0", "2"]
-
-
-def test_batches_have_one_shape():
-    assert batch_size(128, 2048) == 8
-    assert batch_size(7, 2048) == 7
-    assert batch_size(11, 4096) == 1
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "block-by-block"])

@@ -1,4 +1,4 @@
-"""Checkpoints written by commit 0d2265a keep loading, and the fits behind them keep giving the same factors."""
+"""Checkpoints written by commit 0d2265a keep loading, and fits keep giving the factors of commit d17df46."""
 
 from pathlib import Path
 
@@ -48,15 +48,17 @@ def test_a_golden_checkpoint_loads_bit_for_bit(name):
 def test_a_golden_fit_gives_the_same_factors(name):
     model = dense_llama()
     ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
-    config = BLRConfig(ratio=0.6, seed=0, fit_rounds=6, allocation="uniform", **FITTED[name])
+    # with little damping the last digits of a Gram matrix count, and those are another CPU's own
+    settings = {"seed": 0, "fit_rounds": 6, "allocation": "uniform", "fisher": False, "damping": 0.3}
+    config = BLRConfig(ratio=0.6, **settings, **FITTED[name])
     compress(model, config, calibration=[{"input_ids": ids[:2]}, {"input_ids": ids[2:]}], progress=False)
-    stored = load_file(GOLDEN / name / "model.safetensors")
+    golden = load_file(GOLDEN / "fits.safetensors")
     found = {key: module for key, module in model.named_modules() if isinstance(module, BLRLinear)}
     assert found
     for layer, module in found.items():
-        golden = {key: stored[f"{layer}.{key}"] for key in module.tensors()}
-        expected = type(module).from_factors(module.spec, golden).dense_weight()
+        stored = {key: golden[f"{name}.{layer}.{key}"] for key in module.tensors()}
+        expected = type(module).from_factors(module.spec, stored).dense_weight()
         torch.testing.assert_close(module.dense_weight(), expected, rtol=1e-4, atol=1e-4)
         for key, tensor in module.tensors().items():
             # the sign of an index of the rank is free, and another LAPACK may choose the other
-            torch.testing.assert_close(tensor.abs(), golden[key].abs(), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(tensor.abs(), stored[key].abs(), rtol=1e-3, atol=1e-3)

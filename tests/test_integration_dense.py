@@ -125,4 +125,4 @@ def test_module_names_with_and_without_the_prefix(caplog):
     assert list(match_plan(base, plan)) == [name.removeprefix("transformer.") for name in plan]
     with_head = {**plan, "score": next(iter(plan.values()))}
     assert list(match_plan(tiny_gpt2(), with_head)) == list(plan)
-    assert "has no score" in caplog.text
+    assert "that no GPT2LMHeadModel has: score" in caplog.text

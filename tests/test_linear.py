@@ -6,8 +6,9 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from hf_blr import BLRConfig, compress
 from hf_blr.dense import build_dense, dense_weight, feature_sizes, is_dense_linear
-from hf_blr.linear import BLRLinear
+from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted
 from hf_blr.structures.blast.layer import BlastLinear
 from hf_blr.structures.low_rank.layer import LowRankLinear
@@ -29,7 +30,7 @@ def test_module_equals_its_dense_form(spec, transposed, bias):
     dense = module.to_dense()
     assert type(dense) is (Conv1D if transposed else nn.Linear)
     torch.testing.assert_close(dense(x), module(x))
-    torch.testing.assert_close(dense.weight.detach(), module.weight)
+    torch.testing.assert_close(dense.weight.detach(), module.weight.detach())
     assert module.num_parameters == spec.num_parameters + (8 if bias else 0)
 
 
@@ -59,10 +60,52 @@ def test_from_factors_refuses_wrong_shapes():
 def test_weight_is_read_only_and_marked_as_initialised():
     module = BLRLinear.from_spec(SPECS[0])
     assert module.weight._is_hf_initialized
-    assert not module.weight.requires_grad
+    with torch.no_grad():
+        assert not module.weight.requires_grad
     with pytest.raises((AttributeError, KeyError)):
         module.weight = nn.Parameter(torch.zeros(8, 12))
     assert set(module.state_dict()) == {"u", "v", "bias"}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.structure)
+def test_what_is_computed_from_the_weight_trains_the_factors(spec, transposed):
+    torch.manual_seed(0)
+    module, x = BLRLinear.from_spec(spec, bias=False, transposed=transposed), torch.randn(5, 12)
+    factors = list(module.factors().values())
+    wanted = torch.autograd.grad(module(x).square().sum(), factors)
+    weight = module.weight
+    out = x @ (weight if transposed else weight.T)
+    assert type(out) is torch.Tensor
+    for got, exact in zip(torch.autograd.grad(out.square().sum(), factors), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+
+
+WRITES = {
+    "in place": lambda w: w.mul_(2),
+    "operator": lambda w: w.__iadd__(1),
+    "item": lambda w: w.__setitem__(0, 0.0),
+    "data": lambda w: setattr(w, "data", torch.zeros(8, 12)),
+    "in its data": lambda w: w.data.add_(1),
+    "detached": lambda w: w.detach().copy_(torch.zeros(8, 12)),
+    "row": lambda w: w[1].zero_(),
+    "transposed": lambda w: w.T.div_(2),
+    "out": lambda w: torch.mul(w, 2, out=w),
+    "init": nn.init.zeros_,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_to_the_weight_fails_clearly(write):
+    module = BLRLinear.from_spec(SPECS[0])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="would be lost; change the factors"):
+        WRITES[write](module.weight)
+
+
+def test_the_weight_can_be_read_in_compiled_code():
+    module, x = BLRLinear.from_spec(SPECS[0]), torch.randn(5, 12)
+    compiled = torch.compile(lambda x: x @ module.weight.T, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x) - module.bias)
 
 
 def test_low_precision_module_multiplies_its_dense_form_out_in_float32():
@@ -105,3 +148,23 @@ def test_dense_layers_are_told_from_subclasses_and_read_alike():
         assert feature_sizes(module) == (2, 3)
         assert torch.equal(dense_weight(module), weight)
         torch.testing.assert_close(module(torch.eye(2)), weight.T + bias)
+
+
+@pytest.mark.parametrize("family", ["mamba", "wavlm"])
+def test_models_that_read_the_weight_themselves_train_it(family):
+    from transformers import MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
+
+    torch.manual_seed(0)
+    if family == "mamba":
+        model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, time_step_rank=8))
+        inputs, names = {"input_ids": torch.randint(0, 64, (2, 6))}, ["dt_proj"]
+    else:
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+        convolutions = dict(conv_dim=(16,), conv_stride=(4,), conv_kernel=(4,), num_conv_pos_embeddings=4)
+        groups = dict(num_conv_pos_embedding_groups=2, mask_time_prob=0.0)
+        model = WavLMModel(WavLMConfig(**sizes, **convolutions, **groups))
+        inputs, names = {"input_values": torch.randn(1, 64)}, ["q_proj", "k_proj", "v_proj", "out_proj"]
+    compress(model, BLRConfig("low_rank", ratio=0.5, target_modules=names), progress=False)
+    model(**inputs)[0].square().sum().backward()
+    factors = [factor for module in blr_modules(model).values() for factor in module.factors().values()]
+    assert len(factors) == 2 * len(names) and all(factor.grad.any() for factor in factors)

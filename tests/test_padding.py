@@ -12,8 +12,9 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import sequential
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.padding import predicted_positions, real_positions, real_rows, token_count
+from hf_blr.calibration.problem import plain_problem
 from hf_blr.calibration.residual import residual_writers
-from hf_blr.calibration.sequential import SequentialChain, plain_problem
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.compression.allocation import predicted_loss
 from hf_blr.targets import find_targets
 

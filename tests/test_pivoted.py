@@ -145,6 +145,38 @@ def test_more_tokens_than_are_decoded(monkeypatch):
         assert_within_budget("pivoted", make_inputs("pivoted", tokens, 1, 1, r + 3, 4, r, torch.float32))
 
 
+#: three of them name no feature of 30
+DAMAGED = torch.tensor([31, -2, 7, 2**31 - 1, *range(26)], dtype=torch.int32)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_indices_out_of_range_read_zeros(tokens):
+    _, u, c, _, bias = make_inputs("pivoted", tokens, 1, 1, 30, 20, 7, torch.float32)
+    # what lies around x in memory is not to be read
+    around = torch.full((tokens + 2, 30), float("nan"))
+    x = around[1:-1].normal_()
+    with torch.no_grad():
+        got = ops.pivoted_linear(x, u, c, DAMAGED, bias, impl="triton")
+        rows = torch.where((DAMAGED >= 0) & (DAMAGED < 30), x[:, DAMAGED.clamp(0, 29)], 0)
+        exact = pivoted_linear(rows.double(), u.double(), c.double(), torch.arange(30), bias.double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        pivoted_linear(x, u, c, DAMAGED, bias)
+
+
+@interpreted
+def test_indices_out_of_range_write_nothing():
+    from hf_blr.ops.triton.columns import move_columns
+
+    around = torch.zeros(5, 30)
+    order = DAMAGED.clone()
+    # far enough to fall on memory that the test can look at
+    order[3] = 61
+    move_columns(around[1:4], torch.ones(3, 7), torch.ones(3, 23), order, scatter=True)
+    assert around[[0, 4]].eq(0).all() and around[1:4].sum() == 3 * 26
+
+
 @interpreted
 def test_the_backward_keeps_y_and_nothing_as_large_as_x():
     tensors = make_inputs("pivoted", 40, 1, 1, 30, 20, 7, torch.float32)
@@ -176,6 +208,20 @@ def test_it_trains():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_moving_average_keeps_the_order_and_one_over_buffers_does_not_load():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = nn.Sequential(BLRLinear.from_spec(Pivoted(96, 64, 20)))
+    right, wrong = (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=b) for b in (False, True))
+    for average in (right, wrong):
+        # the first update copies
+        average.update_parameters(model)
+        average.update_parameters(model)
+    assert torch.equal(right.module[0].order, model[0].order)
+    with pytest.raises(RuntimeError, match="order: expected each integer of 0 to 95 once"):
+        model.load_state_dict(wrong.module.state_dict())
 
 
 def test_layers_are_pairs_while_they_are_trained():

@@ -28,6 +28,32 @@ def test_refinement_lowers_the_loss_and_trains_factors_only():
         assert torch.equal(p, before[name]) != name.endswith((".u", ".s", ".v")), name
 
 
+def divergence(model, dense, windows):
+    with torch.no_grad():
+        p, q = (m(windows).logits.double().log_softmax(-1) for m in (dense, model))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("rate, gains", [(3e-3, True), (10.0, False)])
+def test_refinement_keeps_what_was_best_on_held_out_text(rate, gains):
+    dense, model = tiny_llama(), tiny_llama()
+    config = BLRConfig("pivoted", ratio=0.5, allocation="uniform")
+    compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
+    other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
+    before = divergence(model, dense, other)
+    windows = torch.randint(0, 256, (80, 32), generator=torch.Generator().manual_seed(2))
+    how = {"epochs": 1, "batch_size": 2, "distill_weight": 1.0}
+    history = refine(model, dense, windows, learning_rate=rate, held_out=other, **how)
+    measured = [entry["held_out_divergence"] for entry in history if "held_out_divergence" in entry]
+    after = divergence(model, dense, other)
+    assert after == pytest.approx(min(measured), rel=0.02) and measured[0] == pytest.approx(before, rel=0.02)
+    if gains:
+        assert after < 0.97 * before and len(measured) == 11
+    else:
+        # a rate that ruins the model: three measurements in a row were worse, and what was there came back
+        assert after == pytest.approx(before, rel=1e-3) and len(measured) == 4
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 def test_refinement_trains_the_targets_that_were_left_dense(rate):
     model, left, never = tiny_llama(), "model.layers.1.mlp.down_proj", "model.layers.0.mlp.down_proj"

@@ -30,7 +30,7 @@ def test_rows_hold_cosines_to_the_dense_model_on_sentences_it_names(folder, caps
     arguments = [*where, "--parts", f"own={text}", "--calibration", "own", "--sentences", f"own={text}"]
     sentences.main(arguments)
     rows = json.loads(result.read_text())["rows"]
-    assert len(rows) == 8 and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
+    assert len(rows) == 10 and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
     cosines = {(row["method"], row["structure"], row["ratio"]): row["cosine"] for row in rows}
     for method, structure in {key[:2] for key in cosines}:
         assert cosines[method, structure, 0.5] < cosines[method, structure, 0.9] < 1
@@ -64,5 +64,14 @@ def test_sentences_are_cut_at_marks_and_kept_by_their_length(monkeypatch):
         "What about a question of eight words?",
         "and a line without any mark",
     ]
-    monkeypatch.setattr(sentences, "SENTENCES", 1)
-    assert len(sentences.sentences_of(text)) == 1
+
+
+def test_fitting_to_sentences_reads_them_as_the_encoder_does(folder):
+    text, result = str(folder / "text.txt"), folder / "s.json"
+    where = ["--model", str(folder / "model"), "--device", "cpu", "--json", str(result), "--ratios", "0.6"]
+    more = ["--parts", f"own={text}", "--fit-to", "sentences", "--sentences", f"own={text}", "--only", "pivoted*ours"]
+    sentences.main([*where, *more])
+    (row,) = json.loads(result.read_text())["rows"]
+    tokenizer = tiny_tokenizer()
+    assert row["calibration"] == "sentences of own"
+    assert row["calibration_tokens"] == sum(len(tokenizer(each)["input_ids"]) for each in sentences.sentences_of(TEXT))

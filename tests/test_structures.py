@@ -90,8 +90,11 @@ def test_max_rank_is_the_last_that_saves_anything(structure, k, n):
             dict(structure="svd", in_features=8, out_features=8, rank=1),
             r"\['blast', 'dense', 'low_rank', 'monarch', 'pivoted'\]",
         ),
+        (
+            dict(structure="blast", in_features=8, out_features=8, rank=0, num_blocks=2),
+            "rank must be an integer of at least 1",
+        ),
         (dict(structure="dense", in_features=8, out_features=8, ratio=0.5), "keeps the whole matrix.*leave them out"),
-        (dict(structure="blast", in_features=8, out_features=8, rank=0, num_blocks=2), "rank must be at least 1"),
         (dict(structure="blast", in_features=8, out_features=8, num_blocks=2), "exactly one of ratio and rank"),
         (dict(structure="blast", in_features=8, out_features=8, rank=1, num_blocks=(1, 2, 4)), "num_blocks"),
         (dict(structure="blast", in_features=8, out_features=8, rank=1, num_blocks=0), "num_blocks"),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_blr.calibration.joint import Run, order
-from hf_blr.calibration.sequential import SequentialChain, counted
+from hf_blr.calibration.residual import counted
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.svd import low_rank_factors

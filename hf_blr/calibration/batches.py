@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: tokens of one calibration forward: enough to fill a GPU, and a small part of the model's own memory
 TOKENS_PER_FORWARD = 16384
+#: windows held out of the fits, as a share of those that are fitted to
+HELD_OUT = 1 / 16
 #: tokens from which on a tokenizer's longest text says that there is no longest one
 NO_LIMIT = 10**9
 
@@ -48,7 +50,7 @@ def collect_statistics(
     refuse_adapters(model)
     plan = resolve_plan(model, config)
     check_plan(model, plan)
-    batches = calibration_batches(model, config, tokenizer, calibration)
+    batches, _ = calibration_batches(model, config, tokenizer, calibration)
     if not batches:
         raise ValueError("statistics need text: set BLRConfig(dataset=...) or pass calibration=")
     return statistics_of(model, plan, batches, config)
@@ -86,8 +88,12 @@ def calibration_batches(
     tokenizer: Tokenizer | None,
     calibration: Iterable[Batch | Tensor] | str | Path | None,
     progress: bool = True,
-) -> list[Batch]:
-    """The batches to fit to, on the model's device; empty for a fit to the weights alone."""
+) -> tuple[list[Batch], list[Batch]]:
+    """The batches to fit to, and those of the config's text that no fit sees, on the model's device.
+
+    Both are empty for a fit to the weights alone. Batches that a caller gives are all fitted to.
+    """
+    held_out: list[Batch] = []
     device = next(model.parameters()).device
     if calibration is not None:
         if holds_media(calibration):
@@ -96,7 +102,7 @@ def calibration_batches(
         else:
             batches = given_batches(calibration)
     elif not config.calibrated:
-        return []
+        return [], []
     else:
         if tokenizer is None:
             raise ValueError(
@@ -104,10 +110,23 @@ def calibration_batches(
                 "dataset=None to fit the weights alone"
             )
         seqlen = min(config.seqlen, *longest_windows(model, tokenizer))
-        windows = load_windows(
-            config.dataset, model, tokenizer, seqlen, config.num_samples, config.seed, progress=progress
-        )
-        batches = [{"input_ids": part} for part in windows.split(batch_size(len(windows), seqlen))]
+        count = config.num_samples + int(HELD_OUT * config.num_samples)
+        windows = load_windows(config.dataset, model, tokenizer, seqlen, count, config.seed, progress=progress)
+        fitted, apart = set_apart(windows, config.num_samples)
+        batches = [{"input_ids": part} for part in fitted.split(max(1, TOKENS_PER_FORWARD // seqlen))]
+        held_out = [{"input_ids": window[None]} for window in apart]
+    return on_device(batches, device), on_device(held_out, device)
+
+
+def set_apart(windows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The windows to fit to, at most so many, and those held out: one of every 17, spread over the text."""
+    count = int(HELD_OUT / (1 + HELD_OUT) * len(windows))
+    held_out = torch.zeros(len(windows), dtype=torch.bool)
+    held_out[(torch.arange(count) * len(windows)) // max(count, 1)] = True
+    return windows[~held_out][:most], windows[held_out]
+
+
+def on_device(batches: list[Batch], device: torch.device) -> list[Batch]:
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
@@ -127,9 +146,3 @@ def longest_windows(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
             said.append(module.num_embeddings - module.padding_idx - 1)
     # some families store -1 or 1 for "no limit", and tokenizers 1e30
     return [limit for limit in said if isinstance(limit, int) and 1 < limit < NO_LIMIT]
-
-
-def batch_size(windows: int, seqlen: int) -> int:
-    """The largest divisor of `windows` within the token budget: batches of one shape can be replayed block by block."""
-    limit = max(1, TOKENS_PER_FORWARD // seqlen)
-    return max(size for size in range(1, limit + 1) if windows % size == 0)

@@ -59,8 +59,8 @@ class Statistics:
         return self.rows.get(name, self.tokens)
 
     def felt(self, name: str) -> bool:
-        """Whether the loss felt the layer at all: an input reached it, and a gradient came back."""
-        return name in self.grams and name in self.output_grams and bool(self.output_grams[name].any())
+        """Whether the loss felt the layer at all: an input that is not zero reached it, and a gradient came back."""
+        return all(name in grams and bool(grams[name].any()) for grams in (self.grams, self.output_grams))
 
 
 def fisher_statistics(

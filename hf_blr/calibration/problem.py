@@ -1,12 +1,15 @@
-"""What is to be fitted in the place of one layer."""
+"""What a fit is told of one layer: its inputs, and what to come close to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from hf_blr.calibration.grams import Grams
+from hf_blr.calibration.residual import rows_of
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,10 @@ class Problem:
 def problems_of(grams: Grams) -> dict[str, Problem]:
     """Those of layers that are to come close to their weights on these inputs."""
     return {name: Problem(gram, rows=grams.rows[name]) for name, gram in grams.items()}
+
+
+def plain_problem(inputs: list[Tensor], real: list[Tensor | None]) -> Problem:
+    """With all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
+    calls, odd = divmod(len(inputs), len(real))
+    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
+    return Problem(reduce(torch.add, (x.mT @ x for x in rows)), rows=sum(map(len, rows)))

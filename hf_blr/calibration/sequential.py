@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.arguments import with_own_state
-from hf_blr.calibration.blockwise import BlockChain, Segment
-from hf_blr.calibration.calls import Call, ReachedBlock, hooked
+from hf_blr.calibration.blockwise import Segment
+from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import Run
-from hf_blr.calibration.problem import Problem, problems_of
-from hf_blr.calibration.residual import add, counted, residual_writers, rows_of
+from hf_blr.calibration.problem import Problem, plain_problem, problems_of
+from hf_blr.calibration.residual import add, counted, rows_of
 from hf_blr.calibration.routed import pooled
-from hf_blr.calibration.streams import Masks
 from hf_blr.calibration.trace import Piece
-from hf_blr.dense import dense_weight, is_dense_linear
+from hf_blr.calibration.watched import DenseRun, WatchedChain
+from hf_blr.dense import dense_weight
 from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
@@ -49,23 +47,7 @@ STREAM_SHARE = 0.5
 AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
 
 
-@dataclass
-class DenseRun:
-    """What the dense block did, run by run, on its own inputs."""
-
-    entered: list[Tensor]
-    #: the positions that count
-    real: list[Masks]
-    left: list[Tensor] = field(default_factory=list)
-    #: layers that were handed the same tensor, in the order of the calls
-    groups: list[list[str]] = field(default_factory=list)
-    #: {first layer of a group: its inputs}
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    #: {layer that adds its output to the residual stream: its outputs}, in the order of the calls
-    written: dict[str, list[Tensor]] = field(default_factory=dict)
-
-
-class SequentialChain(BlockChain):
+class SequentialChain(WatchedChain):
     """Runs the dense and the compressed model side by side through chains of blocks."""
 
     def problems(self, damping: float | None, after_block: AfterBlock | None = None) -> Iterator[dict[str, Problem]]:
@@ -153,57 +135,6 @@ class SequentialChain(BlockChain):
     ) -> Tensor:
         return counted(self.forward_as(block, function, hidden, calls[run]), real[run])
 
-    def run_dense(
-        self,
-        block: nn.Module,
-        prefix: str,
-        names: list[str],
-        entered: list[Tensor],
-        calls: list[Call],
-        real: list[Masks],
-    ) -> DenseRun:
-        """Passes all that enters through the still dense block."""
-        run = DenseRun(entered, real)
-        run.groups, writers = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
-        run.inputs = {group[0]: [] for group in run.groups}
-        run.written = {name: [] for name in writers}
-        handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]
-        handles += [self.on_output(name, partial(keep, to)) for name, to in run.written.items()]
-        with hooked(handles):
-            for hidden, call in zip(entered, calls, strict=True):
-                run.left.append(self.forward(block, hidden, call))
-        return run
-
-    def survey(
-        self, block: nn.Module, prefix: str, names: list[str], entered: Tensor, call: Call, real: Tensor | None
-    ) -> tuple[list[list[str]], list[str]]:
-        """The block's groups of layers with one input, and its residual writers, from one run."""
-        groups: list[list[str]] = []
-        outputs: dict[str, Tensor] = {}
-        latest: Tensor | None = None
-        sharing: list[str] | None = None
-
-        def see(name: str, x: Tensor) -> None:
-            nonlocal latest, sharing
-            if x is not latest:
-                latest, sharing = x, None
-            if name not in names or any(name in group for group in groups):
-                return
-            if sharing is None:
-                sharing = []
-                groups.append(sharing)
-            sharing.append(name)
-
-        dense = [name for name, module in block.named_modules(prefix=prefix) if is_dense_linear(module)]
-        handles = [self.on_input(name, partial(see, name)) for name in dense]
-        handles += [self.on_output(name, partial(keep_as, outputs, name)) for name in dense]
-        with hooked(handles):
-            left = self.forward(block, entered, call)
-        if left.shape != entered.shape:
-            # a block that merges patches keeps no stream to write to
-            return groups, []
-        return groups, residual_writers(left.float() - entered.float(), outputs, real)
-
     def group_problems(
         self,
         block: nn.Module,
@@ -238,6 +169,9 @@ class SequentialChain(BlockChain):
                 pull = add(pull, rows_of(gap, real[i]).mT @ reached)
         # there is a batch, or no block would have been traced
         assert gram is not None and cross is not None
+        if not gram.any():
+            # behind a norm that is zero, say: any weight does
+            return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
         damping = damping_of(damping, len(gram), count)
         targets = {name: self.target(name, gram, cross, pull, share, damping) for name in group}
@@ -251,51 +185,8 @@ class SequentialChain(BlockChain):
         image = share * (weight @ (cross - gram).double())
         if pull is not None:
             image += pull.double()
-        root = cholesky(damped(gram, damping).double())
-        return (weight + torch.cholesky_solve(image.mT, root).mT).float()
-
-    def inputs_of(
-        self, block: nn.Module, name: str, hidden: Tensor, call: Call, outputs_of: list[str]
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """What a layer is handed in the block as it is now, and what the named earlier layers put out."""
-        written: dict[str, Tensor] = {}
-
-        def stop(x: Tensor) -> None:
-            raise ReachedBlock(x)
-
-        handles = [self.on_input(name, stop)]
-        handles += [self.on_output(key, partial(keep_as, written, key)) for key in outputs_of]
         try:
-            with hooked(handles):
-                self.forward(block, hidden, call)
-        except ReachedBlock as reached:
-            return reached.hidden, written
-        return None, written
-
-    def on_input(self, name: str, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Has `see` called with what the layer is handed; returns the handle to remove."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(args[0] if args else next(iter(kwargs.values())))
-
-        return self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-
-    def on_output(self, name: str, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Likewise with what it puts out."""
-        return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
-
-
-def plain_problem(inputs: list[Tensor], real: list[Tensor | None]) -> Problem:
-    """With all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
-    calls, odd = divmod(len(inputs), len(real))
-    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
-    return Problem(reduce(torch.add, (x.mT @ x for x in rows)), rows=sum(map(len, rows)))
-
-
-def keep(kept: list[Tensor], x: Tensor) -> None:
-    # a copy, since what runs next may write into x
-    kept.append(x.clone())
-
-
-def keep_as(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
-    kept[name] = x.clone()
+            root = cholesky(damped(gram, damping).double())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return (weight + torch.cholesky_solve(image.mT, root).mT).float()

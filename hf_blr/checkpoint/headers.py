@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from hf_blr.checkpoint.files import stored_tensors
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
+from hf_blr.formats.values import fault_of_dtype
 from hf_blr.plan import Plan
-from hf_blr.structures import structures, whole_structures
+from hf_blr.structures import FACTOR, INDEX, structures, whole_structures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_files(model: PreTrainedModel, plan: Plan, files: list[str] | None) -> None:
+def check_files(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
     """Compare what a BLR checkpoint's safetensors files hold with the plan, before any tensor is read.
 
     Args:
         model: still with its dense modules.
         plan: under the model's own module names.
-        files: the checkpoint's; None, and other formats, are left to the check after the load.
+        files: the checkpoint's; of none, the check after the load must do.
 
     Raises:
-        ValueError: naming the tensors that a planned module has no place for, or that have another shape, or, where
-            they stand for bits, another dtype.
+        ValueError: naming a file that cannot be read, or the tensors that are missing, are in two files, have no place
+            in a planned module, or have another shape or dtype.
     """
     names = ModuleNames(model)
     extra: list[str] = []
     misshapen: list[str] = []
     records = {**structures(), **whole_structures()}
     of_layers = {tensor for record in records.values() for tensor in record.spec.names()}
-    for key, shape, dtype in stored_tensors(files or []):
+    missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if files else {}
+    for key, shape, dtype in stored_tensors(files):
         name, leaf = place_of(key, names)
         if name is None:
             # of a head that this class does not have
@@ -45,13 +45,23 @@ def check_files(model: PreTrainedModel, plan: Plan, files: list[str] | None) -> 
         wanted = plan[name].stored()
         if leaf not in wanted:
             extra.append(f"{key} (a {plan[name].spec.structure} module has {', '.join(wanted)})")
-        elif shape != wanted[leaf][0]:
+            continue
+        missing[name].pop(leaf, None)
+        kinds = plan[name].storage.stored(plan[name].spec)
+        kind = kinds[leaf].kind if leaf in kinds else FACTOR
+        wrong = fault_of_dtype(kind, dtype)
+        if shape != wanted[leaf][0]:
             misshapen.append(f"{key} (shape {shape}, the config's layers say {wanted[leaf][0]})")
-        elif wanted[leaf][1] not in (None, dtype):
+        elif wrong is not None:
+            misshapen.append(f"{key} ({wrong})")
+        elif kind != INDEX and wanted[leaf][1] not in (None, dtype):
             misshapen.append(f"{key} ({dtype}, the config's layers say {wanted[leaf][1]})")
-    if extra or misshapen:
+    # before the loader makes room for what no file has
+    absent = [f"{name}.{leaf}" for name, leaves in missing.items() for leaf in leaves]
+    if absent or extra or misshapen:
         raise ValueError(
-            f"{(extra + misshapen)[0].partition(' ')[0]}: the checkpoint does not fit its own config. "
+            f"{(absent + extra + misshapen)[0].partition(' ')[0]}: the checkpoint does not fit its own config. "
+            + describe("Missing tensors", absent)
             + describe("Tensors without a place", extra)
             + describe("Tensors of another shape or dtype", misshapen)
             + "Load a dense checkpoint with blr_config= instead of a config that says it is compressed, and "
@@ -70,15 +80,12 @@ def place_of(key: str, names: ModuleNames) -> tuple[str | None, str]:
     return name, leaf
 
 
-def stored_tensors(files: list[str]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every tensor in those of the files that are safetensors."""
-    from safetensors import safe_open
-
-    for file in files:
-        if file.endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  it is no mapping
-                    entry = tensors.get_slice(key)
-                    shape = tuple(entry.get_shape())
-                    # an empty part of a tensor says its dtype in PyTorch's terms
-                    yield key, shape, (entry[:0] if shape else tensors.get_tensor(key)).dtype
+def check_count(layers: dict[str, dict[str, Any]], files: list[str]) -> None:
+    """Raises ValueError if the plan lists more modules than the files have tensors, before anybody looks for them."""
+    count = sum(1 for _ in stored_tensors(files))
+    if files and len(layers) > count:
+        raise ValueError(
+            f"{next(iter(layers))}: the config's layers list {len(layers)} modules, but the checkpoint's files have "
+            f"{count} tensors, and each module has one at least; load the checkpoint with the config.json that was "
+            "saved with it"
+        )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from hf_blr.checkpoint.verify import describe
 from hf_blr.dense import stored_weight
 from hf_blr.experts import dense_layers, layer_named, put_layer
 from hf_blr.linear import BLRLinear
@@ -72,7 +73,8 @@ def match_plan(model: PreTrainedModel, plan: Plan) -> Plan:
             f"this {type(model).__name__}; load the checkpoint with the class that saved it"
         )
     if unmatched:
-        logger.warning("%s has no %s; their factors are not loaded", type(model).__name__, ", ".join(unmatched))
+        unknown = describe(f"Modules of the plan that no {type(model).__name__} has", unmatched)
+        logger.warning("%sTheir factors are not loaded", unknown)
     for name, layer in matched.items():
         remedy = "load the checkpoint with the config that was saved with it"
         check_layer(name, layer_named(model, name), layer, remedy)

@@ -44,7 +44,7 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
     Args:
         model: as the loader left it.
         expected: from `expected_tensors`, before the load.
-        complete: the checkpoint is a BLR checkpoint, so that no part of the model's body may be missing. A
+        complete: the checkpoint is a BLR checkpoint, so that nothing that its class has may be missing. A
             dense one may lack what transformers then initialises, with a warning.
 
     Raises:
@@ -52,7 +52,7 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
     """
     missing, misshapen = [], []
     compressed = tuple(f"{name}." for name in blr_modules(model))
-    body = body_pattern(model) if complete and saved_from_this_class(model) else None
+    own = own_pattern(model) if complete and saved_from_this_class(model) else None
     for owner_name, owner in model.named_modules():
         indices = owner.indices() if isinstance(owner, BLRLinear) else {}
         for leaf, parameter in (*owner.named_parameters(recurse=False), *indices.items()):
@@ -60,7 +60,7 @@ def check_loaded(model: PreTrainedModel, expected: Expected, complete: bool) -> 
             if parameter.is_meta and hasattr(owner, "_hf_hook"):
                 # offloaded: accelerate brings it in for each forward
                 continue
-            required = name.startswith(compressed) or (body is not None and body.match(name))
+            required = name.startswith(compressed) or (own is not None and own.match(name))
             if required and not is_loaded(parameter):
                 missing.append(name)
             elif name in expected and parameter.shape != expected[name][0]:
@@ -119,15 +119,15 @@ def is_loaded(parameter: torch.Tensor) -> bool:
 
 
 def saved_from_this_class(model: PreTrainedModel) -> bool:
-    """Whether the checkpoint's config names the model's own class; another class may bring a new head."""
-    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    """Whether the checkpoint's config names the model's own class, or none; another class may bring a new head."""
+    named = getattr(model.config, "architectures", None)
+    return not named or type(model).__name__ in named
 
 
-def body_pattern(model: PreTrainedModel) -> re.Pattern[str]:
-    """Matches the parameters below the head, except those that the model's class lets be missing."""
-    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "") else ""
+def own_pattern(model: PreTrainedModel) -> re.Pattern[str]:
+    """Matches the parameters, except those that the model's class lets be missing."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return re.compile("".join(f"(?!.*{pattern})" for pattern in optional) + re.escape(base))
+    return re.compile("".join(f"(?!.*{pattern})" for pattern in optional))
 
 
 def cast_parameters(model: nn.Module, expected: Expected) -> None:

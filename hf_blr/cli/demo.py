@@ -156,7 +156,7 @@ class Demo:
         train(
             model,
             self.training,
-            BLRCallback(teacher=self.dense, distill_weight=0.5),
+            [BLRCallback(teacher=self.dense, distill_weight=0.5)],
             output_dir=str(self.args.output / "checkpoints"),
             max_steps=self.steps,
             per_device_train_batch_size=4,

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     history = train(
         model,
         windows,
-        callback,
+        [callback],
         output_dir=args.output / "checkpoints",
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,

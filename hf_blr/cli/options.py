@@ -14,6 +14,7 @@ from hf_blr.atomic import check_writable, write_text_atomically
 from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.config.texts import dataset_from
+from hf_blr.folders import clear_stopped, replacing_folder
 from hf_blr.structures import block_pair_of, structures, whole_structures
 from hf_blr.text import can_write
 
@@ -157,7 +158,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder for the result")
+    if folder.is_mount():
+        raise ValueError(f"{folder} is a mount point, in whose place nothing can be put; name a folder in it")
+    clear_stopped(folder)
     check_folder(folder, folder)
+    check_folder(folder.resolve().parent, folder)
     if (folder / "config.json").exists() and not overwrite:
         raise ValueError(f"{folder} already holds a model; choose another folder, or pass --overwrite")
 
@@ -181,11 +186,21 @@ def check_folder(folder: Path, result: Path) -> None:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the model so that `from_pretrained(folder)` reads it, and says how."""
+    """Writes the model so that `from_pretrained(folder)` reads it, whole or not at all, and says how.
+
+    Raises:
+        OSError: naming the folder, if it cannot be written; what was in it stays.
+    """
+    from safetensors import SafetensorError
+
     from hf_blr.finetune.callback import is_causal_lm
 
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        with replacing_folder(folder) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} cannot be written ({error}); what was in it is as it was") from error
     reader = "AutoModelForCausalLM" if is_causal_lm(model) else type(model).__name__
     print(f"saved to {folder}; load it with: import hf_blr; {reader}.from_pretrained({str(folder)!r})")
 

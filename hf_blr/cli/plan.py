@@ -58,8 +58,6 @@ def run(args: argparse.Namespace) -> None:
     plan = resolve_plan(model, config)
     chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
     specs = {name: layer.spec for name, layer in chosen.items()}
-    if not specs:
-        raise ValueError("this budget is best spent on the dense layers as they are; give a smaller one")
     print(format_table(rows_by_kind(specs, {name: layer.matrices for name, layer in chosen.items()})))
     dense = sum(layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
     kept = dense + sum(layer.matrices * layer.spec.num_parameters for layer in chosen.values())

@@ -75,13 +75,15 @@ def share_budget(
     predicted of them. Neither are in the loss.
 
     Raises:
-        ValueError: if the budget is smaller than the smallest options.
+        ValueError: if the budget is smaller than the smallest options, or so large that every layer stays dense.
     """
     budget = budget or Budget()
     fixed = {name for name in plan if {"ratio", "rank"} & set(override_for(name, config.overrides))}
     fixed |= {name for name, layer in plan.items() if structure_named(layer.spec.structure).whole}
     fixed |= {name for name in plan if not statistics.felt(name)}
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
+    if not free:
+        return plan, 0.0
     many = {name: plan[name].matrices for name in free}
     # of experts the ranks are shared out, and their structure is the plan's
     shapes = {
@@ -105,7 +107,7 @@ def share_budget(
     amount = budget.amount
     if amount is None:
         amount = ratio_of(config) * sum(many[name] * budget.of(spec, dense=True) for name, spec in free.items())
-    taken = allocate(options, amount) if options else {}
+    taken = allocate(options, amount)
     dense = [name for name in taken if taken[name].spec is None]
     if dense:
         logger.info("%d layers stay dense, which lowers the predicted loss most: %s", len(dense), ", ".join(dense))
@@ -119,6 +121,11 @@ def share_budget(
             chosen[name] = replace(layer, spec=taken_spec, storage=storage_of(name, taken_spec, plan, config))
         elif (whole := dense_plan(layer_named(model, name), config, override)) is not None:
             chosen[name] = whole
+    if not chosen:
+        raise ValueError(
+            f"a budget of {amount:.4g} is best spent on all {len(plan)} layers as they are, dense: nothing would be "
+            "compressed; give a smaller one"
+        )
     return chosen, sum(option.loss for option in taken.values())
 
 
@@ -158,15 +165,17 @@ class Layer:
         return self.config.fit_options(features, self.statistics.rows_of(self.name))
 
     def curve(self) -> Tensor:
+        """`loss_curve` of the layer; raises ValueError with its name where the statistics overflowed."""
         weight, gram, output_gram = self.matrices()
         damping, pairs = self.options.damping, self.statistics.pairs(self.name)
-        if weight.dim() == 2:
-            return loss_curve(weight, gram, output_gram, pairs, damping)
         # an expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss
-        curves = [
-            share * loss_curve(weight[expert], gram, output_gram, pairs, damping)
-            for expert, share in self.shares(len(weight)).items()
-        ]
+        parts = [(1.0, weight)]
+        if weight.dim() == 3:
+            parts = [(share, weight[expert]) for expert, share in self.shares(len(weight)).items()]
+        try:
+            curves = [share * loss_curve(part, gram, output_gram, pairs, damping) for share, part in parts]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         return torch.stack(curves).sum(0)
 
     def trial(self, spec: BLRSpec) -> float:

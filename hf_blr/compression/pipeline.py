@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.problem import Problem
@@ -30,8 +31,6 @@ from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.experts import dense_layers, expanded, opened
 from hf_blr.factorize import factorize, relative_error
-from hf_blr.factorize.gram import damped
-from hf_blr.formats import PLAIN
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
@@ -91,7 +90,10 @@ def compress(
         # the checkpoint says what was used, not what was the default at that time
         config = copy.copy(config)
         config.dataset = resolve_dataset(DEFAULT, model) if reads_dataset else None
-    batches = calibration_batches(model, config, tokenizer, calibration, progress) if use_text else []
+    batches: list[Batch] = []
+    apart: list[Batch] = []
+    if use_text:
+        batches, apart = calibration_batches(model, config, tokenizer, calibration, progress)
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
@@ -111,6 +113,7 @@ def compress(
     predicted = None
     if statistics is not None and output_grams and config.shares_budget and not config.layers:
         plan, predicted = share_budget(model, plan, statistics, config)
+    held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
     with recorded(model, plan, config), opened(model, plan):
@@ -146,6 +149,8 @@ def compress(
         layers=layers,
         blocks=blocks,
         predicted_loss=predicted,
+        divergence=held_out.divergence(model),
+        held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
 
@@ -174,35 +179,29 @@ def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
 def replace_layer(
     model: nn.Module, name: str, plan: Plan, problem: Problem, output_gram: Tensor | None, config: BLRConfig
 ) -> LayerReport:
-    """Fits one layer and puts the result in its place."""
+    """Fits one layer and puts the result in its place; reports the error of what is stored."""
     started = time.perf_counter()
     module, spec = model.get_submodule(name), plan[name].spec
     device = config.device_for(stored_weight(module))
-    target = dense_weight(module) if problem.target is None else problem.target
-    fit_options = config.fit_options(target.shape[1], problem.rows)
+    target = (dense_weight(module) if problem.target is None else problem.target).to(device)
+    gram = None if problem.gram is None else problem.gram.to(device)
+    options = config.fit_options(target.shape[1], problem.rows)
     try:
-        factors = factorize(
-            target.to(device),
-            spec,
-            None if problem.gram is None else problem.gram.to(device),
-            output_gram,
-            fit_options,
-        )
+        factors = factorize(target, spec, gram, output_gram, options)
+        replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
+    rel_error = stored_error(replaced, target, gram)
     model.set_submodule(name, replaced)
-    rel_error = factors.rel_error
-    if plan[name].storage != PLAIN:
-        rel_error = rounded_error(replaced, target.to(device), problem.gram, fit_options.damping)
     return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
 
 
-def rounded_error(module: BLRLinear, target: Tensor, gram: Tensor | None, damping: float) -> float:
-    """The relative error of a layer as it is stored, in the measure of `factorize.Factors`."""
+@torch.no_grad()
+def stored_error(module: BLRLinear, target: Tensor, gram: Tensor | None) -> float:
+    """`relative_error` of the matrix that the module holds, multiplied out in float32, to the target `[N, K]`."""
     target = target.float()
-    matrix = module.dense_weight(torch.float32).detach().to(target)
-    return relative_error(target, matrix, None if gram is None else damped(gram.to(target), damping))
+    matrix = module.dense_weight(torch.float32).to(target)
+    return relative_error(target, matrix, None if gram is None else gram.to(target))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

@@ -50,11 +50,15 @@ def problem_groups(
         groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
         for group in groups:
-            for name in group:
+            # inputs that are all zero say as little as none, and what the layer puts out does not hang on its weight
+            told = {name: problem for name, problem in group.items() if problem.gram is None or problem.gram.any()}
+            for name in told:
                 waiting.pop(name, None)
-            yield {name: problem for name, problem in group.items() if name in plan or problem.target is not None}
+            yield {name: problem for name, problem in told.items() if name in plan or problem.target is not None}
     if waiting:
-        logger.warning("no calibration input reached %s; fitted to the weights alone", ", ".join(waiting))
+        logger.warning(
+            "no calibration input reached %s, or zeros alone; fitted to the weights alone", ", ".join(waiting)
+        )
         yield dict.fromkeys(waiting, Problem(None))
 
 

@@ -11,7 +11,11 @@ from hf_blr.structures import BLRSpec
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer; rel_error and rounds as in `factorize.Factors`."""
+    """One replaced layer; rounds as in `factorize.Factors`.
+
+    rel_error: as there, but of the factors as they are stored, rounded to their dtype, and on the calibration inputs
+        alone, without the damping that the fit adds to them. Of layers that are fitted to the weights, Frobenius.
+    """
 
     name: str
     spec: BLRSpec
@@ -30,7 +34,9 @@ class CompressionReport:
     config's it was. `left_dense` holds the targets that the
     allocation kept as they were, with their parameters, and `predicted_loss` is the rise of the loss in nats a token
     that it predicted, to second order and without sequential fits; None if there was no allocation. `blocks` is empty
-    unless blocks were refined.
+    unless blocks were refined. `divergence` is what the compression cost on text that no fit saw: the mean KL
+    divergence from the dense model, in nats a token, over `held_out_tokens` of the config's text; None where no text
+    was held out (batches of the caller's own, few windows) or the model predicts no classes.
     """
 
     parameters_before: int
@@ -45,6 +51,8 @@ class CompressionReport:
     blocks: list[BlockReport] = field(default_factory=list)
     predicted_loss: float | None = None
     left_dense: dict[str, int] = field(default_factory=dict)
+    divergence: float | None = None
+    held_out_tokens: int = 0
 
     @property
     def mean_rel_error(self) -> float:
@@ -78,9 +86,12 @@ class CompressionReport:
                 for key in ("error_before", "error_after")
             )
             refined = f"; {len(self.blocks)} blocks refined, their outputs' squared error {before:.4f} -> {after:.4f}"
+        cost = ""
+        if self.divergence is not None:
+            cost = f"; {self.divergence:.4f} nats a token from the dense model on text that no fit saw"
         return (
             f"{len(self.layers)} layers{left}, at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
             f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "
             f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; "
-            f"mean relative error {self.mean_rel_error:.4f}{refined}"
+            f"mean relative error {self.mean_rel_error:.4f}{refined}{cost}"
         )

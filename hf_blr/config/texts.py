@@ -15,7 +15,7 @@ TEXTS = ("builtin", "c4", SELF, SELF_CHAT, "wikitext2")
 
 #: what `dataset="default"` stands for: a name or a mixture; and for a model that would have to write and cannot
 DEFAULT = "default"
-DEFAULT_TEXT: str | dict[str, float] = "builtin"
+DEFAULT_TEXT: str | dict[str, float] = SELF
 DEFAULT_WITHOUT_WRITING = "builtin"
 
 

@@ -57,11 +57,10 @@ def factorize(
     if gram is not None and gram.shape[-1] != spec.in_features:
         raise ValueError(f"the Gram matrix must be [{spec.in_features}] * 2, got {tuple(gram.shape)}")
     check_finite("the weight", weight)
-    weight = weight.detach().float().contiguous()
-    scale = weight.square().mean().sqrt()
+    scale = root_mean_square(weight)
     if scale == 0:
         return Factors(zero_tensors(spec, weight.device), 0.0, 0)
-    weight = weight / scale
+    weight = (weight.detach().double() / scale).float().contiguous()
     if gram is not None:
         gram = damped(gram.to(weight), options.damping)
         gram = gram / gram.diagonal().mean()
@@ -89,10 +88,24 @@ def zero_tensors(spec: BLRSpec, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def root_mean_square(weight: Tensor) -> Tensor:
+    """Of all numbers, in float64; of none that float32 could not square, too."""
+    return weight.detach().double().square().mean().sqrt()
+
+
 def relative_error(weight: Tensor, approximation: Tensor, gram: Tensor | None = None) -> float:
-    """||(W - W') X|| / ||W X|| for inputs X with this Gram matrix; in the Frobenius norm without one."""
+    """||(W - W') X|| / ||W X|| for inputs X with this Gram matrix; in the Frobenius norm without one.
+
+    Also in the Frobenius norm where W X is zero. Of a weight of zeros: 0 if that is met, else infinity.
+    """
+    scale = root_mean_square(weight)
+    if scale == 0:
+        return float("inf") if approximation.any() else 0.0
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, approximation = ((matrix.double() / scale).to(dtype) for matrix in (weight, approximation))
     residual = weight - approximation
-    if gram is None:
+    whole = 0.0 if gram is None else squared_error(weight, gram)
+    if gram is None or whole <= 0:
         return (residual.double().norm() / weight.double().norm()).item()
     # rounding can leave a tiny negative square
-    return (max(squared_error(residual, gram), 0.0) / squared_error(weight, gram)) ** 0.5
+    return (max(squared_error(residual, gram), 0.0) / whole) ** 0.5

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
 from hf_blr.config import BLRConfig
+from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
@@ -29,7 +30,7 @@ STATISTICS_TOKENS = 32768
 def train(
     model: nn.Module,
     windows: Tensor,
-    callback: BLRCallback,
+    callbacks: list[TrainerCallback],
     optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
@@ -51,7 +52,7 @@ def train(
         model=model,
         args=TrainingArguments(**{**settings, **arguments}),
         train_dataset=WindowDataset(windows),
-        callbacks=[callback],
+        callbacks=callbacks,
         optimizers=(optimizer, None),
     )
     trainer.train()
@@ -68,6 +69,7 @@ def refine(
     learning_rate: float = 1e-3,
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
+    held_out: Tensor | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
@@ -87,10 +89,17 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
+        held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
+            the dense model is measured there; the training stops when it has not fallen three times in a row, and the
+            factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
+
+    Raises:
+        ValueError: if `held_out` holds no window.
     """
     on_gpu = next(model.parameters()).is_cuda
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
+    best = KeepBest(teacher, held_out) if held_out is not None else None
     with tempfile.TemporaryDirectory() as folder, with_stand_ins(model, statistics_for(model, windows)), impl:
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, also=left)
@@ -98,7 +107,7 @@ def refine(
         history = train(
             model,
             windows,
-            BLRCallback(teacher=teacher, distill_weight=distill_weight, train_also=left),
+            [BLRCallback(teacher=teacher, distill_weight=distill_weight, train_also=left), *([best] if best else [])],
             torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
             output_dir=folder,
             max_steps=epochs * -(-len(windows) // batch_size),
@@ -110,7 +119,8 @@ def refine(
             disable_tqdm=True,
         )
     model.eval()
-    return history
+    measured = best.history if best else []
+    return history + [{"step": step, "held_out_divergence": divergence} for step, divergence in measured]
 
 
 def targets_left_dense(model: nn.Module) -> list[str]:

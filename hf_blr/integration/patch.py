@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_blr.checkpoint.files import naming_files
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
@@ -61,7 +65,9 @@ def wrap(modeling: Any) -> None:
             return call(*args, **kwargs)
         write_out_stored(kwargs)
         config = take_config(kwargs)
-        return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
+        path: Any = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with naming_files(Path(path)) if path is not None and os.path.isdir(path) else nullcontext():
+            return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
     wrapper: Any = from_pretrained
     wrapper.hf_blr_wrapper = wrapper

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from hf_blr.checkpoint.headers import check_files
+from hf_blr.checkpoint.headers import check_count, check_files
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import forget_quantizer, record_plan
+from hf_blr.checkpoint.values import check_values
 from hf_blr.checkpoint.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.experts import layer_named
@@ -64,13 +65,15 @@ class BLRHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         refuse_tensor_parallel(getattr(model.config, "distributed_config", None))
-        layers = self.quantization_config.layers
+        layers, files = self.quantization_config.layers, checkpoint_files or []
         if layers:
+            if self.pre_quantized:
+                check_count(layers, files)
             self.plan = match_plan(model, plan_from_layers(layers))
         else:
             self.plan = resolve_plan(model, self.quantization_config)
         if self.pre_quantized:
-            check_files(model, self.plan, checkpoint_files)
+            check_files(model, self.plan, files)
         weights = {name: placeholder_for(layer_named(model, name)) for name in self.plan}
         modules = swap_in(model, self.plan)
         if not self.pre_quantized:
@@ -93,6 +96,8 @@ class BLRHfQuantizer(HfQuantizer):
             raise ValueError("; ".join(self.refused))
         self.fit_leftovers()
         check_loaded(model, self.expected, complete=self.pre_quantized)
+        if self.pre_quantized:
+            check_values(model)
         record_plan(model, self.quantization_config, self.plan)
         forget_quantizer(model)
         return model

@@ -14,6 +14,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.experts import ExpertsLinear, ExpertsTensor
 from hf_blr.factorize import factorize
 from hf_blr.factorize.finite import check_finite
+from hf_blr.formats.values import check_fit
 from hf_blr.integration.memory import trim
 from hf_blr.linear import BLRLinear
 
@@ -87,7 +88,8 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
         config: how to fit.
 
     Raises:
-        ValueError: if the weight has another shape than the model expects, or holds NaN or infinite values.
+        ValueError: if the weight has another shape than the model expects, or holds NaN or infinite values, or the
+            factors do not fit into its dtype.
     """
     if weight.shape != module.weight.shape:
         raise ValueError(
@@ -106,7 +108,12 @@ def fit_matrix(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
     matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
     fitted = factorize(matrix, module.spec, options=config.fit_options(module.in_features))
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
-    return module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
+    stored = module.storage.pack(module.spec, fitted.tensors, weight.dtype, weight.device)
+    try:
+        check_fit(module.spec, module.storage, stored)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return stored
 
 
 def placeholder_for(layer: nn.Module) -> nn.Parameter:

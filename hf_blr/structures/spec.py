@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
-#: what a stored tensor is. Factors are floating-point numbers that train; indices are integers. A format that stores a
-#: factor in fewer bits keeps codes, the scales that multiply them, and the factor's shape in their place
+#: what a stored tensor is. Factors are floating-point numbers that train; indices are integers, each of 0 to their
+#: number less one once. A format that stores a factor in fewer bits keeps codes, the scales that multiply them, and the
+#: factor's shape in their place
 FACTOR, INDEX, CODES, SCALE, SHAPE = "factor", "index", "codes", "scale", "shape"
 
 
@@ -55,8 +56,9 @@ class BLRSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_blocks", as_block_pair(self.num_blocks))
         for name in ("in_features", "out_features", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not is_count(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.blocked and self.num_blocks != (1, 1):
             raise ValueError(f"{self.structure} has one block, got num_blocks={self.num_blocks}; leave num_blocks out")
         sides = ("in_features", "out_features")

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.columns import column_config
 from hf_blr.ops.rules.device import device_of, vector_width
+from hf_blr.ops.triton.tiles import is_feature
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -17,6 +18,7 @@ def columns_kernel(
     y_ptr,
     rest_ptr,
     T,
+    K,
     stride_xt,
     R,
     REST,
@@ -27,8 +29,9 @@ def columns_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back. All but T and stride_xt come / VEC.
+    """y = x[:, order[:R]] and rest = x[:, order[R:]], or with SCATTER the way back.
 
+    Indices outside of x's K columns read zeros and write nothing. Sizes and strides of y and rest come / VEC.
     Columns are the inner part of the grid: y and rest take x's cache lines from L2 one after the other.
     """
     pivot_tiles, tiles = tl.cdiv(R * VEC, BC), tl.cdiv(R * VEC, BC) + tl.cdiv(REST * VEC, BC)
@@ -44,12 +47,13 @@ def columns_kernel(
     m_c = o_c < width
     m = (o_t < T)[:, None] & m_c[None, :]
     b_o = tl.load(order_ptr + o_c, mask=m_c, other=0)
+    m_x = m & is_feature(b_o, K)[None, :]
     x_ptr += o_t[:, None] * stride_xt + b_o[None, :]
     part_ptr += o_t[:, None] * stride + o_c[None, :]
     if SCATTER:
-        tl.store(x_ptr, tl.load(part_ptr, mask=m), mask=m)
+        tl.store(x_ptr, tl.load(part_ptr, mask=m), mask=m_x)
     else:
-        tl.store(part_ptr, tl.load(x_ptr, mask=m), mask=m)
+        tl.store(part_ptr, tl.load(x_ptr, mask=m_x, other=0.0), mask=m)
 
 
 def gather_columns(x, order, r):
@@ -84,6 +88,7 @@ def move_columns(x, y, rest, order, scatter):
             y,
             rest,
             tokens,
+            x.shape[1],
             x.stride(0),
             *(n // vec for n in sizes),
             SCATTER=scatter,

@@ -12,7 +12,7 @@ from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.low_rank import finish
-from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.tiles import in_part, is_feature, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 #: pieces that a row of c is read in at once, one for each warp
@@ -43,8 +43,9 @@ def pivoted_project_kernel(
 ):
     """y[r] = x[order[r]] + sum_k x[order[R+k]] c[r,k] for one token, the sum cut into BJ parts of P.
 
-    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded. Sizes and strides come
-    / VEC. The first EARLY steps' indices and c are loaded before the wait.
+    `decode_project_kernel` without its mix and groups, but with x gathered as it is loaded; an index that names none
+    of the R + REST features reads a zero. Sizes and strides come / VEC. The first EARLY steps' indices and c are loaded
+    before the wait.
     """
     i_r = tl.program_id(0)
     o_j, o_b = tl.arange(0, BJ), tl.arange(0, BR)
@@ -70,11 +71,13 @@ def pivoted_project_kernel(
         m_l = in_part(o_l, o_jp, P * VEC, REST * VEC)
         prefetch_to_l2(c_ptr, o_c + o_l[None, None, :], m_l[:, None, :] & m_r[None, :, None])
     wait_for_previous(PDL)
-    b_pivots = tl.load(x_ptr + b_first, mask=m_r, other=0.0)
+    features = (R + REST) * VEC
+    b_pivots = tl.load(x_ptr + b_first, mask=m_r & is_feature(b_first, features), other=0.0)
     b_xs = ()
     for step in tl.static_range(EARLY):
         m_k = in_part(step * BP + tl.arange(0, BP), o_jp, P * VEC, REST * VEC)
-        b_xs = b_xs + (tl.load(x_ptr + b_os[step][:, None, :], mask=m_k[:, None, :], other=0.0),)
+        m_x = m_k & is_feature(b_os[step], features)
+        b_xs = b_xs + (tl.load(x_ptr + b_os[step][:, None, :], mask=m_x[:, None, :], other=0.0),)
     acc = tl.zeros((BJ, BR, BP), tl.float32)
     for step in tl.static_range(EARLY):
         acc += b_xs[step].to(tl.float32) * b_cs[step].to(tl.float32)
@@ -82,7 +85,8 @@ def pivoted_project_kernel(
         o_p = step * BP + tl.arange(0, BP)
         m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
         b_o = tl.load(order_ptr + R * VEC + o_jp[:, None] + o_p[None, :], mask=m_k, other=0)
-        b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_k[:, None, :], other=0.0)
+        m_x = m_k & is_feature(b_o, features)
+        b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_x[:, None, :], other=0.0)
         b_c = tl.load(c_ptr + o_c + o_p[None, None, :], mask=m_k[:, None, :] & m_r[None, :, None], other=0.0)
         acc += b_x.to(tl.float32) * b_c.to(tl.float32)
     b_y = tl.sum(tl.sum(acc, 2), 0) + b_pivots.to(tl.float32)

@@ -62,6 +62,12 @@ def mix_of(
 
 
 @triton.jit
+def is_feature(b_index, K):
+    """Whether these indices name one of K features: those of a damaged file may name memory of somebody else."""
+    return (b_index >= 0) & (b_index < K)
+
+
+@triton.jit
 def in_part(o_p, o_j, P, K):
     """[BJ, BP]: which of the places o_p lie in their part, of length P from o_j on; the last part may be shorter."""
     return (o_p < P)[None, :] & (o_j[:, None] + o_p[None, :] < K)

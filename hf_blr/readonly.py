@@ -1,0 +1,45 @@
+"""Tensors that are computed where they are asked for: to be read, and not written to in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: what writes to its first argument without the underscore at the end of its name
+WRITERS = frozenset({"__setitem__", "__set__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "and", "or"))})
+#: what looks like a writer and changes no number
+HARMLESS = frozenset({"requires_grad_"})
+
+
+class ReadOnly(Tensor):
+    """A tensor whose memory nobody keeps: reading works as always, and writing raises RuntimeError.
+
+    Its views are like it, other results are plain tensors. It takes part in gradients.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        writes = name in WRITERS or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
+        if (writes and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError(
+                f"{name}: this weight is multiplied out of a block low-rank layer's factors each time it is read, so "
+                "that what is written to it would be lost; change the factors, or make the model dense first with "
+                "hf_blr.to_dense(model)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            own = [arg for arg in args[:1] if isinstance(arg, cls)]
+            if own and isinstance(out, Tensor) and shares_memory(out, own[0]):
+                return out.as_subclass(cls)
+            return out
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
