@@ -20,7 +20,7 @@ import torch
 from conditions import RESULTS
 from torch import nn
 from zoo_inputs import Sample, padded_batches, plain_grams, samples
-from zoo_models import KINDS, LEFT_OUT, build, reads_positions
+from zoo_models import KINDS, LEFT_OUT, build, linear_targets, reads_positions
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.bench.environment import environment
@@ -28,7 +28,6 @@ from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.losses import predicted
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.modes import evaluating
-from hf_blr.targets import find_targets
 
 RATIO = 0.5
 #: samples fitted to, in batches of different sizes, the last one smaller; and samples scored
@@ -48,7 +47,7 @@ def row(name: str) -> dict:
     sizes = tuple(more * size for size in SIZES)
     parts = samples(name, sum(sizes) + SCORED, longer)
     fitted, scored = parts[: sum(sizes)], parts[sum(sizes) :]
-    batches, names = padded_batches(name, fitted, sizes), find_targets(dense)
+    batches, names = padded_batches(name, fitted, sizes), linear_targets(dense)
     right = plain_grams(dense, names, fitted)
     with evaluating(dense):
         found = whole_model_grams(dense, names, batches)

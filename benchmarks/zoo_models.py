@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from hf_blr.targets import find_targets
+
 WORDS, PAD, END, IMAGE = 260, 257, 256, 255
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -143,7 +145,7 @@ ZOO: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
 # fmt: on
 
 #: {architecture: why nothing of it can be compressed here}
-LEFT_OUT = {"falcon": "its projections are a subclass of nn.Linear"}
+LEFT_OUT: dict[str, str] = {}
 try:
     import diffusers
 except ImportError:
@@ -170,6 +172,12 @@ def build(name: str) -> nn.Module:
                 if key.endswith("bias") and parameter.dim() == 1:
                     parameter += 0.1 * torch.randn(parameter.shape)
     return model
+
+
+def linear_targets(model: nn.Module) -> list[str]:
+    """The target layers without the experts that lie in 3-D parameters, which statistics leave out."""
+    modules = dict(model.named_modules())
+    return [name for name in find_targets(model) if name in modules]
 
 
 def reads_positions(name: str, layer: str) -> bool:

@@ -19,8 +19,38 @@ def conv1d_class() -> type[Conv1D]:
 
 
 def is_dense_linear(module: nn.Module) -> bool:
-    """Exactly `nn.Linear` or `Conv1D`: a subclass may hide a packed weight or a different forward."""
-    return type(module) is nn.Linear or type(module) is conv1d_class()
+    """Whether this is an `nn.Linear`, a `Conv1D`, or of a subclass of `nn.Linear` that computes the same."""
+    return type(module) in (nn.Linear, conv1d_class()) or (isinstance(module, nn.Linear) and acts_as_linear(module))
+
+
+def acts_as_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of `nn.Linear` computes x W^T + b, and nothing else: asked of it with a small weight.
+
+    Some add a name only, others a constant, a packed weight or a second output. PyTorch's own do not count: those in
+    `nn.MultiheadAttention` are read and never called.
+    """
+    holds = dict(module.named_parameters())
+    own = all(type(p) is nn.Parameter and p.is_floating_point() for p in holds.values())
+    if type(module).__module__.startswith("torch.") or "weight" not in holds or not own:
+        return False
+    if holds.keys() - {"weight", "bias"} or any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return False
+    if module.weight.shape != (module.out_features, module.in_features):
+        return False
+    numbers = torch.arange(6.0, device="cpu", dtype=torch.float64)
+    weight, x = numbers.view(3, 2).sin(), numbers.view(3, 2).cos()
+    bias = None if module.bias is None else numbers[:3] + 1
+    # without the hooks, the mode and the memory of the module itself
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(vars(module), in_features=2, out_features=3)
+    given = {"weight": weight, "bias": bias}
+    twin._parameters = {key: None if value is None else nn.Parameter(value, False) for key, value in given.items()}
+    try:
+        out = type(module).forward(twin, x)
+    except Exception:
+        return False
+    wanted = nn.functional.linear(x, weight, bias)
+    return isinstance(out, torch.Tensor) and out.shape == wanted.shape and torch.allclose(out, wanted)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -52,8 +82,8 @@ def set_dense_weight(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 def feature_sizes(module: nn.Module) -> tuple[int, int]:
-    """(K, N)."""
-    n, k = dense_weight(module).shape
+    """(K, N); of a tensor of experts, those of each."""
+    n, k = dense_weight(module).shape[-2:]
     return k, n
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
+from hf_blr.experts import ExpertsLinear, ExpertsTensor, layer_named
 from hf_blr.factorize.finite import check_finite
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
@@ -19,12 +20,15 @@ from hf_blr.structures import (
     BLRSpec,
     Dense,
     StoredTensor,
+    as_block_pair,
+    is_count,
     make_spec,
     max_rank,
     spec_from_dict,
     structure_named,
 )
 from hf_blr.targets import find_targets, override_for
+from hf_blr.unreached import warn_of_unreached
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +45,15 @@ class LayerPlan:
     bias: bool
     transposed: bool
     storage: Format = PLAIN
+    #: E, where the layer is a tensor of that many experts; 0 for a linear layer
+    experts: int = 0
 
     def __post_init__(self) -> None:
+        if self.experts and self.storage != PLAIN:
+            raise ValueError(
+                f"experts keep their factors in the plain format, got {self.storage.name}; name it in overrides, or "
+                "leave them out with modules_to_not_convert"
+            )
         problem = self.storage.misfit(self.spec) or self.storage.waste(self.spec)
         if problem is not None:
             raise ValueError(problem)
@@ -52,10 +63,16 @@ class LayerPlan:
                 "or leave the layer out of the plan"
             )
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices of the spec's sizes the layer holds: one, or one for each expert."""
+        return max(self.experts, 1)
+
     def to_dict(self) -> dict[str, Any]:
         # the plain format goes without saying, also for a release that knows no other
         kept = {} if self.storage == PLAIN else {"format": self.storage.name, **self.storage.settings}
-        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept}
+        many = {"experts": self.experts} if self.experts else {}
+        return {**self.spec.to_dict(), "bias": self.bias, "transposed": self.transposed, **kept, **many}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
@@ -70,22 +87,27 @@ class LayerPlan:
         for key, value in (("bias", bias), ("transposed", transposed)):
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be True or False, got {value!r}")
+        experts = data.pop("experts", 0)
+        if not is_count(experts) or experts < 0:
+            raise ValueError(f"experts must be a number of experts, got {experts!r}")
         storage = format_named(data.pop("format", PLAIN.name), data.pop("group_size", None))
         spec = spec_from_dict(data)
         highest = min(spec.in_features, spec.out_features)
         if spec.rank > highest:
             # of a damaged file, whose layers would fill the memory
             raise ValueError(f"rank must be at most {highest}, as that of any such matrix, got {spec.rank}")
-        return cls(spec, bias, transposed, storage)
+        return cls(spec, bias, transposed, storage, experts)
 
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """{state-dict key: shape, dtype} of all that the module keeps, its bias among it; None: the model's dtype."""
         bias = {"bias": StoredTensor((self.spec.out_features,), FACTOR)} if self.bias else {}
-        tensors = (self.storage.stored(self.spec) | bias).items()
-        return {key: (shape, self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
+        tensors, leading = (self.storage.stored(self.spec) | bias).items(), (self.experts,) if self.experts else ()
+        return {key: ((*leading, *shape), self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
+        if self.experts:
+            return ExpertsLinear(self.spec, self.experts, self.transposed, device, dtype)
         return BLRLinear.from_spec(
             self.spec,
             bias=self.bias,
@@ -118,7 +140,13 @@ def layers_from_plan(plan: Plan) -> dict[str, dict]:
 def plan_in_place(model: nn.Module) -> Plan:
     """The plan of what is replaced in the model now, read off its BLR modules."""
     return {
-        name: LayerPlan(module.spec, module.bias is not None, module.transposed, module.storage)
+        name: LayerPlan(
+            module.spec,
+            module.bias is not None,
+            module.transposed,
+            module.storage,
+            module.num_experts if isinstance(module, ExpertsLinear) else 0,
+        )
         for name, module in blr_modules(model).items()
     }
 
@@ -141,8 +169,10 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     by_default = config.target_modules is None or config.target_modules == "all-linear"
     plan: Plan = {}
     too_small: list[str] = []
+    misfits: dict[str, ValueError] = {}
+    left: list[str] = []
     for name in targets:
-        module = model.get_submodule(name)
+        module = layer_named(model, name)
         override = override_for(name, config.overrides)
         settings = config.settings_with(override)
         structure, rank, blocks = settings["structure"], settings["rank"], settings["num_blocks"]
@@ -153,14 +183,25 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             # a budget may leave any layer dense, and shall not find out after hours that the format cannot store it
             whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
             if config.bits_per_weight is not None and not override:
-                # until bits are shared out
-                layer: LayerPlan | None = whole_layer(module, format_named("int8"))
+                # until bits are shared out, which is for layers: experts have no format of fewer bits
+                is_layer = not isinstance(module, ExpertsTensor)
+                layer: LayerPlan | None = whole_layer(module, format_named("int8")) if is_layer else None
+                left += [] if is_layer else [name]
             else:
                 layer = whole if keeps_all else factored_plan(name, module, config, override)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            refused = ValueError(f"{name}: {error}")
+            if not (by_default and too_narrow(module, settings)):
+                raise refused from None
+            misfits[name], layer = refused, None
         if layer is not None:
             plan[name] = layer
+    if misfits and not plan:
+        raise next(iter(misfits.values()))
+    if left:
+        logger.warning("%d tensors of experts stay as they are, outside of the budget of bits: %s", len(left), left)
+    if misfits:
+        logger.warning("%d modules stay dense, too narrow for their blocks: %s", len(misfits), ", ".join(misfits))
     if too_small:
         logger.warning(
             "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
@@ -170,8 +211,25 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
             "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
         )
-    warn_of_experts(model)
+    rounded = [
+        name
+        for name, layer in plan.items()
+        if layer.experts and config.storage_of(layer.spec.structure, override_for(name, config.overrides)) != PLAIN
+    ]
+    if rounded:
+        logger.warning("%d tensors of experts keep their factors in the plain format: %s", len(rounded), rounded)
+    warn_of_unreached(model)
     return plan
+
+
+def too_narrow(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether a layer has fewer features than blocks on a side, or a ratio buys it no rank at all."""
+    spec, sizes, ratio = structure_named(settings["structure"]).spec, feature_sizes(module), settings["ratio"]
+    blocks = as_block_pair(spec.default_blocks if settings["num_blocks"] is None else settings["num_blocks"])
+    if any(size < count for size, count in zip(sizes, blocks, strict=True)):
+        return True
+    divided = all(size % count == 0 for size, count in zip(sizes, blocks, strict=True))
+    return divided and ratio is not None and spec.rank_within(int(ratio * sizes[0] * sizes[1]), *sizes, blocks) < 1
 
 
 def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan:
@@ -179,6 +237,9 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
     settings = config.settings_with(override)
     k, n = feature_sizes(module)
     spec = make_spec(in_features=k, out_features=n, **settings)
+    if isinstance(module, ExpertsTensor):
+        # their factors are kept in no other format
+        return LayerPlan(spec, False, module.owner.is_transposed, PLAIN, module.num_experts)
     storage = config.storage_of(spec.structure, override)
     if settings["ratio"] is not None and storage.misfit(spec) is not None:
         lower = (replace(spec, rank=rank) for rank in range(spec.rank - 1, 0, -1))
@@ -192,7 +253,9 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
 def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
     """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
     storage = config.storage_of(Dense.structure, override)
-    return None if storage == PLAIN else whole_layer(module, storage)
+    if storage == PLAIN or isinstance(module, ExpertsTensor):
+        return None
+    return whole_layer(module, storage)
 
 
 def whole_layer(module: nn.Module, storage: Format) -> LayerPlan:
@@ -210,7 +273,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             "device, or without device_map"
         )
     for name, layer in plan.items():
-        module = model.get_submodule(name)
+        module = layer_named(model, name)
         check_layer(name, module, layer)
         weight = stored_weight(module)
         if weight.is_meta:
@@ -220,22 +283,20 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:
     """Raises ValueError unless the module is a dense layer of the kind and sizes that the plan was made for."""
-    planned = layer_in_words((layer.spec.in_features, layer.spec.out_features), layer.bias, layer.transposed)
+    sizes = layer.spec.in_features, layer.spec.out_features
+    planned = layer_in_words(sizes, layer.bias, layer.transposed, layer.experts)
     found = f"a {type(module).__name__}"
-    if is_dense_linear(module):
+    if isinstance(module, ExpertsTensor):
+        found = layer_in_words(feature_sizes(module), False, module.owner.is_transposed, module.num_experts)
+    elif is_dense_linear(module):
         found = layer_in_words(feature_sizes(module), module.bias is not None, is_transposed(module))
     if found != planned:
         raise ValueError(f"{name}: the plan says {planned}, the model has {found}{remedy and f'; {remedy}'}")
 
 
-def layer_in_words(sizes: tuple[int, int], bias: bool, transposed: bool) -> str:
+def layer_in_words(sizes: tuple[int, int], bias: bool, transposed: bool, experts: int = 0) -> str:
+    if experts:
+        stored = ", stored transposed" if transposed else ""
+        return f"{experts} experts of {sizes[0]} -> {sizes[1]} features{stored}"
     kind = "a Conv1D" if transposed else "a linear layer"
     return f"{kind} of {sizes[0]} -> {sizes[1]} features {'with' if bias else 'without'} a bias"
-
-
-def warn_of_experts(model: nn.Module) -> None:
-    """Experts fused into 3-D parameters stay dense; say how much of the model that is."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name)
-    if experts:
-        share = experts / sum(p.numel() for p in model.parameters())
-        logger.warning("the experts' fused weights stay dense: %.0f %% of the model's parameters", 100 * share)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_blr.dense import feature_sizes, is_dense_linear
+from hf_blr.dense import feature_sizes
+from hf_blr.experts import dense_layers
 
 #: small layers that steer others: a wrong sign in one of them sends a token to another expert
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
@@ -33,7 +34,7 @@ def find_targets(
         ValueError: if a pattern matches no dense linear layer, nothing is left to replace, or a named module shares
             its weight with another one.
     """
-    dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+    dense = dense_layers(model)
     if target_modules is not None and target_modules != "all-linear":
         matched = match(target_modules, dense, "target_modules")
         shared = sorted(matched & tied_modules(model, dense))
@@ -56,7 +57,7 @@ def remaining_targets(
     model: nn.Module, target_modules: Patterns | None = None, modules_to_not_convert: Patterns | None = None
 ) -> list[str]:
     """The target layers that are dense now, in the model's order: of a compressed model those that were left so."""
-    dense = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+    dense = dense_layers(model)
     if target_modules is None or target_modules == "all-linear":
         left_out = tied_modules(model, dense) | head_modules(model) | set(map(str, keep_in_fp32_names(model)))
         chosen = [

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import batches_for, divergence, tiny_llama
+from tiny import batches_for, divergence, tiny_llama, tiny_mixtral
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, choice_of
@@ -214,3 +214,14 @@ def test_settings_that_contradict_a_budget_of_bits_are_refused(settings, message
 def test_without_text_bits_are_refused():
     with pytest.raises(ValueError, match="needs calibration data"):
         compress(tiny_llama(), config(4), progress=False)
+
+
+def test_experts_stay_outside_of_the_budget_of_bits(caplog):
+    model = tiny_mixtral()
+    report = compress(
+        model, BLRConfig("auto", bits_per_weight=4.5), calibration=batches_for(model, count=4), progress=False
+    )
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "4 tensors of experts stay as they are" in caplog.text and not any(
+        "experts" in n for n in blr_modules(model)
+    )

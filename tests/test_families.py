@@ -28,7 +28,7 @@ FAMILIES = {
     tiny_bert: 12,
     tiny_vit: 12,
     tiny_t5: 28,
-    tiny_mixtral: 8,
+    tiny_mixtral: 12,
     tiny_qwen3: 14,
 }
 

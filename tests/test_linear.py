@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_blr import BLRConfig, compress
@@ -121,11 +122,26 @@ def test_repr_names_what_a_reader_wants():
 
 
 def test_dense_layers_are_told_from_subclasses_and_read_alike():
-    class Packed(nn.Linear):
-        pass
+    class Named(nn.Linear):
+        """Adds a name only."""
 
-    assert is_dense_linear(nn.Linear(2, 3)) and is_dense_linear(Conv1D(3, 2))
-    assert not is_dense_linear(Packed(2, 3)) and not is_dense_linear(nn.Bilinear(2, 2, 2))
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Routing(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    for layer in (nn.Linear(2, 3), Conv1D(3, 2), Named(2, 3), Named(2, 3, bias=False), FalconLinear(2, 3)):
+        assert is_dense_linear(layer)
+    with torch.device("meta"):
+        assert is_dense_linear(FalconLinear(2, 3))
+    in_attention = nn.MultiheadAttention(4, 2).out_proj
+    packed = Named(2, 3)
+    packed.scale = nn.Parameter(torch.ones(3))
+    for other in (Scaled(2, 3), Routing(2, 3), packed, in_attention, nn.Bilinear(2, 2, 2)):
+        assert not is_dense_linear(other)
     weight, bias = torch.randn(3, 2), torch.randn(3)
     for transposed in (False, True):
         module = build_dense(weight, bias, transposed)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import EOS_ID, VOCAB_SIZE, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import EOS_ID, VOCAB_SIZE, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_tokenizer
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM
 
 from hf_blr.evaluation import perplexity
 from hf_blr.evaluation.perplexity import negative_log_likelihood
@@ -18,6 +19,16 @@ def token_ids(length, seed=0):
 
 
 @torch.no_grad()
+def tiny_masked():
+    return BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=257))
+
+
+def tiny_bart():
+    # makes up what its decoder reads from the tokens
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 257}
+    return BartForConditionalGeneration(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+
+
 def token_nll(model, ids, position, context):
     """-log p(ids[position]) given the `context` tokens before it, one forward for this token alone."""
     logits = model(input_ids=ids[position - context : position][None]).logits[0, -1]
@@ -177,10 +188,12 @@ def test_a_compressed_model_goes_through_the_same_lines():
     assert perplexity(compressed, None, ids, seqlen=16).ppl == pytest.approx(exact, rel=1e-5)
 
 
-def test_a_classifier_has_no_perplexity():
-    # it would read `use_cache` as any other model, and its logits are one row per text
-    with pytest.raises(TypeError, match=r"BertForSequenceClassification is no causal.*\[2, 3\]"):
-        perplexity(tiny_bert(), None, token_ids(32), seqlen=16)
+@pytest.mark.parametrize("build", [tiny_bert, tiny_masked, tiny_t5, tiny_bart])
+def test_models_that_predict_no_next_token_have_no_perplexity(build):
+    # a masked language model gives a row of logits for each token, but sees the token that it is asked for
+    model = build()
+    with pytest.raises(TypeError, match=f"{type(model).__name__} is no causal language model"):
+        perplexity(model, None, token_ids(32), seqlen=16)
 
 
 @pytest.mark.parametrize(

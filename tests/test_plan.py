@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 from torch import nn
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from hf_blr import BLRConfig
 from hf_blr.plan import layers_from_plan, plan_from_layers, resolve_plan
@@ -119,6 +120,29 @@ def test_experts_are_left_dense_and_mentioned(caplog):
     model.model.layers[0].mlp.experts.up = nn.Parameter(torch.zeros(4, 64, 96))
     resolve_plan(model, BLRConfig("low_rank", ratio=0.5))
     assert "experts" in caplog.text
+
+
+def test_layers_too_narrow_for_their_blocks_stay_dense_unless_they_were_named(caplog):
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.steer = nn.Linear(64, 8)
+    for config in (BLRConfig("blast", ratio=0.5), BLRConfig("low_rank", ratio=0.1)):
+        caplog.clear()
+        plan = resolve_plan(model, config)
+        assert len(plan) == 14 and not any("steer" in name for name in plan)
+        message = (
+            "2 modules stay dense, too narrow for their blocks: model.layers.0.mlp.steer, model.layers.1.mlp.steer"
+        )
+        assert [record.getMessage() for record in caplog.records] == [message]
+    with pytest.raises(ValueError, match=r"^model.layers.0.mlp.steer: out_features 8 is not divisible"):
+        resolve_plan(model, BLRConfig("blast", ratio=0.5, target_modules=["q_proj", "steer"]))
+
+
+def test_matrices_outside_of_linear_layers_are_mentioned_once(caplog):
+    sizes = {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96, "vocab_size": 64}
+    resolve_plan(XLNetLMHeadModel(XLNetConfig(**sizes)), BLRConfig("low_rank", ratio=0.5))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "rel_attn.q, rel_attn.k" in message and "of the model's parameters" in message
 
 
 def test_stored_plans_name_the_broken_layer():

@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from zoo_inputs import padded_batches, plain_grams, samples
-from zoo_models import KINDS, LEFT_OUT, OF_POSITIONS, build, reads_positions
+from zoo_models import KINDS, LEFT_OUT, OF_POSITIONS, build, linear_targets, reads_positions
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.dense import dense_weight
 from hf_blr.modes import evaluating
-from hf_blr.targets import find_targets
 
 #: layers that run on other inputs than these
 UNREACHED = {"mamba": "dt_proj", "longformer": "_global"}
@@ -30,7 +29,7 @@ def zoo(name):
     if name in LEFT_OUT:
         pytest.skip(LEFT_OUT[name])
     model = build(name)
-    return model, [target for target in find_targets(model) if not reads_positions(name, target)], samples(name)
+    return model, [target for target in linear_targets(model) if not reads_positions(name, target)], samples(name)
 
 
 def check(found, right, message):

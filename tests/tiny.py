@@ -82,7 +82,7 @@ def tiny_t5(seed=0, **kw) -> T5ForConditionalGeneration:
 
 
 def tiny_mixtral(seed=0, **kw) -> MixtralForCausalLM:
-    """Two blocks, 8 projections, all of attention; the four experts are no linear layers."""
+    """Two blocks, 12 projections, two of each block a tensor of four experts."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCAB_SIZE}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     return build(MixtralForCausalLM, MixtralConfig(**{**sizes, **heads, "initializer_range": 0.1, **kw}), seed)

@@ -18,6 +18,7 @@ from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
 from hf_blr.config import BLRConfig
+from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
 from hf_blr.targets import refuse_adapters, unwrapped
@@ -42,8 +43,8 @@ def collect_statistics(
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
-    With `config.fisher` that takes a forward and a backward pass, else a forward. Arguments and errors as for
-    `compress`.
+    Experts of one tensor share theirs, since a matrix for each would be too much to hold at once. With `config.fisher`
+    that takes a forward and a backward pass, else a forward. Arguments and errors as for `compress`.
     """
     model = unwrapped(model)
     refuse_adapters(model)
@@ -57,15 +58,17 @@ def collect_statistics(
 
 def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
     """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
-    if config.fisher:
-        try:
-            return fisher_statistics(model, list(plan), batches, config.seed)
-        except NoLoss as error:
-            if config.allocation == "loss":
-                raise
-            logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
-    with evaluating(model):
-        grams = whole_model_grams(model, list(plan), batches)
+    with opened(model, plan):
+        labels = expanded(model, plan)
+        if config.fisher:
+            try:
+                return fisher_statistics(model, list(labels), batches, config.seed, labels)
+            except NoLoss as error:
+                if config.allocation == "loss":
+                    raise
+                logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
+        with evaluating(model):
+            grams = whole_model_grams(model, list(labels), batches, labels)
     return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
 
 

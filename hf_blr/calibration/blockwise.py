@@ -43,10 +43,13 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
                 yield from groups
 
 
-def whole_model_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Grams:
-    """{layer name: Gram} from one pass over all batches."""
+def whole_model_grams(
+    model: nn.Module, names: list[str], batches: list[Batch], labels: dict[str, str] | None = None
+) -> Grams:
+    """{layer name: Gram} from one pass over all batches; `labels` as in `GramCollector`."""
     body, padding = body_of(model, names, batches), Padding(model, names, batches)
-    with torch.no_grad(), GramCollector({name: model.get_submodule(name) for name in names}) as collector:
+    modules = {name: model.get_submodule(name) for name in names}
+    with torch.no_grad(), GramCollector(modules, labels) as collector:
         for batch in batches:
             collector.real = padding.masks(batch)
             run(body, batch)

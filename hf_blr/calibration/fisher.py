@@ -35,11 +35,13 @@ SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
 class Statistics:
     """What one pass over the calibration text says about the dense model's layers.
 
+    Of a tensor of experts they are those of all its experts together.
+
     grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the predictions whose losses were summed.
     unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
-    rows: {layer: S, its inputs that were summed}.
+    rows: {layer: S, its inputs that were summed}; of experts, also those that each saw, under `<layer>.<expert>`.
     """
 
     grams: dict[str, Tensor]
@@ -61,7 +63,9 @@ class Statistics:
         return all(name in grams and bool(grams[name].any()) for grams in (self.grams, self.output_grams))
 
 
-def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0) -> Statistics:
+def fisher_statistics(
+    model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0, labels: dict[str, str] | None = None
+) -> Statistics:
     """Both kinds of matrices, from one forward and one backward a sequence.
 
     Args:
@@ -71,6 +75,7 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
         batches: keyword arguments of the model's forward, on its device; positions that `attention_mask` hides are
             not counted, neither in the matrices nor in the loss.
         seed: of what is drawn for the first sequence; the next one has the next number, whatever batch it is in.
+        labels: {layer: the name under which its matrices are summed}, of layers that are counted together.
 
     Raises:
         NoLoss: if the model puts out no numbers, or none that depends on any of the layers.
@@ -79,9 +84,13 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
     tokens = sequences = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
-    collector = GramCollector(modules)
+    labels = labels or {}
+    collector = GramCollector(modules, labels)
     padding = Padding(model, names, batches)
-    handles = [module.register_forward_hook(watch(name, output_grams, collector)) for name, module in modules.items()]
+    handles = [
+        module.register_forward_hook(watch(name, labels.get(name, name), output_grams, collector))
+        for name, module in modules.items()
+    ]
     model.requires_grad_(False)
     try:
         with evaluating(model), hooked(handles), collector, torch.enable_grad():
@@ -102,13 +111,14 @@ def fisher_statistics(model: nn.Module, names: list[str], batches: list[Batch], 
             'allocation="uniform"'
         )
     grams = collector.grams
-    return Statistics(grams, output_grams, tokens, frozenset(names) - frozenset(grams), grams.rows)
+    unreached = {labels.get(name, name) for name in names} - set(grams)
+    return Statistics(grams, output_grams, tokens, frozenset(unreached), grams.rows)
 
 
 def watch(
-    name: str, output_grams: dict[str, Tensor], collector: GramCollector
+    name: str, label: str, output_grams: dict[str, Tensor], collector: GramCollector
 ) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that adds the gradients by the layer's outputs to its matrix G, where the collector counts."""
+    """A forward hook that adds the gradients by the layer's outputs to the matrix G of that label, where they count."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
@@ -119,10 +129,10 @@ def watch(
             rows = real_rows(gradient.detach(), real)
             g = rows.reshape(-1, blocks, size // blocks).float().transpose(0, 1)
             product = g.mT @ g
-            if name in output_grams:
-                output_grams[name] += product
+            if label in output_grams:
+                output_grams[label] += product
             else:
-                output_grams[name] = product
+                output_grams[label] = product
 
         if not output.requires_grad:
             # before the first watched layer nothing needs a gradient. A sum, since models write into outputs, which

@@ -29,13 +29,15 @@ class GramCollector:
 
     Args:
         modules: {name: layer}; the layer's first argument is `[..., K]`.
+        labels: {name: the name under which a layer's Gram is summed}, of layers that are counted together; their rows
+            are counted under both names.
 
     Attributes:
         real: {layer: the positions of the batch that runs next which count}, as `Padding.masks` gives them.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules = modules
+    def __init__(self, modules: dict[str, nn.Module], labels: dict[str, str] | None = None):
+        self.modules, self.labels = modules, labels or {}
         self.real: Masks = {}
         self._rows: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
@@ -76,8 +78,9 @@ class GramCollector:
                 rows = real_rows(x.detach(), self.real.get(name)).float()
                 # at once: what runs next may write into x
                 self._input, self._writes, self._gram, self._size = x, writes_to(x), rows.mT @ rows, len(rows)
-            self._reached.append(name)
-            self._rows[name] = self._rows.get(name, 0) + self._size
+            self._reached.append(self.labels.get(name, name))
+            for counted in {name, self._reached[-1]}:
+                self._rows[counted] = self._rows.get(counted, 0) + self._size
 
         return count
 

@@ -25,9 +25,11 @@ from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import Run
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
 from hf_blr.calibration.residual import add, counted, rows_of
+from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
 from hf_blr.dense import dense_weight
+from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
 
@@ -77,7 +79,8 @@ class SequentialChain(WatchedChain):
                     piece.blocks[0],
                 )
                 for grams in self.run(segment):
-                    yield problems_of(grams)
+                    experts = [name for name in grams if lies_in_experts(self.model, name)]
+                    yield pooled(problems_of(grams), experts)
             untouched = False
 
     def segment_problems(
@@ -93,8 +96,15 @@ class SequentialChain(WatchedChain):
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
             wanted = self.between(block, hidden, dense.left, calls, real) if after_block is not None else []
+            experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
-                yield self.group_problems(block, calls, dense, group, hidden, damping)
+                if group[0] not in experts:
+                    yield self.group_problems(block, calls, dense, group, hidden, damping)
+            if experts:
+                # the router sends them other tokens in the compressed model: there is nothing to regress on
+                inputs = {name: dense.inputs[name] for name in experts if name in dense.inputs}
+                masks = {name: [each.get(name) for each in segment.real] for name in inputs}
+                yield pooled({name: plain_problem(x, masks[name]) for name, x in inputs.items()}, experts)
             dense.inputs.clear()
             # a layer that is a block by itself has another in its place now
             block = self.model.get_submodule(prefix)

@@ -9,14 +9,20 @@ from typing import Any
 from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.experts import ExpertsLinear
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import structure_named
 
 
 def stood_in(root: nn.Module) -> dict[str, BLRLinear]:
-    """{name below `root`: layer} of those whose structure trains in another form than it is stored."""
+    """{name below `root`: layer} of those whose structure trains in another form than it is stored.
+
+    Experts train as they are stored.
+    """
     return {
-        name: module for name, module in blr_modules(root).items() if structure_named(module.spec.structure).stand_in
+        name: module
+        for name, module in blr_modules(root).items()
+        if structure_named(module.spec.structure).stand_in and not isinstance(module, ExpertsLinear)
     }
 
 

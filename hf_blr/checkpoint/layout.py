@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_blr.checkpoint.verify import describe
 from hf_blr.dense import stored_weight
+from hf_blr.experts import dense_layers, layer_named, put_layer
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import Plan, check_layer
 
@@ -29,7 +30,7 @@ class ModuleNames:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules()) | dense_layers(model)
         self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         self.renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
@@ -76,7 +77,7 @@ def match_plan(model: PreTrainedModel, plan: Plan) -> Plan:
         logger.warning("%sTheir factors are not loaded", unknown)
     for name, layer in matched.items():
         remedy = "load the checkpoint with the config that was saved with it"
-        check_layer(name, model.get_submodule(name), layer, remedy)
+        check_layer(name, layer_named(model, name), layer, remedy)
     return {name: matched[name] for name in names.modules if name in matched}
 
 
@@ -84,9 +85,12 @@ def swap_in(model: nn.Module, plan: Plan) -> dict[str, BLRLinear]:
     """Put a fresh BLR module in each planned place, with the old layer's device and dtype."""
     swapped = {}
     for name, layer in plan.items():
-        dense = model.get_submodule(name)
+        dense = layer_named(model, name)
         weight = stored_weight(dense)
         module = layer.build(device=weight.device, dtype=weight.dtype).train(dense.training)
-        model.set_submodule(name, module)
+        if layer.experts:
+            put_layer(model, name, module)
+        else:
+            model.set_submodule(name, module)
         swapped[name] = module
     return swapped

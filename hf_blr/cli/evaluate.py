@@ -1,14 +1,18 @@
-"""measure the perplexity of models, dense or compressed, on the same text
+"""measure the perplexity of models, dense or compressed, on the same text, or their scores on tasks
 
 Token perplexity over windows that do not overlap, as the compression papers count it; --stride gives the sliding
 window of the Transformers documentation. Models that share a tokenizer can be compared.
 
+With --tasks, lm-eval (pip install lm-eval) scores tasks by name, instead of a perplexity.
+
 Example: hf-blr evaluate HuggingFaceTB/SmolLM2-135M out --dataset wikitext2
+Example: hf-blr evaluate HuggingFaceTB/SmolLM2-135M out --tasks arc_easy,hellaswag --limit 200
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from hf_blr.cli import options
 from hf_blr.cli.table import format_table
@@ -21,10 +25,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--stride", type=int, help="tokens between the starts of two windows; seqlen if left out")
     parser.add_argument("--max-windows", type=int, help="score only the first windows")
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument("--tasks", metavar="NAME[,NAME]", help="score these instead of a perplexity")
+    tasks.add_argument("--task-folder", metavar="DIR", type=Path, help="holds task files of your own")
+    tasks.add_argument("--num-fewshot", type=int, help="examples in each prompt; what each task says if left out")
+    tasks.add_argument("--limit", type=int, help="documents of each task; all of them if left out")
     options.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.tasks is None:
+        run_perplexity(args)
+    else:
+        run_tasks(args)
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """One row a model and task."""
+    from hf_blr.evaluation import task_scores
+
+    rows, results = [], []
+    for path in args.model:
+        model, tokenizer = options.load_model(path, args)
+        options.check_language_model(model, path)
+        settings = {"folder": args.task_folder, "num_fewshot": args.num_fewshot, "limit": args.limit}
+        scores = task_scores(model, tokenizer, args.tasks.split(","), **settings)
+        results.append({"model": path, "scores": scores})
+        for task, metrics in scores.items():
+            shown = {metric: score for metric, score in metrics.items() if "_stderr" not in metric}
+            rows.append({"model": path, "task": task, "scores": ", ".join(f"{m} {s:.4f}" for m, s in shown.items())})
+    print(format_table(rows))
+    options.write_json(args.json, {"rows": results})
+
+
+def run_perplexity(args: argparse.Namespace) -> None:
+    """One row a model."""
     from hf_blr.compression import parameter_sizes
     from hf_blr.evaluation import perplexity
 

@@ -17,13 +17,12 @@ from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.table import format_table
 from hf_blr.config.texts import describe
 from hf_blr.dense import feature_sizes
+from hf_blr.experts import ExpertsTensor, layer_named
 from hf_blr.plan import plan_from_layers
 from hf_blr.targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from hf_blr.structures import BLRSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,28 +56,30 @@ def compressed_rows(stored: dict, dtype: torch.dtype) -> tuple[list[dict], str]:
         raise ValueError(f"this model is quantised with {stored.get('quant_method')!r}, not compressed by hf_blr")
     plan = plan_from_layers(stored["layers"])
     specs = {name: layer.spec for name, layer in plan.items()}
-    bytes_of = {name: layer.storage.num_bytes(layer.spec, dtype) for name, layer in plan.items()}
+    many = {name: layer.matrices for name, layer in plan.items()}
+    bytes_of = {name: many[name] * layer.storage.num_bytes(layer.spec, dtype) for name, layer in plan.items()}
+    dense_of = {name: many[name] * layer.spec.dense_parameters for name, layer in plan.items()}
     rows = [
         {
             **row,
             "format": ", ".join(dict.fromkeys(plan[name].storage.name for name in group)),
-            "bits a weight": bits_a_weight(bytes_of, specs, group),
+            "bits a weight": bits_a_weight(bytes_of, dense_of, group),
         }
-        for row, group in zip(rows_by_kind(specs), by_kind(specs).values(), strict=True)
+        for row, group in zip(rows_by_kind(specs, many), by_kind(specs).values(), strict=True)
     ]
-    kept = sum(layer.spec.num_parameters for layer in plan.values())
-    dense = sum(layer.spec.dense_parameters for layer in plan.values())
+    kept = sum(layer.matrices * layer.spec.num_parameters for layer in plan.values())
+    dense = sum(dense_of.values())
     fitted = f"activations on {describe(stored['dataset'])}" if stored.get("dataset") else "weights"
     return rows, (
         f"{len(plan)} layers hold {kept / 1e6:.1f} M of {dense / 1e6:.1f} M parameters ({100 * kept / dense:.1f} %), "
-        f"{sum(bytes_of.values()) / 1e6:.1f} MB, {bits_a_weight(bytes_of, specs, list(plan)):.2f} bits a weight, "
+        f"{sum(bytes_of.values()) / 1e6:.1f} MB, {bits_a_weight(bytes_of, dense_of, list(plan)):.2f} bits a weight, "
         f"fitted to {fitted}"
     )
 
 
-def bits_a_weight(bytes_of: dict[str, int], specs: dict[str, BLRSpec], names: list[str]) -> float:
+def bits_a_weight(bytes_of: dict[str, int], dense_of: dict[str, int], names: list[str]) -> float:
     """Bits that these layers store together for each number of their dense matrices."""
-    return 8 * sum(bytes_of[name] for name in names) / sum(specs[name].dense_parameters for name in names)
+    return 8 * sum(bytes_of[name] for name in names) / sum(dense_of[name] for name in names)
 
 
 def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:
@@ -94,8 +95,9 @@ def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:
         model = own._from_config(config) if own else auto.from_config(config)
     groups: dict[tuple, int] = {}
     for name in find_targets(model):
-        key = name.rpartition(".")[2], *feature_sizes(model.get_submodule(name))
-        groups[key] = groups.get(key, 0) + 1
+        layer = layer_named(model, name)
+        key = name.rpartition(".")[2], *feature_sizes(layer)
+        groups[key] = groups.get(key, 0) + (layer.num_experts if isinstance(layer, ExpertsTensor) else 1)
     rows = [
         {"layers": f"{count} x {kind}", "in x out": f"{k} x {n}", "parameters (M)": count * k * n / 1e6}
         for (kind, k, n), count in groups.items()

@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> None:
     else:
         chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
     specs = {name: layer.spec for name, layer in chosen.items()}
-    print(format_table(rows_by_kind(specs)))
+    print(format_table(rows_by_kind(specs, {name: layer.matrices for name, layer in chosen.items()})))
     dense = sum(layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
-    kept = dense + sum(spec.num_parameters for spec in specs.values())
-    total = sum(layer.spec.dense_parameters for layer in plan.values())
+    kept = dense + sum(layer.matrices * layer.spec.num_parameters for layer in chosen.values())
+    total = sum(layer.matrices * layer.spec.dense_parameters for layer in plan.values())
     left = [name for name in plan if name not in chosen]
     print(
         f"{len(chosen)} layers to replace, {len(left)} left dense{': ' if left else ''}{', '.join(left)}; together "

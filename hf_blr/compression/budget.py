@@ -12,16 +12,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.dense import dense_weight
+from hf_blr.experts import layer_named
 from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
 from hf_blr.factorize.bits import ToRound
 from hf_blr.factorize.gram import damped
-from hf_blr.formats import Bits
+from hf_blr.formats import Bits, Format
 from hf_blr.plan import Plan, dense_plan
 from hf_blr.structures import BLRSpec, structure_named, structures
 from hf_blr.targets import override_for
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 TRIAL_RATIOS = 0.6, 0.5
 #: ranks are multiples of a power of two up to this, which kernels like
 LARGEST_STEP = 16
+
+#: so many experts of a tensor stand for all of them
+SAMPLED_EXPERTS = 8
 
 #: (kind of layer, structure, blocks)
 Kind = tuple[str, str, tuple[int, int]]
@@ -65,8 +70,9 @@ def share_budget(
 ) -> tuple[Plan, float]:
     """The plan that the predicted loss likes best, and that loss in nats a token; layers best left dense are not in it.
 
-    Layers with a ratio or rank of their own in `config.overrides` keep it. Those of which the loss felt nothing keep
-    the config's ratio, since nothing can be predicted of them. Neither are in the loss.
+    The experts of a tensor count as one layer, whose loss is theirs together. Layers with a ratio or rank of their own
+    in `config.overrides` keep it. Those of which the loss felt nothing keep the config's ratio, since nothing can be
+    predicted of them. Neither are in the loss.
 
     Raises:
         ValueError: if the budget is smaller than the smallest options, or so large that every layer stays dense.
@@ -78,24 +84,29 @@ def share_budget(
     free = {name: layer.spec for name, layer in plan.items() if name not in fixed}
     if not free:
         return plan, 0.0
-    shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
+    many = {name: plan[name].matrices for name in free}
+    # of experts the ranks are shared out, and their structure is the plan's
+    shapes = {
+        name: [at_rank_one(spec)] if plan[name].experts else shapes_for(spec, config) for name, spec in free.items()
+    }
     layers = {name: Layer(model, name, statistics, config) for name in free}
     curves = {name: layer.curve() for name, layer in layers.items()}
-    factors = trial_factors(layers, curves, shapes, ratio_of(config)) if config.structure == AUTO else {}
+    tried = {name: layer for name, layer in layers.items() if not plan[name].experts}
+    factors = trial_factors(tried, curves, shapes, ratio_of(config)) if config.structure == AUTO else {}
     options: dict[str, list[Option]] = {}
     for name, spec in free.items():
-        options[name] = [Option(None, budget.of(spec, dense=True), 0.0)]
+        options[name] = [Option(None, many[name] * budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
             trials = factors.get((kind_of(name), shape.structure, shape.num_blocks), [])
-            storage = config.storage_of(shape.structure, override_for(name, config.overrides))
+            storage = storage_of(name, shape, plan, config)
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
                 if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:
                     continue
                 loss = factor_at(trials, candidate.ratio) * interpolate(curves[name], candidate.equivalent_rank)
-                options[name].append(Option(candidate, budget.of(candidate), loss))
+                options[name].append(Option(candidate, many[name] * budget.of(candidate), loss))
     amount = budget.amount
     if amount is None:
-        amount = ratio_of(config) * sum(budget.of(spec, dense=True) for spec in free.values())
+        amount = ratio_of(config) * sum(many[name] * budget.of(spec, dense=True) for name, spec in free.items())
     taken = allocate(options, amount)
     dense = [name for name in taken if taken[name].spec is None]
     if dense:
@@ -107,9 +118,8 @@ def share_budget(
         if name in fixed:
             chosen[name] = layer
         elif taken_spec is not None:
-            storage = config.storage_of(taken_spec.structure, override)
-            chosen[name] = replace(layer, spec=taken_spec, storage=storage)
-        elif (whole := dense_plan(model.get_submodule(name), config, override)) is not None:
+            chosen[name] = replace(layer, spec=taken_spec, storage=storage_of(name, taken_spec, plan, config))
+        elif (whole := dense_plan(layer_named(model, name), config, override)) is not None:
             chosen[name] = whole
     if not chosen:
         raise ValueError(
@@ -119,9 +129,16 @@ def share_budget(
     return chosen, sum(option.loss for option in taken.values())
 
 
+def storage_of(name: str, spec: BLRSpec, plan: Plan, config: BLRConfig) -> Format:
+    """The format that a layer's factors would have as this spec; that of experts is the plan's."""
+    if plan[name].experts:
+        return plan[name].storage
+    return config.storage_of(spec.structure, override_for(name, config.overrides))
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer with its statistics, on the device where fits run."""
+    """A dense layer, or the experts of one tensor, with its statistics, on the device where fits run."""
 
     model: nn.Module
     name: str
@@ -129,11 +146,18 @@ class Layer:
     config: BLRConfig
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W `[N, K]`, H `[K, K]` and the blocks of G."""
-        weight = dense_weight(self.model.get_submodule(self.name))
+        """W `[N, K]`, of experts `[E, N, K]`, H `[K, K]` and the blocks of G."""
+        weight = dense_weight(layer_named(self.model, self.name))
         device = self.config.device_for(weight)
         grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
         return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
+
+    def shares(self, experts: int) -> dict[int, float]:
+        """{expert: its share of the tokens that those experts saw that are looked at}."""
+        picked = range(0, experts, -(-experts // SAMPLED_EXPERTS))
+        rows = {expert: self.statistics.rows.get(f"{self.name}.{expert}", 0) for expert in picked}
+        total = sum(rows.values())
+        return {expert: count / total if total else 1 / len(rows) for expert, count in rows.items()}
 
     @property
     def options(self) -> FitOptions:
@@ -143,11 +167,16 @@ class Layer:
     def curve(self) -> Tensor:
         """`loss_curve` of the layer; raises ValueError with its name where the statistics overflowed."""
         weight, gram, output_gram = self.matrices()
-        damping = self.options.damping
+        damping, pairs = self.options.damping, self.statistics.pairs(self.name)
+        # an expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss
+        parts = [(1.0, weight)]
+        if weight.dim() == 3:
+            parts = [(share, weight[expert]) for expert, share in self.shares(len(weight)).items()]
         try:
-            return loss_curve(weight, gram, output_gram, self.statistics.pairs(self.name), damping)
+            curves = [share * loss_curve(part, gram, output_gram, pairs, damping) for share, part in parts]
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+        return torch.stack(curves).sum(0)
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
@@ -217,6 +246,11 @@ def kind_of(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def at_rank_one(spec: BLRSpec) -> BLRSpec:
+    """The structure and blocks of this spec at rank 1."""
+    return replace(spec, rank=1)
+
+
 def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
     """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto".
 
@@ -224,7 +258,7 @@ def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
     """
     k, n = spec.in_features, spec.out_features
     if config.structure != AUTO:
-        return [type(spec)(k, n, 1, spec.num_blocks)]
+        return [at_rank_one(spec)]
     shapes = [
         record.spec(k, n, 1, blocks)
         for record in structures().values()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
+from hf_blr.experts import dense_layers, expanded, opened
 from hf_blr.factorize import factorize, relative_error
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
@@ -100,12 +102,12 @@ def compress(
         logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
         statistics = statistics_of(model, plan, batches, config)
     output_grams = statistics.output_grams if statistics is not None and config.fisher else {}
-    targets = {name: layer.spec.dense_parameters for name, layer in plan.items()}
+    targets = {name: layer.matrices * layer.spec.dense_parameters for name, layer in plan.items()}
     names = list(plan)
     if config.layers:
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
-        names = [name for name, _ in model.named_modules() if name in chosen]
+        names = [name for name in dense_layers(model) if name in chosen]
     if config.structure == AUTO and not (output_grams or config.layers):
         raise ValueError(
             'structure="auto" needs calibration data and outputs that depend on the layers; name a structure'
@@ -119,22 +121,25 @@ def compress(
     held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
     blocks: list[BlockReport] = []
-    groups = problem_groups(model, names, plan, batches, statistics, config, blocks)
-    bar = tqdm(total=len(plan), desc="fitting", unit="layer", disable=not progress)
-    # a generator that is left open keeps the model in evaluation mode
-    with recorded(model, plan, config), bar, closing(groups):
-        for group in groups:
-            for name, problem in group.items():
-                if name not in plan:
+    with recorded(model, plan, config), opened(model, plan):
+        # experts are fitted one by one
+        origin = expanded(model, names)
+        fits = {name: replace(plan[of], experts=0) for name, of in origin.items() if of in plan}
+        groups = problem_groups(model, list(origin), fits, batches, statistics, config, blocks)
+        bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
+        # a generator that is left open keeps the model in evaluation mode
+        with bar, closing(groups):
+            for name, problem in chain.from_iterable(group.items() for group in groups):
+                if name not in fits:
                     if problem.target is not None:
                         set_dense_weight(model.get_submodule(name), problem.target)
                     continue
-                layers.append(replace_layer(model, name, plan, problem, output_grams.get(name), config))
+                layers.append(replace_layer(model, name, fits, problem, output_grams.get(origin[name]), config))
                 bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
                 bar.update()
     # where the budget left all layers dense, nothing was recorded
     forget_quantizer(model)
-    order = {name: i for i, name in enumerate(plan)}
+    order = {name: i for i, name in enumerate(fits)}
     layers.sort(key=lambda layer: order[layer.name])
     layers = [replace(layer, choice=choices.get(layer.name)) for layer in layers]
     after = parameter_sizes(model)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.problem import Problem, problems_of
+from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
+from hf_blr.experts import lies_in_experts
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
 
@@ -39,12 +42,12 @@ def problem_groups(
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
     """
-    reached = [name for name in names if statistics is None or name not in statistics.unreached]
+    reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
     if batches:
         groups = calibrated_groups(model, reached, plan, batches, config, blocks)
     else:
-        groups = groups_of_statistics(reached, plan, statistics)
+        groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
         for group in groups:
             # inputs that are all zero say as little as none, and what the layer puts out does not hang on its weight
@@ -59,15 +62,21 @@ def problem_groups(
         yield dict.fromkeys(waiting, Problem(None))
 
 
+def label_of(model: nn.Module, name: str) -> str:
+    """The name under which statistics know a layer: of an expert, that of its tensor."""
+    return name.rpartition(".")[0] if lies_in_experts(model, name) else name
+
+
 def groups_of_statistics(
-    reached: list[str], plan: Plan, statistics: Statistics | None
+    model: nn.Module, reached: list[str], plan: Plan, statistics: Statistics | None
 ) -> Generator[dict[str, Problem], None, None]:
     """All layers at once, in the dense model's inputs, or in none where there are no statistics."""
-    fitted = [name for name in reached if name in plan]
+    fitted = {name: label_of(model, name) for name in reached if name in plan}
     if statistics is None:
         yield dict.fromkeys(fitted, Problem(None))
     else:
-        yield {name: Problem(statistics.grams[name], rows=statistics.rows_of(name)) for name in fitted}
+        grams = statistics.grams
+        yield {name: Problem(grams[label], rows=statistics.rows_of(label)) for name, label in fitted.items()}
 
 
 def calibrated_groups(
@@ -92,9 +101,17 @@ def calibrated_groups(
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
                 logger.warning("%s: %s are fitted on the dense model's inputs", reasons, ", ".join(apart))
-                yield problems_of(whole_model_grams(model, apart, batches))
+                yield with_pooled(model, whole_model_grams(model, apart, batches), apart)
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
-    with closing(iterate_grams(model, [name for name in names if name in plan], batches)) as blockwise:
+    fitted = [name for name in names if name in plan]
+    with closing(iterate_grams(model, fitted, batches)) as blockwise:
         for grams in blockwise:
-            yield problems_of(grams)
+            yield with_pooled(model, grams, fitted)
+
+
+def with_pooled(model: nn.Module, grams: Grams, names: list[str]) -> dict[str, Problem]:
+    """The problems of these layers, and of all experts among `names` whose tensor has some expert here."""
+    tensors = {name.rpartition(".")[0] for name in grams}
+    experts = [name for name in names if name.rpartition(".")[0] in tensors and lies_in_experts(model, name)]
+    return pooled(problems_of(grams), experts)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_blr.config.texts import describe
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
-from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
+from hf_blr.text import NAMED, Tokenizer, can_write, load_text, tokenize
 from hf_blr.text.windows import check_positions
 
 if TYPE_CHECKING:
@@ -130,8 +130,10 @@ def perplexity(
     Raises:
         ValueError: if the text is too short, `seqlen` is beyond the model's positions, a token id is beyond
             its vocabulary, or a count is out of range. Also what `load_text` raises.
-        TypeError: if the model does not give logits for each token.
+        TypeError: if the model is an encoder, an encoder-decoder or a classifier: it predicts no next token of its
+            input.
     """
+    check_causal(model)
     stride = seqlen if stride is None else stride
     check_counts(model, seqlen, stride, batch_size, max_windows)
     tokens, described = as_tokens(tokenizer, dataset)
@@ -146,11 +148,6 @@ def perplexity(
         for batch in tqdm(batch_windows(windows, batch_size), desc="perplexity", disable=not progress):
             input_ids = torch.stack([tokens[window.begin : window.end] for window in batch])
             logits = model(input_ids=input_ids, use_cache=False).logits
-            if logits.shape[:-1] != input_ids.shape:
-                raise TypeError(
-                    f"{type(model).__name__} is no causal language model: for tokens {list(input_ids.shape)} "
-                    f"it gives logits {list(logits.shape)}"
-                )
             for window, window_logits in zip(batch, logits, strict=True):
                 # the logits at position t - 1 predict token t
                 predicting = window_logits[window.first - window.begin - 1 : -1]
@@ -211,6 +208,20 @@ def check_counts(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_positions(model, seqlen)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises TypeError where logits say nothing of the next token, even if there is a row of them for each token."""
+    if can_write(model):
+        return
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "its decoder is fed with another text than its encoder"
+    else:
+        reason = "it sees the token that it is asked for, or predicts none"
+    raise TypeError(
+        f"{type(model).__name__} is no causal language model ({reason}), so it has no perplexity; compare its "
+        "outputs with the dense model's, or its scores on a task"
+    )
 
 
 def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:

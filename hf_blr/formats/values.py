@@ -20,9 +20,11 @@ def fault(kind: str, value: Tensor) -> str | None:
     if wrong is not None or value.is_meta:
         return wrong
     if kind == INDEX:
-        wanted = torch.arange(value.numel(), device=value.device)
-        if not torch.equal(value.flatten().long().sort().values, wanted):
-            return f"expected each integer of 0 to {value.numel() - 1} once, got others or some twice"
+        # of experts a row each
+        rows = torch.atleast_1d(value).long()
+        wanted = torch.arange(rows.shape[-1], device=value.device).expand(rows.shape)
+        if not torch.equal(rows.sort(-1).values, wanted):
+            return f"expected each integer of 0 to {rows.shape[-1] - 1} once, got others or some twice"
     elif kind in (FACTOR, SCALE) and not is_finite(value):
         return "expected finite numbers, got NaN or infinity"
     return None

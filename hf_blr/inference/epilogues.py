@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from hf_blr.experts import Experts
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
@@ -75,7 +76,7 @@ def fuse_activations(parent: nn.Module) -> list[tuple[str, ...]]:
         (projection, activation), or (gate, up, activation), by their names in the parent.
     """
     # one with a forward of its own may do anything
-    if parent.training or "forward" in vars(parent):
+    if parent.training or "forward" in vars(parent) or isinstance(parent, Experts):
         return []
     # from a call of `fuse` before; training may have undone the projections' part of it
     bring_back(parent)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_blr.experts import ExpertsLinear
 from hf_blr.formats import PLAIN
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.epilogues import bring_back, fuse_activations
@@ -94,6 +95,8 @@ def unfuse(model: nn.Module) -> None:
 def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
     if not isinstance(module, BLRLinear) or module.storage != PLAIN or module.device.type == "meta":
+        return None
+    if isinstance(module, ExpertsLinear):
         return None
     if not structure_named(module.spec.structure).grouped:
         return None

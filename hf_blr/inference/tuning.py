@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_blr.experts import ExpertsLinear
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.ops.dispatch import resolve_impl
 from hf_blr.ops.table import implementation_of
@@ -51,6 +52,9 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
 
 def has_kernels(module: BLRLinear) -> bool:
     """Whether kernels can run for this layer, where it is and in its dtype."""
+    if isinstance(module, ExpertsLinear):
+        # which rows an expert sees, nobody knows before
+        return False
     tensors = module.tensors()
     factors = [tensors[name] for name in module.spec.names(FACTOR)]
     kernels = implementation_of(module.spec.structure).kernel is not None

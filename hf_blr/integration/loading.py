@@ -6,11 +6,13 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
+from hf_blr.experts import ExpertsLinear, put_layer
 from hf_blr.formats import format_named
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
@@ -36,18 +38,29 @@ def to_dense(model: nn.Module) -> nn.Module:
     recorded = holders(model)
     try:
         for name, module in modules.items():
-            model.set_submodule(name, module.to_dense())
+            if isinstance(module, ExpertsLinear):
+                put_layer(model, name, dense_experts(module))
+            else:
+                model.set_submodule(name, module.to_dense())
     finally:
         # stopped half-way, the configs name what is left
         record_replaced(recorded)
     return model
 
 
+def dense_experts(module: ExpertsLinear) -> nn.Parameter:
+    """The 3-D parameter that the factors stand for, in the layout of the model; multiplied out in float32 or better."""
+    weight = module.dense_weight(torch.promote_types(module.dtype, torch.float32)).detach().to(module.dtype)
+    trains = next(iter(module.factors().values())).requires_grad
+    return nn.Parameter((weight.mT if module.transposed else weight).contiguous(), requires_grad=trains)
+
+
 def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.Module:
     """Store the factors of a compressed model in another format: rounded to fewer bits, or as numbers in "plain".
 
     Works in place, one module at a time, and returns the model, whose config names the format. Layers of
-    `structure="dense"` stay as they are, and so do those that would take no less than in 16 bits, with a warning.
+    `structure="dense"` and experts stay as they are. So do, with a warning, layers that would take no less than in 16
+    bits.
 
     Args:
         model: a compressed model, or a part of one.
@@ -62,7 +75,7 @@ def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.
     modules = {
         path: module
         for path, module in unadapted_modules(model).items()
-        if not structure_named(module.spec.structure).whole
+        if not structure_named(module.spec.structure).whole and not isinstance(module, ExpertsLinear)
     }
     if not modules:
         raise ValueError(f"{type(model).__name__} has no factors that could be stored in {name}; compress it first")

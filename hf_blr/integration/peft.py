@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_blr.experts import ExpertsLinear
 from hf_blr.integration.on_import import when_imported
 from hf_blr.linear import BLRLinear, blr_modules
 
@@ -35,7 +36,7 @@ def wrap_lora_config(lora_config: Any) -> None:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         original(self)
-        self._register_custom_module({BLRLinear: lora_class()})
+        self._register_custom_module({ExpertsLinear: refuse_experts, BLRLinear: lora_class()})
 
     wrapper: Any = __post_init__
     wrapper.hf_blr_wrapper = True
@@ -43,15 +44,24 @@ def wrap_lora_config(lora_config: Any) -> None:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Names of the model's BLR modules, for `LoraConfig(target_modules=...)`; "all-linear" does not see them.
+    """Names of the model's BLR linear layers, for `LoraConfig(target_modules=...)`; "all-linear" does not see them.
 
     Raises:
         ValueError: if the model has none.
     """
-    names = list(blr_modules(model))
+    names = [name for name, module in blr_modules(model).items() if not isinstance(module, ExpertsLinear)]
     if not names:
-        raise ValueError(f'{type(model).__name__} has no BLR modules; target_modules="all-linear" finds dense ones')
+        raise ValueError(
+            f'{type(model).__name__} has no BLR modules for adapters; target_modules="all-linear" finds dense ones'
+        )
     return names
+
+
+def refuse_experts(*args: Any, **kwargs: Any) -> Any:
+    """Raises NotImplementedError: which expert's adapter would run, PEFT does not know."""
+    raise NotImplementedError(
+        "factors of experts take no LoRA adapter: use target_modules=hf_blr.lora_targets(model), and train the factors"
+    )
 
 
 @functools.cache

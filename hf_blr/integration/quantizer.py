@@ -14,10 +14,17 @@ from hf_blr.checkpoint.record import forget_quantizer, record_plan
 from hf_blr.checkpoint.values import check_values
 from hf_blr.checkpoint.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.config import AUTO, BLRConfig
+from hf_blr.experts import layer_named
 from hf_blr.integration.loading import to_dense
 from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
-from hf_blr.integration.streaming import FactorizeOp, add_placeholder, finish_placeholder, fit_weight
-from hf_blr.linear import BLRLinear
+from hf_blr.integration.streaming import (
+    Awaited,
+    FactorizeOp,
+    add_placeholder,
+    finish_placeholder,
+    fit_weight,
+    placeholder_for,
+)
 from hf_blr.plan import Plan, plan_from_layers, resolve_plan
 
 if TYPE_CHECKING:
@@ -39,8 +46,8 @@ class BLRHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BLRConfig, **kwargs: Any):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.plan: Plan = {}
-        #: {name of a dense weight: module that waits for it}
-        self.awaiting: dict[str, BLRLinear] = {}
+        #: {name of a dense weight: what waits for it}
+        self.awaiting: dict[str, Awaited] = {}
         self.refused: list[str] = []
         self.expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
@@ -67,12 +74,10 @@ class BLRHfQuantizer(HfQuantizer):
             self.plan = resolve_plan(model, self.quantization_config)
         if self.pre_quantized:
             check_files(model, self.plan, files)
-        weights = {name: model.get_submodule(name).get_parameter("weight") for name in self.plan}
+        weights = {name: placeholder_for(layer_named(model, name)) for name in self.plan}
         modules = swap_in(model, self.plan)
         if not self.pre_quantized:
-            for name, module in modules.items():
-                add_placeholder(module, weights[name])
-                self.awaiting[f"{name}.weight"] = module
+            self.awaiting |= dict(add_placeholder(model, name, modules[name], weights[name]) for name in modules)
         self.expected = expected_tensors(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -105,8 +110,8 @@ class BLRHfQuantizer(HfQuantizer):
         Raises:
             ValueError: if a weight never came.
         """
-        for name, module in list(self.awaiting.items()):
-            weight = module.weight
+        for name, awaited in list(self.awaiting.items()):
+            module, weight = awaited.module, awaited.holder.get_parameter(awaited.key)
             if weight.is_meta:
                 raise ValueError(
                     f"{name}: offloaded to disk before it could be compressed; load it without disk offload"
@@ -118,6 +123,9 @@ class BLRHfQuantizer(HfQuantizer):
                 )
             factors = fit_weight(name, module, weight.detach(), self.quantization_config)
             finish_placeholder(name, self.awaiting)
+            if awaited.holder is not module:
+                # the loader put the weight in the module's place
+                setattr(awaited.holder, awaited.key, module)
             for key, tensor in factors.items():
                 module.put(key, tensor)
                 mark_loaded(module.stored()[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from hf_blr.config import BLRConfig
+from hf_blr.experts import ExpertsLinear, ExpertsTensor
 from hf_blr.factorize import factorize
 from hf_blr.factorize.finite import check_finite
 from hf_blr.formats.values import check_fit
@@ -19,17 +21,26 @@ from hf_blr.linear import BLRLinear
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """A dense weight that the loader shall bring: a placeholder in `holder` under `key`, and the module that waits."""
+
+    module: BLRLinear
+    holder: nn.Module
+    key: str
+
+
 class FactorizeOp(ConversionOps):
     """Replaces each awaited dense weight that passes through by its factors.
 
     Args:
-        awaiting: {name of a dense weight: its module}; shared with the quantizer, fitted names are taken out.
+        awaiting: {name of a dense weight: what waits for it}; shared with the quantizer, fitted names are taken out.
         config: how to fit.
         refused: messages about weights that cannot be fitted; shared with the quantizer, which raises them.
             The loader would turn an exception from here into "some issues during automatic conversion".
     """
 
-    def __init__(self, awaiting: dict[str, BLRLinear], config: BLRConfig, refused: list[str]):
+    def __init__(self, awaiting: dict[str, Awaited], config: BLRConfig, refused: list[str]):
         self.awaiting, self.config, self.refused = awaiting, config, refused
 
     def convert(
@@ -53,7 +64,7 @@ class FactorizeOp(ConversionOps):
     def fit(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """{full state-dict key: tensor}; for a weight that cannot be fitted nothing, and a message."""
         try:
-            factors = fit_weight(name, self.awaiting[name], weight, self.config)
+            factors = fit_weight(name, self.awaiting[name].module, weight, self.config)
         except ValueError as error:
             self.refused.append(str(error))
             return {}
@@ -62,7 +73,9 @@ class FactorizeOp(ConversionOps):
             logger.exception("%s could not be factorised", name)
             raise
         finish_placeholder(name, self.awaiting)
-        return {f"{name.removesuffix('weight')}{factor}": tensor for factor, tensor in factors.items()}
+        # of a linear layer the weight is a part, of experts the parameter itself is the layer
+        layer = name.removesuffix(".weight")
+        return {f"{layer}.{factor}": tensor for factor, tensor in factors.items()}
 
 
 def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig) -> dict[str, torch.Tensor]:
@@ -71,7 +84,7 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
     Args:
         name: of the weight, for messages.
         module: waits for this weight; says its spec and whether it is stored `[K, N]`.
-        weight: `[N, K]`, or `[K, N]` where the module replaces a `Conv1D`.
+        weight: `[N, K]`, or `[K, N]` where the module replaces a `Conv1D`; of experts with a leading axis.
         config: how to fit.
 
     Raises:
@@ -84,6 +97,14 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
             f"{tuple(weight.shape)}; load it with its own config.json"
         )
     check_finite(name, weight, "repair the checkpoint, or leave this module dense with modules_to_not_convert")
+    if isinstance(module, ExpertsLinear):
+        each = [fit_matrix(f"{name}.{i}", module, matrix, config) for i, matrix in enumerate(weight)]
+        return {key: torch.stack([factors[key] for factors in each]) for key in each[0]}
+    return fit_matrix(name, module, weight, config)
+
+
+def fit_matrix(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRConfig) -> dict[str, torch.Tensor]:
+    """Likewise of a single matrix, that of a linear layer or of one expert, which is finite and of the right shape."""
     matrix = (weight.T if module.transposed else weight).to(config.device_for(weight))
     fitted = factorize(matrix, module.spec, options=config.fit_options(module.in_features), storage=module.storage)
     logger.info("%s: relative error %.4f after %d rounds", name, fitted.rel_error, fitted.rounds)
@@ -95,12 +116,27 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
     return stored
 
 
-def add_placeholder(module: BLRLinear, weight: nn.Parameter) -> None:
-    """Show the loader the dense weight that this module waits for."""
-    # a plain assignment would meet the read-only property of this name
-    module._parameters["weight"] = weight
+def placeholder_for(layer: nn.Module) -> nn.Parameter:
+    """The dense parameter of a layer that is about to be replaced."""
+    if isinstance(layer, ExpertsTensor):
+        stored: nn.Parameter = layer.owner.get_parameter(layer.key)
+        return stored
+    return layer.get_parameter("weight")
 
 
-def finish_placeholder(name: str, awaiting: dict[str, BLRLinear]) -> None:
+def add_placeholder(model: nn.Module, name: str, module: BLRLinear, weight: nn.Parameter) -> tuple[str, Awaited]:
+    """Show the loader the dense weight that this module waits for; returns its name, and what waits for it."""
+    if isinstance(module, ExpertsLinear):
+        parent, _, key = name.rpartition(".")
+        awaited = Awaited(module, model.get_submodule(parent), key)
+    else:
+        name, awaited = f"{name}.weight", Awaited(module, module, "weight")
+    # a plain assignment would meet the property, or the module, of this name
+    awaited.holder._parameters[awaited.key] = weight
+    return name, awaited
+
+
+def finish_placeholder(name: str, awaiting: dict[str, Awaited]) -> None:
     """The weight has become factors: its module no longer waits for it."""
-    del awaiting.pop(name)._parameters["weight"]
+    awaited = awaiting.pop(name)
+    del awaited.holder._parameters[awaited.key]

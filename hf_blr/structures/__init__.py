@@ -28,6 +28,7 @@ from hf_blr.structures.spec import (
     StoredTensor,
     as_block_pair,
     block_pair_of,
+    is_count,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Structure",
     "as_block_pair",
     "block_pair_of",
+    "is_count",
     "make_spec",
     "max_rank",
     "register",
