@@ -40,7 +40,7 @@ def test_imports_point_downward():
         ("ops/triton/mix.py", "from hf_blr.ops import blocks", "Kernels know no plain form"),
         ("ops/rules/mix.py", "import triton", "Rules are pure"),
         ("linear.py", "from hf_blr.structures.blast import layer", "reached through its record alone"),
-        ("plan.py", "import transformers", "What knows transformers says so"),
+        ("plan/layers.py", "import transformers", "What knows transformers says so"),
     ],
 )
 def test_an_import_upward_is_found(copied, module, line, broken):

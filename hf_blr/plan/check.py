@@ -1,0 +1,48 @@
+"""Whether a plan fits a model, before anything is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
+from hf_blr.experts import ExpertsTensor, layer_named
+from hf_blr.factorize.finite import check_finite
+from hf_blr.plan.layers import LayerPlan, Plan
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises ValueError if a planned layer is not a dense layer of the planned size, or cannot be fitted."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    if {"cpu", "disk"} & {str(device) for device in placed.values()} and len(set(placed.values())) > 1:
+        raise ValueError(
+            "the model is partly offloaded to the CPU or disk, where its layers cannot be replaced; load it on one "
+            "device, or without device_map"
+        )
+    for name, layer in plan.items():
+        module = layer_named(model, name)
+        check_layer(name, module, layer)
+        weight = stored_weight(module)
+        if weight.is_meta:
+            raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
+        check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
+
+
+def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:
+    """Raises ValueError unless the module is a dense layer of the kind and sizes that the plan was made for."""
+    sizes = layer.spec.in_features, layer.spec.out_features
+    planned = layer_in_words(sizes, layer.bias, layer.transposed, layer.experts)
+    found = f"a {type(module).__name__}"
+    if isinstance(module, ExpertsTensor):
+        found = layer_in_words(feature_sizes(module), False, module.owner.is_transposed, module.num_experts)
+    elif is_dense_linear(module):
+        found = layer_in_words(feature_sizes(module), module.bias is not None, is_transposed(module))
+    if found != planned:
+        raise ValueError(f"{name}: the plan says {planned}, the model has {found}{remedy and f'; {remedy}'}")
+
+
+def layer_in_words(sizes: tuple[int, int], bias: bool, transposed: bool, experts: int = 0) -> str:
+    if experts:
+        stored = ", stored transposed" if transposed else ""
+        return f"{experts} experts of {sizes[0]} -> {sizes[1]} features{stored}"
+    kind = "a Conv1D" if transposed else "a linear layer"
+    return f"{kind} of {sizes[0]} -> {sizes[1]} features {'with' if bias else 'without'} a bias"

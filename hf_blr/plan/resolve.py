@@ -1,0 +1,140 @@
+"""From a config and a model to a plan."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_blr.config import BLRConfig
+from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.experts import ExpertsTensor, layer_named
+from hf_blr.formats import PLAIN, Format, format_named
+from hf_blr.linear import blr_modules
+from hf_blr.plan.layers import LayerPlan, Plan
+from hf_blr.structures import (
+    Dense,
+    as_block_pair,
+    make_spec,
+    max_rank,
+    structure_named,
+)
+from hf_blr.targets import find_targets, override_for
+from hf_blr.unreached import warn_of_unreached
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
+    """Every module that the config replaces in this model, with its sizes.
+
+    Raises:
+        ValueError: if the model is compressed already, a pattern matches nothing, or a module's sizes do not fit the
+            structure; the message starts with the module's name.
+    """
+    compressed = list(blr_modules(model))
+    if compressed:
+        kind = type(model.get_submodule(compressed[0])).__name__
+        raise ValueError(
+            f"the model is compressed already: {compressed[0]} is a {kind}. To compress it again, make it dense first "
+            "with hf_blr.to_dense(model)"
+        )
+    targets = find_targets(model, config.target_modules, config.modules_to_not_convert)
+    by_default = config.target_modules is None or config.target_modules == "all-linear"
+    plan: Plan = {}
+    too_small: list[str] = []
+    misfits: dict[str, ValueError] = {}
+    left: list[str] = []
+    for name in targets:
+        module = layer_named(model, name)
+        override = override_for(name, config.overrides)
+        settings = config.settings_with(override)
+        structure, rank, blocks = settings["structure"], settings["rank"], settings["num_blocks"]
+        if by_default and rank is not None and rank > max_rank(structure, *feature_sizes(module), blocks):
+            too_small.append(name)
+        keeps_all = name in too_small or structure_named(structure).whole
+        try:
+            # a budget may leave any layer dense, and shall not find out after hours that the format cannot store it
+            whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
+            if config.bits_per_weight is not None and not override:
+                # until bits are shared out, which is for layers: experts have no format of fewer bits
+                is_layer = not isinstance(module, ExpertsTensor)
+                layer: LayerPlan | None = whole_layer(module, format_named("int8")) if is_layer else None
+                left += [] if is_layer else [name]
+            else:
+                layer = whole if keeps_all else factored_plan(name, module, config, override)
+        except ValueError as error:
+            refused = ValueError(f"{name}: {error}")
+            if not (by_default and too_narrow(module, settings)):
+                raise refused from None
+            misfits[name], layer = refused, None
+        if layer is not None:
+            plan[name] = layer
+    if misfits and not plan:
+        raise next(iter(misfits.values()))
+    if left:
+        logger.warning("%d tensors of experts stay as they are, outside of the budget of bits: %s", len(left), left)
+    if misfits:
+        logger.warning("%d modules stay dense, too narrow for their blocks: %s", len(misfits), ", ".join(misfits))
+    if too_small:
+        logger.warning(
+            "%d modules stay dense, rank %s would not make them smaller: %s", len(too_small), config.rank, too_small
+        )
+    if not plan:
+        raise ValueError(
+            f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
+            "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
+        )
+    rounded = [
+        name
+        for name, layer in plan.items()
+        if layer.experts and config.storage_of(layer.spec.structure, override_for(name, config.overrides)) != PLAIN
+    ]
+    if rounded:
+        logger.warning("%d tensors of experts keep their factors in the plain format: %s", len(rounded), rounded)
+    warn_of_unreached(model)
+    return plan
+
+
+def too_narrow(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether a layer has fewer features than blocks on a side, or a ratio buys it no rank at all."""
+    spec, sizes, ratio = structure_named(settings["structure"]).spec, feature_sizes(module), settings["ratio"]
+    blocks = as_block_pair(spec.default_blocks if settings["num_blocks"] is None else settings["num_blocks"])
+    if any(size < count for size, count in zip(sizes, blocks, strict=True)):
+        return True
+    divided = all(size % count == 0 for size, count in zip(sizes, blocks, strict=True))
+    return divided and ratio is not None and spec.rank_within(int(ratio * sizes[0] * sizes[1]), *sizes, blocks) < 1
+
+
+def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan:
+    """A layer as factors: of a ratio, with the largest rank that it buys and that the format's groups divide."""
+    settings = config.settings_with(override)
+    k, n = feature_sizes(module)
+    spec = make_spec(in_features=k, out_features=n, **settings)
+    if isinstance(module, ExpertsTensor):
+        # their factors are kept in no other format
+        return LayerPlan(spec, False, module.owner.is_transposed, PLAIN, module.num_experts)
+    storage = config.storage_of(spec.structure, override)
+    if settings["ratio"] is not None and storage.misfit(spec) is not None:
+        lower = (replace(spec, rank=rank) for rank in range(spec.rank - 1, 0, -1))
+        spec = next((candidate for candidate in lower if storage.misfit(candidate) is None), spec)
+    if storage.misfit(spec) is None and (waste := storage.waste(spec)) is not None:
+        logger.warning("%s: stays in the plain format: %s", name, waste)
+        storage = PLAIN
+    return LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
+
+
+def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
+    """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
+    storage = config.storage_of(Dense.structure, override)
+    if storage == PLAIN or isinstance(module, ExpertsTensor):
+        return None
+    return whole_layer(module, storage)
+
+
+def whole_layer(module: nn.Module, storage: Format) -> LayerPlan:
+    """A layer that keeps its whole matrix in this format of fewer bits."""
+    k, n = feature_sizes(module)
+    return LayerPlan(Dense(k, n, min(k, n)), module.bias is not None, is_transposed(module), storage)
