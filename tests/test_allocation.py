@@ -11,7 +11,9 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.losses import sampled_loss
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
-from hf_blr.compression.budget import Budget, Layer, at_ranks, factor_at, kind_of, share_budget, trial_factors
+from hf_blr.compression.budget import Budget, share_budget
+from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
+from hf_blr.compression.shapes import at_ranks, kind_of
 from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup

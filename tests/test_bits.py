@@ -9,8 +9,9 @@ from tiny import batches_for, divergence, tiny_llama, tiny_mixtral
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, choice_of
 from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
-from hf_blr.compression.budget import Layer, kind_of
+from hf_blr.compression.layer_trials import Layer
 from hf_blr.compression.rounding_trials import rounding_scale, storable, trials_of
+from hf_blr.compression.shapes import kind_of
 from hf_blr.factorize import factorize
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.integration import blr_modules

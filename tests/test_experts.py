@@ -24,7 +24,8 @@ from hf_blr.calibration.routed import pooled
 from hf_blr.cli import main
 from hf_blr.compression import pipeline
 from hf_blr.compression.allocation import loss_curve
-from hf_blr.compression.budget import Layer, share_budget
+from hf_blr.compression.budget import share_budget
+from hf_blr.compression.layer_trials import Layer
 from hf_blr.experts import Experts, ExpertsLinear, dense_layers, expanded, layer_named, opened
 from hf_blr.factorize import factorize
 from hf_blr.finetune import mark_only_factors_trainable

@@ -119,7 +119,7 @@ def test_auto_tries_it():
     ids = tiny_inputs(model)["input_ids"]
     report = compress(model, BLRConfig("auto", ratio=0.6, fit_rounds=2), calibration=[ids], progress=False)
     assert report.layers
-    from hf_blr.compression.budget import shapes_for
+    from hf_blr.compression.shapes import shapes_for
 
     shapes = shapes_for(structures.LowRank(64, 64, 1), BLRConfig("auto", ratio=0.6, dataset="builtin"))
     assert "kronecker" in {shape.structure for shape in shapes}

@@ -13,8 +13,9 @@ from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Choice, Option, allocate, choice_of, interpolate, loss_of
-from hf_blr.compression.budget import Layer, factor_at, kind_of, shapes_for
+from hf_blr.compression.layer_trials import Layer, factor_at
 from hf_blr.compression.rounding_trials import Trial, candidates, rounding_scale, storable, trials_of
+from hf_blr.compression.shapes import kind_of, shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
 from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups

@@ -8,39 +8,23 @@ of each kind say.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
-from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
+from hf_blr.compression.allocation import Option, allocate, interpolate
+from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
+from hf_blr.compression.shapes import at_rank_one, at_ranks, kind_of, ratio_of, shapes_for
 from hf_blr.config import AUTO, BLRConfig
-from hf_blr.dense import dense_weight
 from hf_blr.experts import layer_named
-from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
-from hf_blr.factorize.bits import ToRound
-from hf_blr.factorize.gram import damped
-from hf_blr.formats import Bits, Format
+from hf_blr.formats import Format
 from hf_blr.plan import Plan, dense_plan
-from hf_blr.structures import BLRSpec, structure_named, structures
+from hf_blr.structures import BLRSpec, structure_named
 from hf_blr.targets import override_for
 
 logger = logging.getLogger(__name__)
-
-#: what the trial fits keep, as fractions of the ratio and of the way from it to one: what blocks gain over low-rank
-#: changes with what is kept, and layers keep more or less than the ratio
-TRIAL_RATIOS = 0.6, 0.5
-#: ranks are multiples of a power of two up to this, which kernels like
-LARGEST_STEP = 16
-
-#: so many experts of a tensor stand for all of them
-SAMPLED_EXPERTS = 8
-
-#: (kind of layer, structure, blocks)
-Kind = tuple[str, str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -134,155 +118,3 @@ def storage_of(name: str, spec: BLRSpec, plan: Plan, config: BLRConfig) -> Forma
     if plan[name].experts:
         return plan[name].storage
     return config.storage_of(spec.structure, override_for(name, config.overrides))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A dense layer, or the experts of one tensor, with its statistics, on the device where fits run."""
-
-    model: nn.Module
-    name: str
-    statistics: Statistics
-    config: BLRConfig
-
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W `[N, K]`, of experts `[E, N, K]`, H `[K, K]` and the blocks of G."""
-        weight = dense_weight(layer_named(self.model, self.name))
-        device = self.config.device_for(weight)
-        grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
-        return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
-
-    def shares(self, experts: int) -> dict[int, float]:
-        """{expert: its share of the tokens that those experts saw that are looked at}."""
-        picked = range(0, experts, -(-experts // SAMPLED_EXPERTS))
-        rows = {expert: self.statistics.rows.get(f"{self.name}.{expert}", 0) for expert in picked}
-        total = sum(rows.values())
-        return {expert: count / total if total else 1 / len(rows) for expert, count in rows.items()}
-
-    @property
-    def options(self) -> FitOptions:
-        features = len(self.statistics.grams[self.name])
-        return self.config.fit_options(features, self.statistics.rows_of(self.name))
-
-    def curve(self) -> Tensor:
-        """`loss_curve` of the layer; raises ValueError with its name where the statistics overflowed."""
-        weight, gram, output_gram = self.matrices()
-        damping, pairs = self.options.damping, self.statistics.pairs(self.name)
-        # an expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss
-        parts = [(1.0, weight)]
-        if weight.dim() == 3:
-            parts = [(share, weight[expert]) for expert, share in self.shares(len(weight)).items()]
-        try:
-            curves = [share * loss_curve(part, gram, output_gram, pairs, damping) for share, part in parts]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-        return torch.stack(curves).sum(0)
-
-    def trial(self, spec: BLRSpec) -> float:
-        """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
-        return self.loss(self.fit(spec).matrix(spec))
-
-    def fit(self, spec: BLRSpec) -> Factors:
-        weight, gram, output_gram = self.matrices()
-        return factorize(weight, spec, gram, output_gram, self.options)
-
-    def rounded(self, fitted: Factors, spec: BLRSpec, storage: Bits) -> Factors:
-        """The fit with codes in the place of factors."""
-        weight, gram, output_gram = self.matrices()
-        gram = unit_gram(gram, self.options.damping)
-        metric = metric_of(spec, output_gram, weight.device)
-        return in_bits(fitted, spec, ToRound(weight, gram, metric, storage, self.options.seed))
-
-    def loss(self, matrix: Tensor) -> float:
-        """The predicted loss of another matrix `[N, K]` in the place of W."""
-        weight, gram, output_gram = self.matrices()
-        # as the curve that it is compared with
-        gram = damped(gram, self.options.damping)
-        return predicted_loss(matrix - weight, gram, output_gram, self.statistics.pairs(self.name))
-
-
-def trial_factors(
-    layers: dict[str, Layer], curves: dict[str, Tensor], shapes: dict[str, list[BLRSpec]], ratio: float
-) -> dict[Kind, list[tuple[float, float]]]:
-    """{(kind of layer, structure, blocks): [(ratio kept, its loss over low-rank's at equal parameters), ...]}.
-
-    From fits of each kind's middle layer; the ratios rise. Empty for what needs no fit.
-    """
-    kinds: dict[str, list[str]] = {}
-    for name in layers:
-        kinds.setdefault(kind_of(name), []).append(name)
-    less, more = TRIAL_RATIOS
-    factors: dict[Kind, list[tuple[float, float]]] = {}
-    for kind, names in kinds.items():
-        name = names[len(names) // 2]
-        for shape in shapes[name]:
-            trials = factors[kind, shape.structure, shape.num_blocks] = []
-            closed = structure_named(shape.structure).closed_form
-            for kept in () if closed else (less * ratio, ratio + more * (1 - ratio)):
-                spec = at_ratio(shape, kept)
-                low_rank = interpolate(curves[name], spec.equivalent_rank)
-                if low_rank > 0:
-                    trials.append((spec.ratio, max(layers[name].trial(spec), 1e-30) / low_rank))
-    return factors
-
-
-def factor_at(trials: list[tuple[float, float]], ratio: float) -> float:
-    """The factor for a kept ratio: geometrically between two trials, the nearest beyond them, one without any."""
-    if not trials:
-        return 1.0
-    (low, first), (high, last) = trials[0], trials[-1]
-    share = min(max((ratio - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-    return first ** (1 - share) * last**share
-
-
-def ratio_of(config: BLRConfig) -> float:
-    if config.ratio is None:
-        raise ValueError("layers that share a budget need a ratio of what they cost: set BLRConfig(ratio=...)")
-    return config.ratio
-
-
-def kind_of(name: str) -> str:
-    """The name without the number of its block."""
-    return re.sub(r"\d+", "*", name)
-
-
-def at_rank_one(spec: BLRSpec) -> BLRSpec:
-    """The structure and blocks of this spec at rank 1."""
-    return replace(spec, rank=1)
-
-
-def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
-    """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto".
-
-    Where the blocks of a candidate do not divide a layer, the layer does without it.
-    """
-    k, n = spec.in_features, spec.out_features
-    if config.structure != AUTO:
-        return [at_rank_one(spec)]
-    shapes = [
-        record.spec(k, n, 1, blocks)
-        for record in structures().values()
-        for blocks in record.auto_blocks
-        if k % blocks[0] == 0 and n % blocks[1] == 0
-    ]
-    return [shape for shape in shapes if shape.num_parameters < shape.dense_parameters]
-
-
-def at_ranks(shape: BLRSpec, floor: float, ceiling: float) -> list[BLRSpec]:
-    """The structure and blocks at the ranks worth considering, from the floor to almost dense."""
-    dense, sizes = shape.dense_parameters, (shape.in_features, shape.out_features, shape.num_blocks)
-    highest = shape.rank_within(min(dense - 1, int(ceiling * dense)), *sizes)
-    step = 1
-    while step < LARGEST_STEP and 2 * step <= highest / 16:
-        step *= 2
-    lowest = max(step, -(-shape.rank_within(int(floor * dense), *sizes) // step) * step)
-    return [replace(shape, rank=rank) for rank in range(lowest, highest + 1, step)]
-
-
-def at_ratio(shape: BLRSpec, ratio: float) -> BLRSpec:
-    """The structure and blocks at the rank that the ratio buys, of at least 1."""
-    dense = shape.dense_parameters
-    within = shape.rank_within(
-        min(int(ratio * dense), dense - 1), shape.in_features, shape.out_features, shape.num_blocks
-    )
-    return replace(shape, rank=max(1, within))

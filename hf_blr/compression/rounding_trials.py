@@ -11,7 +11,8 @@ from functools import cache
 from torch import Tensor
 
 from hf_blr.compression.allocation import interpolate
-from hf_blr.compression.budget import Layer, at_ranks, kind_of, shapes_for
+from hf_blr.compression.layer_trials import Layer
+from hf_blr.compression.shapes import at_ranks, kind_of, shapes_for
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec

@@ -1,0 +1,65 @@
+"""Which structures, blocks and ranks a layer may take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from hf_blr.config import AUTO, BLRConfig
+from hf_blr.structures import BLRSpec, structures
+
+#: ranks are multiples of a power of two up to this, which kernels like
+LARGEST_STEP = 16
+
+
+def ratio_of(config: BLRConfig) -> float:
+    if config.ratio is None:
+        raise ValueError("layers that share a budget need a ratio of what they cost: set BLRConfig(ratio=...)")
+    return config.ratio
+
+
+def kind_of(name: str) -> str:
+    """The name without the number of its block."""
+    return re.sub(r"\d+", "*", name)
+
+
+def at_rank_one(spec: BLRSpec) -> BLRSpec:
+    """The structure and blocks of this spec at rank 1."""
+    return replace(spec, rank=1)
+
+
+def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
+    """What the layer may become, each at rank 1: its own structure and blocks, or all candidates with "auto".
+
+    Where the blocks of a candidate do not divide a layer, the layer does without it.
+    """
+    k, n = spec.in_features, spec.out_features
+    if config.structure != AUTO:
+        return [at_rank_one(spec)]
+    shapes = [
+        record.spec(k, n, 1, blocks)
+        for record in structures().values()
+        for blocks in record.auto_blocks
+        if k % blocks[0] == 0 and n % blocks[1] == 0
+    ]
+    return [shape for shape in shapes if shape.num_parameters < shape.dense_parameters]
+
+
+def at_ranks(shape: BLRSpec, floor: float, ceiling: float) -> list[BLRSpec]:
+    """The structure and blocks at the ranks worth considering, from the floor to almost dense."""
+    dense, sizes = shape.dense_parameters, (shape.in_features, shape.out_features, shape.num_blocks)
+    highest = shape.rank_within(min(dense - 1, int(ceiling * dense)), *sizes)
+    step = 1
+    while step < LARGEST_STEP and 2 * step <= highest / 16:
+        step *= 2
+    lowest = max(step, -(-shape.rank_within(int(floor * dense), *sizes) // step) * step)
+    return [replace(shape, rank=rank) for rank in range(lowest, highest + 1, step)]
+
+
+def at_ratio(shape: BLRSpec, ratio: float) -> BLRSpec:
+    """The structure and blocks at the rank that the ratio buys, of at least 1."""
+    dense = shape.dense_parameters
+    within = shape.rank_within(
+        min(int(ratio * dense), dense - 1), shape.in_features, shape.out_features, shape.num_blocks
+    )
+    return replace(shape, rank=max(1, within))
