@@ -44,14 +44,13 @@ DESCENT_STEPS = 100
 EPOCHS = 8
 
 
-def too_small(dense: torch.nn.Module, run: Run) -> ValueError | None:
-    """Why the model's layers have no such blocks, if so."""
-    if run.structure is not None:
-        try:
-            resolve_plan(dense, BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks))
-        except ValueError as error:
-            return error
-    return None
+def too_small(bench: Bench, run: Run) -> str | None:
+    """Why some of the layers have no such blocks, if so: they would stay dense, and the model above its size."""
+    if run.structure is None:
+        return None
+    plan = resolve_plan(bench.dense, BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks))
+    left = [name for name in bench.targets if name not in plan]
+    return f"{left[0]} and {len(left) - 1} other layers have no such blocks" if left else None
 
 
 def make(
@@ -167,7 +166,7 @@ def main(argv=None):
             keys = {row_key({**facts, "model": name, "dataset": text}) for text in bench.texts}
             if keys <= done or time.perf_counter() - started > args.seconds:
                 continue
-            if reason := too_small(bench.dense, run):
+            if reason := too_small(bench, run):
                 print(f"{run.label}: {reason}", flush=True)
                 continue
             if run.kind != "refine":
