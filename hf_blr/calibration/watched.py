@@ -47,7 +47,10 @@ class WatchedChain(BlockChain):
     ) -> DenseRun:
         """Passes all that enters through the still dense block."""
         run = DenseRun(entered, real)
-        run.groups, writers = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
+        writers: list[str] = []
+        if names:
+            # a block between others, of which nothing is fitted, has nothing to be looked for
+            run.groups, writers = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
         run.inputs = {group[0]: [] for group in run.groups}
         run.written = {name: [] for name in writers}
         handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]
