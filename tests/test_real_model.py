@@ -43,7 +43,7 @@ def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_p
 
 
 def test_demo_on_a_few_layers(tmp_path, capsys):
-    small = ["--calibration-tokens", "8192", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "8"]
+    small = ["--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "8"]
     output = ["--output", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")]
     assert main(["demo", "--quick", *small, *output]) == 0
     printed = capsys.readouterr().out
