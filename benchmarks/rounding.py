@@ -30,12 +30,13 @@ from hf_blr.bench.report.files import ResultFile
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.cli import options
 from hf_blr.factorize import factorize
+from hf_blr.factorize import nearest as rounded_to_nearest
 from hf_blr.factorize.bits import ToRound, refitted, rotation
 from hf_blr.factorize.gram import damped
 from hf_blr.formats import PLAIN, Codes
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
-from hf_blr.structures import BLRSpec
+from hf_blr.structures import BLRSpec, structure_named
 
 FIT_SEQLEN, FIT_WINDOWS = 512, 8
 SEQLEN, WINDOWS = 512, 4
@@ -53,15 +54,14 @@ PROTOCOL = (
 Way = Callable[[BLRSpec, dict[str, Tensor], ToRound], dict[str, Tensor | Codes]]
 
 
-def nearest(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
-    return {
-        name: problem.storage.nearest(t) if name in problem.storage.in_bits(spec) else t for name, t in tensors.items()
-    }
+def whole_fit(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
+    """As the package rounds the structure."""
+    return structure_named(spec.structure).load("rounding")(spec, dict(tensors), problem)
 
 
 def gptq(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
     if "w" in tensors:
-        return {"w": problem.round(tensors["w"], problem.gram)}
+        return whole_fit(spec, tensors, problem)
     u, v = tensors["u"], tensors["v"]
     return {"u": problem.round(u, v @ problem.input_gram @ v.T), "v": problem.round(v, problem.gram)}
 
@@ -72,15 +72,11 @@ def with_refit(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> d
     return {"u": problem.round(u, gram), "v": v}
 
 
-def with_rotation(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
-    return with_refit(spec, {**tensors, "v": rotation(spec.rank, problem.seed, tensors["v"]) @ tensors["v"]}, problem)
-
-
 WAYS: dict[str, Way] = {
-    "nearest": nearest,
+    "nearest": rounded_to_nearest,
     "GPTQ": gptq,
     "GPTQ, refit": with_refit,
-    "GPTQ, refit, rotation": with_rotation,
+    "GPTQ, refit, rotation": whole_fit,
 }
 #: (structure, format, way); no way: the fit without rounding
 ROWS = [

@@ -63,6 +63,11 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer is called with: its first argument, by whatever name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def writes_to(x: Tensor) -> int:
     """How often a tensor was written to in place; in inference mode nothing counts that."""
     return 0 if x.is_inference() else x._version

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_blr.calibration.calls import writes_to
+from hf_blr.calibration.calls import handed, writes_to
 from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.streams import Masks
 
@@ -72,7 +72,7 @@ class GramCollector:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = handed(args, kwargs)
             if self._input is None or x is not self._input or self._writes != writes_to(x):
                 self._close_group()
                 rows = real_rows(x.detach(), self.real.get(name)).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch, run
@@ -45,7 +46,7 @@ class HeldOut:
             found = log_probabilities(model, batch)
             assert found is not None
             dense = kept.to(found.device).float()
-            total += (dense.exp() * (dense - found)).sum().item()
+            total += F.kl_div(found, dense, reduction="sum", log_target=True).item()
         return total / self.tokens if self.tokens else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.blockwise import BlockChain
-from hf_blr.calibration.calls import Call, ReachedBlock, hooked
+from hf_blr.calibration.calls import Call, ReachedBlock, handed, hooked
 from hf_blr.calibration.residual import residual_writers
 from hf_blr.calibration.streams import Masks
 from hf_blr.dense import is_dense_linear
@@ -112,7 +112,7 @@ class WatchedChain(BlockChain):
         """Has `see` called with what the layer is handed; returns the handle to remove."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(args[0] if args else next(iter(kwargs.values())))
+            see(handed(args, kwargs))
 
         return self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 

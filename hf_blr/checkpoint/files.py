@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
+#: (name, shape, dtype) of a tensor in a file
+Header = tuple[str, tuple[int, ...], torch.dtype]
+
 #: of files that end too early, or hold something else
 UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 
 
-def stored_tensors(files: list[str]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every tensor in these files, safetensors or PyTorch's own.
+def stored_tensors(files: list[str]) -> Iterator[Header]:
+    """Those of every tensor in these files, safetensors or PyTorch's own.
 
     Raises:
         ValueError: naming a file that cannot be read, or a tensor that is in two of them.
@@ -49,11 +52,11 @@ def naming_files(folder: Path) -> Iterator[None]:
         raise
 
 
-def tensors_in(file: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every tensor in one file; raises ValueError, which names it, if it cannot be read."""
+def tensors_in(file: str) -> Iterator[Header]:
+    """Those of every tensor in one file; raises ValueError, which names it, if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    found: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    found: list[Header] = []
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as tensors:

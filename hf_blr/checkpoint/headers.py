@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_blr.checkpoint.files import stored_tensors
+from hf_blr.checkpoint.files import Header
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.formats.values import fault_of_dtype
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_files(model: PreTrainedModel, plan: Plan, files: list[str]) -> None:
-    """Compare what a BLR checkpoint's safetensors files hold with the plan, before any tensor is read.
+def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> None:
+    """Compare what a BLR checkpoint's files hold with the plan, before any tensor is read.
 
     Args:
         model: still with its dense modules.
         plan: under the model's own module names.
-        files: the checkpoint's; of none, the check after the load must do.
+        stored: what `stored_tensors` found in its files; of none, the check after the load must do.
 
     Raises:
-        ValueError: naming a file that cannot be read, or the tensors that are missing, are in two files, have no place
-            in a planned module, or have another shape or dtype.
+        ValueError: naming the tensors that are missing, have no place in a planned module, or have another shape or
+            dtype.
     """
     names = ModuleNames(model)
     extra: list[str] = []
     misshapen: list[str] = []
     records = {**structures(), **whole_structures()}
     of_layers = {tensor for record in records.values() for tensor in record.spec.names()}
-    missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if files else {}
-    for key, shape, dtype in stored_tensors(files):
+    missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if stored else {}
+    for key, shape, dtype in stored:
         name, leaf = place_of(key, names)
         if name is None:
             # of a head that this class does not have
@@ -80,12 +80,11 @@ def place_of(key: str, names: ModuleNames) -> tuple[str | None, str]:
     return name, leaf
 
 
-def check_count(layers: dict[str, dict[str, Any]], files: list[str]) -> None:
+def check_count(layers: dict[str, dict[str, Any]], stored: list[Header]) -> None:
     """Raises ValueError if the plan lists more modules than the files have tensors, before anybody looks for them."""
-    count = sum(1 for _ in stored_tensors(files))
-    if files and len(layers) > count:
+    if stored and len(layers) > len(stored):
         raise ValueError(
             f"{next(iter(layers))}: the config's layers list {len(layers)} modules, but the checkpoint's files have "
-            f"{count} tensors, and each module has one at least; load the checkpoint with the config.json that was "
-            "saved with it"
+            f"{len(stored)} tensors, and each module has one at least; load the checkpoint with the config.json that "
+            "was saved with it"
         )

@@ -12,7 +12,9 @@ Example: hf-blr evaluate HuggingFaceTB/SmolLM2-135M out --tasks arc_easy,hellasw
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hf_blr.cli import options
 from hf_blr.cli.table import format_table
@@ -40,14 +42,20 @@ def run(args: argparse.Namespace) -> None:
         run_tasks(args)
 
 
+def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
+    """(MODEL, model, tokenizer) for each that is named, in turn."""
+    for path in args.model:
+        model, tokenizer = options.load_model(path, args)
+        options.check_language_model(model, path)
+        yield path, model, tokenizer
+
+
 def run_tasks(args: argparse.Namespace) -> None:
     """One row a model and task."""
     from hf_blr.evaluation import task_scores
 
     rows, results = [], []
-    for path in args.model:
-        model, tokenizer = options.load_model(path, args)
-        options.check_language_model(model, path)
+    for path, model, tokenizer in models_of(args):
         settings = {"folder": args.task_folder, "num_fewshot": args.num_fewshot, "limit": args.limit}
         scores = task_scores(model, tokenizer, args.tasks.split(","), **settings)
         results.append({"model": path, "scores": scores})
@@ -64,9 +72,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
     from hf_blr.evaluation import perplexity
 
     rows, results = [], []
-    for path in args.model:
-        model, tokenizer = options.load_model(path, args)
-        options.check_language_model(model, path)
+    for path, model, tokenizer in models_of(args):
         settings = {"seqlen": args.seqlen, "stride": args.stride, "max_windows": args.max_windows}
         result = perplexity(model, tokenizer, args.dataset, progress=True, **settings)
         parameters, size = parameter_sizes(model)

@@ -16,7 +16,7 @@ from torch import nn
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
-from hf_blr.compression.shapes import at_rank_one, at_ranks, kind_of, ratio_of, shapes_for
+from hf_blr.compression.shapes import FLOOR, at_rank_one, at_ranks, kind_of, ratio_of, shapes_for
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.experts import layer_named
 from hf_blr.formats import Format
@@ -39,8 +39,7 @@ class Budget:
 
     amount: float | None = None
     cost: Callable[[BLRSpec, bool], float] | None = None
-    # the prediction is local and says little about ruins
-    floor: float = 0.1
+    floor: float = FLOOR
     ceiling: float = 1.0
 
     def of(self, spec: BLRSpec, dense: bool = False) -> float:

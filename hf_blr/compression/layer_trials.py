@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import interpolate, loss_curve, predicted_loss
-from hf_blr.compression.shapes import at_ratio, kind_of
+from hf_blr.compression.shapes import at_ratio, middles
 from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight
 from hf_blr.experts import layer_named
@@ -102,13 +102,9 @@ def trial_factors(
 
     From fits of each kind's middle layer; the ratios rise. Empty for what needs no fit.
     """
-    kinds: dict[str, list[str]] = {}
-    for name in layers:
-        kinds.setdefault(kind_of(name), []).append(name)
     less, more = TRIAL_RATIOS
     factors: dict[Kind, list[tuple[float, float]]] = {}
-    for kind, names in kinds.items():
-        name = names[len(names) // 2]
+    for kind, name in middles(layers).items():
         for shape in shapes[name]:
             trials = factors[kind, shape.structure, shape.num_blocks] = []
             closed = structure_named(shape.structure).closed_form

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from hf_blr.compression.allocation import interpolate
 from hf_blr.compression.layer_trials import Layer
-from hf_blr.compression.shapes import at_ranks, kind_of, shapes_for
+from hf_blr.compression.shapes import FLOOR, at_ranks, middles, shapes_for
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec
 
 #: ratios that trial fits keep: with the bits of the format, most layers keep one between them
 TRIAL_RATIOS = 0.3, 0.75
-#: smallest ratio that a layer may keep: the prediction is local and says little about ruins
-FLOOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,15 @@ def trials_of(
     layers: dict[str, Layer], free: dict[str, BLRSpec], formats: tuple[Bits, ...]
 ) -> dict[str, dict[BLRSpec, list[Trial]]]:
     """{kind of layer: {shape at rank 1, or the whole matrix: its trials, by rising ratio}}, from each middle layer."""
-    kinds: dict[str, list[str]] = {}
-    for name in free:
-        kinds.setdefault(kind_of(name), []).append(name)
     found = {}
-    for kind, names in kinds.items():
-        name = names[len(names) // 2]
+    for kind, name in middles(free).items():
         layer, whole = layers[name], free[name]
-        curve = layer.curve()
-        found[kind] = {whole: [trial_of(layer, whole, curve, formats)]}
+        curve, scale = layer.curve(), rounding_scale(layer)
+        found[kind] = {whole: [trial_of(layer, whole, curve, scale, formats)]}
         for shape in shapes_for(whole, layer.config):
             ranks = candidates(shape, formats)
             near = [nearest_to(kept, ranks) for kept in TRIAL_RATIOS if ranks]
-            found[kind][shape] = [trial_of(layer, spec, curve, formats) for spec in dict.fromkeys(near)]
+            found[kind][shape] = [trial_of(layer, spec, curve, scale, formats) for spec in dict.fromkeys(near)]
     return found
 
 
@@ -84,9 +78,10 @@ def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
     return min(specs, key=lambda spec: abs(spec.ratio - ratio))
 
 
-def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, formats: tuple[Bits, ...]) -> Trial:
+def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, scale: float, formats: tuple[Bits, ...]) -> Trial:
+    """A fit of the layer; all of its trials share `curve`, its `loss_curve`, and `scale`, its `rounding_scale`."""
     fitted = layer.fit(spec)
-    cut, scale = layer.loss(fitted.matrix(spec)), rounding_scale(layer)
+    cut = layer.loss(fitted.matrix(spec))
     low_rank = interpolate(curve, spec.equivalent_rank)
     rounding = {}
     for storage in storable(spec, formats):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.structures import BLRSpec, structures
 
+#: smallest ratio that a layer may keep: the prediction is local and says little about ruins
+FLOOR = 0.1
 #: ranks are multiples of a power of two up to this, which kernels like
 LARGEST_STEP = 16
 
@@ -21,6 +24,14 @@ def ratio_of(config: BLRConfig) -> float:
 def kind_of(name: str) -> str:
     """The name without the number of its block."""
     return re.sub(r"\d+", "*", name)
+
+
+def middles(names: Iterable[str]) -> dict[str, str]:
+    """{kind of layer: the middle one of its layers}, which stands for all of them where one must be tried."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return {kind: of_kind[len(of_kind) // 2] for kind, of_kind in kinds.items()}
 
 
 def at_rank_one(spec: BLRSpec) -> BLRSpec:

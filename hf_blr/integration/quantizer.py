@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
+from hf_blr.checkpoint.files import stored_tensors
 from hf_blr.checkpoint.headers import check_count, check_files
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import forget_quantizer, record_plan
@@ -65,15 +66,15 @@ class BLRHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         refuse_tensor_parallel(getattr(model.config, "distributed_config", None))
-        layers, files = self.quantization_config.layers, checkpoint_files or []
+        layers = self.quantization_config.layers
+        stored = list(stored_tensors(checkpoint_files or [])) if self.pre_quantized else []
         if layers:
-            if self.pre_quantized:
-                check_count(layers, files)
+            check_count(layers, stored)
             self.plan = match_plan(model, plan_from_layers(layers))
         else:
             self.plan = resolve_plan(model, self.quantization_config)
         if self.pre_quantized:
-            check_files(model, self.plan, files)
+            check_files(model, self.plan, stored)
         weights = {name: placeholder_for(layer_named(model, name)) for name in self.plan}
         modules = swap_in(model, self.plan)
         if not self.pre_quantized:

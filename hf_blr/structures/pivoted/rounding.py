@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_blr.factorize.bits import ToRound, refitted
 from hf_blr.formats import Codes
+from hf_blr.structures.pivoted.reference import pivoted_dense
 from hf_blr.structures.spec import BLRSpec
 
 
@@ -16,12 +17,13 @@ def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict
     c multiplies the features behind the pivots. Nothing can rotate: the pivots' columns must stay an identity.
     """
     order = tensors["order"].long()
-    pivots, others = order.split([spec.rank, spec.in_features - spec.rank])
-    rows = torch.zeros_like(problem.weight[:1]).repeat(spec.rank, 1)
-    rows[:, pivots] = torch.eye(spec.rank, dtype=rows.dtype, device=rows.device)
+    others = order[spec.rank :]
     c: Tensor | Codes = tensors["c"]
+    numbers = tensors["c"]
     if len(others):
-        codes = problem.round(tensors["c"], None if problem.gram is None else problem.gram[others][:, others])
-        c, rows[:, others] = codes, codes.numbers(rows.dtype)
+        c = problem.round(numbers, None if problem.gram is None else problem.gram[others][:, others])
+        numbers = c.numbers(problem.weight.dtype)
+    # what u multiplies: the pivots as they are, and c's sums of the others
+    rows = pivoted_dense(torch.eye(spec.rank, dtype=numbers.dtype, device=numbers.device), numbers, order)
     u, gram = refitted(problem.weight, rows, problem.input_gram)
     return {"u": problem.round(u, gram), "c": c, "order": tensors["order"]}
