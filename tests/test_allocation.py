@@ -13,7 +13,7 @@ from hf_blr.calibration.losses import sampled_loss
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.compression.budget import Budget, share_budget
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
-from hf_blr.compression.shapes import at_ranks, kind_of
+from hf_blr.compression.shapes import at_ranks
 from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
@@ -253,8 +253,8 @@ def test_trials_say_what_whole_fits_give():
     layer = Layer(model, name, statistics, config)
     shapes = [Blast(64, 96, 1, (4, 4)), LowRank(64, 96, 1)]
     factors = trial_factors({name: layer}, {name: layer.curve()}, {name: shapes}, 0.5)
-    assert factors[kind_of(name), "low_rank", (1, 1)] == []
-    trials = factors[kind_of(name), "blast", (4, 4)]
+    assert factors[layer.kind, "low_rank", (1, 1)] == []
+    trials = factors[layer.kind, "blast", (4, 4)]
     assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
     for ratio, factor in trials:
         spec = make_spec("blast", 64, 96, ratio=ratio, num_blocks=(4, 4))

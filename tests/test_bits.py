@@ -4,14 +4,14 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import batches_for, divergence, tiny_llama, tiny_mixtral
+from tiny import batches_for, build, divergence, tiny_llama, tiny_mixtral
+from transformers import OPTConfig, OPTForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, choice_of
 from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
 from hf_blr.compression.rounding_trials import rounding_scale, storable, trials_of
-from hf_blr.compression.shapes import kind_of
 from hf_blr.factorize import factorize
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.integration import blr_modules
@@ -69,7 +69,7 @@ def layer_options():
     layers = {name: Layer(dense(), name, statistics(), config(4)) for name in free}
     trials = trials_of(layers, free, formats)
     return layers, {
-        name: options_of(layers[name], spec, trials[kind_of(name)], formats, torch.bfloat16, config(4))
+        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, config(4))
         for name, spec in free.items()
     }
 
@@ -223,6 +223,20 @@ def test_experts_stay_outside_of_the_budget_of_bits(caplog):
         model, BLRConfig("auto", bits_per_weight=4.5), calibration=batches_for(model, count=4), progress=False
     )
     assert {layer.name.rpartition(".")[2] for layer in report.layers} <= {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert "4 tensors of experts stay as they are" in caplog.text and not any(
-        "experts" in n for n in blr_modules(model)
-    )
+    assert "4 tensors of experts stay as they are" in caplog.text
+    assert not any("experts" in name for name in blr_modules(model))
+
+
+def test_layers_that_differ_by_a_digit_or_in_size_are_kinds_of_their_own():
+    sizes = {"hidden_size": 48, "ffn_dim": 80, "word_embed_proj_dim": 48, "num_hidden_layers": 2, "vocab_size": 260}
+    model = build(OPTForCausalLM, OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, init_std=0.1))
+    batches = [{"input_ids": torch.randint(4, 260, (4, 32), generator=torch.Generator().manual_seed(0))}]
+    config = BLRConfig("auto", bits_per_weight=4.0)
+    found = collect_statistics(model, config, calibration=batches)
+    kinds = [
+        Layer(model, f"model.decoder.layers.{i}.{fc}", found, config).kind for i in (0, 1) for fc in ("fc1", "fc2")
+    ]
+    assert kinds[:2] == kinds[2:] and len(set(kinds)) == 2 and "fc1" in kinds[0] and "80 x 48" in kinds[1]
+    report = compress(model, config, calibration=batches, statistics=found, progress=False)
+    # all six kinds of layers have options of their own
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} >= {"fc1", "fc2", "q_proj"}

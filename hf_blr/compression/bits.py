@@ -15,7 +15,7 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Choice, Option, allocate, choice_of, interpolate, loss_of
 from hf_blr.compression.layer_trials import Layer, factor_at
 from hf_blr.compression.rounding_trials import Trial, candidates, rounding_scale, storable, trials_of
-from hf_blr.compression.shapes import kind_of, shapes_for
+from hf_blr.compression.shapes import shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
 from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups
@@ -51,7 +51,7 @@ def share_bits(
     layers = {name: Layer(model, name, statistics, config) for name in free}
     trials = trials_of(layers, free, formats)
     options = {
-        name: options_of(layers[name], spec, trials[kind_of(name)], formats, dtypes[name], config)
+        name: options_of(layers[name], spec, trials[layers[name].kind], formats, dtypes[name], config)
         for name, spec in free.items()
     }
     least = sum(min(option.cost for option in of_layer) for of_layer in options.values())

@@ -16,7 +16,7 @@ from torch import nn
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
-from hf_blr.compression.shapes import FLOOR, at_rank_one, at_ranks, kind_of, ratio_of, shapes_for
+from hf_blr.compression.shapes import FLOOR, at_rank_one, at_ranks, ratio_of, shapes_for
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.experts import layer_named
 from hf_blr.formats import Format
@@ -80,7 +80,7 @@ def share_budget(
     for name, spec in free.items():
         options[name] = [Option(None, many[name] * budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
-            trials = factors.get((kind_of(name), shape.structure, shape.num_blocks), [])
+            trials = factors.get((layers[name].kind, shape.structure, shape.num_blocks), [])
             storage = storage_of(name, shape, plan, config)
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
                 if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import interpolate, loss_curve, predicted_loss
-from hf_blr.compression.shapes import at_ratio, middles
+from hf_blr.compression.shapes import at_ratio
 from hf_blr.config import BLRConfig
-from hf_blr.dense import dense_weight
+from hf_blr.dense import dense_weight, feature_sizes
 from hf_blr.experts import layer_named
 from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
 from hf_blr.factorize.bits import ToRound
@@ -26,6 +27,8 @@ TRIAL_RATIOS = 0.6, 0.5
 #: so many experts of a tensor stand for all of them
 SAMPLED_EXPERTS = 8
 
+#: what stands alone between the points of a name
+NUMBERS = r"(?<![^.])\d+(?![^.])"
 #: (kind of layer, structure, blocks)
 Kind = tuple[str, str, tuple[int, int]]
 
@@ -38,6 +41,13 @@ class Layer:
     name: str
     statistics: Statistics
     config: BLRConfig
+
+    @property
+    def kind(self) -> str:
+        """Its name without the number of its block, and its sizes: of layers of one kind, one is tried for all."""
+        k, n = feature_sizes(layer_named(self.model, self.name))
+        # `fc1` and `fc2` are two kinds
+        return f"{re.sub(NUMBERS, '*', self.name)} {k} x {n}"
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """W `[N, K]`, of experts `[E, N, K]`, H `[K, K]` and the blocks of G."""
@@ -93,6 +103,14 @@ class Layer:
         # as the curve that it is compared with
         gram = damped(gram, self.options.damping)
         return predicted_loss(matrix - weight, gram, output_gram, self.statistics.pairs(self.name))
+
+
+def middles(layers: dict[str, Layer]) -> dict[str, str]:
+    """{kind: the middle one of its layers}, which stands for all of them where one must be tried."""
+    kinds: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault(layer.kind, []).append(name)
+    return {kind: names[len(names) // 2] for kind, names in kinds.items()}
 
 
 def trial_factors(

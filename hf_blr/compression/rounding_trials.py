@@ -11,8 +11,8 @@ from functools import cache
 from torch import Tensor
 
 from hf_blr.compression.allocation import interpolate
-from hf_blr.compression.layer_trials import Layer
-from hf_blr.compression.shapes import FLOOR, at_ranks, middles, shapes_for
+from hf_blr.compression.layer_trials import Layer, middles
+from hf_blr.compression.shapes import FLOOR, at_ranks, shapes_for
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec
@@ -63,7 +63,7 @@ def trials_of(
 ) -> dict[str, dict[BLRSpec, list[Trial]]]:
     """{kind of layer: {shape at rank 1, or the whole matrix: its trials, by rising ratio}}, from each middle layer."""
     found = {}
-    for kind, name in middles(free).items():
+    for kind, name in middles(layers).items():
         layer, whole = layers[name], free[name]
         curve, scale = layer.curve(), rounding_scale(layer)
         found[kind] = {whole: [trial_of(layer, whole, curve, scale, formats)]}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import replace
 
 from hf_blr.config import AUTO, BLRConfig
@@ -19,19 +17,6 @@ def ratio_of(config: BLRConfig) -> float:
     if config.ratio is None:
         raise ValueError("layers that share a budget need a ratio of what they cost: set BLRConfig(ratio=...)")
     return config.ratio
-
-
-def kind_of(name: str) -> str:
-    """The name without the number of its block."""
-    return re.sub(r"\d+", "*", name)
-
-
-def middles(names: Iterable[str]) -> dict[str, str]:
-    """{kind of layer: the middle one of its layers}, which stands for all of them where one must be tried."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    return {kind: of_kind[len(of_kind) // 2] for kind, of_kind in kinds.items()}
 
 
 def at_rank_one(spec: BLRSpec) -> BLRSpec:
