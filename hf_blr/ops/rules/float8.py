@@ -60,6 +60,13 @@ def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
     return ranks, max(4, min(16, ranks * pow2(b1) // 1024))
 
 
+def gather_config(tokens: int, k: int, device: Device) -> ColumnConfig:
+    """For `gather_bytes_kernel`, whose programs keep the indices of a token in registers for the next ones."""
+    if device == INTERPRETER:
+        return ColumnConfig(4, pow2(k), 4)
+    return ColumnConfig(max(1, min(8, tokens // (4 * device.sms))), pow2(k), 8 if k <= 8192 else 16)
+
+
 def cast_config(k: int, device: Device) -> ColumnConfig:
     """For `cast_rows_kernel`, of which a program takes one token whole, some columns at a time."""
     if device == INTERPRETER:
