@@ -13,7 +13,7 @@ from hf_blr.linear import BLRLinear
 from hf_blr.ops import bits
 from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
-from hf_blr.structures import LowRank, structure_named
+from hf_blr.structures import LowRank, Monarch, structure_named
 
 #: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
 ONE_ROUNDING = 0.028
@@ -114,7 +114,7 @@ def test_nothing_overflows_where_the_bounds_are_met(rounding, structure):
 
 
 @interpreted
-@pytest.mark.parametrize("blocks", [(16, 16), (3, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [(4, 16), (3, 2)], ids=str)
 def test_blast_of_many_blocks(rounding, blocks):
     torch.manual_seed(0)
     b1, b2 = blocks
@@ -161,6 +161,8 @@ def test_the_rule():
     assert route(spec, 4096, CodeForm(8), float8=True, packed=False) == NUMBERS
     # rows that tiles cannot be copied of
     assert route(LowRank(4096, 4096, 1023), 4096, form, float8=True, packed=False) == NUMBERS
+    # so many small products that they are slower
+    assert route(Monarch(4096, 4096, 64, (16, 16)), 4096, form, float8=True, packed=False) == NUMBERS
     assert missing(FLOAT8, (9, 0)) is None and missing(FLOAT8, (8, 9)) is None and missing(FLOAT8, None) is None
     assert "8.9" in missing(FLOAT8, (8, 6)) and missing(NUMBERS, (8, 6)) is None
 
