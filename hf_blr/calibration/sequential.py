@@ -23,6 +23,7 @@ from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import Run
+from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
 from hf_blr.calibration.residual import add, counted, rows_of
 from hf_blr.calibration.routed import pooled
@@ -150,7 +151,7 @@ class SequentialChain(WatchedChain):
         inputs = dense.inputs[group[0]]
         real = [masks.get(group[0]) for masks in dense.real]
         gram: Tensor | None = None
-        cross: Tensor | None = None
+        moved: Tensor | None = None
         pull: Tensor | None = None
         count = 0
         for i, hidden in enumerate(compressed):
@@ -159,30 +160,32 @@ class SequentialChain(WatchedChain):
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
                 return dict.fromkeys(group, plain_problem(inputs, real))
             x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
-            gram = add(gram, reached.mT @ reached)
-            cross = add(cross, x.mT @ reached)
             count += len(reached)
-            if writer:
-                gap = dense.entered[i].float() - hidden.float()
-                for name in earlier:
-                    gap += dense.written[name][i].float() - written[name].float()
-                pull = add(pull, rows_of(gap, real[i]).mT @ reached)
+            with tf32():
+                gram = add(gram, reached.mT @ reached)
+                # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
+                moved = add(moved, (x - reached).mT @ reached)
+                if writer:
+                    gap = dense.entered[i].float() - hidden.float()
+                    for name in earlier:
+                        gap += dense.written[name][i].float() - written[name].float()
+                    pull = add(pull, rows_of(gap, real[i]).mT @ reached)
         # there is a batch, or no block would have been traced
-        assert gram is not None and cross is not None
+        assert gram is not None and moved is not None
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
         damping = damping_of(damping, len(gram), count)
-        targets = {name: self.target(name, gram, cross, pull, share, damping) for name in group}
+        targets = {name: self.target(name, gram, moved, pull, share, damping) for name in group}
         return {name: Problem(gram, target, count) for name, target in targets.items()}
 
     def target(
-        self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
+        self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
     ) -> Tensor:
-        """W* = W + (share W (X X~^T - X~ X~^T) + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
+        """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
         weight = dense_weight(self.model.get_submodule(name)).detach().double()
-        image = share * (weight @ (cross - gram).double())
+        image = share * (weight @ moved.double())
         if pull is not None:
             image += pull.double()
         try:
