@@ -22,6 +22,7 @@ from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.problem import Problem
+from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.allocation import Choice
 from hf_blr.compression.bits import share_bits
@@ -143,7 +144,7 @@ def compress(
     layers.sort(key=lambda layer: order[layer.name])
     layers = [replace(layer, choice=choices.get(layer.name)) for layer in layers]
     after = parameter_sizes(model)
-    return CompressionReport(
+    report = CompressionReport(
         parameters_before=before[0],
         parameters_after=after[0],
         bytes_before=before[1],
@@ -159,6 +160,15 @@ def compress(
         held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
+    record_origin(
+        model,
+        base_model=base_name(model),
+        fitted_to=report.fitted_to,
+        calibration_tokens=report.calibration_tokens,
+        divergence=report.divergence,
+        held_out_tokens=report.held_out_tokens,
+    )
+    return report
 
 
 @contextmanager
