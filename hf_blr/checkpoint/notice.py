@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 KEY = "attn_implementation"
 #: a name without a slash, which would be looked for on the hub
 NOTICE = "hf_blr: this model is compressed; pip install hf-blr, and import hf_blr before it is loaded"
+#: of a model that no class of transformers builds; the package passes it over as little as transformers does
+EXPORTED = "hf_blr: to_linears made this model to be exported; save the compressed model instead, before to_linears"
 
 
-def post_notice(config: PreTrainedConfig) -> None:
+def post_notice(config: PreTrainedConfig, notice: str = NOTICE) -> None:
     """Make the next `save_pretrained` write the notice."""
     # transformers refuses such a config for any attention but the eager one
     if not getattr(config, "output_attentions", False):
-        setattr(config, KEY, NOTICE)
+        setattr(config, KEY, notice)
 
 
 def take_notice_down(config: PreTrainedConfig) -> None:

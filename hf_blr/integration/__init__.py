@@ -9,6 +9,7 @@ from types import ModuleType
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import forget_plan, record_plan
+from hf_blr.integration.linears import to_linears
 from hf_blr.integration.loading import from_config, to_dense, to_format
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.patch import MODELING, disable, enable
@@ -29,6 +30,7 @@ __all__ = [
     "swap_in",
     "to_dense",
     "to_format",
+    "to_linears",
 ]
 
 
