@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.cli import options
-from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.plan import read_plan
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
+from hf_blr.plan.rows import by_kind, rows_by_kind
 
 if TYPE_CHECKING:
     from hf_blr.compression.report import LayerReport
@@ -70,6 +70,7 @@ class Status(argparse.Action):
 
 
 def run(args: argparse.Namespace) -> None:
+    from hf_blr.checkpoint.origin import public_command, record_origin
     from hf_blr.compression import Journal, compress
 
     options.check_output(args.output, args.overwrite)
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     # what took hours is kept until it is saved
     with journal or nullcontext():
         report = compress(model, config, tokenizer=tokenizer, resume=journal)
+        record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)
         options.save(model, tokenizer, args.output)

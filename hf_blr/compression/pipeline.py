@@ -20,6 +20,7 @@ from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.padding import token_count
+from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.journal import Journal, Unkept
 from hf_blr.compression.problems import problem_groups
@@ -151,6 +152,14 @@ def compress(
         divergence=held_out.divergence(model),
         held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
+    )
+    record_origin(
+        model,
+        base_model=base_name(model),
+        fitted_to=report.fitted_to,
+        calibration_tokens=report.calibration_tokens,
+        divergence=report.divergence,
+        held_out_tokens=report.held_out_tokens,
     )
     if not isinstance(resume, Journal):
         journal.remove()
