@@ -95,4 +95,4 @@ def on_grid(values: Tensor, storage: Bits) -> Tensor:
 def through(number: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with a gradient that passes to `number` as it is."""
     # what is added is zero
-    return rounded + (number - number.detach())
+    return rounded.detach() + (number - number.detach())
