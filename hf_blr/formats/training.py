@@ -14,6 +14,7 @@ from hf_blr.formats.holder import FactorInBits, NeverCast
 
 #: a scale stays finite and positive wherever steps take its logarithm
 RANGE = math.log(torch.finfo(SCALE_DTYPE).tiny), math.log(torch.finfo(SCALE_DTYPE).max)
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class FactorInTraining(NeverCast):
@@ -36,8 +37,9 @@ class FactorInTraining(NeverCast):
         super().__init__()
         self.storage, self.shape = held.storage, held.shape
         now = held.storage.codes(held.parts(), held.shape)
-        latent = (now.values.float() / held.storage.spacing).to(torch.float32 if codes else torch.bfloat16)
+        latent = now.values.float() / held.storage.spacing
         self.log_scale = nn.Parameter(now.scale.float().log())
+        latent = spread(latent, held.storage) if codes else latent.to(torch.bfloat16)
         self.latent = nn.Parameter(latent, requires_grad=codes)
 
     @property
@@ -85,6 +87,16 @@ class FactorInTraining(NeverCast):
     def extra_repr(self) -> str:
         trains = "codes and scales" if self.codes_train else "scales"
         return f"shape={self.shape}, storage={self.storage.name}, trains={trains}"
+
+
+def spread(latent: Tensor, storage: Bits) -> Tensor:
+    """Numbers that round to these codes and lie evenly over the cells of their codes, in a fixed order."""
+    # multiples of the golden ratio leave no gaps, however many are taken
+    steps = torch.arange(latent.numel(), dtype=torch.float64, device=latent.device) * GOLDEN
+    inside = latent + (steps % 1 - 0.5).view(latent.shape).float()
+    codes = on_grid(latent * storage.spacing, storage).float()
+    # cells of floating-point codes near zero are narrower
+    return torch.where(on_grid(inside * storage.spacing, storage).float() == codes, inside, latent)
 
 
 def on_grid(values: Tensor, storage: Bits) -> Tensor:
