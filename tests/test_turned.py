@@ -47,5 +47,3 @@ def test_it_is_another_basis_for_each_seed_and_survives_a_copy():
 def test_a_stream_that_is_read_otherwise_is_refused():
     with pytest.raises(ValueError, match="only the streams of llama, .* can be turned, got 'gpt2'"):
         turned(tiny_gpt2())
-
-
