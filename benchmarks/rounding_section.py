@@ -25,7 +25,7 @@ def rounding_section() -> str:
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     return (
         f"{format_table(lines)}\n\n"
-        f"{models}; {result['protocol']}. Low-rank at {result['ratio']:.0%} of the parameters, groups of "
-        f"{result['group']}, fitted to {result['fitted_to']}. `python benchmarks/rounding.py`; "
+        f"{models}, {result['blocks']} blocks; {result['protocol']}. Low-rank at {result['ratio']:.0%} of the "
+        f"parameters, groups of {result['group']}, fitted to {result['fitted_to']}. `python benchmarks/rounding.py`; "
         f"{conditions.machine(result['environment'])}, transformers {result['environment']['transformers']}."
     )

@@ -63,20 +63,20 @@ def test_more_bits_are_predicted_to_lose_less():
     assert losses[-1] == 0 and not shared(16.0)[0]
 
 
-def layer_options():
-    plan = resolve_plan(dense(), config(4))
-    formats, free = formats_of(config(4)), {name: layer.spec for name, layer in plan.items()}
-    layers = {name: Layer(dense(), name, statistics(), config(4)) for name in free}
+def layer_options(wanted):
+    plan = resolve_plan(dense(), wanted)
+    formats, free = formats_of(wanted), {name: layer.spec for name, layer in plan.items()}
+    layers = {name: Layer(dense(), name, statistics(), wanted) for name in free}
     trials = trials_of(layers, free, formats)
     return layers, {
-        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, config(4))
+        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, wanted)
         for name, spec in free.items()
     }
 
 
 @cache
 def all_options():
-    return layer_options()
+    return layer_options(config(4))
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.3, 5.0, 8.3])
@@ -97,6 +97,14 @@ def test_options_are_all_that_a_layer_can_become():
     kinds = {option.kind for option in options["model.layers.0.mlp.down_proj"]}
     assert {("dense", "plain"), ("dense", "int3"), ("low_rank", "int4"), ("pivoted", "fp8")} <= kinds
     assert {("monarch", "4x4", "int2"), ("blast", "4x16", "int8"), ("low_rank", "plain")} <= kinds
+
+
+def test_factors_are_tried_at_ranks_that_groups_divide():
+    """fp8 takes any rank: trials at such a one alone would leave factors in integers out."""
+    _, options = layer_options(config(4, group_size=16))
+    for of_layer in options.values():
+        kinds = {option.kind for option in of_layer}
+        assert {("low_rank", name) for name in ("int8", "int4", "int3", "int2", "fp8")} <= kinds
 
 
 @pytest.mark.parametrize("storage", ["int4", "int3", "int2", "fp8"])

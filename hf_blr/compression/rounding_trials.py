@@ -68,10 +68,16 @@ def trials_of(
         curve, scale = layer.curve(), rounding_scale(layer)
         found[kind] = {whole: [trial_of(layer, whole, curve, scale, formats)]}
         for shape in shapes_for(whole, layer.config):
-            ranks = candidates(shape, formats)
+            ranks = in_most_formats(candidates(shape, formats), formats)
             near = [nearest_to(kept, ranks) for kept in TRIAL_RATIOS if ranks]
             found[kind][shape] = [trial_of(layer, spec, curve, scale, formats) for spec in dict.fromkeys(near)]
     return found
+
+
+def in_most_formats(specs: list[BLRSpec], formats: tuple[Bits, ...]) -> list[BLRSpec]:
+    """Of these ranks those that most formats can store: what is tried in fewer says nothing of the others."""
+    most = max((len(storable(spec, formats)) for spec in specs), default=0)
+    return [spec for spec in specs if len(storable(spec, formats)) == most]
 
 
 def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
