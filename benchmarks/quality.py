@@ -136,7 +136,12 @@ def main(argv=None):
     parser.add_argument(
         "--turned", action="store_true", help="the dense model in another basis of its residual stream, before all else"
     )
-    parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        help="labels or patterns, such as 'blast 4x16 0.5*', in the order in which they run",
+    )
     parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N of the runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
     parser.add_argument("--beside", type=int, default=0, help="other runs on the device: no seconds are taken then")
@@ -166,10 +171,9 @@ def main(argv=None):
         if args.gguf_file and not args.turned:
             size = (Path(args.model) / args.gguf_file).stat().st_size
             file.add(bench.rows(bench.dense, {**dense_facts, "method": "dense, its 4-bit GGUF file", "bytes": size}))
-    chosen = shard(
-        [run for run in (*runs(), *runs_in_bits()) if any(fnmatch(run.label, pattern) for pattern in args.only)],
-        args.shard,
-    )
+    every = [*runs(), *runs_in_bits()]
+    wanted = dict.fromkeys(run for pattern in args.only for run in every if fnmatch(run.label, pattern))
+    chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
         on = Calibration.draw(bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
