@@ -7,7 +7,7 @@ from tiny import tiny_llama, tiny_logits
 
 import hf_blr
 from hf_blr import ops
-from hf_blr.formats import FORMATS
+from hf_blr.formats import FORMATS, FactorInTraining
 from hf_blr.inference import grouped
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import bits
@@ -190,6 +190,15 @@ def test_numbers_where_a_gradient_is_wanted():
         assert module.route_in_bits(x) == NUMBERS
         with torch.no_grad():
             assert module.route_in_bits(x) == FLOAT8
+
+
+@interpreted
+def test_numbers_while_codes_or_scales_train():
+    module, x = layer("low_rank"), torch.randn(5, 128)
+    module.u = FactorInTraining(module.u, codes=False)
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert module.route_in_bits(x) == NUMBERS
+        assert relative(module(x), exact(module, x)) < 1e-5
 
 
 @interpreted
