@@ -6,6 +6,7 @@ import pytest
 import torch
 from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
 from tiny import tiny_llama, tiny_logits
+from torch.utils.flop_counter import FlopCounterMode
 
 import hf_blr
 from hf_blr import ops
@@ -71,6 +72,16 @@ def test_the_arithmetic_errs_by_one_rounding_of_each_intermediate(structure):
     assert not out[1].any()
 
 
+def test_ranks_of_falling_norms_lose_nothing_that_counts():
+    """Balanced factors of a matrix whose singular values fall over six decades."""
+    module, x = layer("low_rank", 512, 64, bias=False), torch.randn(64, 512)
+    fall = torch.logspace(0, -3, 32).bfloat16()
+    module.v.weight_scale.data *= fall[:, None]
+    numbers = module.u(torch.float32) * fall.float()
+    module.u.take(module.storage.nearest(numbers))
+    assert relative(reference(module, x), exact(module, x)) < 2**0.5 * ONE_ROUNDING
+
+
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
 
 
@@ -96,6 +107,20 @@ def test_kernels_compute_that(rounding, structure, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("k", [128, 40])
+def test_the_kernel_casts_as_plain_operations_do(rounding, k):
+    x = awkward_tokens(k)
+    rows, scale = torch.ops.hf_blr.cast_rows(x)
+    wanted_rows, wanted_scale = plain_cast(x)
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+    # a number between two codes may go to either
+    assert (rows.float() != wanted_rows.float()).sum() < 0.01 * x.numel() and not rows[1].float().any()
+    assert relative(rows.float(), wanted_rows.double()) < 3e-3
+    x[4, 1] = float("nan")
+    assert torch.ops.hf_blr.cast_rows(x)[1][4].isnan()
+
+
+@interpreted
 @pytest.mark.parametrize("structure", SIZES)
 def test_no_tokens(structure):
     pytest.importorskip("triton")
@@ -115,6 +140,16 @@ def test_nothing_overflows_where_the_bounds_are_met(rounding, structure):
     with torch.no_grad(), ops.use_impl("triton"):
         for x in (torch.ones(3, 128), torch.full((3, 128), -1e-3)):
             assert relative(module(x), exact(module, x)) < 0.13
+
+
+@interpreted
+def test_nothing_overflows_where_rounding_makes_a_token_longer(rounding):
+    # 448 / sqrt(688) is 17.08, which e4m3 rounds to 18
+    module, x = layer("low_rank", 688, bias=False), torch.ones(2, 688)
+    module.v.weight.data.copy_(torch.full((32, 688), LARGEST))
+    assert plain_cast(x)[0].float().norm() > 1.05 * LARGEST * 2**0.5
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert relative(module(x), exact(module, x)) < 0.13
 
 
 @interpreted
@@ -156,6 +191,16 @@ def test_compiles_as_one_graph(structure):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         # the kernel's stores drop bits under the interpreter, the cast of compiled code rounds
         assert relative(compiled(x), exact(module, x)) < 0.15
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["pivoted", "blast", "dense"])
+def test_each_number_of_the_factors_meets_each_token(structure):
+    pytest.importorskip("triton")
+    module = layer(structure)
+    with torch.no_grad(), ops.use_impl("triton"), FlopCounterMode(display=False) as mode:
+        module(torch.randn(9, 128))
+    assert mode.get_total_flops() == module.spec.flops(9)
 
 
 def test_the_rule():
