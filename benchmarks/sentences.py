@@ -4,7 +4,8 @@
         --calibration web=0.5 technical=0.5 --sentences ptb=ptb.txt c4=c4.txt --json results/sentences.json
 
 It is fitted to windows of text, or with `--fit-to sentences` to sentences as it reads them, with its special tokens and
-padded; refined rows go on from that, on more such sentences, with the dense model's features as the aim. The model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
+padded. Refined rows go on from that, on all sentences of the parts, with the dense model's features as the aim. The
+model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
 `--sentence-transformers` that package embeds, with the compressed model in the place of its own.
 """
 

@@ -76,7 +76,7 @@ def refine(
     *,
     epochs: int = 8,
     batch_size: int = 8,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
     bits: str = SCALES,
