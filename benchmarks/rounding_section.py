@@ -5,7 +5,7 @@ from __future__ import annotations
 import conditions
 
 from hf_blr.bench.report.files import read_result
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def rounding_section() -> str:

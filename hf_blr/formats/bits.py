@@ -38,6 +38,8 @@ class Bits(Format):
 
     #: what holds codes
     code_dtype: ClassVar[torch.dtype] = torch.int32
+    #: between neighbouring codes, where most numbers lie
+    spacing: ClassVar[float] = 1.0
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
