@@ -122,7 +122,7 @@ class Sweep:
 
 
 def fed(errors: list[Tensor], upper: Tensor) -> Tensor:
-    """What errors `[..., n, 1]` of columns take off those that these columns of U's rows `[..., columns, j]` stand for."""
+    """What errors `[..., n, 1]` of columns take off other columns, by their rows of U `[..., columns, others]`."""
     return torch.cat(errors, -1) @ upper
 
 
@@ -132,7 +132,7 @@ def upper_root(matrix: Tensor) -> Tensor:
 
 
 def moves_of(rows: Tensor, size: int) -> list[Tensor]:
-    """[b]: the matrix `[..., rows behind, m]` by which the blocks behind b move for an error of b, of all but the last."""
+    """[b]: the matrix `[..., rows behind, m]` by which the blocks behind b move for an error of b; none of the last."""
     padded = torch.nn.functional.pad(rows, (0, size * ROW_BLOCKS - rows.shape[-1]) * 2)
     spread = padded.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2)
     spread = spread.mT.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2).mT
