@@ -41,6 +41,8 @@ class Structure:
         kernels_pay: (tokens) -> whether the kernels beat PyTorch's products; "": always.
         grouped: module with `forward` and `gated`, kernels that run several such layers on one input.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
+        pair: (**tensors) -> (u `[N, R]`, v `[R, K]`) whose product is the matrix, for two plain linear layers. "": no
+            such pair is as small, and `linear` stands for the layer where no op of ours may.
         whole: it stores the whole matrix: it takes no ratio, rank or blocks, and a format alone makes it smaller.
         typical_indices: (spec, device) -> {index: tensor} of the kind that fits give, for measuring.
     """
@@ -66,6 +68,7 @@ class Structure:
     kernels_pay: str = ""
     grouped: str = ""
     stand_in: str = ""
+    pair: str = ""
     whole: bool = False
     typical_indices: str = ""
 
