@@ -63,7 +63,9 @@ def distillation_loss(
     for student, teacher, counts in zip(*(tensor.split(rows) for tensor in flat), strict=True):
         divergence = checkpoint(kl_divergence, student, teacher, temperature, use_reentrant=False)
         total = total + divergence[counts].sum()
-    return temperature**2 * total / (mask.sum() if num_items is None else num_items)
+    # where nothing counts, the sum is zero whatever divides it
+    items = torch.as_tensor(mask.sum() if num_items is None else num_items, device=total.device)
+    return temperature**2 * total / items.clamp_min(1)
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -141,6 +143,9 @@ class Distiller:
         teacher_logits = self.teacher_logits(args, kwargs, logits.device)
         mask = self.scored_positions(kwargs, logits)
         num_items = kwargs.get("num_items_in_batch")
+        if num_items is None and not mask.any():
+            # the model's own loss is a mean over nothing; a NaN of it would reach every factor
+            return 0 * logits.sum()
         divergence = distillation_loss(logits, teacher_logits, mask, self.temperature, num_items)
         self.count(loss, divergence, mask.sum(), num_items)
         return (1 - self.weight) * loss + self.weight * divergence
@@ -179,13 +184,18 @@ class Distiller:
         self.sums = new if self.sums is None else self.sums + new
 
     def pop_metrics(self) -> dict[str, float]:
-        """Mean `lm_loss` and `distill_loss` per scored position since the last call, over all processes."""
+        """Mean `lm_loss` and `distill_loss` per scored position since the last call, over all processes.
+
+        Nothing where no position was scored.
+        """
         if self.sums is None:
             return {}
         sums, self.sums = self.sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         loss, divergence, count = sums.tolist()
+        if count == 0:
+            return {}
         return {"lm_loss": loss / count, "distill_loss": divergence / count}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_blr.checkpoint.verify import is_loaded
 from hf_blr.linear import blr_modules
 from hf_blr.targets import remaining_targets
 
@@ -14,7 +15,9 @@ from hf_blr.targets import remaining_targets
 def mark_only_factors_trainable(
     model: nn.Module, norms: bool = False, biases: bool = False, also: list[str] | tuple[str, ...] = ()
 ) -> tuple[int, int]:
-    """Freeze everything but the factors of the BLR modules.
+    """Freeze everything but the factors of the BLR modules, and a head that no checkpoint brought.
+
+    Such a head (a classifier on a model that was saved without one) holds random numbers, so it trains too.
 
     A model that carries PEFT adapters is left as PEFT set it up: its adapters train and the factors below
     them stay frozen, because a PEFT checkpoint holds the adapters alone and trained factors would be lost
@@ -61,7 +64,7 @@ def mark_only_factors_trainable(
 
 
 def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterable[str]) -> list[nn.Parameter]:
-    wanted = list(factor_parameters(model))
+    wanted = [*factor_parameters(model), *fresh_head(model).values()]
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             wanted += module.parameters(recurse=False) if norms else ()
@@ -73,6 +76,30 @@ def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterabl
             raise ValueError(f"there is no module named or ending in {ending!r} to train in {type(model).__name__}")
         wanted += [parameter for module in named for parameter in module.parameters()]
     return wanted
+
+
+def fresh_head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} outside of the base model that transformers initialised where a checkpoint brought the others.
+
+    None of a model that was made in memory or copied, whose parameters are all alike in that.
+    """
+    base = getattr(model, "base_model", model)
+    named = dict(model.named_parameters())
+    if base is model or not any(is_loaded(parameter) for parameter in named.values()):
+        return {}
+    embedding: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    # the head of a language model is tied, or comes with the model; a new vocabulary makes it anew
+    known = {id(p) for module in (base, embedding) if module is not None for p in module.parameters()}
+    return {name: p for name, p in named.items() if id(p) not in known and not is_loaded(p)}
+
+
+def frozen_parts(model: nn.Module) -> list[str]:
+    """In words, what one might take for a part of the training and that does not train."""
+    in_bits = [name for name, module in blr_modules(model).items() if not module.factors()]
+    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    dense = [name for name in remaining_targets(model) if name not in trained]
+    parts = [(in_bits, "with factors in bits, which do not train"), (dense, "left dense (train_also takes names)")]
+    return [f"{len(names)} projections {why}: {names[0]}{', ...' * (len(names) > 1)}" for names, why in parts if names]
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
