@@ -94,7 +94,9 @@ def slowly_in_both(factor, gram, rows, storage):
     scale = None
     done = torch.zeros(len(factor), dtype=torch.bool)
     for b in range(ROW_BLOCKS):
-        own = torch.arange(b, len(factor), ROW_BLOCKS)
+        own = torch.arange(len(factor))[b::ROW_BLOCKS]
+        if not len(own):
+            break
         codes = slowly(target[own], gram, storage)
         scale = codes.scale.new_zeros(len(factor), codes.scale.shape[1]) if scale is None else scale
         numbers[own], scale[own] = codes.numbers(torch.float64), codes.scale

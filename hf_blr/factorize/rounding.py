@@ -133,10 +133,14 @@ def upper_root(matrix: Tensor) -> Tensor:
 
 def moves_of(rows: Tensor, size: int) -> list[Tensor]:
     """[b]: the matrix `[..., rows behind, m]` by which the blocks behind b move for an error of b; none of the last."""
-    padded = torch.nn.functional.pad(rows, (0, size * ROW_BLOCKS - rows.shape[-1]) * 2)
-    spread = padded.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2)
-    spread = spread.mT.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2).mT
-    upper = upper_root(spread)
+    wide = rows.double()
+    mean = wide.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    # rows that fill up are coupled to nothing
+    filled = torch.nn.functional.pad(wide, (0, size * ROW_BLOCKS - rows.shape[-1]) * 2)
+    filled.diagonal(dim1=-2, dim2=-1)[..., rows.shape[-1] :] = mean
+    for axis in (-1, -2):
+        filled = filled.unflatten(axis, (size, ROW_BLOCKS)).transpose(axis - 1, axis).flatten(axis - 1, axis)
+    upper = upper_root(filled)
     found = []
     for b in range(ROW_BLOCKS - 1):
         own, behind = slice(b * size, (b + 1) * size), slice((b + 1) * size, None)
