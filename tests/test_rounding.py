@@ -11,7 +11,8 @@ from hf_blr import BLRConfig, compress, structures
 from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
 from hf_blr.factorize.gram import damped
-from hf_blr.factorize.rounding import DAMPING, ROW_BLOCKS, rounded_in_metric
+from hf_blr.factorize.rounding import rounded_in_metric
+from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
 from hf_blr.formats import Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
