@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bits_section
 import config_section
 import front_section
 import goals
@@ -61,6 +62,10 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,
+    },
+    ROOT / "docs" / "bits.md": {
+        "bits": bits_section.bits_section,
+        "bits-goals": bits_section.goals_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

@@ -1,13 +1,10 @@
 """The real pretrained model of the demo, through a short path."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from hf_blr import BLRConfig, perplexity
-from hf_blr.cli import main
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -40,14 +37,3 @@ def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_p
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_demo_on_a_few_layers(tmp_path, capsys):
-    small = ["--calibration-tokens", "4096", "--evaluation-tokens", "1024", "--finetune-steps", "5", "--rounds", "8"]
-    output = ["--output", str(tmp_path / "demo"), "--json", str(tmp_path / "demo.json")]
-    assert main(["demo", "--quick", *small, *output]) == 0
-    printed = capsys.readouterr().out
-    assert "logits are identical" in printed and "5 of 30 decoder layers" in printed
-    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["dense", "low_rank", "monarch", "blast", "blast, fine-tuned"]
-    assert rows[3]["perplexity"] < rows[1]["perplexity"]
