@@ -11,7 +11,8 @@ from hf_blr import BLRConfig, compress, structures
 from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
 from hf_blr.factorize.gram import damped
-from hf_blr.factorize.rounding import DAMPING, ROW_BLOCKS, rounded_in_metric
+from hf_blr.factorize.rounding import rounded_in_metric
+from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
 from hf_blr.formats import Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
@@ -94,7 +95,9 @@ def slowly_in_both(factor, gram, rows, storage):
     scale = None
     done = torch.zeros(len(factor), dtype=torch.bool)
     for b in range(ROW_BLOCKS):
-        own = torch.arange(b, len(factor), ROW_BLOCKS)
+        own = torch.arange(len(factor))[b::ROW_BLOCKS]
+        if not len(own):
+            break
         codes = slowly(target[own], gram, storage)
         scale = codes.scale.new_zeros(len(factor), codes.scale.shape[1]) if scale is None else scale
         numbers[own], scale[own] = codes.numbers(torch.float64), codes.scale

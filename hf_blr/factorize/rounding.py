@@ -15,17 +15,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.gram import inverse_root
+from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, moves_of, split, upper_root
 from hf_blr.formats import Bits, Codes
 
-#: added to the diagonals of H and M, as a fraction of their means: the first paper's
-DAMPING = 1e-2
 #: columns between two updates of all columns behind them
 BLOCK = 128
 #: columns between two updates of the columns behind them in a block
 STRIDE = 32
-#: of each column's rows. Four give most of what sixteen do
-ROW_BLOCKS = 8
 
 
 def rounded_in_metric(factor: Tensor, gram: Tensor | None, storage: Bits, rows: Tensor | None = None) -> Codes:
@@ -137,35 +133,5 @@ def round_columns(columns: Tensor, upper: Tensor, storage: Bits) -> Tensor:
     return errors.mT
 
 
-def upper_root(matrix: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of a damped matrix `[..., n, n]`, in float64."""
-    return inverse_root(matrix.double().flip(-1, -2), DAMPING).flip(-1, -2)
-
-
 def by_diagonal(upper: Tensor) -> Tensor:
     return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-
-
-def moves_of(rows: Tensor, size: int) -> list[Tensor]:
-    """[b]: the matrix `[..., rows behind, m]` by which the blocks behind b move for an error of b; none of the last."""
-    padded = torch.nn.functional.pad(rows, (0, size * ROW_BLOCKS - rows.shape[-1]) * 2)
-    spread = padded.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2)
-    spread = spread.mT.unflatten(-1, (size, ROW_BLOCKS)).mT.flatten(-2).mT
-    upper = upper_root(spread)
-    found = []
-    for b in range(ROW_BLOCKS - 1):
-        own, behind = slice(b * size, (b + 1) * size), slice((b + 1) * size, None)
-        move = torch.linalg.solve_triangular(upper[..., own, own], upper[..., own, behind], upper=True)
-        found.append(-move.mT)
-    return found
-
-
-def split(factor: Tensor, count: int) -> Tensor:
-    """`[..., n, k]` -> `[count, ..., m, k]`: row i goes to block i % count; rows of zeros fill the last ones up."""
-    padded = torch.nn.functional.pad(factor, (0, 0, 0, -factor.shape[-2] % count))
-    return padded.unflatten(-2, (-1, count)).movedim(-2, 0).clone()
-
-
-def joined(parts: Tensor, n: int) -> Tensor:
-    """The inverse of `split`, for n rows."""
-    return parts.movedim(0, -2).flatten(-3, -2)[..., :n, :]
