@@ -6,12 +6,14 @@ from functools import cache
 import pytest
 import torch
 from tiny import batches_for, divergence, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blr import BLRConfig, compress, structures
 from hf_blr.factorize import FitOptions, factorize, relative_error
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
 from hf_blr.factorize.gram import damped
-from hf_blr.factorize.rounding import DAMPING, ROW_BLOCKS, rounded_in_metric
+from hf_blr.factorize.rounding import rounded_in_metric
+from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
 from hf_blr.formats import Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
@@ -94,7 +96,9 @@ def slowly_in_both(factor, gram, rows, storage):
     scale = None
     done = torch.zeros(len(factor), dtype=torch.bool)
     for b in range(ROW_BLOCKS):
-        own = torch.arange(b, len(factor), ROW_BLOCKS)
+        own = torch.arange(len(factor))[b::ROW_BLOCKS]
+        if not len(own):
+            break
         codes = slowly(target[own], gram, storage)
         scale = codes.scale.new_zeros(len(factor), codes.scale.shape[1]) if scale is None else scale
         numbers[own], scale[own] = codes.numbers(torch.float64), codes.scale
@@ -127,6 +131,26 @@ def test_feedback_between_rows_costs_the_outputs_less(name, size):
     storage, factor, gram, rows = format_named(name, size), normal(24, 64), correlated(64), correlated(24, seed=4)
     one, both = (rounded_in_metric(factor, gram, storage, m).numbers(torch.float32) - factor for m in (None, rows))
     assert (rows @ both @ gram * both).sum() < 0.7 * (rows @ one @ gram * one).sum()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would have to start: operations that write a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, size, most", [("int4", 64, 5.5), ("int4", None, 5.5), ("fp8", None, 6.5)])
+def test_a_column_takes_few_operations(name, size, most):
+    """On a GPU, rounding takes as long as starting them."""
+    k = 512
+    storage, factor, gram = format_named(name, size), normal(16, k), correlated(k)
+    with Operations() as counted:
+        rounded_in_metric(factor, gram, storage)
+    assert counted.count < most * k
 
 
 @pytest.mark.parametrize("name, size", FORMATS)
