@@ -65,14 +65,15 @@ def compile_launch(kernel, args, kwargs, capability):
     for i, param in enumerate(kernel.params):
         value = values[param.name]
         aligned = False
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[param.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
         else:
-            signature[param.name], aligned = "i32", value % 16 == 0
+            signature[param.name], aligned = "i32", value % 16 == 0 and not plain
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

@@ -3,9 +3,11 @@
 import torch
 
 from hf_blr import ops
+from hf_blr.formats import format_named
 from hf_blr.inference.fusion import pack
 from hf_blr.ops.activations import activated
-from hf_blr.structures import structures
+from hf_blr.ops.triton import packed
+from hf_blr.structures import structure_named, structures
 
 #: {structure: (its op, its plain form)}
 FUNCTIONS = {name: (ops.linear_of(name), ops.implementation_of(name).linear) for name in structures()}
@@ -145,3 +147,50 @@ def assert_gated_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu"
     out = ops.gated_linear(structure, x, factors, biases, "silu", impl="triton")
     allowed = 2 * (eager(x, factors, biases) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
     assert out.shape == exact.shape and (out - exact).norm() <= allowed
+
+
+def packed_layer(structure, form, group, sizes, dtype, device="cpu"):
+    """[tensors] of a layer whose factors are in that format, as the kernels take them, and as numbers."""
+    storage = format_named(form, group)
+    b1, b2, p, q, _ = sizes
+    if structure == "dense":
+        shapes = {"w": (b2 * q, b1 * p)}
+    else:
+        shapes = dict(zip(NAMES[structure][1:], factor_shapes(structure, *sizes), strict=False))
+    spec = structure_named(structure).spec
+    generator = torch.Generator(device).manual_seed(0)
+    read, numbers = [], []
+    for name, shape in shapes.items():
+        scale = b1**-0.5 if name == "s" else shape[-1] ** -0.5
+        factor = torch.randn(shape, generator=generator, device=device) * scale
+        if name in spec.elementwise:
+            read.append(factor.to(dtype))
+            numbers.append(read[-1].double())
+            continue
+        codes = storage.nearest(factor)
+        data = storage.laid_out(codes)["weight" if form == "fp8" else "weight_packed"]
+        read.append(packed.read(data, codes.scale, storage.bits, shape[-1]))
+        numbers.append(codes.numbers(torch.float64))
+    if structure == "pivoted":
+        order = torch.randperm(b1 * p, generator=generator, device=device).int()
+        read.append(order)
+        numbers.append(order)
+    return read, numbers
+
+
+def assert_packed_within_budget(structure, form, group, tokens, sizes, dtype, device="cpu", bias=True, activation=""):
+    """As `assert_within_budget`, of kernels that read codes and scales; eager multiplies the numbers in dtype."""
+    tensors, numbers = packed_layer(structure, form, group, sizes, dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(tokens, sizes[0] * sizes[2], generator=generator, device=device).to(dtype)
+    b = torch.randn(sizes[1] * sizes[3], generator=generator, device=device).to(dtype) if bias else None
+    eager = ops.implementation_of(structure).linear
+    exact = eager(x.double(), *numbers, None if b is None else b.double())
+    cheap = eager(x, *(t.to(dtype) if t.is_floating_point() else t for t in numbers), b)
+    out, exact, cheap = (
+        packed.DECODE[structure](x, *tensors, b, activation),
+        activated(exact, activation),
+        activated(cheap, activation),
+    )
+    allowed = 2 * (cheap - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert out.shape == exact.shape and (out - exact).norm() <= allowed, f"{(out - exact).norm()}, {allowed}"
