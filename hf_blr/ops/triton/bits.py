@@ -100,10 +100,7 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def numbers_of(b_w, FORM: tl.constexpr, DTYPE: tl.constexpr):
-    """The numbers `[A, B, C * numbers of a word]` of words `[A, B, C]`, without scales; plain ones as they are."""
-    A: tl.constexpr = b_w.shape[0]
-    B: tl.constexpr = b_w.shape[1]
-    C: tl.constexpr = b_w.shape[2]
+    """The numbers `[..., C * numbers of a word]` of words `[..., C]`, without scales; plain ones as they are."""
     if FORM == "plain":
         b = b_w
     elif FORM == "int4":
@@ -112,11 +109,21 @@ def numbers_of(b_w, FORM: tl.constexpr, DTYPE: tl.constexpr):
         b_26 = tl.join(number_at(b_w, 2, FORM).to(DTYPE), number_at(b_w, 6, FORM).to(DTYPE))
         b_15 = tl.join(number_at(b_w, 1, FORM).to(DTYPE), number_at(b_w, 5, FORM).to(DTYPE))
         b_37 = tl.join(number_at(b_w, 3, FORM).to(DTYPE), number_at(b_w, 7, FORM).to(DTYPE))
-        b = tl.reshape(tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37)), (A, B, 8 * C))
+        b = flattened(tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37)), b_w, 8)
     else:
         b_02 = tl.join(number_at(b_w, 0, FORM).to(DTYPE), number_at(b_w, 2, FORM).to(DTYPE))
         b_13 = tl.join(number_at(b_w, 1, FORM).to(DTYPE), number_at(b_w, 3, FORM).to(DTYPE))
-        b = tl.reshape(tl.join(b_02, b_13), (A, B, 4 * C))
+        b = flattened(tl.join(b_02, b_13), b_w, 4)
+    return b
+
+
+@triton.jit
+def flattened(b, b_w, PER: tl.constexpr):
+    """b with the shape of words, the last axis PER times as long."""
+    if len(b_w.shape) == 2:
+        b = tl.reshape(b, (b_w.shape[0], b_w.shape[1] * PER))
+    else:
+        b = tl.reshape(b, (b_w.shape[0], b_w.shape[1], b_w.shape[2] * PER))
     return b
 
 

@@ -50,8 +50,7 @@ def step_product(
     PRECISION: tl.constexpr,
 ):
     """acc `[BT, BQ]` plus z `[BT, BR]` times the numbers of b_w `[BQ, columns]`, whose groups' scales are b_c."""
-    b_u = numbers_of(b_w[None, :, :], FORM, b_z.dtype)
-    b_u = tl.reshape(b_u, (b_u.shape[1], b_u.shape[2])).T
+    b_u = numbers_of(b_w, FORM, b_z.dtype).T
     if SCALED > 0:
         acc += tl.dot(b_z, b_u, input_precision=PRECISION) * b_c.to(tl.float32)[None, :]
     else:
