@@ -6,6 +6,7 @@ uninitialised CPU tensors, so that what is compiled is what the launchers really
 """
 
 import json
+import re
 import sys
 
 import torch
@@ -22,10 +23,15 @@ from hf_blr.ops.triton import (
     attend,
     blast,
     block_gemm,
+    cast,
     columns,
     decode_expand,
     decode_one,
     decode_wide,
+    float8_blast,
+    float8_dense,
+    float8_monarch,
+    float8_pivoted,
     low_rank,
     mix,
     monarch,
@@ -38,6 +44,7 @@ DEVICES = {
     80: Device((8, 0), 108, 166912),
     86: Device((8, 6), 84, 101376),
     87: Device((8, 7), 16, 166912),
+    89: Device((8, 9), 128, 101376),
     90: Device((9, 0), 132, 232448),
 }
 TYPES = {
@@ -47,6 +54,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 launches = []
@@ -72,6 +80,8 @@ def compile_launch(kernel, args, kwargs, capability):
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
         else:
             signature[param.name], aligned = "i32", value % 16 == 0 and not plain
         if aligned:
@@ -153,6 +163,31 @@ def call_expand_wide(dtype, tokens, blocks, q, rank, config):
     decode_wide.expand_wide(config, z, u, None if blocks == 1 else bias, out)
 
 
+def call_float8(tokens, k, n, rank, b1, b2):
+    """All that float8 launches, on outputs in bfloat16."""
+
+    def codes(*shape):
+        return torch.empty(shape, dtype=torch.float8_e4m3fn)
+
+    def scale(*shape):
+        return torch.empty(*shape[:-1], 1, dtype=torch.bfloat16)
+
+    p, q, x = k // b1, n // b2, torch.empty(tokens, k, dtype=torch.bfloat16)
+    rows, x_scale = cast.cast_rows(x, 448.0, 1e-30)
+    s, r = x.new_empty(b2, b1, rank), rank // b1
+    order = torch.arange(k, dtype=torch.int32)
+    for module, shapes in (
+        (float8_monarch, [(n, rank), (rank, k)]),
+        (float8_monarch, [(b2, q, b1 * r), (b1, b2 * r, p)]),
+        (float8_blast, [(b2, q, rank), s, (b1, rank, p)]),
+        (float8_pivoted, [(n, rank), (rank, k - rank), order]),
+        (float8_dense, [(n, k)]),
+    ):
+        tensors = [t if isinstance(t, torch.Tensor) else codes(*t) for t in shapes]
+        scales = [None if isinstance(t, torch.Tensor) else scale(*t) for t in shapes]
+        module.forward(rows, x_scale, tensors, scales, x.new_empty(n), x.dtype, "")
+
+
 def call_attention(dtype, batch, heads, groups, length, d):
     q, k = torch.empty(batch, heads * groups, 1, d, dtype=dtype), torch.empty(batch, heads, length, d, dtype=dtype)
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
@@ -197,6 +232,10 @@ def main(capability: int):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    if DEVICES[capability].has_float8:
+        call_float8(1024, 4096, 4096, 1024, 4, 4)
+        call_float8(48, 4096, 4096, 1024, 16, 16)
+        call_float8(4096, 14336, 4096, 1584, 4, 4)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)
@@ -209,6 +248,7 @@ def main(capability: int):
             "shared": compiled.metadata.shared,
             "limit": DEVICES[capability].shared_memory,
             "wgmma": ptx.count("wgmma.mma_async"),
+            "wgmma_float8": len(re.findall(r"wgmma\.mma_async\S*e4m3\.e4m3", ptx)),
             "mma": ptx.count("mma.sync"),
         }
         print(json.dumps(row), flush=True)

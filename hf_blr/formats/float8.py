@@ -24,6 +24,7 @@ class Float8(Bits):
     """
 
     code_dtype = FLOAT8
+    code_part = "weight"
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         return {"weight": StoredTensor(shape, CODES), "weight_scale": StoredTensor(self.scale_shape(shape), SCALE)}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.formats.bits import Bits
+from hf_blr.ops import InBits
 
 
 class FactorInBits(nn.Module):
-    """Codes and scales of a factor; called with a dtype, it gives the factor back.
+    """Codes and scales of a factor; called with a dtype, it gives the factor back, and without one what kernels read.
 
     It is called, not only read, because packages that offload weights bring them in before a module's forward. The
     tensors are parameters that do not train, because offloading moves parameters and leaves buffers where they are.
@@ -30,8 +31,11 @@ class FactorInBits(nn.Module):
             value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The factor `[..., n, k]` in this dtype."""
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
+        """The factor `[..., n, k]` in this dtype; None: codes and scales."""
+        if dtype is None:
+            parts = self.parts()
+            return InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
         return self.storage.codes(self.parts(), self.shape).numbers(dtype)
 
     def parts(self) -> dict[str, Tensor]:

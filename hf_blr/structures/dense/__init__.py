@@ -49,4 +49,5 @@ RECORD = Structure(
     weighed="",
     scaled=("w",),
     whole=True,
+    float8="hf_blr.ops.triton.float8_dense",
 )

@@ -70,4 +70,5 @@ RECORD = Structure(
     kernels="hf_blr.ops.triton.pivoted",
     stand_in="hf_blr.structures.pivoted.pairs",
     typical_indices="hf_blr.structures.pivoted.pivots:random_indices",
+    float8="hf_blr.ops.triton.float8_pivoted",
 )

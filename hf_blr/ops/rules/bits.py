@@ -1,0 +1,55 @@
+"""Layers whose factors are kept in bits: whether kernels read codes and scales, and which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_blr.ops.rules.device import INTERPRETER, Device
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.structures.spec import FACTOR, BLRSpec
+
+#: the ways of a layer in bits. numbers: factors in x's dtype, multiplied as plain ones are. float8: x, y and z are cast
+#: to e4m3, and products are of float8. packed: kernels for few tokens that read codes and scales and multiply in x's
+#: dtype
+NUMBERS, FLOAT8, PACKED = "numbers", "float8", "packed"
+#: what tensor descriptors and float8 products take rows in, in bytes
+ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class CodeForm:
+    """In what form a layer keeps its factors.
+
+    Args:
+        bits: of a code.
+        group_size: numbers of a row that share a scale; None: the whole row.
+        float8: codes are float8_e4m3fn; else integers in 32-bit words.
+    """
+
+    bits: int
+    group_size: int | None = None
+    float8: bool = False
+
+
+def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool) -> str:
+    """What a layer in bits runs on a card that has all that it takes: `NUMBERS`, `FLOAT8` or `PACKED`.
+
+    Args:
+        spec: the layer's sizes.
+        tokens: T.
+        form: of its factors.
+        float8, packed: whether its structure has these kernels.
+    """
+    if packed and tokens <= FEW_TOKENS:
+        return PACKED
+    lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
+    if float8 and form.float8 and not any(length % ALIGNED for length in lengths):
+        return FLOAT8
+    return NUMBERS
+
+
+def missing(found: str, device: Device) -> str | None:
+    """What a card lacks for a route, in words; None if nothing. The interpreter has everything."""
+    if found == FLOAT8 and device != INTERPRETER and not device.has_float8:
+        return "products in float8 need compute capability 8.9, the GPU has {}.{}".format(*device.capability)
+    return None
