@@ -6,8 +6,8 @@ from hf_blr import ops
 from hf_blr.formats import format_named
 from hf_blr.inference.fusion import pack
 from hf_blr.ops.activations import activated
-from hf_blr.ops.triton import packed
-from hf_blr.structures import structure_named, structures
+from hf_blr.ops.rules.bits import PACKED
+from hf_blr.structures import FACTOR, INDEX, structure_named, structures
 
 #: {structure: (its op, its plain form)}
 FUNCTIONS = {name: (ops.linear_of(name), ops.implementation_of(name).linear) for name in structures()}
@@ -149,48 +149,40 @@ def assert_gated_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu"
     assert out.shape == exact.shape and (out - exact).norm() <= allowed
 
 
-def packed_layer(structure, form, group, sizes, dtype, device="cpu"):
-    """[tensors] of a layer whose factors are in that format, as the kernels take them, and as numbers."""
+def layer_in_bits(structure, form, group, sizes, dtype, device="cpu"):
+    """Tensors of a layer whose factors are in that format, as `ops.linear_in_bits` takes them, and as numbers."""
     storage = format_named(form, group)
     b1, b2, p, q, _ = sizes
-    if structure == "dense":
-        shapes = {"w": (b2 * q, b1 * p)}
-    else:
-        shapes = dict(zip(NAMES[structure][1:], factor_shapes(structure, *sizes), strict=False))
     spec = structure_named(structure).spec
+    shapes = [(b2 * q, b1 * p)] if structure == "dense" else factor_shapes(structure, *sizes)
     generator = torch.Generator(device).manual_seed(0)
-    read, numbers = [], []
-    for name, shape in shapes.items():
-        scale = b1**-0.5 if name == "s" else shape[-1] ** -0.5
+    held, numbers = [], []
+    for name, shape in zip(spec.names(FACTOR), shapes, strict=True):
+        scale = b1**-0.5 if name == "s" else max(1, shape[-1]) ** -0.5
         factor = torch.randn(shape, generator=generator, device=device) * scale
-        if name in spec.elementwise:
-            read.append(factor.to(dtype))
-            numbers.append(read[-1].double())
+        if name in spec.elementwise or 0 in shape:
+            held.append(factor.to(dtype))
+            numbers.append(held[-1].double())
             continue
         codes = storage.nearest(factor)
-        data = storage.laid_out(codes)["weight" if form == "fp8" else "weight_packed"]
-        read.append(packed.read(data, codes.scale, storage.bits, shape[-1]))
+        held.append(ops.InBits(storage.laid_out(codes)[storage.code_part], codes.scale, storage.bits, shape[-1]))
         numbers.append(codes.numbers(torch.float64))
-    if structure == "pivoted":
-        order = torch.randperm(b1 * p, generator=generator, device=device).int()
-        read.append(order)
-        numbers.append(order)
-    return read, numbers
+    for _ in spec.names(INDEX):
+        held.append(torch.randperm(b1 * p, generator=generator, device=device).int())
+        numbers.append(held[-1])
+    return held, numbers
 
 
 def assert_packed_within_budget(structure, form, group, tokens, sizes, dtype, device="cpu", bias=True, activation=""):
-    """As `assert_within_budget`, of kernels that read codes and scales; eager multiplies the numbers in dtype."""
-    tensors, numbers = packed_layer(structure, form, group, sizes, dtype, device)
+    """As `assert_within_budget`, of kernels that read codes and scales; eager multiplies the same numbers in dtype."""
+    held, numbers = layer_in_bits(structure, form, group, sizes, dtype, device)
     generator = torch.Generator(device).manual_seed(1)
     x = torch.randn(tokens, sizes[0] * sizes[2], generator=generator, device=device).to(dtype)
     b = torch.randn(sizes[1] * sizes[3], generator=generator, device=device).to(dtype) if bias else None
     eager = ops.implementation_of(structure).linear
-    exact = eager(x.double(), *numbers, None if b is None else b.double())
-    cheap = eager(x, *(t.to(dtype) if t.is_floating_point() else t for t in numbers), b)
-    out, exact, cheap = (
-        packed.DECODE[structure](x, *tensors, b, activation),
-        activated(exact, activation),
-        activated(cheap, activation),
-    )
-    allowed = 2 * (cheap - exact).norm() + torch.finfo(dtype).eps * exact.norm()
-    assert out.shape == exact.shape and (out - exact).norm() <= allowed, f"{(out - exact).norm()}, {allowed}"
+    exact = activated(eager(x.double(), *numbers, None if b is None else b.double()), activation)
+    cheap = activated(eager(x, *(t.to(dtype) if t.is_floating_point() else t for t in numbers), b), activation)
+    out = ops.linear_in_bits(PACKED, structure, x, held, b, activation)
+    error, allowed = (out - exact).norm(), 2 * (cheap - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert out.shape == exact.shape and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+    return float(error / exact.norm()), float((cheap - exact).norm() / exact.norm())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.formats.bits import Bits
-from hf_blr.ops import InBits
+from hf_blr.ops import InBits, numbers_in_bits
 
 
 class FactorInBits(nn.Module):
@@ -33,10 +33,12 @@ class FactorInBits(nn.Module):
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
         """The factor `[..., n, k]` in this dtype; None: codes and scales."""
+        parts = self.parts()
+        factor = InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
         if dtype is None:
-            parts = self.parts()
-            return InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
-        return self.storage.codes(self.parts(), self.shape).numbers(dtype)
+            return factor
+        numbers = numbers_in_bits(factor, dtype)
+        return self.storage.codes(parts, self.shape).numbers(dtype) if numbers is None else numbers
 
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}

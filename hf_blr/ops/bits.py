@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_blr.ops.cast import cast_rows
-from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
+from hf_blr.ops.dispatch import DTYPES, check_impl, compute_dtype, current_impl, why_not_triton
 from hf_blr.ops.library import contiguous_rows, define_op
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import device_of
@@ -120,6 +120,32 @@ def linear_in_bits(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def numbers_in_bits(factor: InBits, dtype: torch.dtype) -> Tensor | None:
+    """The factor `[..., n, k]` in this dtype by a kernel, in one pass; None where it takes no such factor.
+
+    The same numbers bit for bit as `formats.Codes.numbers` gives in several passes.
+    """
+    float8 = factor.codes.dtype == torch.float8_e4m3fn
+    words = factor.bits in (4, 8) and not (float8 and factor.length % 4)
+    if not words or dtype not in DTYPES or not factor.codes.is_cuda or why_not_triton(factor.scale, ()) is not None:
+        return None
+    return torch.ops.hf_blr.numbers(*factor, dtype)
+
+
+def define_numbers() -> None:
+    """Register `hf_blr::numbers(codes, scale, bits, length, dtype) -> factor`; codes and scale as in `InBits`."""
+
+    def run(codes: Tensor, scale: Tensor, *args: Any) -> Tensor:
+        from hf_blr.ops.triton.numbers import numbers
+
+        return numbers(codes.contiguous(), scale.contiguous(), *args)
+
+    def fake(codes: Tensor, scale: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tensor:
+        return codes.new_empty(*codes.shape[:-1], length, dtype=dtype)
+
+    define_op("numbers(Tensor codes, Tensor scale, int bits, int length, ScalarType dtype) -> Tensor", run, fake)
+
+
 def define_float8(record: Structure) -> None:
     """Register `hf_blr::<name>_float8(x, x_scale, tensors, scales, bias, dtype, activation) -> out`.
 
@@ -149,7 +175,7 @@ def define_packed(record: Structure) -> None:
     """
 
     def forward(*args: Any) -> Any:
-        return record.load("packed").forward(*args)
+        return record.load("packed")(*args)
 
     def fake(x: Tensor, tensors: list[Tensor], *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], tensors[0].shape[:-1].numel())
@@ -171,3 +197,6 @@ def define_bits(record: Structure) -> None:
     for path, define in defined:
         if path:
             define(record)
+
+
+define_numbers()

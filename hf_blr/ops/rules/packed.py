@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig, decode_rows
+from hf_blr.structures.spec import FACTOR, BLRSpec
 
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
+
+
+def reads_packed(spec: BLRSpec, bits: int, group_size: int | None, float8: bool) -> bool:
+    """Whether the kernels for few tokens read a layer's factors in this form; else they become numbers first.
+
+    Products take 16 numbers at a time, which must lie in one group. Bytes of float8 are read as words.
+    """
+    if max(spec.num_blocks) > 64 or bits not in (4, 8) or (group_size or 16) % 16:
+        return False
+    lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
+    return not (float8 and any(length % 4 for length in lengths))
 
 
 def word_vector(per: int) -> int:

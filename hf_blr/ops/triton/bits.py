@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,6 +67,13 @@ class Weights(NamedTuple):
     def stacked(self) -> Weights:
         """With a leading axis of one block."""
         return self._replace(data=self.data[None], scale=None if self.scale is None else self.scale[None])
+
+
+def weights_in_bits(codes: Tensor, scale: Tensor, bits: int, length: int) -> Weights:
+    """A factor as `ops.bits.InBits` has it, with words of float8 too."""
+    if codes.dtype == torch.float8_e4m3fn:
+        return Weights(codes.view(torch.int32), scale, "fp8", length)
+    return Weights(codes, scale, f"int{bits}", length)
 
 
 def weights_of(w: Tensor | Weights) -> Weights:

@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import torch
+from torch import Tensor
 
-from hf_blr.ops.triton import blast, low_rank, monarch, pivoted
-from hf_blr.ops.triton.bits import Weights
+from hf_blr.ops.triton import blast as blast_kernels
+from hf_blr.ops.triton import low_rank as low_rank_kernels
+from hf_blr.ops.triton import monarch as monarch_kernels
+from hf_blr.ops.triton import pivoted as pivoted_kernels
+from hf_blr.ops.triton.bits import Weights, weights_in_bits
 from hf_blr.ops.triton.decode_expand import decode_expand
 
 
-def read(tensor, scale, bits: int, length: int):
-    """A layer's tensor as kernels take it: in bits as `Weights`, else as it is."""
-    if scale is None:
-        return tensor
-    if tensor.dtype == torch.float8_e4m3fn:
-        return Weights(tensor.view(torch.int32), scale, "fp8", length)
-    return Weights(tensor, scale, f"int{bits}", length)
+def run(
+    decode: Callable[..., Tensor],
+    x: Tensor,
+    tensors: list[Tensor],
+    scales: list[Tensor | None],
+    bits: list[int],
+    lengths: list[int],
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """What `ops.bits.define_packed` says of its op, by a structure's function for few tokens."""
+    if not len(x):
+        return x.new_empty(0, tensors[0].shape[:-1].numel())
+    read = [
+        t if scale is None else weights_in_bits(t, scale, b, length)
+        for t, scale, b, length in zip(tensors, scales, bits, lengths, strict=True)
+    ]
+    return decode(x, *read, bias, activation)
 
 
-def of(decode: Callable) -> Callable:
-    """The op `hf_blr::<name>_packed`, as `ops.bits.define_packed` says, by a structure's kernels for few tokens."""
-
-    def forward(x, tensors, scales, bits, lengths, bias, activation):
-        if not len(x):
-            return x.new_empty(0, tensors[0].shape[:-1].numel())
-        return decode(x, *map(read, tensors, scales, bits, lengths), bias, activation)
-
-    return forward
-
-
-def dense_decode(x, w: Weights, bias, activation=""):
+def dense_decode(x: Tensor, w: Weights, bias: Tensor | None, activation: str) -> Tensor:
     """`[T, N]` from x `[T, K]` and w `[N, K]`: a last stage without a first."""
     out = x.new_empty(len(x), w.shape[0])
     decode_expand(x[None], w.stacked(), bias, out, activation)
     return out
 
 
-#: {structure: (x, tensors, bias, activation) -> out}
-DECODE = {
-    "blast": blast.decode,
-    "dense": dense_decode,
-    "low_rank": low_rank.decode,
-    "monarch": monarch.decode,
-    "pivoted": pivoted.decode,
-}
+blast, low_rank = partial(run, blast_kernels.decode), partial(run, low_rank_kernels.decode)
+monarch, pivoted = partial(run, monarch_kernels.decode), partial(run, pivoted_kernels.decode)
+dense = partial(run, dense_decode)

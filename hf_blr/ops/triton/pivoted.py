@@ -140,12 +140,12 @@ def forward(x, u, c, order, bias, keep=False, activation=""):
     if not tokens or keep or not kernels_pay(tokens):
         y = project(x, c, order)
         return finish(y, u, bias, activation), y if keep else x.new_empty(0)
-    return decode(x, weights_of(u), weights_of(c), order, bias, activation), x.new_empty(0)
+    return decode(x, weights_of(u), c, order, bias, activation), x.new_empty(0)
 
 
-def decode(x, u: Weights, c: Weights, order, bias, activation=""):
+def decode(x, u: Weights, c, order, bias, activation=""):
     """`[T, N]` at few tokens."""
-    tokens, (n, r) = x.shape[0], u.shape
+    tokens, (n, r), c = x.shape[0], u.shape, weights_of(c)
     if tokens == 1:
         y = project_one(x, c, order)
     else:

@@ -71,4 +71,5 @@ RECORD = Structure(
     stand_in="hf_blr.structures.pivoted.pairs",
     typical_indices="hf_blr.structures.pivoted.pivots:random_indices",
     float8="hf_blr.ops.triton.float8_pivoted",
+    packed="hf_blr.ops.triton.packed:pivoted",
 )
