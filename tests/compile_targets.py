@@ -35,6 +35,8 @@ from hf_blr.ops.triton import (
     low_rank,
     mix,
     monarch,
+    numbers,
+    packed,
     pivoted,
     swap,
 )
@@ -193,6 +195,31 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
+def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
+    """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
+
+    def factor(*shape):
+        if not bits:
+            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        else:
+            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+        return codes, scale, bits or 8, shape[-1]
+
+    p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
+    s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
+    for run, tensors in (
+        (packed.low_rank, [factor(n, rank), factor(rank, k)]),
+        (packed.monarch, [factor(b2, q, b1 * r), factor(b1, b2 * r, p)]),
+        (packed.blast, [factor(b2, q, rank), s, factor(b1, rank, p)]),
+        (packed.pivoted, [factor(n, rank), factor(rank, k - rank), order]),
+        (packed.dense, [factor(n, k)]),
+    ):
+        held = [(t, None, 0, t.shape[-1]) if isinstance(t, torch.Tensor) else t for t in tensors]
+        run(x, *map(list, zip(*held, strict=True)), None, "")
+    numbers.numbers(*factor(n, k), dtype)
+
+
 def main(capability: int):
     JITFunction.run = catch
     for name, module in list(sys.modules.items()):
@@ -236,6 +263,11 @@ def main(capability: int):
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)
         call_float8(4096, 14336, 4096, 1584, 4, 4)
+    call_packed(bf16, 1, 4, 128, 4096, 4096, 1024, 4, 4)
+    call_packed(bf16, 32, 4, 128, 4096, 4096, 1024, 4, 16)
+    for tokens in (1, 16):
+        call_packed(bf16, tokens, 0, None, 4096, 14336, 1536, 4, 4)
+    call_packed(fp16, 2, 8, None, 764, 2304, 192, 4, 16)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)
