@@ -4,9 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_cases import assert_packed_within_budget  # noqa: E402
+from kernel_cases import assert_packed_within_budget, recorded_grids  # noqa: E402
 
 from hf_blr.formats import format_named  # noqa: E402
+from hf_blr.ops.rules import blast as rules  # noqa: E402
+from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
+from hf_blr.ops.triton import decode_stack  # noqa: E402
+from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_buffers"),
@@ -45,3 +49,28 @@ def test_numbers_in_one_pass(form, group, shape, dtype):
     data = storage.laid_out(codes)[storage.code_part]
     found = torch.ops.hf_blr.numbers(data, codes.scale, storage.bits, shape[-1], dtype)
     assert found.dtype == dtype and torch.equal(found, codes.numbers(dtype))
+
+
+@pytest.mark.parametrize("form, group", [("int8", None), ("int4", 48)])
+def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
+    grids = recorded_grids(monkeypatch, decode_stack, "decode_stack_kernel")
+    assert_packed_within_budget("monarch", form, group, 17, (2, 1, 96, 10, 48), torch.float16)
+    monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
+    assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
+    assert len(grids) == 2
+
+
+def test_which_layers_are_read_packed():
+    spec = make_spec("low_rank", 96, 100, rank=20)
+    for bits, group, float8, wanted in (
+        (4, None, False, True),
+        (8, 4, False, False),
+        (3, None, False, False),
+        (8, None, True, True),
+    ):
+        form = CodeForm(bits, group, float8)
+        assert (route(spec, 32, form, False, True) == PACKED) == wanted
+        assert route(spec, 33, form, False, True) == NUMBERS
+    odd = make_spec("low_rank", 96, 100, rank=18)
+    assert route(odd, 1, CodeForm(8, None, True), False, True) == NUMBERS
+    assert route(make_spec("blast", 130, 130, rank=8, num_blocks=65), 1, CodeForm(4), False, True) == NUMBERS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig, decode_rows
 from hf_blr.structures.spec import FACTOR, BLRSpec
@@ -60,6 +62,11 @@ def packed_expand_config(
     tile = 32 if outputs <= 64 * device.sms else 64
     early = rank if rank <= 1024 else 0
     return DecodeConfig(tile, length, 4, 4, early)
+
+
+def packed_stack_config(config: DecodeConfig, group: int) -> DecodeConfig:
+    """As `few_tokens.stack_config` gives it, with steps that lie in one group."""
+    return replace(config, length=step_within(group, config.length))
 
 
 def step_within(group: int, length: int) -> int:

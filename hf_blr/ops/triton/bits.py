@@ -176,3 +176,12 @@ def sum_of_columns(b_xs, b_ws, b_cs, FORM: tl.constexpr, PER: tl.constexpr, SCAL
                 b += b_xs[step * PER + j].to(tl.float32) * number_at(b_ws[step], j, FORM)
             acc += b * b_cs[step].to(tl.float32) if SCALED > 0 else b
     return acc
+
+
+@triton.jit
+def step_scale(s_ptr, m, step, R, SCALED: tl.constexpr, BR: tl.constexpr):
+    """Scales of the rows at s_ptr in this step of BR numbers, which lie in one group of SCALED; 0: of whole rows."""
+    if SCALED > 0:
+        # behind the last step nothing is used
+        s_ptr += tl.minimum(step * BR, R - 1) // SCALED
+    return tl.load(s_ptr, mask=m, other=0.0)

@@ -10,7 +10,6 @@ from hf_blr.ops.rules.blast import BlastRoute, blast_route
 from hf_blr.ops.rules.device import device_of, dot_precision
 from hf_blr.ops.rules.products import fused_mix_config
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.block_gemm import descriptor, expand, fits_tma
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_project import decode_project
@@ -122,7 +121,7 @@ def blast_expand(y, u, s, bias, out, activation=""):
 def forward(x, u, s, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, R]` if asked to keep it.
 
-    u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
+    u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, u and v in bits up to 32 tokens without `keep`; bias `[N]` or None.
     """
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
@@ -136,15 +135,6 @@ def forward(x, u, s, v, bias, keep=False, activation=""):
     y = blast_project(x, v, route.along_t)
     blast_finish(y, u, s, bias, out, route, activation)
     return out, y if keep else empty
-
-
-def decode(x, u: Weights, s, v: Weights, bias, activation=""):
-    """`[T, N]` at few tokens, from u and v in bits."""
-    tokens, (b2, q, r) = x.shape[0], u.shape
-    z, out = x.new_empty(b2, tokens, r), x.new_empty(tokens, b2 * q)
-    decode_project(x, v, s, z)
-    decode_expand(z, u, bias, out, activation)
-    return out
 
 
 def blast_decode(x, s, v, route: BlastRoute):

@@ -12,7 +12,7 @@ from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import decode_rows, early_steps, expand_config, lines
 from hf_blr.ops.rules.packed import packed_expand_config
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.bits import numbers_of, weights_of
+from hf_blr.ops.triton.bits import numbers_of, step_scale, weights_of
 from hf_blr.ops.triton.decode_one import expand_one
 from hf_blr.ops.triton.decode_wide import expand_wide
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
@@ -28,15 +28,6 @@ def steps_of_rows(ptr, o_row, m_row, C, STEPS: tl.constexpr, BC: tl.constexpr):
         m = m_row[:, None] & (o_c < C)[None, :]
         tiles = tiles + (tl.load(ptr + o_row + o_c[None, :], mask=m, other=0),)
     return tiles
-
-
-@triton.jit
-def step_scale(us_ptr, m_q, step, R, SCALED: tl.constexpr, BR: tl.constexpr):
-    """`[BQ]`, the scales of the rows at us_ptr in this step of BR numbers, which lie in one group."""
-    if SCALED > 0:
-        # behind the last step nothing is used
-        us_ptr += tl.minimum(step * BR, R - 1) // SCALED
-    return tl.load(us_ptr, mask=m_q, other=0.0)
 
 
 @triton.jit

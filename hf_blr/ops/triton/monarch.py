@@ -6,7 +6,6 @@ import torch
 
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.monarch import MonarchRoute, monarch_route
-from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.block_gemm import block_gemm, expand
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_project import decode_project
@@ -17,7 +16,7 @@ from hf_blr.ops.triton.swap import swap_blocks
 def forward(x, u, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, B2*r]` if asked to keep it.
 
-    u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None.
+    u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, in bits up to 32 tokens without `keep`; bias `[N]` or None.
     """
     tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)
@@ -31,15 +30,6 @@ def forward(x, u, v, bias, keep=False, activation=""):
     y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
     monarch_finish(y, u, bias, out, route, activation)
     return out, y if keep else empty
-
-
-def decode(x, u: Weights, v: Weights, bias, activation=""):
-    """`[T, N]` at few tokens, from factors in bits."""
-    tokens, (b1, rows, _), (b2, q, _) = x.shape[0], v.shape, u.shape
-    z, out = x.new_empty(b2, tokens, b1 * rows // b2), x.new_empty(tokens, b2 * q)
-    decode_project(x, v, None, z)
-    decode_expand(z, u, bias, out, activation)
-    return out
 
 
 def monarch_decode(x, v, b2, route: MonarchRoute):

@@ -42,6 +42,13 @@ def dense_decode(x: Tensor, w: Weights, bias: Tensor | None, activation: str) ->
     return out
 
 
-blast, low_rank = partial(run, blast_kernels.decode), partial(run, low_rank_kernels.decode)
-monarch, pivoted = partial(run, monarch_kernels.decode), partial(run, pivoted_kernels.decode)
-dense = partial(run, dense_decode)
+def blast_decode(x: Tensor, u: Weights, s: Tensor, v: Weights, bias: Tensor | None, activation: str) -> Tensor:
+    return blast_kernels.forward(x, u, s, v, bias, activation=activation)[0]
+
+
+def monarch_decode(x: Tensor, u: Weights, v: Weights, bias: Tensor | None, activation: str) -> Tensor:
+    return monarch_kernels.forward(x, u, v, bias, activation=activation)[0]
+
+
+blast, monarch, dense = (partial(run, decode) for decode in (blast_decode, monarch_decode, dense_decode))
+low_rank, pivoted = partial(run, low_rank_kernels.decode), partial(run, pivoted_kernels.decode)
