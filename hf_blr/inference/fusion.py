@@ -14,8 +14,9 @@ from hf_blr.experts import ExpertsLinear
 from hf_blr.formats import PLAIN
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.epilogues import bring_back, fuse_activations
-from hf_blr.inference.grouped import ProjectionGroup
+from hf_blr.inference.grouped import CastGroup, ProjectionGroup
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops.rules.bits import CodeForm
 from hf_blr.structures import structure_named
 
 #: names under which models keep projections that are handed one tensor
@@ -51,7 +52,8 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     Args:
         model: holds BLR modules.
         together: groups of names. Modules of these names in one parent that is no cross-attention run together,
-            as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias.
+            as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias. Those
+            whose factors are kept in fp8 share the cast of their input, and need the same input size and device alone.
 
     Returns:
         The names of the modules of each group, and those of (projection, activation), which run together too.
@@ -94,11 +96,14 @@ def unfuse(model: nn.Module) -> None:
 
 def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
-    if not isinstance(module, BLRLinear) or module.storage != PLAIN or module.device.type == "meta":
+    if not isinstance(module, BLRLinear) or isinstance(module, ExpertsLinear) or module.device.type == "meta":
         return None
-    if isinstance(module, ExpertsLinear):
-        return None
-    if not structure_named(module.spec.structure).grouped:
+    record = structure_named(module.spec.structure)
+    if module.storage != PLAIN:
+        # what they share is the cast of their input, whatever their structures
+        casts = record.float8 and module.storage.form == CodeForm(8, float8=True)
+        return (module.storage, module.in_features, module.device) if casts else None
+    if not record.grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
     common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
@@ -107,8 +112,11 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
 
 def run_together(modules: list[BLRLinear]) -> None:
     """Make a group of modules of one kind."""
-    pack([dict(module.named_parameters(recurse=False)) for module in modules])
-    group = ProjectionGroup(modules)
+    if modules[0].storage == PLAIN:
+        pack([dict(module.named_parameters(recurse=False)) for module in modules])
+        group = ProjectionGroup(modules)
+    else:
+        group = CastGroup(modules)
     for index, module in enumerate(modules):
         module.group = group, index
 

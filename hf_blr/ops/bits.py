@@ -17,7 +17,6 @@ from hf_blr.ops.cast import cast_rows
 from hf_blr.ops.dispatch import DTYPES, check_impl, compute_dtype, current_impl, why_not_triton
 from hf_blr.ops.library import contiguous_rows, define_op
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
-from hf_blr.ops.rules.device import device_of
 from hf_blr.structures import FACTOR, BLRSpec, structure_named
 from hf_blr.structures.record import Structure
 
@@ -66,7 +65,8 @@ def route_in_bits(
     found = route(spec, x.numel() // x.shape[-1], form, bool(record.float8), bool(record.packed))
     if found == NUMBERS:
         return found
-    reason = why_not_triton(x, numbers) or missing(found, device_of(x))
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    reason = why_not_triton(x, numbers) or missing(found, capability)
     if reason is None:
         return found
     if impl == "triton":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_blr.ops.rules.device import INTERPRETER, Device
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.structures.spec import FACTOR, BLRSpec
@@ -15,6 +14,8 @@ from hf_blr.structures.spec import FACTOR, BLRSpec
 NUMBERS, FLOAT8, PACKED = "numbers", "float8", "packed"
 #: what tensor descriptors and float8 products take rows in, in bytes
 ALIGNED = 16
+#: compute capability from which tensor cores multiply float8_e4m3fn
+LEAST_FLOAT8 = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
     return NUMBERS
 
 
-def missing(found: str, device: Device) -> str | None:
-    """What a card lacks for a route, in words; None if nothing. The interpreter has everything."""
-    if found == FLOAT8 and device != INTERPRETER and not device.has_float8:
-        return "products in float8 need compute capability 8.9, the GPU has {}.{}".format(*device.capability)
+def missing(found: str, capability: tuple[int, int] | None) -> str | None:
+    """What a card lacks for a route, in words; None if nothing. The interpreter, of no capability, has everything."""
+    if found == FLOAT8 and capability is not None and capability < LEAST_FLOAT8:
+        return "products in float8 need compute capability {}.{}, the GPU has {}.{}".format(*LEAST_FLOAT8, *capability)
     return None

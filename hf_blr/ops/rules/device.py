@@ -28,11 +28,6 @@ class Device:
         return self.capability >= (9, 0)
 
     @property
-    def has_float8(self) -> bool:
-        """Multiplies float8_e4m3fn on its tensor cores."""
-        return self.capability >= (8, 9)
-
-    @property
     def launch_options(self) -> dict[str, bool]:
         """Of a kernel that takes part in dependent launches; older cards know no such option."""
         return {"launch_pdl": True} if self.has_pdl else {}

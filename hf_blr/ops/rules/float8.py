@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
+from hf_blr.ops.rules.mix import MixConfig
 from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm
 
 
-def float8_config(tokens: int, n: int, device: Device) -> GemmConfig:
-    """For `float8_gemm_kernel` with n outputs in each block."""
+def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
+    """For `float8_gemm_kernel`: `groups` products of n outputs, of sums of length k.
+
+    H200, us of one product with a graph's start, tiles of 64 x 128, of 128 x 128 by 4 and by 8 warps, and of 128 x 256,
+    which read least from L2: 1024 tokens, 4096 -> 1024 15.5, 18.2, 18.2 and 28.1; 14336 -> 1584 52, 55, 42 and 71;
+    4096 tokens, 4096 -> 400 30, 20, 17.5 and 25; 1024 -> 4096 54, 39, 49 and 42; 1584 -> 14336 355, 254, 279 and 222.
+    """
     if device == INTERPRETER:
         return SMALLEST_GEMM
-    return fit_gemm(GemmConfig(128 if tokens > 64 else 64, 128 if n > 64 else 64, 128, 4, 3), 1, device)
+    rows = groups * -(-tokens // 128)
+    if tokens <= 64 or 2 * rows * -(-n // 128) <= device.sms:
+        config = GemmConfig(64, 128, 128, 4, 4)
+    elif rows * -(-n // 128) <= device.sms:
+        config = GemmConfig(128, 128, 128, 8, 4)
+    elif k > 1024 and 2 * rows * -(-n // 256) >= 3 * device.sms:
+        config = GemmConfig(128, 256, 128, 8, 3)
+    else:
+        config = GemmConfig(128, 128, 128, 4, 3)
+    return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
+
+
+def multiplies_by_cublas(n: int, rounds_to_bfloat16: bool, activates: bool) -> bool:
+    """Whether a last stage with one block is cuBLAS', whose tiles read L2 half as often as ours.
+
+    H200, us of both, 4096 tokens: 1024 -> 4096 32 and 39, 1584 -> 14336 163 and 222. It gives bfloat16 alone where each
+    row has a scale.
+    """
+    return rounds_to_bfloat16 and not activates and n % 16 == 0
+
+
+def mixes_by_words(b1: int, b2: int) -> bool:
+    """Whether BLAST's mix of float8 runs on tensor cores, else by plain multiply-adds."""
+    return b1 * b2 > 64
+
+
+def words_config(b1: int, b2: int, device: Device) -> MixConfig:
+    """For `mix_words_kernel`; ranks in words of four."""
+    if device == INTERPRETER:
+        return MixConfig(16, 4, True, 4)
+    return MixConfig(max(16, 256 // max(16, pow2(max(b1, b2)))), 32, True, 8)
+
+
+def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
+    """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
+    if device == INTERPRETER:
+        return 16, 4
+    ranks = max(16, min(pow2(rank), 16384 // pow2(b1)))
+    return ranks, max(4, min(16, ranks * pow2(b1) // 1024))
 
 
 def cast_config(k: int, device: Device) -> ColumnConfig:

@@ -18,7 +18,7 @@ from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import float8_config
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, fits_tma
-from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tiles import load_tile, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 #: as much longer can rounding to e4m3 make a vector
@@ -46,9 +46,13 @@ def float8_gemm_kernel(
     peaks_ptr,
     pivots_ptr,
     bias_ptr,
+    last_scale_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
     T,
     N,
     K,
+    LAST,
     B2,
     PEAKS_J,
     PEAKS_R,
@@ -70,7 +74,9 @@ def float8_gemm_kernel(
     PIVOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EMITS: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
     BS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -80,9 +86,10 @@ def float8_gemm_kernel(
 
     SCALED: columns are multiplied by b's scale `[G, N]`. PIVOTS adds those `[T, N]` to the results. No result of the
     first stage exceeds `peak` times the norm of a token; FIRST divides by it, so that results fit c's float8, and the
-    last stage multiplies by it and by x_scale `[T]`. peaks `[J, B2, R]`: see `Peak`.
+    last stage multiplies by it and by x_scale `[T]`. peaks `[J, B2, R]`: see `Peak`. EMITS: see `EmittedScales`.
     """
     i_n, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_previous(PDL)
     i_j, i_i = i_g // B2, i_g % B2
     acc = tl.zeros((BT, BN), tl.float32)
     for step in range(0, tl.cdiv(K, BK)):
@@ -100,6 +107,14 @@ def float8_gemm_kernel(
     if PEAKS:
         peak *= peak_of(peaks_ptr, i_i, PEAKS_J, B2, PEAKS_R, BS)
         peak = tl.sqrt(peak * peak + extra * extra)
+    if EMITS:
+        if i_n == 0:
+            tl.store(row_scale_ptr + o_t, tl.load(x_scale_ptr + o_t, mask=m_t, other=0.0) * peak, mask=m_t)
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        for step in range(i_t * tl.num_programs(0) + i_n, tl.cdiv(LAST, BN), programs):
+            o_l = step * BN + tl.arange(0, BN)
+            b_l = tl.load(last_scale_ptr + o_l, mask=o_l < LAST, other=0.0)
+            tl.store(column_scale_ptr + o_l, b_l.to(tl.float32), mask=o_l < LAST)
     if FIRST:
         acc *= 1 / peak
     else:
@@ -129,7 +144,19 @@ def peak_of_codes(length, scale=None, extra=0.0):
     return Peak(LONGER * LARGEST * math.sqrt(length), scale, extra)
 
 
-def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation=""):
+class EmittedScales(NamedTuple):
+    """What the first stage also stores for a last one by cuBLAS, which takes scales in float32: no kernel more.
+
+    rows `[T]` is x_scale times the peak, columns `[N]` is last_scale `[N]` of the last stage's weights.
+    """
+
+    x_scale: torch.Tensor
+    last_scale: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None):
     """c[j, i] = a[..] b[j * I + i]^T, scaled, into the strided view c `[J, I, T, N]`.
 
     Args:
@@ -141,10 +168,13 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
         x_scale: `[T]` of the last stage; None: this is the first.
         pivots: `[T, N]` float8, added to the results of the first stage.
         bias: `[I * N]`, or None.
+        emitted: `EmittedScales` of a first stage with one c, or None.
     """
     (j, i, tokens, n), k = c.shape, b.shape[2]
     device = device_of(c)
     peaks = (1, 1, 1) if peak.peaks is None else peak.peaks.shape
+    first = x_scale is None
+    emits = emitted or (x_scale, None, None, None)
 
     def run(config):
         tma = device.has_tma and fits_tma(a) and fits_tma(b)
@@ -154,13 +184,15 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             descriptor(b, config.bn, config.bk) if tma else b,
             c,
             b_scale,
-            x_scale,
+            emits[0],
             peak.peaks,
             pivots,
             bias,
+            *emits[1:],
             tokens,
             n,
             k,
+            0 if emitted is None else emitted.columns.numel(),
             i,
             peaks[0],
             peaks[2],
@@ -171,20 +203,23 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             0 if pivots is None else pivots.stride(0),
             peak.bound,
             peak.extra,
-            FIRST=x_scale is None,
+            FIRST=first,
             SCALED=b_scale is not None,
             PEAKS=peak.peaks is not None,
             PIVOTS=pivots is not None,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
+            EMITS=emitted is not None,
             TMA=tma,
+            PDL=device.has_pdl,
             BS=1024,
             BT=config.bt,
             BN=config.bn,
             BK=config.bk,
             num_warps=config.warps,
             num_stages=config.stages,
+            **device.launch_options,
         )
 
-    rule = float8_config(tokens, n, device)
-    launch(run, "float8_gemm", rule, tokens, (j * i, n, k, x_scale is None, bool(activation)), c)
+    rule = float8_config(tokens, n, k, j * i, device)
+    launch(run, "float8_gemm", rule, tokens, (j * i, n, k, first, bool(activation)), c)

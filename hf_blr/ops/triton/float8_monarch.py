@@ -1,4 +1,4 @@
-"""Monarch and low-rank in float8: two stacks of products, the first of which stores where the second reads."""
+"""Monarch in float8: two stacks of products, the first of which stores where the second reads."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from hf_blr.ops.triton.float8_gemm import float8_gemm, peak_of_codes
 def forward(x, x_scale, tensors, scales, bias, dtype, activation):
     """x `[T, K]` float8 with x_scale `[T]` -> `[T, N]` in dtype.
 
-    tensors (u `[B2, Q, B1*R]`, v `[B1, B2*R, P]`) float8, with scales `[.., 1]`, or low-rank's `[N, R]` and `[R, K]`.
+    tensors (u `[B2, Q, B1*R]`, v `[B1, B2*R, P]`) float8, with scales `[.., 1]`.
     """
-    u, v = (t if t.dim() == 3 else t[None] for t in tensors)
-    u_scale, v_scale = scales
+    (u, v), (u_scale, v_scale) = tensors, scales
     tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, r = x.new_empty(tokens, b2 * q, dtype=dtype), rows // b2
     if tokens == 0:

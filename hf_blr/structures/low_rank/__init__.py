@@ -38,6 +38,6 @@ RECORD = Structure(
     kernels_pay="hf_blr.ops.rules.low_rank:kernels_pay",
     # low-rank is Monarch with one block
     grouped="hf_blr.ops.triton.grouped_monarch",
-    float8="hf_blr.ops.triton.float8_monarch",
+    float8="hf_blr.ops.triton.float8_low_rank",
     packed="hf_blr.ops.triton.packed:low_rank",
 )

@@ -1,0 +1,201 @@
+"""Layers whose factors are kept in fp8, multiplied in float8: errors, bounds, and the choice of kernels."""
+
+import pytest
+import torch
+from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
+
+from hf_blr import ops
+from hf_blr.formats import FORMATS
+from hf_blr.linear import BLRLinear
+from hf_blr.ops import bits
+from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
+from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
+from hf_blr.structures import LowRank
+
+#: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
+ONE_ROUNDING = 0.028
+#: of the few of one token
+OF_A_TOKEN = 0.032
+
+
+def awkward_tokens(k, tokens=24):
+    """Some like others, one with a massive activation, one of zeros, one tiny and one huge."""
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1))
+    x[0, k // 3] = 1000
+    x[1] = 0
+    x[2] *= 1e-10
+    x[3] *= 1e10
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cast_rounds_once_whatever_the_token(dtype):
+    x = awkward_tokens(256).to(dtype)
+    rows, scale = plain_cast(x)
+    back = rows.double() * scale.double()[:, None]
+    assert rows.dtype == torch.float8_e4m3fn and scale.shape == (24,) and torch.isfinite(back).all()
+    assert not back[1].any()
+    for token in (0, 2, 3, *range(4, 24)):
+        assert relative(back[token], x[token].double()) < OF_A_TOKEN
+    # the others beside a massive activation keep their digits
+    small = x[0].double().abs() < 100
+    assert relative(back[0][small], x[0][small].double()) < OF_A_TOKEN
+
+
+def test_the_largest_token_is_the_largest_number():
+    x = torch.zeros(3, 64)
+    x[0, 5], x[1, 6], x[2] = 3e4, -1e-8, 7.0
+    rows, _ = plain_cast(x)
+    assert rows[0].float().max() == LARGEST and rows[1].float().min() == -LARGEST
+    assert relative(rows.double().norm(dim=1), torch.full((3,), LARGEST).double()) < 0.04
+
+
+@pytest.mark.parametrize("structure", SIZES)
+def test_the_arithmetic_errs_by_one_rounding_of_each_intermediate(structure):
+    module = layer(structure, 512, 64, bias=False)
+    x = awkward_tokens(512, 64)
+    out, wanted = reference(module, x), exact(module, x)
+    allowed = ROUNDINGS[structure] ** 0.5 * ONE_ROUNDING
+    assert allowed / 2 < relative(out[4:], wanted[4:]) < allowed
+    for token in (2, 3):
+        assert relative(out[token], wanted[token]) < 1.5 * allowed
+    # a token that is one feature is rounded there alone, and the weights' column then
+    assert relative(out[0], wanted[0]) < 1.5 * allowed
+    assert not out[1].any()
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
+
+
+@pytest.fixture
+def rounding(monkeypatch, poisoned_buffers):
+    pytest.importorskip("triton")
+    patch_rounding(monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("structure", SIZES)
+def test_kernels_compute_that(rounding, structure, dtype):
+    module = layer(structure, dtype=dtype)
+    module.activation = "silu" if dtype == torch.float16 else ""
+    x = awkward_tokens(128, 21).to(dtype) if dtype == torch.float32 else torch.randn(3, 7, 128).to(dtype)
+    with torch.no_grad(), ops.use_impl("triton"):
+        out = module(x)
+    assert out.dtype == dtype
+    finite = x.abs().amax(-1) < 1e9
+    assert relative(out[finite], reference(module, x)[finite]) < 4e-3
+    assert relative(out, exact(module, x)) < 1.3 * ROUNDINGS[structure] ** 0.5 * ONE_ROUNDING
+
+
+@interpreted
+@pytest.mark.parametrize("structure", SIZES)
+def test_no_tokens(structure):
+    pytest.importorskip("triton")
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert layer(structure)(torch.empty(2, 0, 128)).shape == (2, 0, 64)
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast", "pivoted"])
+def test_nothing_overflows_where_the_bounds_are_met(rounding, structure):
+    """Rows of largest codes, and tokens that lie along them."""
+    module = layer(structure, bias=False)
+    for name in {"v", "c"} & {*module.spec.names()}:
+        getattr(module, name).weight.data.copy_(torch.full_like(getattr(module, name).weight.float(), LARGEST))
+    if structure == "blast":
+        torch.nn.init.ones_(module.s)
+    with torch.no_grad(), ops.use_impl("triton"):
+        for x in (torch.ones(3, 128), torch.full((3, 128), -1e-3)):
+            assert relative(module(x), exact(module, x)) < 0.13
+
+
+@interpreted
+@pytest.mark.parametrize("blocks", [(16, 16), (3, 2)], ids=str)
+def test_blast_of_many_blocks(rounding, blocks):
+    torch.manual_seed(0)
+    b1, b2 = blocks
+    spec = ops.bits.structure_named("blast").spec(16 * b1, 16 * b2, 32, blocks)
+    module = BLRLinear.from_spec(spec, storage=FORMATS["fp8"], dtype=torch.float16).eval()
+    x = torch.randn(19, spec.in_features).half()
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert relative(module(x), reference(module, x)) < 6e-3
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["pivoted", "blast", "dense"])
+def test_opcheck(structure):
+    pytest.importorskip("triton")
+    module = layer(structure)
+    rows, scale = torch.ops.hf_blr.cast_rows(torch.randn(17, 128))
+    held = [getattr(module, name) for name in module.spec.names()]
+    parts = [part() if isinstance(part, torch.nn.Module) else part.detach() for part in held]
+    tensors = [getattr(part, "codes", part) for part in parts]
+    scales = [getattr(part, "scale", None) for part in parts]
+    op = getattr(torch.ops.hf_blr, f"{structure}_float8")
+    # PyTorch's check of schemas multiplies inputs, float8 too
+    checks = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (rows, scale, tensors, scales, None, torch.float32, ""), test_utils=checks)
+    if structure == "dense":
+        torch.library.opcheck(torch.ops.hf_blr.cast_rows, (torch.randn(5, 40),), test_utils=checks)
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["low_rank", "blast"])
+def test_compiles_as_one_graph(structure):
+    pytest.importorskip("triton")
+    module, x = layer(structure), torch.randn(2, 9, 128)
+    with torch.no_grad(), ops.use_impl("triton"):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        # the kernel's stores drop bits under the interpreter, the cast of compiled code rounds
+        assert relative(compiled(x), exact(module, x)) < 0.15
+
+
+def test_the_rule():
+    spec, form = LowRank(4096, 4096, 1024), CodeForm(8, float8=True)
+    assert route(spec, 4096, form, float8=True, packed=False) == FLOAT8
+    assert route(spec, 4096, form, float8=False, packed=False) == NUMBERS
+    assert route(spec, 4096, CodeForm(8), float8=True, packed=False) == NUMBERS
+    # rows that tiles cannot be copied of
+    assert route(LowRank(4096, 4096, 1023), 4096, form, float8=True, packed=False) == NUMBERS
+    assert missing(FLOAT8, (9, 0)) is None and missing(FLOAT8, (8, 9)) is None and missing(FLOAT8, None) is None
+    assert "8.9" in missing(FLOAT8, (8, 6)) and missing(NUMBERS, (8, 6)) is None
+
+
+def test_numbers_wherever_kernels_for_bits_cannot_run(monkeypatch):
+    module, x = layer("low_rank"), torch.randn(5, 128)
+    alone = ops.linear("low_rank", x, list(module.tensors(x.dtype).values()), module.bias, "reference")
+    for impl in ("auto", "reference"):
+        module.impl = impl
+        assert module.route_in_bits(x) == NUMBERS and torch.equal(module(x), alone)
+    module.impl = "triton"
+    monkeypatch.setattr(bits, "missing", lambda found, _: missing(found, (8, 0)))
+    monkeypatch.setattr(bits, "why_not_triton", lambda *_: None)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"low_rank in 8 bits: .* 8\.9, the GPU has 8\.0; use"):
+        module(x)
+
+
+@interpreted
+def test_numbers_where_a_gradient_is_wanted():
+    module, x = layer("blast").requires_grad_(False), torch.randn(5, 128)
+    with ops.use_impl("triton"):
+        assert module.route_in_bits(x) == FLOAT8
+        assert module.route_in_bits(x.clone().requires_grad_()) == NUMBERS
+        module.s.requires_grad_()
+        assert module.route_in_bits(x) == NUMBERS
+        with torch.no_grad():
+            assert module.route_in_bits(x) == FLOAT8
+
+
+@interpreted
+def test_integers_become_numbers_at_many_tokens():
+    module = BLRLinear.from_spec(LowRank(128, 64, 32), storage=FORMATS["int8"])
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert module.route_in_bits(torch.randn(64, 128)) == NUMBERS
+
+
+def test_the_cast_of_compiled_code_is_plain():
+    x = torch.randn(4, 32)
+    rows, scale = torch.compile(cast_rows, fullgraph=True, backend="aot_eager")(x)
+    wanted = plain_cast(x)
+    assert torch.equal(rows.float(), wanted[0].float()) and torch.equal(scale, wanted[1])
