@@ -161,9 +161,12 @@ class BLRLinear(nn.Module):
 
     def run_in_bits(self, found: str, x: Tensor, cast: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x `[..., K]` -> `[..., N]` by kernels that read codes and scales; cast: of x, where it is there already."""
-        held = [getattr(self, name) for name in self.spec.names()]
-        tensors = [part() if isinstance(part, FactorInBits) else part for part in held]
-        return ops.linear_in_bits(found, self.spec.structure, x, tensors, self.bias, self.activation, cast)
+        return ops.linear_in_bits(found, self.spec.structure, x, self.held(), self.bias, self.activation, cast)
+
+    def held(self) -> list[Tensor | ops.InBits]:
+        """Factors and indices in the ops' order; those in bits as codes and scales."""
+        parts = [getattr(self, name) for name in self.spec.names()]
+        return [part() if isinstance(part, FactorInBits) else part for part in parts]
 
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
@@ -176,7 +179,7 @@ class BLRLinear(nn.Module):
         self.activation = ""
         if self.group is not None:
             self.group = None
-            for parameter in self.parameters(recurse=False):
+            for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:

@@ -53,6 +53,13 @@ class FactorInBits(nn.Module):
         applied: Any = super()._apply(lambda tensor: fn(as_integers(tensor)).view(tensor.dtype), recurse)
         return applied
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, part in self.parts().items():
+            # after `hf_blr.fuse`; files want tensors that share no memory
+            if not keep_vars and part.untyped_storage().nbytes() > part.nbytes:
+                destination[prefix + name] = destination[prefix + name].clone()
+
     def __getstate__(self) -> dict[str, Any]:
         # plain pickles of float8 tensors cannot be read back (PyTorch 2.13); those of integers can
         integers = {name: nn.Parameter(as_integers(part), False) for name, part in self.parts().items()}

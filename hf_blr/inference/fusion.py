@@ -14,8 +14,9 @@ from hf_blr.experts import ExpertsLinear
 from hf_blr.formats import PLAIN
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.epilogues import bring_back, fuse_activations
-from hf_blr.inference.grouped import CastGroup, ProjectionGroup
+from hf_blr.inference.grouped import GroupInBits, ProjectionGroup
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops import InBits
 from hf_blr.ops.rules.bits import CodeForm
 from hf_blr.structures import structure_named
 
@@ -99,14 +100,16 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     if not isinstance(module, BLRLinear) or isinstance(module, ExpertsLinear) or module.device.type == "meta":
         return None
     record = structure_named(module.spec.structure)
+    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
     if module.storage != PLAIN:
-        # what they share is the cast of their input, whatever their structures
-        casts = record.float8 and module.storage.form == CodeForm(8, float8=True)
-        return (module.storage, module.in_features, module.device) if casts else None
+        if record.float8 and module.storage.form == CodeForm(8, float8=True):
+            # whatever their structures, they share the cast of their input
+            return module.storage, module.in_features, module.device
+        packs = record.grouped and record.packed
+        return (*common, module.storage, module.dtype, module.device) if packs else None
     if not record.grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
-    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
     return (*common, *places) if len(places) == 1 else None
 
 
@@ -116,7 +119,13 @@ def run_together(modules: list[BLRLinear]) -> None:
         pack([dict(module.named_parameters(recurse=False)) for module in modules])
         group = ProjectionGroup(modules)
     else:
-        group = CastGroup(modules)
+        alike = len({(type(module), module.spec.num_blocks, module.bias is None) for module in modules}) == 1
+        if alike and structure_named(modules[0].spec.structure).grouped:
+            held = [dict(zip(module.spec.names(), module.held(), strict=True)) for module in modules]
+            for part in ("codes", "scale"):
+                pack([{name: getattr(t, part) for name, t in of.items() if isinstance(t, InBits)} for of in held])
+            pack([dict(module.named_parameters(recurse=False)) for module in modules])
+        group = GroupInBits(modules, alike)
     for index, module in enumerate(modules):
         module.group = group, index
 

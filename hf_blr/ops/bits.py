@@ -100,24 +100,30 @@ def linear_in_bits(
     Returns:
         `[..., N]` in x's dtype, without a gradient.
     """
-    dtype, record = compute_dtype(x), structure_named(structure)
-    kinds = record.spec.kinds.values()
-    codes = [
-        t.codes if isinstance(t, InBits) else contiguous_rows(t, dtype if kind == FACTOR else t.dtype)
-        for t, kind in zip(tensors, kinds, strict=True)
-    ]
-    scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
+    dtype = compute_dtype(x)
+    codes, scales, bits, lengths = codes_and_scales(structure, tensors, dtype)
     bias = None if bias is None else contiguous_rows(bias, dtype)
     if found == FLOAT8:
         rows, scale = cast or cast_rows(x)
         out = getattr(torch.ops.hf_blr, f"{structure}_float8")(rows, scale, codes, scales, bias, dtype, activation)
     else:
         rows = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
-        lengths = [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
         packed = getattr(torch.ops.hf_blr, f"{structure}_packed")
-        bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
         out = packed(rows, codes, scales, bits, lengths, bias, activation)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def codes_and_scales(
+    structure: str, tensors: Sequence[Tensor | InBits], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor | None], list[int], list[int]]:
+    """(codes, scales, bits, lengths) of a layer's tensors, as the ops take them; numbers in dtype."""
+    codes = [
+        t.codes if isinstance(t, InBits) else contiguous_rows(t, dtype if kind == FACTOR else t.dtype)
+        for t, kind in zip(tensors, structure_named(structure).spec.kinds.values(), strict=True)
+    ]
+    scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
+    bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
+    return codes, scales, bits, [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
 
 
 def numbers_in_bits(factor: InBits, dtype: torch.dtype) -> Tensor | None:

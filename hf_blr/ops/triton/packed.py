@@ -28,11 +28,24 @@ def run(
     """What `ops.bits.define_packed` says of its op, by a structure's function for few tokens."""
     if not len(x):
         return x.new_empty(0, tensors[0].shape[:-1].numel())
-    read = [
+    return decode(x, *read(tensors, scales, bits, lengths), bias, activation)
+
+
+def run_grouped(kernels, x, tensors, scales, bits, lengths, biases, activation: str, gated: bool) -> Tensor:
+    """What `ops.grouped_bits.define_grouped_packed` says of its op, by a module of grouped kernels."""
+    found, each = read(tensors, scales, bits, lengths), len(tensors) // len(biases)
+    by_name = [found[i::each] for i in range(each)]
+    if gated:
+        return kernels.gated(x, *by_name, biases, activation)
+    return kernels.forward(x, *by_name, biases)
+
+
+def read(tensors, scales, bits, lengths) -> list[Tensor | Weights]:
+    """Factors in bits as `Weights`, what has no scale as it is."""
+    return [
         t if scale is None else weights_in_bits(t, scale, b, length)
         for t, scale, b, length in zip(tensors, scales, bits, lengths, strict=True)
     ]
-    return decode(x, *read, bias, activation)
 
 
 def dense_decode(x: Tensor, w: Weights, bias: Tensor | None, activation: str) -> Tensor:
