@@ -9,7 +9,8 @@ from kernel_cases import assert_packed_within_budget, recorded_grids  # noqa: E4
 from hf_blr.formats import format_named  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
-from hf_blr.ops.triton import decode_stack  # noqa: E402
+from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_project, decode_stack  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -58,6 +59,12 @@ def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
     monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
     assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
     assert len(grids) == 2
+
+
+def test_steps_lie_in_one_group(monkeypatch):
+    for module, name in ((decode_project, "packed_project_config"), (decode_expand, "packed_expand_config")):
+        monkeypatch.setattr(module, name, lambda *sizes: DecodeConfig(16, 64, 4, 1))
+    assert_packed_within_budget("low_rank", "int4", 48, 3, (2, 1, 96, 10, 48), torch.float16)
 
 
 def test_which_layers_are_read_packed():

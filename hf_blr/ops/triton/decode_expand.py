@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import decode_rows, early_steps, expand_config, lines
-from hf_blr.ops.rules.packed import packed_expand_config
+from hf_blr.ops.rules.packed import packed_expand_config, within_groups
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import numbers_of, step_scale, weights_of
 from hf_blr.ops.triton.decode_one import expand_one
@@ -87,8 +87,8 @@ def decode_expand_kernel(
     in columns of PER numbers, / VEC_W.
 
     Blocks i from B2 on belong to further layers that share x, whose ranks follow each other in z `[B2, T, S*R]`. The
-    first EARLY steps' weights are loaded before the wait. In bits, c holds u's scales, one for each row or for SCALED
-    numbers of it, which steps divide.
+    first EARLY steps' weights are loaded before the wait, of plain ones. In bits, c holds u's scales, one for each row
+    or for SCALED numbers of it, which steps divide.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     BC: tl.constexpr = BR // PER
@@ -99,13 +99,10 @@ def decode_expand_kernel(
     u_ptr += i_i.to(tl.int64) * (stride_ui * VEC_W)
     o_u = o_q[:, None] * (stride_uq * VEC_W)
     b_us = steps_of_rows(u_ptr, o_u, m_q, C, EARLY, BC)
-    b_c, b_cs = 0.0, ()
+    b_c = 0.0
     if FORM != "plain":
         us_ptr += i_i * stride_ci + o_q * stride_cq
-        b_c = step_scale(us_ptr, m_q, EARLY if SCALED > 0 else 0, R * VEC, SCALED, BR)
-        if SCALED > 0:
-            for step in tl.static_range(EARLY):
-                b_cs = b_cs + (step_scale(us_ptr, m_q, step, R * VEC, SCALED, BR),)
+        b_c = step_scale(us_ptr, m_q, 0, R * VEC, SCALED, BR)
     if PDL and LINES > 0:
         o_l = EARLY * BC + tl.arange(0, LINES) * LINE
         m_l = m_q[:, None] & (o_l < C)[None, :]
@@ -116,8 +113,7 @@ def decode_expand_kernel(
     b_zs = steps_of_rows(z_ptr, o_z, m_t, R * VEC, EARLY, BR)
     acc = tl.zeros((BT, BQ), tl.float32)
     for step in tl.static_range(EARLY):
-        b_s = b_cs[step] if SCALED > 0 else 0.0
-        acc = step_product(b_zs[step], b_us[step], b_s, acc, FORM, SCALED, PRECISION)
+        acc = step_product(b_zs[step], b_us[step], b_c, acc, FORM, 0, PRECISION)
     for step in range(EARLY, tl.cdiv(R * VEC, BR)):
         o_r, o_c = step * BR + tl.arange(0, BR), step * BC + tl.arange(0, BC)
         b_z = tl.load(z_ptr + o_z + o_r[None, :], mask=m_t[:, None] & (o_r < R * VEC)[None, :], other=0.0)
@@ -154,11 +150,12 @@ def decode_expand(z, u, bias, out, activation=""):
     if u.form == "plain":
         rule = expand_config(r, blocks * q, tokens, z.element_size(), device)
     else:
-        rule = packed_expand_config(r, blocks * q, tokens, u.group, z.element_size(), device)
+        rule = packed_expand_config(blocks * q, tokens, z.element_size(), device)
 
     def run(config):
         if config.programs:
             return expand_wide(config, z, u.data, bias, out, activation)
+        config = within_groups(config, u.group)
         early = early_steps(config, r)
         decode_expand_kernel[(triton.cdiv(q, config.rows), blocks)](
             z,

@@ -150,7 +150,7 @@ def project_mixed_one(x: Tensor, v: Tensor | Weights, s: Tensor, z: Tensor):
         rule = one_mix_config(b1, p, v.data.element_size(), device)
     else:
         vec_w = min(vec_w, word_vector(v.per))
-        rule = packed_one_mix_config(b1, p, r, v.per, device)
+        rule = packed_one_mix_config(b1, p, r, device)
 
     def run(config):
         decode_one_mix_kernel[(min(triton.cdiv(r, config.rows), config.programs * device.sms),)](

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, pow2, vector_width
 from hf_blr.ops.rules.few_tokens import decode_rows, lines, project_config
-from hf_blr.ops.rules.packed import packed_project_config
+from hf_blr.ops.rules.packed import packed_project_config, within_groups
 from hf_blr.ops.triton.bits import numbers_of, weights_of
 from hf_blr.ops.triton.decode_one import project_one
 from hf_blr.ops.triton.decode_one_mix import project_mixed_one
@@ -154,7 +154,7 @@ def decode_project(x, v, s, z, add=False):
     if v.form == "plain":
         rule = project_config(parts, b1 * p if mix else p, rows, tokens, mix, x.element_size(), device)
     else:
-        rule = packed_project_config(parts, b1 * p if mix else p, rows, tokens, mix, v.group, x.element_size(), device)
+        rule = packed_project_config(parts, b1 * p if mix else p, rows, tokens, x.element_size(), device)
     v0, (vg, vr), (cg, cr) = v.data, v.strides, v.scale_strides
     si, sj = s.stride()[:2] if mix else (0, 0)
     zi, zt = z.stride()[:2]
@@ -162,6 +162,7 @@ def decode_project(x, v, s, z, add=False):
     bt = decode_rows(tokens)
 
     def run(config):
+        config = within_groups(config, v.group)
         if mix:
             part, groups, xj, xg, g_rows, k = p, 1, p, 0, rows, b1 * p
             strides, scale_strides = (0, vg, vr), (0, cg, cr)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import decode_rows, stack_config
-from hf_blr.ops.rules.packed import packed_stack_config
+from hf_blr.ops.rules.packed import within_groups
 from hf_blr.ops.triton.bits import numbers_of, step_scale, weights_of
 from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -102,11 +102,9 @@ def launch_stack(x, v, out, part, strides):
     device, bt = device_of(x), decode_rows(tokens)
     sizes = (p, part, x.stride(0), *strides)
     vec, vec_w = vector_width(*sizes), vector_width(*v.strides)
-    rule = stack_config(tokens, x.element_size(), device)
-    if v.form != "plain":
-        rule = packed_stack_config(rule, v.group)
 
     def run(config):
+        config = within_groups(config, v.group)
         decode_stack_kernel[(triton.cdiv(rows, config.rows), groups)](
             x,
             v.data,
@@ -132,4 +130,4 @@ def launch_stack(x, v, out, part, strides):
             **device.launch_options,
         )
 
-    launch(run, v.named("decode_stack"), rule, bt, (groups, rows, p, part), x)
+    launch(run, v.named("decode_stack"), stack_config(tokens, x.element_size(), device), bt, (groups, rows, p, part), x)
