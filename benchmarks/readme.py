@@ -12,6 +12,7 @@ import goals
 import inventory_section
 import layer_sections
 import model_sections
+import packed_section
 import quality_sections
 import robustness_section
 import rounding_section
@@ -46,6 +47,8 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": goals.counters,
         "one-token": layer_sections.one_token_section,
+        "packed-decode": packed_section.packed_decode_section,
+        "packed-settings": packed_section.packed_settings_section,
         "stacks": layer_sections.stacks_section,
         "monarch-last-stage": layer_sections.monarch_last_stage_section,
         "dependent-launches": model_sections.dependent_launches_section,

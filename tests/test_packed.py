@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 #: (format, numbers that share a scale)
-FORMATS = [("int8", None), ("int4", None), ("fp8", None), ("int8", 16), ("int4", 48)]
+FORMATS = [("int8", None), ("int4", None), ("fp8", None), ("int8", 16), ("int4", 32)]
 STRUCTURES = ["low_rank", "monarch", "blast", "pivoted", "dense"]
 
 
@@ -27,8 +27,8 @@ STRUCTURES = ["low_rank", "monarch", "blast", "pivoted", "dense"]
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("form, group", FORMATS)
 def test_the_error_budget(form, group, structure, tokens):
-    # groups are of several steps, and shorter than one; 48 divides every row
-    assert_packed_within_budget(structure, form, group, tokens, (2, 1, 96, 10, 48), torch.float16)
+    # groups of one step and of two
+    assert_packed_within_budget(structure, form, group, tokens, (2, 1, 32, 6, 32), torch.float16)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
