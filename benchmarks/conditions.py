@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_blr.bench.report.commits import marked
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_blr.cli.table import format_table
 from hf_blr.config import option_fields
+from hf_blr.markdown import format_table
 
 
 def config_section() -> str:

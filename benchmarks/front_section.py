@@ -7,7 +7,7 @@ from typing import Any
 
 import conditions
 
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def front_section() -> str:

@@ -10,7 +10,7 @@ from model_sections import model_rows
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import grouped, label_of
 from hf_blr.bench.report.model_tables import by_size
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 #: the layer of most single goals: q, k, v and o of Llama-7B, 4096 -> 4096
 LAYER = "q,k,v,o"

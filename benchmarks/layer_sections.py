@@ -11,7 +11,7 @@ from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
 from hf_blr.bench.report.lines import blocks_of, tokens_of, wide
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 from hf_blr.ops.rules.swap import reads_swapped
 from hf_blr.roofline.devices import DEVICES
 

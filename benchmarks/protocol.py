@@ -14,7 +14,6 @@ from hf_blr.compression import parameter_sizes
 from hf_blr.config import BLRConfig
 from hf_blr.dense import is_dense_linear, stored_weight
 from hf_blr.evaluation import perplexity
-from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
 from hf_blr.plan import resolve_plan
 
@@ -23,10 +22,16 @@ SEQLEN = 2048
 WINDOWS, BATCH = 128, 8
 #: WikiText-2 as distributed is tokenised; these marks stand for characters inside words and numbers
 MARKS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": "."}
+#: what sizes are counted in, but for what a format stores in bits
+DTYPE = torch.bfloat16
+TURNED = "turned"
 PROTOCOL = (
     "token perplexity on non-overlapping windows of 2048 of each whole text, no BOS, WikiText-2's marks undone; "
     "float32 weights, TF32 products on a GPU in scoring, float32 in fits; every row names the windows of 2048 that it "
-    "was fitted to; bytes in bfloat16"
+    "was fitted to; bytes in bfloat16; bits a weight are all that is stored for the targeted projections over their "
+    f"dense numbers; of a model that is called {TURNED}, the residual stream stands in another, random orthogonal "
+    "basis, in which weights lie on no grid of the file that they come from, and the head is stored apart from the "
+    "embedding"
 )
 #: by how much a model may keep more than it says; counts are whole ranks and units
 SIZE_TOLERANCE = 0.005
@@ -78,22 +83,27 @@ class Bench:
                 if left out.
 
         Raises:
-            ValueError: if the targeted projections keep more than the ratio that the row would claim.
+            ValueError: if the targeted projections keep more than the ratio that the row would claim, or more bits.
         """
         scores = self.dense_ppl if model is self.dense else self.score(model)
+        stored = stored_bytes(model, self.targets) if kept is None else DTYPE.itemsize * kept
         kept = kept_parameters(model, self.targets) if kept is None else kept
         total = sum(self.targets.values())
         if kept > (facts["ratio"] + SIZE_TOLERANCE) * total:
             raise ValueError(f"{facts['method']} keeps {kept / total:.4f} of the projections, not {facts['ratio']:g}")
-        parameters = parameter_sizes(self.dense)[0] - total + kept
+        bits, budget = 8 * stored / total, facts.get("bits_per_weight")
+        if budget is not None and bits > budget:
+            raise ValueError(f"{facts['method']} stores {bits:.4f} bits a weight, not {budget:g}")
+        rest = parameter_sizes(self.dense)[0] - total
         shared = {
             "model": self.name,
             "structure": None,
             "blocks": None,
             **facts,
             "kept": kept / total,
-            "parameters": parameters,
-            "bytes": facts.get("bytes", 2 * parameters),
+            "bits": bits,
+            "parameters": rest + kept,
+            "bytes": facts.get("bytes", DTYPE.itemsize * rest + stored),
         }
         return [
             {
@@ -111,11 +121,16 @@ class Bench:
 def kept_parameters(model: nn.Module, targets: Iterable[str]) -> int:
     """The numbers in the matrices, factors and indices of the targeted projections; biases are not counted."""
     modules = [model.get_submodule(name) for name in targets]
-    return sum(stored_weight(m).numel() if is_dense_linear(m) else factored_size(m) for m in modules)
+    return sum(stored_weight(m).numel() if is_dense_linear(m) else m.spec.num_parameters for m in modules)
 
 
-def factored_size(module: BLRLinear) -> int:
-    return sum(t.numel() for t in (*module.factors().values(), *module.indices().values()))
+def stored_bytes(model: nn.Module, targets: Iterable[str]) -> int:
+    """What the targeted projections take in a file: codes, scales, indices, and numbers in `DTYPE`; no biases."""
+    modules = [model.get_submodule(name) for name in targets]
+    return sum(
+        DTYPE.itemsize * stored_weight(m).numel() if is_dense_linear(m) else m.storage.num_bytes(m.spec, DTYPE)
+        for m in modules
+    )
 
 
 def sha256_of(ids: Tensor) -> str:

@@ -16,6 +16,7 @@ import argparse
 import copy
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 import protocol
 from calibration_sets import Calibration, Mixture
-from protocol import PROTOCOL, Bench, check_tokens, read_ids, sha256_of
+from protocol import PROTOCOL, TURNED, Bench, check_tokens, read_ids, sha256_of
 from runs import TEXTLESS, Run, row_key, runs, shard, shard_of
+from runs_in_bits import runs_in_bits
+from turned import turned
 
-from hf_blr import BLRConfig, compress
+from hf_blr import compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.checkpoint.record import forget_quantizer
@@ -48,7 +51,7 @@ def too_small(bench: Bench, run: Run) -> str | None:
     """Why some of the layers have no such blocks, if so: they would stay dense, and the model above its size."""
     if run.structure is None:
         return None
-    plan = resolve_plan(bench.dense, BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks))
+    plan = resolve_plan(bench.dense, run.config())
     left = [name for name in bench.targets if name not in plan]
     return f"{left[0]} and {len(left) - 1} other layers have no such blocks" if left else None
 
@@ -79,11 +82,13 @@ def make(
         return baselines.blast_by_gradients(dense, run.ratio, run.blocks, DESCENT_STEPS, on.seed), {}
     else:
         model = copy.deepcopy(dense)
-        config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, seed=on.seed, **settings)
+        config = run.config(on.seed)
         on_text = {"calibration": on.batches if config.sequential else None, "statistics": on.statistics}
         report = compress(model, config, progress=False, **({} if run.kind == "weights" else on_text))
         earlier[run.family] = model
-        return model, {"mean_rel_error": report.mean_rel_error, "predicted_loss": report.predicted_loss}
+        more = {"mean_rel_error": report.mean_rel_error, "predicted_loss": report.predicted_loss}
+        taken = Counter(layer.choice.taken for layer in report.layers if layer.choice)
+        return model, more | ({"taken": dict(taken.most_common())} if taken else {})
 
 
 def trained(model: torch.nn.Module, on: Calibration, tokens: int, **settings) -> dict:
@@ -128,7 +133,15 @@ def main(argv=None):
         "--train-windows", type=int, default=0, help="of the same mixture, to refine on; those of the fit if left out"
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
-    parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, such as 'blast 4x16 0.5*'")
+    parser.add_argument(
+        "--turned", action="store_true", help="the dense model in another basis of its residual stream, before all else"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        help="labels or patterns, such as 'blast 4x16 0.5*', in the order in which they run",
+    )
     parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N", help="only part I of N of the runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that")
     parser.add_argument("--beside", type=int, default=0, help="other runs on the device: no seconds are taken then")
@@ -138,6 +151,8 @@ def main(argv=None):
     started = time.perf_counter()
     dense, tokenizer = options.load_model(args.model, args, tokenizer=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
+    if args.turned:
+        dense, name = turned(dense), f"{name}, {TURNED}"
     bench = Bench(name, dense.eval(), read_ids(args.texts, tokenizer))
     print(f"[{time.perf_counter() - started:.0f} s] dense {bench.dense_ppl}", flush=True)
     parts = read_ids(args.parts, tokenizer)
@@ -153,10 +168,12 @@ def main(argv=None):
     done = {row_key(row) for row in file.rows}
     if row_key(rows[0]) not in done:
         file.add(rows)
-        if args.gguf_file:
+        if args.gguf_file and not args.turned:
             size = (Path(args.model) / args.gguf_file).stat().st_size
             file.add(bench.rows(bench.dense, {**dense_facts, "method": "dense, its 4-bit GGUF file", "bytes": size}))
-    chosen = shard([run for run in runs() if any(fnmatch(run.label, pattern) for pattern in args.only)], args.shard)
+    every = [*runs(), *runs_in_bits()]
+    wanted = dict.fromkeys(run for pattern in args.only for run in every if fnmatch(run.label, pattern))
+    chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
         on = Calibration.draw(bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows)
         check_tokens([*file.rows, {"model": name, **on.facts()}])

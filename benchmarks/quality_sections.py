@@ -10,7 +10,7 @@ from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import wide
 from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines, score
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 METHODS = {
     "whitened SVD": "whitened SVD",

@@ -40,14 +40,12 @@ from hf_blr.structures import BLRSpec, structure_named
 
 FIT_SEQLEN, FIT_WINDOWS = 512, 8
 SEQLEN, WINDOWS = 512, 4
-#: one block of so many is compressed: a processor's time is short
-EVERY = 3
-GROUP, RATIO = 32, 0.8
+RATIO = 0.8
 PROTOCOL = (
     f"perplexity, and KL divergence of the dense model's next token from the rounded one's in nats, on the first "
-    f"{WINDOWS} windows of {SEQLEN} of each text, no BOS; float32; the layers of one block of {EVERY}, fitted to "
-    f"{FIT_WINDOWS} windows of {FIT_SEQLEN} spread over one text, on the dense model's inputs and without weights of "
-    "outputs; a random rotation of each layer's inputs before fits"
+    f"{WINDOWS} windows of {SEQLEN} of each text, no BOS; float32; fitted to {FIT_WINDOWS} windows of {FIT_SEQLEN} "
+    "spread over one text, on the dense model's inputs and without weights of outputs; a random rotation of each "
+    "layer's inputs before fits"
 )
 
 #: (fitted tensors, what is to be rounded) -> the tensors as they are stored
@@ -89,9 +87,9 @@ ROWS = [
 ]
 
 
-def config_of(structure: str, storage: str, blocks: int) -> BLRConfig:
-    chosen = "|".join(str(block) for block in range(0, blocks, EVERY))
-    common = {"group_size": GROUP, "fisher": False, "target_modules": rf".*layers\.({chosen})\..*proj"}
+def config_of(structure: str, storage: str, group: int, blocks: range) -> BLRConfig:
+    chosen = "|".join(map(str, blocks))
+    common = {"group_size": group, "fisher": False, "target_modules": rf".*layers\.({chosen})\..*proj"}
     if structure == "dense":
         return BLRConfig("dense", dense_format=storage, **common)
     return BLRConfig(structure, ratio=RATIO, factor_format=storage, **common)
@@ -150,24 +148,35 @@ def numbers_of(tensor: Tensor | Codes) -> Tensor:
     return tensor.numbers(torch.float32) if isinstance(tensor, Codes) else tensor
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     options.add_loading(parser, dtype="float32")
-    parser.add_argument("--fit", required=True, metavar="NAME=FILE", help="text to fit to")
-    parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE", help="texts to score")
+    parser.add_argument("--fit", required=True, metavar="NAME=FILE", help="text to fit to, or a torch file of its ids")
+    parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE", help="texts to score, likewise")
+    parser.add_argument("--every", type=int, default=1, help="one block of so many: a processor's time is short")
+    parser.add_argument("--group", type=int, default=32, help="numbers that share a scale")
+    parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args()
-    dense, tokenizer = options.load_model(args.model, args)
-    texts = read_ids(args.texts, tokenizer)
+    args = parser.parse_args(argv)
+    dense, tokenizer = options.load_model(args.model, args, tokenizer=any("=" in s for s in (args.fit, *args.texts)))
+    texts = {name: text.to(args.device) for name, text in read_ids(args.texts, tokenizer).items()}
     ((fitted_to, ids),) = read_ids([args.fit], tokenizer).items()
     starts = torch.linspace(0, len(ids) - FIT_SEQLEN, FIT_WINDOWS).long().tolist()
-    batches = [ids[None, start : start + FIT_SEQLEN] for start in starts]
-    blocks = dense.config.num_hidden_layers
-    statistics = collect_statistics(dense, config_of("dense", "int4", blocks), calibration=batches)
+    batches = [ids[None, start : start + FIT_SEQLEN].to(args.device) for start in starts]
+    blocks = range(0, dense.config.num_hidden_layers, args.every)
+    statistics = collect_statistics(dense, config_of("dense", "int4", args.group, blocks), calibration=batches)
     right = {name: log_probabilities(dense, text) for name, text in texts.items()}
     layers = Layers(dense, statistics)
-    head = {"protocol": PROTOCOL, "group": GROUP, "ratio": RATIO, "fitted_to": fitted_to, "environment": environment()}
+    machine = environment()
+    head = {
+        "protocol": PROTOCOL,
+        "blocks": f"{len(blocks)} of {dense.config.num_hidden_layers}",
+        "group": args.group,
+        "ratio": RATIO,
+        "fitted_to": fitted_to,
+        "environment": {**machine, "commit": args.commit or machine["commit"]},
+    }
     file = ResultFile(args.json, head)
 
     def score(model: nn.Module, **facts: Any) -> None:
@@ -182,7 +191,7 @@ def main() -> None:
     score(dense, structure="dense", format="plain", way="", bits=16.0, seconds=0.0)
     for structure, storage, way in ROWS:
         started = time.perf_counter()
-        model, bits = layers.model(config_of(structure, storage, blocks), WAYS.get(way))
+        model, bits = layers.model(config_of(structure, storage, args.group, blocks), WAYS.get(way))
         seconds = time.perf_counter() - started
         score(model, structure=structure, format=storage if way else "plain", way=way, bits=bits, seconds=seconds)
 

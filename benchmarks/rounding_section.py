@@ -5,7 +5,7 @@ from __future__ import annotations
 import conditions
 
 from hf_blr.bench.report.files import read_result
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def rounding_section() -> str:
@@ -25,7 +25,7 @@ def rounding_section() -> str:
     models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
     return (
         f"{format_table(lines)}\n\n"
-        f"{models}; {result['protocol']}. Low-rank at {result['ratio']:.0%} of the parameters, groups of "
-        f"{result['group']}, fitted to {result['fitted_to']}. `python benchmarks/rounding.py`; "
+        f"{models}, {result['blocks']} blocks; {result['protocol']}. Low-rank at {result['ratio']:.0%} of the "
+        f"parameters, groups of {result['group']}, fitted to {result['fitted_to']}. `python benchmarks/rounding.py`; "
         f"{conditions.machine(result['environment'])}, transformers {result['environment']['transformers']}."
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from hf_blr import BLRConfig
+from hf_blr.formats import PLAIN
+
 OURS = "ours"
 REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
@@ -30,6 +33,8 @@ SMALL_DAMPING = {"damping": 1e-4}
 MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 #: temperatures of MoDeGPT's allocation: its own, and nearly the same share for all blocks
 EPSILONS = (0.1, 1.0)
+#: the format of a run that chooses one for each layer
+CHOSEN = "chosen"
 #: kinds of runs that read no text
 TEXTLESS = ("weights", "descent")
 
@@ -49,7 +54,24 @@ class Run:
     def label(self) -> str:
         structure = "" if self.structure is None else f"{self.structure} "
         blocks = "" if self.blocks is None else "{}x{} ".format(*self.blocks)
-        return f"{structure}{blocks}{self.ratio:g} {self.method}"
+        size = f"{self.ratio:g}" if self.budget is None else f"{self.budget:g} bits"
+        stored = "" if self.format in (PLAIN.name, CHOSEN) else f" in {self.format}"
+        return f"{structure}{blocks}{size} {self.method}{stored}"
+
+    @property
+    def budget(self) -> float | None:
+        """Bits a weight, where they are shared out; `ratio` is one then."""
+        return dict(self.settings).get("bits_per_weight")
+
+    @property
+    def format(self) -> str:
+        """What factors are stored in, and the targets that stay whole."""
+        return CHOSEN if self.budget is not None else dict(self.settings).get("dense_format", PLAIN.name)
+
+    def config(self, seed: int = 0) -> BLRConfig:
+        sized = self.structure == "dense" or self.budget is not None
+        ratio = None if sized else self.ratio
+        return BLRConfig(self.structure, ratio=ratio, num_blocks=self.blocks, seed=seed, **dict(self.settings))
 
     @property
     def family(self) -> tuple:
@@ -59,8 +81,15 @@ class Run:
 
     def facts(self) -> dict:
         """What its rows say of it."""
-        blocks = None if self.blocks is None else list(self.blocks)
-        return {"method": self.method, "structure": self.structure, "blocks": blocks, "ratio": self.ratio}
+        return {
+            "method": self.method,
+            "structure": self.structure,
+            "blocks": None if self.blocks is None else list(self.blocks),
+            "ratio": self.ratio,
+            "format": self.format,
+            "group_size": dict(self.settings).get("group_size"),
+            "bits_per_weight": self.budget,
+        }
 
 
 def runs() -> list[Run]:
@@ -182,9 +211,19 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 #: what a row measures beside its method: rows that agree in all of it are one measurement, made twice
-MEASURED_ON = ("model", "ratio", "dataset", "calibration", "calibration_tokens", "seed")
+MEASURED_ON = (
+    "model",
+    "ratio",
+    "dataset",
+    "calibration",
+    "calibration_tokens",
+    "seed",
+    "group_size",
+    "bits_per_weight",
+)
 
 
 def row_key(row: dict) -> tuple:
-    """What a row measures."""
-    return row["method"], row["structure"], tuple(row["blocks"] or ()), *(row.get(name) for name in MEASURED_ON)
+    """What a row measures; one that names no format is of plain factors."""
+    measured = (row.get(name) for name in MEASURED_ON)
+    return row["method"], row["structure"], tuple(row["blocks"] or ()), row.get("format", PLAIN.name), *measured

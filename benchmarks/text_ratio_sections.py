@@ -6,7 +6,7 @@ import math
 from statistics import geometric_mean
 
 from conditions import RESULTS, table_of
-from runs import DENSE_REFINED
+from runs import DENSE_REFINED, row_key
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -78,7 +78,8 @@ def complete(rows: list[dict], texts: list[str]) -> list[list[dict]]:
 
 
 def method_of(row: dict) -> tuple:
-    return row["model"], row["method"], row["structure"], tuple(row["blocks"] or ()), row["ratio"], *fitted_to(row)
+    """What a row measures, on whatever text and with whatever seed."""
+    return row_key({**row, "dataset": None, "seed": None})
 
 
 def fitted_to(row: dict) -> tuple:

@@ -6,7 +6,7 @@ import json
 
 import conditions
 
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def zoo_section() -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 NAMES = re.compile(r"low_rank|lowrank|pivoted|monarch|blast", re.IGNORECASE)
 #: where a structure is at home: its own folder, its kernels, and the rules of their routes

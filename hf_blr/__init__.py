@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_blr.evaluation import Perplexity, perplexity
     from hf_blr.finetune import BLRCallback
     from hf_blr.inference import fuse, tune, unfuse
-    from hf_blr.integration import disable, enable, from_config, lora_targets, to_dense, to_format
+    from hf_blr.integration import disable, enable, from_config, lora_targets, to_dense, to_format, to_linears
     from hf_blr.linear import BLRLinear
     from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
@@ -45,6 +45,7 @@ _HOMES = {
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
     "to_format": "hf_blr.integration",
+    "to_linears": "hf_blr.integration",
     "tune": "hf_blr.inference",
     "unfuse": "hf_blr.inference",
 }
@@ -71,6 +72,7 @@ __all__ = [
     "perplexity",
     "to_dense",
     "to_format",
+    "to_linears",
     "tune",
     "unfuse",
 ]

@@ -155,7 +155,8 @@ class BLRLinear(nn.Module):
     def route_in_bits(self, x: Tensor) -> str:
         """What of `ops.rules.bits` this layer runs on x `[..., K]`."""
         form = self.storage.form
-        if form is None:
+        # in the form that trains, factors have no codes
+        if form is None or not all(isinstance(held, FactorInBits) for held in self.children()):
             return NUMBERS
         return ops.route_in_bits(self.spec, form, x, [*self.factors().values(), self.bias], self.impl or None)
 
@@ -191,7 +192,7 @@ class BLRLinear(nn.Module):
         for name, std in self.initial_std().items():
             held = getattr(self, name)
             if isinstance(held, FactorInBits):
-                held.fill(torch.randn(held.shape, device=self.device) * std)
+                held.take(held.storage.nearest(torch.randn(held.shape, device=self.device) * std))
             else:
                 nn.init.normal_(held, std=std)
         if self.bias is not None:
@@ -209,12 +210,16 @@ class BLRLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of the stored tensors."""
-        return next(iter(self.stored().values())).device
+        return next(self.parameters()).device
 
     def stored(self) -> dict[str, Tensor]:
         """{state-dict key: tensor} of all that the layer keeps but its bias."""
-        places = [(key, *key.rpartition(".")[::2]) for key in self.storage.stored(self.spec)]
-        return {key: getattr(self.get_submodule(owner), name) for key, owner, name in places}
+        found: dict[str, Tensor] = {}
+        for name in self.spec.names():
+            held = getattr(self, name)
+            in_bits = isinstance(held, nn.Module)
+            found |= {f"{name}.{leaf}": part for leaf, part in held.parts().items()} if in_bits else {name: held}
+        return found
 
     def factors(self) -> dict[str, nn.Parameter]:
         """{"u", ("s",) "v"}: the factors that are parameters, in the order in which the ops take them; none in bits."""
@@ -228,9 +233,7 @@ class BLRLinear(nn.Module):
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Factors and indices: all that the ops take. Factors kept in bits come in `dtype`; None: in the layer's."""
         held = {name: getattr(self, name) for name in self.spec.names()}
-        return {
-            name: part(dtype or self.dtype) if isinstance(part, FactorInBits) else part for name, part in held.items()
-        }
+        return {name: part(dtype or self.dtype) if isinstance(part, nn.Module) else part for name, part in held.items()}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix `[N, K]`, multiplied out in this dtype or else in the layer's; differentiable in factors."""

@@ -11,7 +11,7 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, choice_of
 from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
-from hf_blr.compression.rounding_trials import rounding_scale, storable, trials_of
+from hf_blr.compression.rounding_trials import AfterFeedback, storable, trials_of
 from hf_blr.factorize import factorize
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.integration import blr_modules
@@ -63,20 +63,20 @@ def test_more_bits_are_predicted_to_lose_less():
     assert losses[-1] == 0 and not shared(16.0)[0]
 
 
-def layer_options():
-    plan = resolve_plan(dense(), config(4))
-    formats, free = formats_of(config(4)), {name: layer.spec for name, layer in plan.items()}
-    layers = {name: Layer(dense(), name, statistics(), config(4)) for name in free}
+def layer_options(wanted):
+    plan = resolve_plan(dense(), wanted)
+    formats, free = formats_of(wanted), {name: layer.spec for name, layer in plan.items()}
+    layers = {name: Layer(dense(), name, statistics(), wanted) for name in free}
     trials = trials_of(layers, free, formats)
     return layers, {
-        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, config(4))
+        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, wanted)
         for name, spec in free.items()
     }
 
 
 @cache
 def all_options():
-    return layer_options()
+    return layer_options(config(4))
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.3, 5.0, 8.3])
@@ -99,6 +99,14 @@ def test_options_are_all_that_a_layer_can_become():
     assert {("monarch", "4x4", "int2"), ("blast", "4x16", "int8"), ("low_rank", "plain")} <= kinds
 
 
+def test_factors_are_tried_at_ranks_that_groups_divide():
+    """fp8 takes any rank: trials at such a one alone would leave factors in integers out."""
+    _, options = layer_options(config(4, group_size=16))
+    for of_layer in options.values():
+        kinds = {option.kind for option in of_layer}
+        assert {("low_rank", name) for name in ("int8", "int4", "int3", "int2", "fp8")} <= kinds
+
+
 @pytest.mark.parametrize("storage", ["int4", "int3", "int2", "fp8"])
 def test_predicted_losses_of_rounding_are_near_those_of_rounded_layers(storage):
     """Also for layers on which no trial was made, and for ranks between those that were tried."""
@@ -113,16 +121,30 @@ def test_predicted_losses_of_rounding_are_near_those_of_rounded_layers(storage):
             assert 0.6 < option.loss / measured < 1.6, (name, spec)
 
 
-def test_the_scale_of_rounding_grows_with_weight_inputs_and_gradients():
+def test_errors_count_for_what_the_feedback_leaves_of_their_column_and_the_loss_feels_of_their_row():
     layer = Layer(dense(), "model.layers.0.mlp.down_proj", statistics(), config(4))
     weight, gram, output_gram = layer.matrices()
     damping = layer.options.damping
     h = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram))
-    # what is left of each column's error when those behind it have made up for it: 1 / (H_ii..)^-1 of its first entry
-    left = sum(1 / torch.linalg.inv(h[i:, i:])[0, 0] for i in range(len(h)))
-    felt = output_gram.double().diagonal(dim1=1, dim2=2).sum()
-    expected = felt * left * weight.double().square().mean() / (2 * statistics().pairs(layer.name))
-    assert rounding_scale(layer) == pytest.approx(expected.item(), rel=1e-4)
+    # the least that an error of one in column i costs, if all columns behind it may move: 1 / (H_ii..)^-1 of its first
+    left = torch.stack([1 / torch.linalg.inv(h[i:, i:])[0, 0] for i in range(len(h))])
+    felt = torch.block_diag(*output_gram).double().diagonal()
+    errors = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    expected = (felt[:, None] * errors**2 * left).sum() / (2 * statistics().pairs(layer.name))
+    assert AfterFeedback.of(layer).loss(errors) == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "int3", "int2", "fp8"])
+def test_the_loss_of_a_whole_matrix_is_known_before_it_is_rounded(storage):
+    for name in resolve_plan(dense(), config(4)):
+        layer = Layer(dense(), name, statistics(), config(4))
+        weight, gram, output_gram = layer.matrices()
+        # layers with rows and columns that weigh unlike each other, as no trial of another layer could know
+        spec, kept = Dense(*weight.T.shape, min(weight.shape)), format_named(storage, None if storage == "fp8" else 16)
+        rounded = factorize(weight, spec, gram, output_gram, layer.options, kept)
+        assert AfterFeedback.of(layer).of_whole(weight, kept) / layer.loss(rounded.matrix(spec)) == pytest.approx(
+            1, abs=0.15
+        )
 
 
 def test_reasons_name_the_best_of_what_costs_no_more():

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_blr.cli import COMMANDS, main
 from hf_blr.cli.options import block_counts
-from hf_blr.cli.table import format_table
 from hf_blr.linear import blr_modules
+from hf_blr.markdown import format_table
 from hf_blr.plan import plan_from_layers
 from hf_blr.structures.blast.layer import BlastLinear
 from hf_blr.targets import find_targets

@@ -3,14 +3,17 @@
 import pytest
 import torch
 from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
+from tiny import tiny_llama, tiny_logits
 
+import hf_blr
 from hf_blr import ops
-from hf_blr.formats import FORMATS
+from hf_blr.formats import FORMATS, FactorInTraining
+from hf_blr.inference import grouped
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import bits
 from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
-from hf_blr.structures import LowRank
+from hf_blr.structures import LowRank, Monarch, structure_named
 
 #: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
 ONE_ROUNDING = 0.028
@@ -111,11 +114,11 @@ def test_nothing_overflows_where_the_bounds_are_met(rounding, structure):
 
 
 @interpreted
-@pytest.mark.parametrize("blocks", [(16, 16), (3, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [(4, 16), (3, 2)], ids=str)
 def test_blast_of_many_blocks(rounding, blocks):
     torch.manual_seed(0)
     b1, b2 = blocks
-    spec = ops.bits.structure_named("blast").spec(16 * b1, 16 * b2, 32, blocks)
+    spec = structure_named("blast").spec(16 * b1, 16 * b2, 32, blocks)
     module = BLRLinear.from_spec(spec, storage=FORMATS["fp8"], dtype=torch.float16).eval()
     x = torch.randn(19, spec.in_features).half()
     with torch.no_grad(), ops.use_impl("triton"):
@@ -158,6 +161,8 @@ def test_the_rule():
     assert route(spec, 4096, CodeForm(8), float8=True, packed=False) == NUMBERS
     # rows that tiles cannot be copied of
     assert route(LowRank(4096, 4096, 1023), 4096, form, float8=True, packed=False) == NUMBERS
+    # so many small products that they are slower
+    assert route(Monarch(4096, 4096, 64, (16, 16)), 4096, form, float8=True, packed=False) == NUMBERS
     assert missing(FLOAT8, (9, 0)) is None and missing(FLOAT8, (8, 9)) is None and missing(FLOAT8, None) is None
     assert "8.9" in missing(FLOAT8, (8, 6)) and missing(NUMBERS, (8, 6)) is None
 
@@ -188,6 +193,15 @@ def test_numbers_where_a_gradient_is_wanted():
 
 
 @interpreted
+def test_numbers_while_codes_or_scales_train():
+    module, x = layer("low_rank"), torch.randn(5, 128)
+    module.u = FactorInTraining(module.u, codes=False)
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert module.route_in_bits(x) == NUMBERS
+        assert relative(module(x), exact(module, x)) < 1e-5
+
+
+@interpreted
 def test_integers_become_numbers_at_many_tokens():
     module = BLRLinear.from_spec(LowRank(128, 64, 32), storage=FORMATS["int8"])
     with torch.no_grad(), ops.use_impl("triton"):
@@ -199,3 +213,80 @@ def test_the_cast_of_compiled_code_is_plain():
     rows, scale = torch.compile(cast_rows, fullgraph=True, backend="aot_eager")(x)
     wanted = plain_cast(x)
     assert torch.equal(rows.float(), wanted[0].float()) and torch.equal(scale, wanted[1])
+
+
+@pytest.fixture
+def casts(monkeypatch):
+    """Each cast of an input to float8 is counted here."""
+    found = []
+
+    def counted(x):
+        found.append(x)
+        return cast_rows(x)
+
+    for module in (bits, grouped):
+        monkeypatch.setattr(module, "cast_rows", counted)
+    return found
+
+
+def attention():
+    """q, k and v of one block, as `fuse` finds them."""
+    block = torch.nn.Module()
+    for name, structure in (("q_proj", "low_rank"), ("k_proj", "low_rank"), ("v_proj", "blast")):
+        block.add_module(name, layer(structure))
+    return block.eval()
+
+
+@interpreted
+def test_projections_with_one_input_cast_it_once(rounding, casts):
+    block, x = attention(), torch.randn(2, 5, 128)
+    with torch.no_grad(), ops.use_impl("triton"):
+        alone = {name: module(x) for name, module in block.named_children()}
+        assert len(casts) == 3
+        assert hf_blr.fuse(block) == [("q_proj", "k_proj", "v_proj")]
+        for name, module in block.named_children():
+            assert torch.equal(module(x), alone[name])
+        assert len(casts) == 4
+        # a changed input is another one
+        x *= 2
+        block.q_proj(x)
+        assert len(casts) == 5
+    # a gradient is computed alone, by numbers
+    assert block.q_proj(x.requires_grad_()).requires_grad and len(casts) == 5
+    hf_blr.unfuse(block)
+    assert block.q_proj.group is None
+
+
+@interpreted
+def test_a_group_compiles_as_one_graph_with_one_cast(casts):
+    pytest.importorskip("triton")
+    block, x = attention(), torch.randn(7, 128)
+    hf_blr.fuse(block)
+
+    def forward(x):
+        return block.q_proj(x) + block.k_proj(x) * block.v_proj(x)
+
+    with torch.no_grad(), ops.use_impl("triton"):
+        compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        assert relative(compiled(x), forward(x).double()) < 0.2
+    # once while tracing, and once by the other
+    assert len(casts) == 2
+
+
+def test_groups_are_of_one_format_and_input():
+    block = attention()
+    block.v_proj = layer("low_rank", k=64)
+    assert hf_blr.fuse(block) == [("q_proj", "k_proj")]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(block, name, BLRLinear.from_spec(LowRank(64, 32, 16), storage=FORMATS["int8"]).eval())
+    assert hf_blr.fuse(block) == []
+
+
+def test_a_model_in_fp8_keeps_its_activations_fused():
+    model = tiny_llama()
+    hf_blr.compress(model, hf_blr.BLRConfig("low_rank", rank=16, factor_format="fp8"))
+    expected = tiny_logits(model)
+    groups = hf_blr.fuse(model)
+    # gate and up share a cast, and no last stage
+    assert ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") in groups
+    assert torch.equal(tiny_logits(model), expected)

@@ -18,6 +18,7 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
+from hf_blr.calibration.precision import calibrating
 from hf_blr.formats import FactorInBits, format_named
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.ops.activations import ACTIVATIONS
@@ -258,7 +259,7 @@ def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeyp
     assert len(hf_blr.fuse(model)) == 4
     # asked for by q, k and v together, and by gate and up
     calls, layers = [], ProjectionGroup.layers
-    monkeypatch.setattr(ProjectionGroup, "layers", lambda self, x: calls.append(x) or layers(self, x))
+    monkeypatch.setattr(ProjectionGroup, "layers", lambda self: calls.append(self) or layers(self))
     # float32, which is left to PyTorch where nobody asks for kernels
     with torch.no_grad(), ops.use_impl("triton"):
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
@@ -267,3 +268,16 @@ def test_a_fused_model_under_torch_compile_and_a_static_cache(structure, monkeyp
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
         assert torch.equal(model.generate(inputs["input_ids"][:, :5], **settings), tokens)
+
+
+def test_calibration_multiplies_in_tf32_and_leaves_the_process_as_it_was():
+    layer = torch.nn.Linear(256, 256, bias=False, device="cuda")
+    x = torch.randn(64, 256, device="cuda")
+    right = (x.double() @ layer.weight.double().T).float()
+
+    def error(out):
+        return ((out - right).norm() / right.norm()).item()
+
+    with calibrating(layer):
+        assert 1e-5 < error(layer(x)) < 1e-3
+    assert error(layer(x)) < 1e-6

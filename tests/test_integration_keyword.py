@@ -160,7 +160,7 @@ def test_a_compressed_checkpoint_is_not_fitted_again(dense, tmp_path, monkeypatc
         raise RuntimeError("nothing may be fitted")
 
     monkeypatch.setattr("hf_blr.integration.streaming.factorize", fit)
-    monkeypatch.setattr("hf_blr.compression.pipeline.factorize", fit)
+    monkeypatch.setattr("hf_blr.compression.replace.factorize", fit)
     other = copy.deepcopy(CALIBRATED)
     other.rank = 2
     for model_class in (LlamaForCausalLM, AutoModelForCausalLM):

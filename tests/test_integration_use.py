@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_logits
-from transformers import CompileConfig, LlamaForCausalLM
+from tiny import tiny_llama, tiny_logits, tiny_tokenizer
+from transformers import CompileConfig, LlamaForCausalLM, pipeline
 
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, from_config, register
+from hf_blr.structures.blast.layer import BlastLinear
 
 register()
 
@@ -70,6 +71,16 @@ def test_generate_prefers_what_the_logits_say(model):
     assert torch.equal(tokens[0, 5:], logits[0, 4:-1].argmax(-1))
 
 
+def test_a_pipeline_takes_the_folder(model, folder):
+    tiny_tokenizer().save_pretrained(folder)
+    generate = pipeline("text-generation", model=str(folder))
+    assert isinstance(generate.model.model.layers[0].self_attn.q_proj, BlastLinear)
+    (answer,) = generate("A line", max_new_tokens=8, do_sample=False, return_full_text=False)
+    ids = generate.tokenizer("A line", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert answer["generated_text"] == generate.tokenizer.decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.slow
 def test_compiled_generation_equals_eager(model):
     eager = model.generate(IDS, **GENERATE)
@@ -97,11 +108,11 @@ def run(code, *args):
 
 
 @pytest.mark.slow
-def test_without_the_import_transformers_warns_and_loads_a_random_model(folder):
-    # documents what a user sees who forgets the import; the method's name is the only hint there is
+def test_without_the_import_and_with_an_attention_of_its_own_a_load_warns_and_is_random(folder):
+    # documents the case that the notice in the config does not reach; the method's name is the only hint there is
     code = """
 import sys, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="sdpa")
 print(type(model.model.layers[0].self_attn.q_proj).__name__)
 """
     printed = run(code, folder)

@@ -11,7 +11,7 @@ from torch import nn
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration import blockwise, fisher, joint, stand_ins, trace
 from hf_blr.calibration.stand_ins import with_stand_ins
-from hf_blr.compression import pipeline
+from hf_blr.compression import replace
 from hf_blr.linear import blr_modules
 
 
@@ -62,7 +62,7 @@ def test_a_stopped_fit_leaves_a_model_that_saves_and_loads(kind, make, error, tm
     batches = batches_for(model)
     if kind == "whole pass":
         batches = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches]
-    stop_at(monkeypatch, pipeline, "factorize", 6, error)
+    stop_at(monkeypatch, replace, "factorize", 6, error)
     with caplog.at_level(logging.WARNING), pytest.raises(error, match="stopped by the test") as stopped:
         compress(model, config, calibration=None if kind == "weights" else batches, progress=False)
     # whoever keeps the traceback keeps all that was under way
@@ -127,7 +127,7 @@ def test_layers_that_stand_in_leave_when_not_all_could_come(monkeypatch):
 
 def test_a_plain_module_is_left_with_what_is_replaced(monkeypatch):
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    stop_at(monkeypatch, pipeline, "factorize", 2)
+    stop_at(monkeypatch, replace, "factorize", 2)
     with pytest.raises(KeyboardInterrupt):
         compress(model, BLRConfig("low_rank", ratio=0.5), progress=False)
     assert list(blr_modules(model)) == ["0"]

@@ -8,6 +8,7 @@ import protocol
 import pytest
 import quality
 import runs
+import runs_in_bits
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -103,6 +104,35 @@ def test_a_model_larger_than_it_says_is_refused(folder):
     everything = sum(p.numel() for p in bench.dense.parameters())
     assert row["kept"] == 0.5 and row["parameters"] == everything - total // 2
     assert row["bytes"] == 2 * row["parameters"]
+
+
+def test_rows_in_bits_say_what_is_stored(folder, monkeypatch, capsys):
+    monkeypatch.setattr(runs_in_bits, "GROUP", 16)
+    only = ["--only", "dense 1 GPTQ in int4", "low_rank 0.8 ours", "low_rank 0.8 ours in int8", "auto 4.25 bits ours"]
+    rows = measure(folder, *only, "--turned")
+    assert {row["model"] for row in rows} == {"model, turned"}
+    found = {(row["structure"], row["format"]): row for row in rows if row["dataset"] == "ptb" and row["structure"]}
+    assert found.keys() == {("dense", "int4"), ("low_rank", "plain"), ("low_rank", "int8"), ("auto", "chosen")}
+    # a code, the sixteenth part of a scale of 16 bits, and two numbers a layer for its shape
+    assert 5 < found["dense", "int4"]["bits"] < 5.05 and found["dense", "int4"]["kept"] == 1
+    for form, each in (("plain", 16), ("int8", 9)):
+        row = found["low_rank", form]
+        assert row["bits"] == pytest.approx(each * row["kept"], rel=0.01) and row["kept"] <= 0.8
+    shared = found["auto", "chosen"]
+    assert 4 < shared["bits"] <= 4.25 == shared["bits_per_weight"] and sum(shared["taken"].values()) <= 14
+    dense = next(row for row in rows if row["method"] == "dense")
+    assert dense["bits"] == 16
+    saved = dense["bytes"] - found["dense", "int4"]["bytes"]
+    numbers = sum(protocol.Bench("m", tiny_llama(), {}).targets.values())
+    assert 8 * saved == pytest.approx((16 - found["dense", "int4"]["bits"]) * numbers)
+    capsys.readouterr()
+    assert measure(folder, *only, "--turned") == rows and "ours in int8" not in capsys.readouterr().out
+
+
+def test_more_bits_than_a_row_claims_are_refused(folder):
+    bench = protocol.Bench("tiny", tiny_llama(), torch.load(folder / "texts.pt"))
+    with pytest.raises(ValueError, match="m stores 16.0000 bits a weight, not 15.9"):
+        bench.rows(bench.dense, {"method": "m", "ratio": 1.0, "bits_per_weight": 15.9})
 
 
 def test_other_tokens_under_a_name_do_not_go_into_the_same_file(folder):

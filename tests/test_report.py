@@ -387,6 +387,37 @@ def test_plots_of_several_files_and_of_rows_that_say_little():
     assert figures({"q": {"rows": [row | {"ppl": 1e9} for row in scored]}}) == {}
 
 
+def test_rows_in_bits_have_a_plot_and_lines_of_their_own():
+    pytest.importorskip("matplotlib")
+    from hf_blr.bench.report.figures import figures
+
+    shared = {"model": "small", "dataset": "d", "ratio": 1.0, "dense_ppl": 17.6, "bytes": 1e8, "blocks": None}
+    plain = shared | {"structure": "low_rank", "ratio": 0.8, "method": "ours", "ppl": 20.0, "bits": 12.8}
+    whole = [
+        shared | {"structure": "dense", "method": "GPTQ", "format": form, "group_size": size, "bits": bits, "ppl": ppl}
+        for form, size, bits, ppl in (("int3", 64, 3.25, 27.2), ("int4", 64, 4.25, 19.0), ("fp8", None, 8.0, 17.8))
+    ]
+    auto = shared | {"structure": "auto", "method": "ours", "format": "chosen", "bits": 3.5, "ppl": 21.0}
+    auto["taken"] = {"dense int4": 20, "low_rank int4": 10}
+    result = {"environment": ENVIRONMENT, "rows": [plain, *whole, auto]}
+    (table,) = tables("q", result)
+    assert [(row["stored in"], row["d ppl"]) for row in table.rows] == [
+        ("20 dense int4, 10 low_rank int4", 21.0),
+        ("fp8", 17.8),
+        ("int3, groups of 64", 27.2),
+        ("int4, groups of 64", 19.0),
+        ("", 20.0),
+    ]
+    drawn = figures({"q": result})
+    (axes, *_) = drawn["bits"].figure.axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines["dense, GPTQ"] == ([3.25, 4.25, 8.0], [27.2, 19.0, 17.8]) and lines["auto, ours"] == ([3.5], [21.0])
+    # formats are no sizes of one structure
+    (axes, *_) = drawn["quality"].figure.axes
+    assert [line.get_label() for line in axes.lines if not line.get_label().startswith("_")] == ["low_rank"]
+    assert "bits" not in figures({"q": {"rows": [plain]}})
+
+
 def test_calibration_sets_and_seeds_are_told_apart_in_tables_and_not_mixed_in_plots():
     shared = {"model": "small", "dataset": "d", "structure": "blast", "blocks": [4, 4], "ratio": 0.5, "bytes": 1e8}
     shared |= {"dense_ppl": 17.6, "method": "ours", "calibration": "web", "seed": 0}

@@ -154,7 +154,7 @@ def test_layers_left_dense_make_up_for_those_before_them(build, monkeypatch):
     results = {}
     for moved in (False, True):
         if not moved:
-            monkeypatch.setattr("hf_blr.compression.pipeline.set_dense_weight", lambda module, weight: None)
+            monkeypatch.setattr("hf_blr.compression.replace.set_dense_weight", lambda module, weight: None)
         model = copy.deepcopy(dense)
         compress(model, config, calibration=batches, progress=False)
         monkeypatch.undo()

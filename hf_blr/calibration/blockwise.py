@@ -15,6 +15,7 @@ from hf_blr.calibration.calls import Batch, Call, run
 from hf_blr.calibration.grams import GramCollector, Grams
 from hf_blr.calibration.passes import traced
 from hf_blr.calibration.precision import calibrating
+from hf_blr.calibration.progress import Progress
 from hf_blr.calibration.streams import Masks, Padding
 from hf_blr.calibration.trace import Piece
 from hf_blr.modes import evaluating
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> Generator[Grams, None, None]:
+def iterate_grams(
+    model: nn.Module, names: list[str], batches: list[Batch], progress: Progress | None = None
+) -> Generator[Grams, None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
     The caller may replace a block's layers as soon as it has its statistics: what enters the other blocks does not
@@ -33,10 +36,11 @@ def iterate_grams(model: nn.Module, names: list[str], batches: list[Batch]) -> G
     Args:
         names: dense linear layers, in the model's order.
         batches: keyword arguments of the model's forward, on its device.
+        progress: blocks whose layers are all finished do not come.
     """
     with evaluating(model), torch.no_grad():
-        chain = BlockChain.trace(model, names, batches)
-        if chain.apart:
+        chain = BlockChain.trace(model, names, batches, progress)
+        if not chain.progress.has_all(chain.apart):
             yield whole_model_grams(model, list(chain.apart), batches)
         while chain.segments:
             with closing(chain.run(chain.segments.pop(0))) as groups:
@@ -82,14 +86,17 @@ class BlockChain:
 
     segments: blocks that hand the hidden states on to one another, in pieces; an encoder is one, a decoder another.
     apart: {layer: why its block cannot be run alone}.
+    progress: what need not be looked at again.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch], segments: list[Segment], apart: dict[str, str]):
-        self.model, self.batches, self.segments, self.apart = model, batches, segments, apart
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], segments: list[Segment], apart: dict[str, str], progress: Progress
+    ):
+        self.model, self.batches, self.segments, self.apart, self.progress = model, batches, segments, apart, progress
 
     @classmethod
     @torch.no_grad()
-    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch]) -> Self:
+    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch], progress: Progress | None = None) -> Self:
         """Records what the blocks are called with on each batch.
 
         Raises:
@@ -111,16 +118,17 @@ class BlockChain:
             for name in layers
             if list_of(block) in trace.apart
         }
-        return cls(model, batches, segments, apart)
+        return cls(model, batches, segments, apart, progress or Progress())
 
     def run(self, segment: Segment) -> Generator[Grams, None, None]:
         """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
 
-        The segment gives up what it holds on the way.
+        The segment gives up what it holds on the way. A block whose layers are all finished hands on, and no more.
         """
         hidden = segment.piece.hidden
-        for prefix, names in segment.groups.items():
+        for prefix, named in segment.groups.items():
             block, calls = self.model.get_submodule(prefix), segment.piece.calls.pop(prefix)
+            names = [] if self.progress.has_all(named) else named
             with GramCollector({name: self.model.get_submodule(name) for name in names}) as collector:
                 for i, entered in enumerate(hidden):
                     collector.real = segment.real[i]

@@ -22,6 +22,7 @@ from hf_blr.calibration.calls import Batch, hooked
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.losses import NoLoss, sampled_loss
 from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.streams import Padding
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
@@ -100,7 +101,8 @@ def fisher_statistics(
                 tokens += count
                 sequences += sequences_in(batch)
                 if loss.requires_grad:
-                    loss.backward()
+                    with tf32():
+                        loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.linear import blr_modules
 
@@ -84,7 +85,8 @@ def refine_factors(
         with torch.enable_grad():
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
             out = run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
-            gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
+            with tf32():
+                gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
             copy.grad = gradient
         optimizer.step()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
-from hf_blr.calibration.joint import Run
+from hf_blr.calibration.joint import BlockReport, Run
+from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
 from hf_blr.calibration.residual import add, counted, rows_of
 from hf_blr.calibration.routed import pooled
@@ -44,7 +45,7 @@ READER_SHARE = 0.5
 STREAM_SHARE = 0.5
 
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
-AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], None]
+AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], BlockReport | None]
 
 
 class SequentialChain(WatchedChain):
@@ -54,7 +55,8 @@ class SequentialChain(WatchedChain):
         """{layer: Problem} for the layers that share an input, one such group after the other.
 
         The caller must have replaced the layers of a group when it asks for the next. What enters a segment behind the
-        first, and what its blocks are called with besides, comes from the model compressed so far.
+        first, and what its blocks are called with besides, comes from the model compressed so far. Finished layers come
+        without anything to fit, to be put in place; through finished blocks both models run once, and no more.
 
         Args:
             damping: as in `BLRConfig`.
@@ -67,7 +69,10 @@ class SequentialChain(WatchedChain):
         while self.segments:
             segment = self.segments.pop(0)
             piece = segment.piece
-            if untouched:
+            layers = [name for names in segment.groups.values() for name in names]
+            if all(block in self.progress.blocks for block in segment.groups):
+                yield self.progress.problems(layers)
+            elif untouched:
                 compressed = Piece(piece.blocks, list(piece.hidden), with_own_state(piece.calls), piece.batch_of)
                 yield from self.segment_problems(segment, compressed, damping, after_block)
             elif (again := self.retraced(segment)) is not None:
@@ -78,9 +83,12 @@ class SequentialChain(WatchedChain):
                     "inputs",
                     piece.blocks[0],
                 )
+                left = self.progress.problems(layers)
                 for grams in self.run(segment):
                     experts = [name for name in grams if lies_in_experts(self.model, name)]
+                    left = {name: problem for name, problem in left.items() if name not in grams}
                     yield pooled(problems_of(grams), experts)
+                yield left
             untouched = False
 
     def segment_problems(
@@ -93,14 +101,26 @@ class SequentialChain(WatchedChain):
         for prefix, names in segment.groups.items():
             block = self.model.get_submodule(prefix)
             dense_calls, calls = segment.piece.calls.pop(prefix), compressed.calls.pop(prefix)
+            if prefix in self.progress.blocks:
+                entered = [self.forward(block, x, call) for x, call in zip(entered, dense_calls, strict=True)]
+                yield self.progress.problems(names)
+                if segment.piece.calls:
+                    self.pass_on(prefix, hidden, calls)
+                continue
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
             wanted = self.between(block, hidden, dense.left, calls, real) if after_block is not None else []
             experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
-                if group[0] not in experts:
+                if group[0] in experts:
+                    continue
+                if self.progress.has_all(group):
+                    yield self.progress.problems(group)
+                else:
                     yield self.group_problems(block, calls, dense, group, hidden, damping)
-            if experts:
+            if experts and self.progress.has_all(experts):
+                yield self.progress.problems(experts)
+            elif experts:
                 # the router sends them other tokens in the compressed model: there is nothing to regress on
                 inputs = {name: dense.inputs[name] for name in experts if name in dense.inputs}
                 masks = {name: [each.get(name) for each in segment.real] for name in inputs}
@@ -108,12 +128,19 @@ class SequentialChain(WatchedChain):
             dense.inputs.clear()
             # a layer that is a block by itself has another in its place now
             block = self.model.get_submodule(prefix)
+            report = None
             if after_block is not None:
-                after_block(prefix, block, partial(self.run_as, block, calls, real), hidden, wanted)
+                report = after_block(prefix, block, partial(self.run_as, block, calls, real), hidden, wanted)
+            self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
-                for i, x in enumerate(hidden):
-                    hidden[i] = self.forward(block, x, calls[i])
+                self.pass_on(prefix, hidden, calls)
             entered = dense.left
+
+    def pass_on(self, prefix: str, hidden: list[Tensor], calls: list[Call]) -> None:
+        """Replaces what enters a block by what leaves it as it is now, run by run."""
+        block = self.model.get_submodule(prefix)
+        for i, x in enumerate(hidden):
+            hidden[i] = self.forward(block, x, calls[i])
 
     def between(
         self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list[Call], real: list[Tensor | None]
@@ -150,7 +177,7 @@ class SequentialChain(WatchedChain):
         inputs = dense.inputs[group[0]]
         real = [masks.get(group[0]) for masks in dense.real]
         gram: Tensor | None = None
-        cross: Tensor | None = None
+        moved: Tensor | None = None
         pull: Tensor | None = None
         count = 0
         for i, hidden in enumerate(compressed):
@@ -159,30 +186,32 @@ class SequentialChain(WatchedChain):
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
                 return dict.fromkeys(group, plain_problem(inputs, real))
             x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
-            gram = add(gram, reached.mT @ reached)
-            cross = add(cross, x.mT @ reached)
             count += len(reached)
-            if writer:
-                gap = dense.entered[i].float() - hidden.float()
-                for name in earlier:
-                    gap += dense.written[name][i].float() - written[name].float()
-                pull = add(pull, rows_of(gap, real[i]).mT @ reached)
+            with tf32():
+                gram = add(gram, reached.mT @ reached)
+                # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
+                moved = add(moved, (x - reached).mT @ reached)
+                if writer:
+                    gap = dense.entered[i].float() - hidden.float()
+                    for name in earlier:
+                        gap += dense.written[name][i].float() - written[name].float()
+                    pull = add(pull, rows_of(gap, real[i]).mT @ reached)
         # there is a batch, or no block would have been traced
-        assert gram is not None and cross is not None
+        assert gram is not None and moved is not None
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
         damping = damping_of(damping, len(gram), count)
-        targets = {name: self.target(name, gram, cross, pull, share, damping) for name in group}
+        targets = {name: self.target(name, gram, moved, pull, share, damping) for name in group}
         return {name: Problem(gram, target, count) for name, target in targets.items()}
 
     def target(
-        self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
+        self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
     ) -> Tensor:
-        """W* = W + (share W (X X~^T - X~ X~^T) + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
+        """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
         weight = dense_weight(self.model.get_submodule(name)).detach().double()
-        image = share * (weight @ (cross - gram).double())
+        image = share * (weight @ moved.double())
         if pull is not None:
             image += pull.double()
         try:

@@ -17,12 +17,14 @@ from hf_blr.structures import structure_named
 def stood_in(root: nn.Module) -> dict[str, BLRLinear]:
     """{name below `root`: layer} of those whose structure trains in another form than it is stored.
 
-    Experts train as they are stored.
+    Experts train as they are stored, and so do layers in bits: codes are of the factors that are stored.
     """
     return {
         name: module
         for name, module in blr_modules(root).items()
-        if structure_named(module.spec.structure).stand_in and not isinstance(module, ExpertsLinear)
+        if structure_named(module.spec.structure).stand_in
+        and not isinstance(module, ExpertsLinear)
+        and not module.storage.in_bits(module.spec)
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from torch import nn
 
 from hf_blr.checkpoint.alignment import align
+from hf_blr.checkpoint.notice import post_notice, take_notice_down
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.linear import blr_modules
 from hf_blr.plan import Plan, layers_from_plan, plan_in_place
@@ -82,6 +83,7 @@ def record_plan(model: nn.Module, config: BLRConfig | None, plan: Plan) -> None:
         # transformers then reads a module's dtype from its config, instead of from its first nn.Linear
         part.config._is_quantized = True
     drop_fused_conversions(model, plan)
+    post_notice(model.config)
     align(model)
     model.add_model_tags([QUANT_METHOD])
 
@@ -93,6 +95,7 @@ def forget_plan(model: nn.Module) -> None:
     for part in submodels(model):
         if hasattr(part.config, "quantization_config"):
             del part.config.quantization_config
+            take_notice_down(part.config)
         part.config._is_quantized = False
         tags = part.model_tags or []
         if QUANT_METHOD in tags:

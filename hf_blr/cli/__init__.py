@@ -6,15 +6,30 @@ import argparse
 import sys
 
 import hf_blr
-from hf_blr.cli import bench, compress, demo, evaluate, finetune, inspect, options, plan, report, roofline, run, write
+from hf_blr.cli import (
+    bench,
+    card,
+    compress,
+    demo,
+    evaluate,
+    finetune,
+    inspect,
+    options,
+    plan,
+    report,
+    roofline,
+    run,
+    write,
+)
 
-COMMANDS = (compress, plan, write, evaluate, finetune, inspect, bench, roofline, report, demo, run)
+COMMANDS = (compress, plan, write, evaluate, finetune, inspect, card, bench, roofline, report, demo, run)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the process's exit status. User mistakes end in one line on stderr and status 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     try:
         if getattr(args, "json", None) is not None:
             options.check_file(args.json)

@@ -1,18 +1,23 @@
 """replace a model's layers by block low-rank ones and save the result
 
-Example: hf-blr compress HuggingFaceTB/SmolLM2-135M out --structure blast --ratio 0.7 --dataset wikitext2
+Examples:
+  hf-blr compress HuggingFaceTB/SmolLM2-135M out --structure blast --ratio 0.7 --dataset wikitext2
+  hf-blr compress meta-llama/Llama-3.1-8B out --ratio 0.7 --resume journal   (the same again after it was stopped)
+  hf-blr compress --status journal
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.cli import options
-from hf_blr.cli.layer_table import by_kind, rows_by_kind
 from hf_blr.cli.plan import read_plan
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
+from hf_blr.plan.rows import by_kind, rows_by_kind
 
 if TYPE_CHECKING:
     from hf_blr.compression.report import LayerReport
@@ -27,20 +32,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--plan", type=Path, metavar="FILE", help="a plan that `hf-blr plan` wrote: layers, ranks and all"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is finished in FOLDER, and go on from what it holds if the same command was stopped, even "
+        "killed; the result is the same to the last bit. Once OUT is written, FOLDER is removed",
+    )
+    parser.add_argument(
+        "--status",
+        action=Status,
+        type=Path,
+        metavar="FOLDER",
+        help="say how far the compression in FOLDER is, and exit",
+    )
     options.add_json(parser)
 
 
+class Status(argparse.Action):
+    """Prints the status of a journal and exits, whatever else is missing on the command line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from hf_blr.compression.journal import status_of
+
+        assert isinstance(values, Path)
+        try:
+            print(status_of(values))
+        except ValueError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
 def run(args: argparse.Namespace) -> None:
-    from hf_blr.compression import compress
+    from hf_blr.checkpoint.origin import public_command, record_origin
+    from hf_blr.compression import Journal, compress
 
     options.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
+    journal = None if args.resume is None else Journal(args.resume)
     model, tokenizer = options.load_model(args.model, args)
-    report = compress(model, config, tokenizer=tokenizer)
-    print(format_table(layer_rows(report.layers)))
-    print(report)
-    options.save(model, tokenizer, args.output)
-    options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
+    # what took hours is kept until it is saved
+    with journal or nullcontext():
+        report = compress(model, config, tokenizer=tokenizer, resume=journal)
+        record_origin(model, command=public_command(args.words))
+        print(format_table(layer_rows(report.layers)))
+        print(report)
+        options.save(model, tokenizer, args.output)
+        options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 
 def layer_rows(layers: list[LayerReport]) -> list[dict[str, Any]]:

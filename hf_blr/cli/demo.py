@@ -18,7 +18,7 @@ import torch
 
 from hf_blr.cli import options
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_blr.cli import options
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

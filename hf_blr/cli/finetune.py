@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from hf_blr.cli import options
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
+    from hf_blr.checkpoint.origin import public_command, record_origin, score_row
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
     from hf_blr.finetune.distill import load_teacher
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     after = perplexity(model, tokenizer, **evaluation)
     print(format_table([{"": "before", "perplexity": before.ppl}, {"": "after", "perplexity": after.ppl}]))
     print(after.protocol)
+    scores = [score_row(name, score.to_dict()) for name, score in (("before training", before), ("after", after))]
+    record_origin(model, trained=public_command(args.words), scores=scores)
     options.save(model, tokenizer, args.output)
     result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
     options.write_json(args.json, result)

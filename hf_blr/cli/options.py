@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 
 from hf_blr.atomic import check_writable, write_text_atomically
 from hf_blr.bench.environment import environment
-from hf_blr.config import AUTO, BLRConfig, option_fields
+from hf_blr.config import AUTO, QUANT_METHOD, BLRConfig, option_fields
 from hf_blr.config.texts import dataset_from
 from hf_blr.folders import clear_stopped, replacing_folder
 from hf_blr.structures import block_pair_of, structures, whole_structures
@@ -142,6 +143,22 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
     return model.to(args.device), AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
 
 
+def stored_config(path: str, config: Any) -> BLRConfig:
+    """The plan and the rest of what a compressed model says of itself, from its transformers config.
+
+    Raises:
+        ValueError: if it is not compressed by this package, or says of no layer what it became.
+    """
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != QUANT_METHOD or not stored.get("layers"):
+        raise ValueError(
+            f"{path} is not compressed by hf_blr: its quantization is {stored.get('quant_method')!r}; name a folder or "
+            "hub id that `hf-blr compress` or save_pretrained wrote"
+        )
+    return BLRConfig(**stored)
+
+
 def check_language_model(model: PreTrainedModel, path: str) -> None:
     """Raises ValueError for a model that does not predict the next token of its input."""
     if not can_write(model):
@@ -193,11 +210,16 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """
     from safetensors import SafetensorError
 
+    from hf_blr.checkpoint.card import CARD, write_card
     from hf_blr.finetune.callback import is_causal_lm
 
     try:
         with replacing_folder(folder) as new:
+            if (folder / CARD).exists():
+                # what somebody wrote into it stays
+                shutil.copy(folder / CARD, new)
             model.save_pretrained(new)
+            write_card(new, model.config, folder.name)
             tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} cannot be written ({error}); what was in it is as it was") from error

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from hf_blr.atomic import write_text_atomically
 from hf_blr.cli import options
-from hf_blr.cli.layer_table import rows_by_kind
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
+from hf_blr.plan.rows import rows_by_kind
 
 if TYPE_CHECKING:
     from torch import nn

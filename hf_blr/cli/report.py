@@ -15,7 +15,7 @@ from hf_blr.atomic import write_text_atomically
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.tables import Table, tables
 from hf_blr.cli import options
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

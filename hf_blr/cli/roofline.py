@@ -17,7 +17,7 @@ from typing import Any
 from hf_blr.bench.shapes import aligned_spec
 from hf_blr.cli import options
 from hf_blr.cli.options import block_counts as sizes
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
 from hf_blr.structures import BLRSpec, structure_named, structures

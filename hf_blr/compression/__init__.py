@@ -1,6 +1,7 @@
 """From a config and a dense model to a compressed one: the plan, the budget, the fits and their order."""
 
+from hf_blr.compression.journal import Journal
 from hf_blr.compression.pipeline import compress, parameter_sizes
 from hf_blr.compression.report import CompressionReport, LayerReport
 
-__all__ = ["CompressionReport", "LayerReport", "compress", "parameter_sizes"]
+__all__ = ["CompressionReport", "Journal", "LayerReport", "compress", "parameter_sizes"]

@@ -14,7 +14,7 @@ from torch import nn
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Choice, Option, allocate, choice_of, interpolate, loss_of
 from hf_blr.compression.layer_trials import Layer, factor_at
-from hf_blr.compression.rounding_trials import Trial, candidates, rounding_scale, storable, trials_of
+from hf_blr.compression.rounding_trials import AfterFeedback, Trial, candidates, storable, trials_of
 from hf_blr.compression.shapes import shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
@@ -93,7 +93,8 @@ def options_of(
     config: BLRConfig,
 ) -> list[Option]:
     """All that a layer can become, with what it stores in bits and its predicted loss."""
-    curve, scale = layer.curve(), rounding_scale(layer)
+    curve, feedback, weight = layer.curve(), AfterFeedback.of(layer), layer.matrices()[0]
+    scale = feedback.loss(weight)
     found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype), 0.0)]
 
     def add(spec: BLRSpec, storage: Format, cut: float, tries: list[Trial]) -> None:
@@ -108,7 +109,7 @@ def options_of(
         found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype), cut + added, storage))
 
     for kept in storable(whole, formats):
-        add(whole, kept, 0.0, trials[whole])
+        found.append(Option(whole, 8.0 * kept.num_bytes(whole, dtype), feedback.of_whole(weight, kept), kept))
     for shape in shapes_for(whole, config):
         tries = trials[shape]
         for spec in candidates(shape, formats):

@@ -8,32 +8,29 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_blr.calibration.batches import calibration_batches, check_statistics, statistics_of
+from hf_blr.calibration.batches import calibration_batches
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
-from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
-from hf_blr.calibration.problem import Problem
+from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
-from hf_blr.compression.allocation import Choice
-from hf_blr.compression.bits import share_bits
-from hf_blr.compression.budget import share_budget
+from hf_blr.compression.journal import Journal, Unkept
 from hf_blr.compression.problems import problem_groups
+from hf_blr.compression.replace import move_layer, replace_layer
 from hf_blr.compression.report import CompressionReport, LayerReport
-from hf_blr.config import AUTO, BLRConfig
+from hf_blr.compression.start import start_of
+from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
-from hf_blr.dense import dense_weight, set_dense_weight, stored_weight
 from hf_blr.experts import dense_layers, expanded, opened
-from hf_blr.factorize import factorize, relative_error
-from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.linear import blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
@@ -48,6 +45,7 @@ def compress(
     tokenizer: Tokenizer | None = None,
     calibration: Iterable[Batch | Tensor] | str | Path | None = None,
     statistics: Statistics | None = None,
+    resume: str | Path | Journal | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
@@ -69,6 +67,10 @@ def compress(
             of images or sounds, or a folder of images, of which `config.num_samples` are drawn.
         statistics: of the dense model, from `collect_statistics`, to fit several configs to one such run. Without
             `calibration` beside them, layers are fitted to them alone, whatever `config.sequential` says.
+        resume: a folder of this compression alone. What is finished is kept there as it comes, and where a run was
+            stopped, even killed, one with the same arguments goes on, with a dense model; the result is the same to the
+            last bit. The folder is removed at the end; a `Journal` of it stays for the caller to remove, once the model
+            is saved.
         progress: show progress bars.
 
     Returns:
@@ -78,7 +80,9 @@ def compress(
         TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
-            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`).
+            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), or the
+            folder of `resume` is about another model, config or text.
+        OSError: if the journal cannot be written; what it holds stays.
     """
     started = time.perf_counter()
     model = unwrapped(model)
@@ -92,73 +96,74 @@ def compress(
         # the checkpoint says what was used, not what was the default at that time
         config = copy.copy(config)
         config.dataset = resolve_dataset(DEFAULT, model) if reads_dataset else None
-    batches: list[Batch] = []
-    apart: list[Batch] = []
-    if use_text:
-        batches, apart = calibration_batches(model, config, tokenizer, calibration, progress)
-    if statistics is not None:
-        check_statistics(statistics, plan)
-    elif batches and config.fisher:
-        logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
-        statistics = statistics_of(model, plan, batches, config)
-    output_grams = statistics.output_grams if statistics is not None and config.fisher else {}
+    draw = partial(calibration_batches, model, config, tokenizer, calibration, progress)
+    journal = resume if isinstance(resume, Journal) else Unkept() if resume is None else Journal(resume)
+    if reads_dataset:
+        journal.begin(model, config)
+        batches, apart = journal.text(draw, next(model.parameters()).device)
+    else:
+        batches, apart = draw() if use_text else ([], [])
+        journal.begin(model, config, batches, statistics)
     targets = {name: layer.matrices * layer.spec.dense_parameters for name, layer in plan.items()}
     names = list(plan)
     if config.layers:
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
-    if config.structure == AUTO and not (output_grams or config.layers):
-        raise ValueError(
-            'structure="auto" needs calibration data and outputs that depend on the layers; name a structure'
-        )
-    predicted = None
-    if statistics is not None and output_grams and config.shares_budget and not config.layers:
-        plan, predicted = share_budget(model, plan, statistics, config)
-    choices: dict[str, Choice] = {}
-    if statistics is not None and config.bits_per_weight is not None and not config.layers:
-        plan, predicted, choices = share_bits(model, plan, statistics, config)
+    start = journal.start(partial(start_of, model, plan, batches, statistics, config))
+    plan, output_grams = start.plan, start.output_grams
     held_out = HeldOut(model, apart)
     layers: list[LayerReport] = []
-    blocks: list[BlockReport] = []
+    blocks = journal.block_reports()
     with recorded(model, plan, config), opened(model, plan):
         # experts are fitted one by one
         origin = expanded(model, names)
         fits = {name: replace(plan[of], experts=0) for name, of in origin.items() if of in plan}
-        groups = problem_groups(model, list(origin), fits, batches, statistics, config, blocks)
+        groups = problem_groups(model, list(origin), fits, batches, start.statistics, config, blocks, journal)
         bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
         # a generator that is left open keeps the model in evaluation mode
         with bar, closing(groups):
             for name, problem in chain.from_iterable(group.items() for group in groups):
                 if name not in fits:
-                    if problem.target is not None:
-                        set_dense_weight(model.get_submodule(name), problem.target)
+                    move_layer(model, name, problem, journal)
                     continue
-                layers.append(replace_layer(model, name, fits, problem, output_grams.get(origin[name]), config))
+                output_gram = output_grams.get(origin[name])
+                layers.append(replace_layer(model, name, fits[name], problem, output_gram, config, journal))
                 bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
                 bar.update()
     # where the budget left all layers dense, nothing was recorded
     forget_quantizer(model)
     order = {name: i for i, name in enumerate(fits)}
     layers.sort(key=lambda layer: order[layer.name])
-    layers = [replace(layer, choice=choices.get(layer.name)) for layer in layers]
+    layers = [replace(layer, choice=start.choices.get(layer.name)) for layer in layers]
     after = parameter_sizes(model)
-    return CompressionReport(
+    report = CompressionReport(
         parameters_before=before[0],
         parameters_after=after[0],
         bytes_before=before[1],
         bytes_after=after[1],
-        fitted_to="activations" if batches or statistics is not None else "weights",
+        fitted_to="activations" if batches or start.statistics is not None else "weights",
         calibration_tokens=token_count(batches),
         dataset=describe(config.dataset) if batches and reads_dataset else None,
         seconds=time.perf_counter() - started,
         layers=layers,
         blocks=blocks,
-        predicted_loss=predicted,
+        predicted_loss=start.predicted_loss,
         divergence=held_out.divergence(model),
         held_out_tokens=held_out.tokens,
         left_dense={name: size for name, size in targets.items() if name not in plan},
     )
+    record_origin(
+        model,
+        base_model=base_name(model),
+        fitted_to=report.fitted_to,
+        calibration_tokens=report.calibration_tokens,
+        divergence=report.divergence,
+        held_out_tokens=report.held_out_tokens,
+    )
+    if not isinstance(resume, Journal):
+        journal.remove()
+    return report
 
 
 @contextmanager
@@ -180,34 +185,6 @@ def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
         raise
     finally:
         record_replaced(holders(model), config)
-
-
-def replace_layer(
-    model: nn.Module, name: str, plan: Plan, problem: Problem, output_gram: Tensor | None, config: BLRConfig
-) -> LayerReport:
-    """Fits one layer and puts the result in its place; reports the error of what is stored."""
-    started = time.perf_counter()
-    module, spec = model.get_submodule(name), plan[name].spec
-    device = config.device_for(stored_weight(module))
-    target = (dense_weight(module) if problem.target is None else problem.target).to(device)
-    gram = None if problem.gram is None else problem.gram.to(device)
-    options = config.fit_options(target.shape[1], problem.rows)
-    try:
-        factors = factorize(target, spec, gram, output_gram, options, plan[name].storage)
-        replaced = BLRLinear.from_fit(spec, factors.tensors, module, plan[name].storage)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    rel_error = stored_error(replaced, target, gram)
-    model.set_submodule(name, replaced)
-    return LayerReport(name, spec, rel_error, factors.rounds, time.perf_counter() - started)
-
-
-@torch.no_grad()
-def stored_error(module: BLRLinear, target: Tensor, gram: Tensor | None) -> float:
-    """`relative_error` of the matrix that the module holds, multiplied out in float32, to the target `[N, K]`."""
-    target = target.float()
-    matrix = module.dense_weight(torch.float32).to(target)
-    return relative_error(target, matrix, None if gram is None else gram.to(target))
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

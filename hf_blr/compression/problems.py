@@ -14,6 +14,7 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.joint import BlockReport, Run, refine_block
 from hf_blr.calibration.problem import Problem, problems_of
+from hf_blr.calibration.progress import Progress
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
@@ -32,20 +33,23 @@ def problem_groups(
     statistics: Statistics | None,
     config: BLRConfig,
     blocks: list[BlockReport],
+    progress: Progress,
 ) -> Generator[dict[str, Problem], None, None]:
     """{layer: Problem} for the layers to fit next, in the order in which they become ready.
 
-    The caller must have replaced them when it asks for more.
+    The caller must have replaced them when it asks for more. Finished layers come too, to be put in place, and their
+    problems may be empty.
 
     Args:
         names: all target layers. Those that are not in the plan come too where there is something for them to make up
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
+        progress: what is finished, and who is told of more.
     """
     reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
     if batches:
-        groups = calibrated_groups(model, reached, plan, batches, config, blocks)
+        groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress)
     else:
         groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
@@ -54,7 +58,8 @@ def problem_groups(
             told = {name: problem for name, problem in group.items() if problem.gram is None or problem.gram.any()}
             for name in told:
                 waiting.pop(name, None)
-            yield {name: problem for name, problem in told.items() if name in plan or problem.target is not None}
+            kept = {*plan, *progress.layers}
+            yield {name: problem for name, problem in told.items() if name in kept or problem.target is not None}
     if waiting:
         logger.warning(
             "no calibration input reached %s, or zeros alone; fitted to the weights alone", ", ".join(waiting)
@@ -86,28 +91,40 @@ def calibrated_groups(
     batches: list[Batch],
     config: BLRConfig,
     blocks: list[BlockReport],
+    progress: Progress,
 ) -> Generator[dict[str, Problem], None, None]:
     """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
-    def refine(name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> None:
+    def refine(
+        name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]
+    ) -> BlockReport | None:
         report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
         if report is not None:
             blocks.append(report)
+        return report
 
     if config.sequential:
         with evaluating(model):
-            chain = SequentialChain.trace(model, names, batches)
+            chain = SequentialChain.trace(model, names, batches, progress)
             apart = [name for name in chain.apart if name in plan]
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
                 logger.warning("%s: %s are fitted on the dense model's inputs", reasons, ", ".join(apart))
-                yield with_pooled(model, whole_model_grams(model, apart, batches), apart)
+                if progress.has_all(apart):
+                    yield progress.problems(apart)
+                else:
+                    yield with_pooled(model, whole_model_grams(model, apart, batches), apart)
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
     fitted = [name for name in names if name in plan]
-    with closing(iterate_grams(model, fitted, batches)) as blockwise:
+    with closing(iterate_grams(model, fitted, batches, progress)) as blockwise:
+        left = progress.problems(fitted)
         for grams in blockwise:
-            yield with_pooled(model, grams, fitted)
+            problems = with_pooled(model, grams, fitted)
+            left = {name: problem for name, problem in left.items() if name not in problems}
+            yield problems
+    # as late as this, since blocks behind them were to see what the dense ones put out
+    yield left
 
 
 def with_pooled(model: nn.Module, grams: Grams, names: list[str]) -> dict[str, Problem]:

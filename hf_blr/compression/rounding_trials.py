@@ -1,6 +1,8 @@
-"""What rounding adds to the predicted loss, measured on one layer of each kind.
+"""What rounding adds to the predicted loss.
 
-It is taken as a multiple of the layer's `rounding_scale`, and the multiple as the same for all layers of a kind.
+Of a whole matrix it is known without any fit: what GPTQ does to each number is close to rounding it to the nearest
+code, in a metric in which its columns no longer see each other. Factors are tried, on one layer of each kind, and what
+they lose is taken as the same multiple, for all layers of the kind, of what errors of the weight's own size would lose.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Trial:
     """One structure's blocks at one ratio, fitted to one layer.
 
     truncation: its loss before rounding, over that of low-rank with as many parameters. rounding: {format: what
-    rounding adds to the loss, over the layer's `rounding_scale`}.
+    rounding adds to the loss, over what errors of the weight's own size would}.
     """
 
     ratio: float
@@ -46,32 +48,53 @@ def candidates(shape: BLRSpec, formats: tuple[Bits, ...]) -> list[BLRSpec]:
     return [spec for spec in at_ranks(shape, FLOOR, 1.0) if storable(spec, formats)]
 
 
-def rounding_scale(layer: Layer) -> float:
-    """The loss of errors of the weight's own size after GPTQ's feedback, in all numbers alike, in nats a token.
+@dataclass(frozen=True)
+class AfterFeedback:
+    """What independent errors in the numbers of W `[N, K]` cost the loss when GPTQ's feedback has done what it can.
 
-    The feedback leaves tr(D) of tr(H), for H = L D L^T with L unit triangular: what is left of each column's error when
-    the later columns have made up for it.
+    With H = L D L^T, L unit triangular, D is what is left of each column's error when the later columns have made up
+    for it; rows weigh as much as the loss feels of their output. rows `[N]`, columns `[K]`, float64.
     """
-    weight, gram, output_gram = layer.matrices()
-    pivots = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2)).diagonal().square().sum()
-    felt = output_gram.double().diagonal(dim1=-2, dim2=-1).sum()
-    return (felt * pivots * weight.double().square().mean()).item() / (2 * layer.statistics.pairs(layer.name))
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer) -> AfterFeedback:
+        _, gram, output_gram = layer.matrices()
+        root = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2))
+        felt = output_gram.double().diagonal(dim1=-2, dim2=-1).flatten()
+        return cls(felt / (2 * layer.statistics.pairs(layer.name)), root.diagonal().flip(0).square())
+
+    def loss(self, errors: Tensor) -> float:
+        """Of errors `[N, K]`, in nats a token."""
+        return (self.rows @ errors.double().square() @ self.columns).item()
+
+    def of_whole(self, weight: Tensor, storage: Bits) -> float:
+        """Of a whole matrix rounded by GPTQ, within a few percent: as if to the nearest codes."""
+        return self.loss(storage.nearest(weight).numbers(weight.dtype) - weight)
 
 
 def trials_of(
     layers: dict[str, Layer], free: dict[str, BLRSpec], formats: tuple[Bits, ...]
 ) -> dict[str, dict[BLRSpec, list[Trial]]]:
-    """{kind of layer: {shape at rank 1, or the whole matrix: its trials, by rising ratio}}, from each middle layer."""
-    found = {}
+    """{kind of layer: {shape at rank 1: its trials, by rising ratio}}, from each middle layer."""
+    found: dict[str, dict[BLRSpec, list[Trial]]] = {}
     for kind, name in middles(layers).items():
-        layer, whole = layers[name], free[name]
-        curve, scale = layer.curve(), rounding_scale(layer)
-        found[kind] = {whole: [trial_of(layer, whole, curve, scale, formats)]}
-        for shape in shapes_for(whole, layer.config):
-            ranks = candidates(shape, formats)
+        layer = layers[name]
+        curve, scale = layer.curve(), AfterFeedback.of(layer).loss(layer.matrices()[0])
+        found[kind] = {}
+        for shape in shapes_for(free[name], layer.config):
+            ranks = in_most_formats(candidates(shape, formats), formats)
             near = [nearest_to(kept, ranks) for kept in TRIAL_RATIOS if ranks]
             found[kind][shape] = [trial_of(layer, spec, curve, scale, formats) for spec in dict.fromkeys(near)]
     return found
+
+
+def in_most_formats(specs: list[BLRSpec], formats: tuple[Bits, ...]) -> list[BLRSpec]:
+    """Of these ranks those that most formats can store: what is tried in fewer says nothing of the others."""
+    most = max((len(storable(spec, formats)) for spec in specs), default=0)
+    return [spec for spec in specs if len(storable(spec, formats)) == most]
 
 
 def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
@@ -79,7 +102,7 @@ def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
 
 
 def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, scale: float, formats: tuple[Bits, ...]) -> Trial:
-    """A fit of the layer; all of its trials share `curve`, its `loss_curve`, and `scale`, its `rounding_scale`."""
+    """A fit of the layer; all of its trials share `curve`, its `loss_curve`, and `scale`, of its weight."""
     fitted = layer.fit(spec)
     cut = layer.loss(fitted.matrix(spec))
     low_rank = interpolate(curve, spec.equivalent_rank)

@@ -88,3 +88,7 @@ def dict_of_dicts(value: Any) -> str | None:
         return None
     right = isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
     return None if right else "a dict of dicts, by name"
+
+
+def optional_dict(value: Any) -> str | None:
+    return None if value is None or isinstance(value, dict) else "a dict or None"

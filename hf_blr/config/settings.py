@@ -182,5 +182,10 @@ class BLRSettings:
         "neither ratio nor rank is needed.",
         options.dict_of_dicts,
     )
+    origin: dict[str, Any] | None = option(
+        None,
+        "What the model came from and what was measured on it, for its model card; filled in by the compression.",
+        options.optional_dict,
+    )
     version: int = option(FORMAT_VERSION, "Of this format.", integer(1))
     # transformers looks it up among names of its own and of plugins; its annotation knows its own alone

@@ -1,5 +1,6 @@
 """Fine-tuning the factors with the stock `Trainer`."""
 
+from hf_blr.calibration.training_form import close_bits
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
 from hf_blr.finetune.distill import distillation_loss
@@ -9,6 +10,7 @@ from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors
 __all__ = [
     "BLRCallback",
     "WindowDataset",
+    "close_bits",
     "distillation_loss",
     "factor_parameter_groups",
     "mark_only_factors_trainable",

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
 from hf_blr.finetune.distill import Distiller, load_teacher
 from hf_blr.finetune.trainable import (
     factor_parameters,
@@ -20,6 +21,7 @@ from hf_blr.finetune.trainable import (
     let_gradients_in,
     mark_only_factors_trainable,
 )
+from hf_blr.formats import FactorInTraining
 from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
@@ -31,6 +33,7 @@ class Selection(TypedDict):
     norms: bool
     biases: bool
     also: list[str] | tuple[str, ...]
+    bits: str
 
 
 class BLRCallback(TrainerCallback):
@@ -45,12 +48,16 @@ class BLRCallback(TrainerCallback):
     `train_tokens_per_second`, and with a teacher `lm_loss` and `distill_loss`, of which `loss` is the
     weighted sum.
 
+    Of factors that are kept in bits it trains the scales, with `train_bits="codes"` the codes too. From the callback's
+    start to the end of `train()` they are in a form for that; checkpoints in between hold codes and scales as ever.
+
     The parameters that it froze stay frozen after training, as PEFT leaves them: training goes on where it
     stopped, and nothing of it is saved with the model. `model.requires_grad_(True)` thaws them.
 
     Args:
         train_norms, train_biases, train_also: what to train besides the factors; `norms`, `biases` and `also`
             of `mark_only_factors_trainable`, which also says what happens to a model with PEFT adapters.
+        train_bits: what trains of factors in bits; its `bits`.
         teacher: a model to distil from, usually the dense one, or the name or path of a causal language
             model, loaded when training starts. It is moved to the model's device, put in evaluation mode, and
             gets no gradients.
@@ -70,14 +77,24 @@ class BLRCallback(TrainerCallback):
         teacher: nn.Module | str | os.PathLike[str] | None = None,
         distill_weight: float = 0.5,
         temperature: float = 1.0,
+        train_bits: str = SCALES,
     ):
+        if train_bits not in (SCALES, CODES):
+            raise ValueError(f'train_bits must be "{SCALES}" or "{CODES}", got {train_bits!r}')
         if not 0 < distill_weight <= 1:
             raise ValueError(f"distill_weight must be in (0, 1], got {distill_weight}")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
             raise TypeError(f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}")
-        self.selection: Selection = {"norms": train_norms, "biases": train_biases, "also": train_also}
+        self.selection: Selection = {
+            "norms": train_norms,
+            "biases": train_biases,
+            "also": train_also,
+            "bits": train_bits,
+        }
+        self.forms: dict[str, FactorInTraining] = {}
+        self.opens_bits = False
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.temperature = temperature
@@ -86,6 +103,7 @@ class BLRCallback(TrainerCallback):
         self.counted_tokens: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.opens_bits = not trained_bits(kwargs["model"])
         mark_only_factors_trainable(kwargs["model"], **self.selection)
 
     def on_train_begin(
@@ -116,6 +134,10 @@ class BLRCallback(TrainerCallback):
 
     def freeze(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Freezes (again, or now), and refuses where that is too late for the optimizer or the wrappers."""
+        if not trained_bits(model) and not has_adapters(model):
+            # with the parameters that the optimizer knows, if this is another training by the same one
+            self.opens_bits = True
+            open_bits(model, self.selection["bits"], self.forms)
         before = {id(p) for p in model.parameters() if p.requires_grad}
         self.trainable, self.total = mark_only_factors_trainable(model, **self.selection)
         after = {id(p) for p in model.parameters() if p.requires_grad}
@@ -134,7 +156,9 @@ class BLRCallback(TrainerCallback):
         self.reported = True
         modules = len(blr_modules(model))
         extra = [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
-        what = "the PEFT adapters on" if has_adapters(model) else ", ".join(["factors", *extra]) + " of"
+        bits = [self.selection["bits"] + " of factors in bits"] if trained_bits(model) else []
+        numbers = ["factors"] if any(layer.factors() for layer in blr_modules(model).values()) else []
+        what = "the PEFT adapters on" if has_adapters(model) else ", ".join([*numbers, *bits, *extra]) + " of"
         share = self.trainable / self.total
         print(
             f"BLRCallback trains {self.trainable:,} of {self.total:,} parameters ({share:.1%}): "
@@ -172,6 +196,8 @@ class BLRCallback(TrainerCallback):
     ) -> None:
         self.close()
         self.distiller = None
+        if self.opens_bits:
+            self.forms = close_bits(kwargs["model"])
         if self.counted_tokens is not None:
             args.include_num_input_tokens_seen = self.counted_tokens
 

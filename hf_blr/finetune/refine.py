@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
+from hf_blr.calibration.training_form import SCALES, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
@@ -69,6 +70,8 @@ def refine(
     learning_rate: float = 1e-3,
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
+    bits: str = SCALES,
+    norms: bool = False,
     held_out: Tensor | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -100,14 +103,18 @@ def refine(
     dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
     best = KeepBest(teacher, held_out) if held_out is not None else None
-    with tempfile.TemporaryDirectory() as folder, with_stand_ins(model, statistics_for(model, windows)), impl:
+    forms = with_stand_ins(model, statistics_for(model, windows)), training_form(model, bits)
+    with tempfile.TemporaryDirectory() as folder, forms[0], forms[1], impl:
         left = targets_left_dense(model) if dense_rate else []
-        mark_only_factors_trainable(model, also=left)
-        groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
+        mark_only_factors_trainable(model, norms=norms, also=left, bits=bits)
+        groups = factor_parameter_groups(
+            model, learning_rate, other_lr=dense_rate * learning_rate, norm_lr=learning_rate
+        )
+        callback = BLRCallback(norms, train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
         history = train(
             model,
             windows,
-            [BLRCallback(teacher=teacher, distill_weight=distill_weight, train_also=left), *([best] if best else [])],
+            [callback, *([best] if best else [])],
             torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
             output_dir=folder,
             max_steps=epochs * -(-len(windows) // batch_size),

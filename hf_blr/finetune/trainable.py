@@ -7,14 +7,25 @@ from typing import Any
 
 from torch import nn
 
+from hf_blr.calibration.training_form import SCALES, open_bits, trained_bits, trained_codes
 from hf_blr.linear import blr_modules
 from hf_blr.targets import remaining_targets
 
+#: steps of codes over those of factors
+CODES_RATE = 5.0
+
 
 def mark_only_factors_trainable(
-    model: nn.Module, norms: bool = False, biases: bool = False, also: list[str] | tuple[str, ...] = ()
+    model: nn.Module,
+    norms: bool = False,
+    biases: bool = False,
+    also: list[str] | tuple[str, ...] = (),
+    bits: str = SCALES,
 ) -> tuple[int, int]:
     """Freeze everything but the factors of the BLR modules.
+
+    Of factors that are kept in bits the scales train, and with `bits="codes"` the codes too. They are put into a form
+    for that, `formats.FactorInTraining`, which computes the same and is saved as before; `close_bits` ends it.
 
     A model that carries PEFT adapters is left as PEFT set it up: its adapters train and the factors below
     them stay frozen, because a PEFT checkpoint holds the adapters alone and trained factors would be lost
@@ -27,24 +38,19 @@ def mark_only_factors_trainable(
         biases: train the other biases too, those of BLR modules among them.
         also: names or name endings of further modules to train whole, such as a fresh "classifier". If whole names
             of projections are among them, the model may be dense.
+        bits: what trains of factors in bits, "scales" or "codes".
 
     Returns:
         (trainable, total) numbers of parameters, shared ones counted once.
 
     Raises:
-        ValueError: if the model has no BLR module and no dense projection is asked for, or all factors in bits and
-            nothing else is asked for, an entry of `also` names no module, or more than the adapters is asked for on a
-            model with adapters.
+        ValueError: if the model has no BLR module and no dense projection is asked for, an entry of `also` names no
+            module, `bits` is something else, or more than the adapters is asked for on a model with adapters.
     """
     if not blr_modules(model) and set(also).isdisjoint(remaining_targets(model)):
         raise ValueError(
             f"{type(model).__name__} has no BLR module, so there are no factors to train: compress it first, "
             "with hf_blr.compress(model, config) or from_pretrained(..., blr_config=...)"
-        )
-    if not (has_adapters(model) or factor_parameters(model) or norms or biases or also):
-        raise ValueError(
-            "all factors of this model are stored in bits, which do not train: train adapters on them "
-            '(hf_blr.lora_targets), or make numbers of them with hf_blr.to_format(model, "plain")'
         )
     if has_adapters(model):
         if norms or biases or also:
@@ -53,6 +59,7 @@ def mark_only_factors_trainable(
                 "would not hold them; name them in the adapter config's modules_to_save"
             )
     else:
+        open_bits(model, bits)
         model.requires_grad_(False)
         for parameter in wanted_parameters(model, norms, biases, also):
             parameter.requires_grad_(True)
@@ -61,11 +68,9 @@ def mark_only_factors_trainable(
 
 
 def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterable[str]) -> list[nn.Parameter]:
-    wanted = list(factor_parameters(model))
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            wanted += module.parameters(recurse=False) if norms else ()
-        elif biases and isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+    wanted = factor_parameters(model) + (norm_parameters(model) if norms else [])
+    for module in model.modules() if biases else ():
+        if not is_norm(module) and isinstance(bias := getattr(module, "bias", None), nn.Parameter):
             wanted.append(bias)
     for ending in also:
         named = [m for name, m in model.named_modules() if name == ending or name.endswith("." + ending)]
@@ -76,8 +81,18 @@ def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterabl
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The factors of all BLR modules, in the model's order; those in bits do not train, and are not among them."""
-    return [factor for module in blr_modules(model).values() for factor in module.factors().values()]
+    """The factors of all BLR modules, in the model's order, and behind them what trains of those in bits."""
+    numbers = [factor for module in blr_modules(model).values() for factor in module.factors().values()]
+    return numbers + trained_bits(model)
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the normalisation layers."""
+    return [p for module in model.modules() if is_norm(module) for p in module.parameters(recurse=False)]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -86,7 +101,12 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def factor_parameter_groups(
-    model: nn.Module, lr: float, *, other_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    *,
+    other_lr: float | None = None,
+    norm_lr: float | None = None,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, of the parameters that are trainable now.
 
@@ -101,8 +121,10 @@ def factor_parameter_groups(
 
     Args:
         model: a compressed model, after `mark_only_factors_trainable`.
-        lr: learning rate of the factors.
+        lr: learning rate of the factors, and of the logarithms of scales. Codes that train take `CODES_RATE` times it,
+            in distances between neighbouring codes.
         other_lr: learning rate of everything else; None is `lr`.
+        norm_lr: of the normalisation layers; None is `other_lr`.
         weight_decay: of the other matrices (adapters, a head). Vectors do not decay.
 
     Raises:
@@ -111,13 +133,18 @@ def factor_parameter_groups(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first")
-    factor_ids = {id(factor) for factor in factor_parameters(model)}
-    others = [parameter for parameter in trainable if id(parameter) not in factor_ids]
     other_lr = lr if other_lr is None else other_lr
+    norm_lr = other_lr if norm_lr is None else norm_lr
+    codes = {id(p) for p in trained_codes(model)}
+    factors = {id(p) for p in factor_parameters(model)} - codes
+    norms = {id(p) for p in norm_parameters(model)}
+    others = [p for p in trainable if id(p) not in codes | factors | norms]
     groups = [
-        {"params": [p for p in trainable if id(p) in factor_ids], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in factors], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in codes], "lr": CODES_RATE * lr, "weight_decay": 0.0},
         {"params": [p for p in others if p.dim() > 1], "lr": other_lr, "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() <= 1], "lr": other_lr, "weight_decay": 0.0},
+        {"params": [p for p in trainable if id(p) in norms], "lr": norm_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -15,9 +15,21 @@ from hf_blr.formats.float8 import Float8
 from hf_blr.formats.holder import FactorInBits
 from hf_blr.formats.integers import Integer
 from hf_blr.formats.plain import PLAIN, Factors, Format
+from hf_blr.formats.training import FactorInTraining
 from hf_blr.structures.spec import is_count
 
-__all__ = ["FORMATS", "PLAIN", "Bits", "Codes", "FactorInBits", "Factors", "Format", "format_named", "takes_groups"]
+__all__ = [
+    "FORMATS",
+    "PLAIN",
+    "Bits",
+    "Codes",
+    "FactorInBits",
+    "FactorInTraining",
+    "Factors",
+    "Format",
+    "format_named",
+    "takes_groups",
+]
 
 FORMATS: dict[str, Format] = {
     storage.name: storage

@@ -41,6 +41,8 @@ class Bits(Format):
     code_dtype: ClassVar[torch.dtype] = torch.int32
     #: the tensor of `parts` that holds them
     code_part: ClassVar[str] = "weight_packed"
+    #: between neighbouring codes, where most numbers lie
+    spacing: ClassVar[float] = 1.0
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -25,6 +25,8 @@ class Float8(Bits):
 
     code_dtype = FLOAT8
     code_part = "weight"
+    # from 128 to 256
+    spacing = 16.0
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         return {"weight": StoredTensor(shape, CODES), "weight_scale": StoredTensor(self.scale_shape(shape), SCALE)}

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.formats.bits import Bits
+from hf_blr.formats.codes import Codes
 from hf_blr.ops import InBits, numbers_in_bits
 
 
-class FactorInBits(nn.Module):
+class NeverCast(nn.Module):
+    """Moves with the model, and is not cast with it: its tensors mean something in their own dtypes alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeverCast:
+        applied: Any = super()._apply(lambda tensor: fn(as_integers(tensor)).view(tensor.dtype), recurse)
+        return applied
+
+
+class FactorInBits(NeverCast):
     """Codes and scales of a factor; called with a dtype, it gives the factor back, and without one what kernels read.
 
     It is called, not only read, because packages that offload weights bring them in before a module's forward. The
@@ -43,15 +52,10 @@ class FactorInBits(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}
 
-    def fill(self, factor: Tensor) -> None:
-        """Take these numbers `[..., n, k]`, rounded to the nearest codes."""
-        for name, part in self.storage.laid_out(self.storage.nearest(factor)).items():
+    def take(self, codes: Codes) -> None:
+        """Hold these codes and scales."""
+        for name, part in self.storage.laid_out(codes).items():
             getattr(self, name).data.copy_(part)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorInBits:
-        """Moves with the model, and is not cast with it: codes and scales mean something in their own dtype alone."""
-        applied: Any = super()._apply(lambda tensor: fn(as_integers(tensor)).view(tensor.dtype), recurse)
-        return applied
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

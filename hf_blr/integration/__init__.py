@@ -9,6 +9,7 @@ from types import ModuleType
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.record import forget_plan, record_plan
+from hf_blr.integration.linears import to_linears
 from hf_blr.integration.loading import from_config, to_dense, to_format
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.patch import MODELING, disable, enable
@@ -29,6 +30,7 @@ __all__ = [
     "swap_in",
     "to_dense",
     "to_format",
+    "to_linears",
 ]
 
 
@@ -40,7 +42,7 @@ def register() -> None:
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
     # before the model loader is: programs ask the quantizers alone what a checkpoint's config means
     when_imported(QUANTIZERS, register_quantizer)
-    when_imported(MODELING, register_attention)
+    when_imported(MODELING, register_models)
     when_imported("torch.utils.flop_counter", register_flops)
     enable()
     enable_peft()
@@ -53,11 +55,14 @@ def register_flops(counter: ModuleType) -> None:
     flops.register(counter)
 
 
-def register_attention(modeling: ModuleType) -> None:
-    """Tell transformers the attention function of fused models."""
+def register_models(modeling: ModuleType) -> None:
+    """Tell transformers' models the attention function of fused ones, and what compressed checkpoints say and get."""
     from hf_blr.inference import attention
+    from hf_blr.integration import hub, notice
 
     attention.register_attention()
+    notice.pass_notice(modeling)
+    hub.write_cards(modeling)
 
 
 def register_quantizer(auto: ModuleType) -> None:

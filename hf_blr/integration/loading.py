@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
+from hf_blr.checkpoint.notice import take_notice_down
 from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
 from hf_blr.experts import ExpertsLinear, put_layer
@@ -150,6 +151,7 @@ def from_config(
     dense_config = copy.deepcopy(config)
     if stored is not None:
         del dense_config.quantization_config
+        take_notice_down(dense_config)
     model_class = model_class or named_class(config)
     # only Auto classes have the public method
     build = getattr(model_class, "from_config", None) or model_class._from_config

@@ -44,6 +44,8 @@ class Structure:
         packed: function that runs kernels which read codes and scales at few tokens; the op of
             `ops.bits.define_packed`.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
+        pair: (**tensors) -> (u `[N, R]`, v `[R, K]`) whose product is the matrix, for two plain linear layers. "": no
+            such pair is as small, and `linear` stands for the layer where no op of ours may.
         whole: it stores the whole matrix: it takes no ratio, rank or blocks, and a format alone makes it smaller.
         typical_indices: (spec, device) -> {index: tensor} of the kind that fits give, for measuring.
     """
@@ -71,6 +73,7 @@ class Structure:
     float8: str = ""
     packed: str = ""
     stand_in: str = ""
+    pair: str = ""
     whole: bool = False
     typical_indices: str = ""
 

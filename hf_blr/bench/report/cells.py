@@ -1,4 +1,4 @@
-"""How a value looks in a table, on a terminal and on the page, and what it sorts by."""
+"""What a value of a table sorts by."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ import re
 
 #: `1.65x*`, `0.27 (0.4)`, `4 x 16` and `50 %` sort by their first number; `10581f1` and `2026-01-31` are words
 LEADING_NUMBER = re.compile(r"(-?\d+(?:\.\d+)?)(?:x\*?|\*)?(?: .*)?")
-
-
-def format_cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
-    return str(value)
 
 
 def sort_value(value: object) -> float | int | str:

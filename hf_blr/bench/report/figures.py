@@ -54,8 +54,9 @@ def figures(results: dict[str, dict]) -> dict[str, Plot]:
 
 
 def of_quality(plt: ModuleType, result: dict, quality: dict[str, dict]) -> Iterator[tuple]:
-    from hf_blr.bench.report.quality_plots import by_bytes, by_method
+    from hf_blr.bench.report.quality_plots import by_bits, by_bytes, by_method
 
+    yield "bits", "Perplexity against bits a weight; the lower left is best.", by_bits(plt, result["rows"]), "size"
     yield "quality", "Perplexity against bytes; the lower left is best.", by_bytes(plt, result["rows"]), "size"
     yield "methods", "What each method makes of a structure.", by_method(plt, result["rows"]), "size"
 

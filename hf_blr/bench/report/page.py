@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from hf_blr.bench.report.cells import format_cell, is_numeric, sort_value
+from hf_blr.bench.report.cells import is_numeric, sort_value
 from hf_blr.bench.report.figures import Plot
 from hf_blr.bench.report.plots import INK
 from hf_blr.bench.report.sections import sections
 from hf_blr.bench.report.summary import Summary
 from hf_blr.bench.report.tables import Table
+from hf_blr.markdown import format_cell
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -1,24 +1,16 @@
-"""Plots of perplexities: against bytes, by method, and against milliseconds measured elsewhere."""
+"""Plots of perplexities: against bytes and bits, by method, and against milliseconds measured elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hf_blr.bench.report.lines import label_of, variant_of
 from hf_blr.bench.report.model_tables import in_words
-from hf_blr.bench.report.plots import (
-    INK,
-    SIZE,
-    Looks,
-    add_legend,
-    label_points,
-    look,
-    plain_numbers,
-    with_legend,
-)
-from hf_blr.bench.report.quality_tables import main_method, scored, usable
+from hf_blr.bench.report.plots import INK, SIZE, label_points, look
+from hf_blr.bench.report.quality_panels import Measure, looks_of, panels
+from hf_blr.bench.report.quality_tables import in_bits, main_method, plain, scored, usable
 from hf_blr.bench.report.timed import timed_of
 
 if TYPE_CHECKING:
@@ -31,11 +23,11 @@ FEWEST_STRUCTURES = 3
 
 
 def by_bytes(plt: ModuleType, rows: list[dict]) -> Figure | None:
-    """A panel for each model and text, a line for each structure, of the method that most rows are of.
+    """A panel for each model and text, a line for each structure with plain factors, of the method of most rows.
 
     None where no row can be shown.
     """
-    rows = usable(rows)
+    rows = usable(plain(rows))
     if not rows:
         return None
     main = main_method(rows)
@@ -50,12 +42,38 @@ def by_bytes(plt: ModuleType, rows: list[dict]) -> Figure | None:
     )
 
 
+def by_bits(plt: ModuleType, rows: list[dict]) -> Figure | None:
+    """A panel for each text of the model with most rows in bits, a line for each structure and share kept.
+
+    Each point of a line is a format; of "auto" it is a budget. None where nothing is stored in bits.
+    """
+    stored = [row for row in usable(rows) if in_bits(row)]
+    if not stored:
+        return None
+    (model, _), *_ = Counter(row.get("model") for row in stored).most_common(1)
+    shown = [row for row in stored if row.get("model") == model]
+    looks = looks_of(shown)
+
+    def line(row: dict) -> str:
+        share = "" if row["ratio"] == 1 else f" {100 * row['ratio']:.0f} %"
+        return f"{label_of(row)}{share}, {row['method']}"
+
+    return panels(
+        plt,
+        shown,
+        line,
+        lambda row: f"{model} on {row.get('dataset')}",
+        lambda row: looks[label_of(row)] | {"linestyle": "-" if row["ratio"] == 1 else "--"},
+        Measure("bits a weight", lambda row: row["bits"]),
+    )
+
+
 def by_method(plt: ModuleType, rows: list[dict]) -> Figure | None:
     """A panel for each of the structures with most methods, on the first text, a line for each method.
 
     None where no structure was fitted by more than one.
     """
-    rows = [row for row in usable(rows) if row.get("structure")]
+    rows = [row for row in usable(plain(rows)) if row.get("structure")]
     rows = [row for row in rows if row.get("dataset") == rows[0].get("dataset")]
     methods: dict[str, set] = {}
     for row in rows:
@@ -111,39 +129,3 @@ def by_time(plt: ModuleType, quality: list[dict], models: list[dict]) -> Figure 
         axes.margins(0.15)
         label_points(figure, axes)
     return figure
-
-
-def panels(
-    plt: ModuleType,
-    rows: list[dict],
-    label: Callable[[dict], str],
-    panel: Callable[[dict], str],
-    look_of: Callable[[dict], dict],
-) -> Figure:
-    """Perplexity against megabytes: of each row `panel` is the title, `label` the line and `look_of` its look."""
-    titles, labels = (list(dict.fromkeys(map(name, rows))) for name in (panel, label))
-    figure, grid = with_legend(plt, len(titles), len(labels))
-    for axes, title in zip(grid, titles, strict=True):
-        mine = [row for row in rows if panel(row) == title]
-        for name in labels:
-            line = sorted((row for row in mine if label(row) == name), key=lambda row: row["bytes"])
-            if line:
-                points = [row["bytes"] / 1e6 for row in line], [row["ppl"] for row in line]
-                axes.plot(*points, **look_of(line[0]), label=name)
-        for ppl in {row["dense_ppl"] for row in mine if row.get("dense_ppl")}:
-            axes.axhline(ppl, color=INK, linewidth=1)
-        axes.set(yscale="log", xlabel="MB", ylabel="perplexity", title=title)
-        plain_numbers(axes.yaxis)
-    add_legend(figure)
-    return figure
-
-
-def looks_of(rows: list[dict]) -> dict[str, dict]:
-    """{label: look} of the structures, and of the methods of rows without one."""
-    looks = Looks()
-    found: dict[str, dict] = {}
-    for row in rows:
-        name = label_of(row) or row.get("method") or ""
-        if name not in found:
-            found[name] = looks(row.get("structure"))
-    return found

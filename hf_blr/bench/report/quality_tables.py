@@ -1,4 +1,7 @@
-"""Tables of perplexities. A file may leave out what it does not know."""
+"""Tables of perplexities. A file may leave out what it does not know.
+
+Rows that name no format are of plain factors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from hf_blr.bench.report.lines import blocks_of, wide
 
 
 def quality_lines(rows: list[dict]) -> list[dict]:
-    """One line for each model, size, structure, method, calibration set and seed; a column for each perplexity."""
+    """One line for each model, size, structure, format, method, calibration set and seed; a column for each text."""
     lines = wide(
         rows,
         lambda row: {
@@ -17,11 +20,13 @@ def quality_lines(rows: list[dict]) -> list[dict]:
             "ratio": row.get("ratio"),
             "structure": row.get("structure"),
             "blocks": blocks_of(row),
+            "stored in": stored_in(row) if in_bits(row) else "",
             "method": row.get("method"),
             "calibration": row.get("calibration"),
             "seed": row.get("seed"),
         },
         lambda row: {
+            "bits": row["bits"] if in_bits(row) else None,
             "MB": None if row.get("bytes") is None else row["bytes"] / 1e6,
             f"{row.get('dataset')} ppl": row["ppl"],
             "seconds": row.get("fit_seconds"),
@@ -37,14 +42,14 @@ def largest_first(lines: list[dict]) -> list[dict]:
     return sorted(lines, key=lambda line: (-(line["ratio"] or 0), str([line[key] for key in HEAD[2:]])))
 
 
-HEAD = ("model", "kept", "structure", "blocks", "method", "calibration", "seed")
+HEAD = ("model", "kept", "structure", "blocks", "stored in", "method", "calibration", "seed")
 
 
 def quality_columns(rows: list[dict], lines: list[dict]) -> list[str]:
     """Those of `quality_lines` in which there is something: of the model only where there are several."""
     # the texts of all rows: a run that was stopped may not have scored each
     texts = dict.fromkeys(f"{row.get('dataset')} ppl" for row in rows)
-    names = (*HEAD, "MB", *texts, "seconds")
+    names = (*HEAD, "bits", "MB", *texts, "seconds")
     used = [name for name in names if any(line.get(name) not in (None, "") for line in lines)]
     return used if len({line["model"] for line in lines}) > 1 else [name for name in used if name != "model"]
 
@@ -56,6 +61,22 @@ def score(ppl: float) -> str:
 
 #: perplexities above this many times dense's are not shown: they would press all others into one line
 HIGHEST = 30
+
+
+def in_bits(row: dict) -> bool:
+    return row.get("format", "plain") != "plain"
+
+
+def stored_in(row: dict) -> str:
+    """`int4, groups of 64`; of a plan that chose formats, how many layers took what."""
+    if row.get("taken"):
+        return ", ".join(f"{count} {name}" for name, count in row["taken"].items())
+    groups = f", groups of {row['group_size']}" if row.get("group_size") else ""
+    return f"{row.get('format', 'plain')}{groups}"
+
+
+def plain(rows: Iterable[dict]) -> list[dict]:
+    return [row for row in rows if not in_bits(row)]
 
 
 def usable(rows: Iterable[dict]) -> list[dict]:
@@ -73,8 +94,8 @@ def main_method(rows: list[dict]) -> str | None:
 
 
 def scored(rows: Iterable[dict]) -> list[dict]:
-    """The usable rows of the first model and text that are of the method of most rows."""
-    rows = usable(rows)
+    """The usable plain rows of the first model and text that are of the method of most rows."""
+    rows = usable(plain(rows))
     method = main_method(rows)
     rows = [row for row in rows if row.get("structure") and row.get("method") == method]
     return [row for row in rows if all(row.get(of) == rows[0].get(of) for of in ("model", "dataset"))]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_blr.bench.report.cells import format_cell
 from hf_blr.bench.report.commits import commits_of, marked, rows_of
 from hf_blr.bench.report.conditions import card_of, kind_of, measured_peaks, protocol_of, where_of
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
@@ -20,6 +19,7 @@ from hf_blr.bench.report.model_tables import (
     storage_lines,
 )
 from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines
+from hf_blr.markdown import format_cell
 from hf_blr.roofline.devices import Peaks
 
 #: question, title, lines and, where there are any, what is said of them and columns, as `made` takes them

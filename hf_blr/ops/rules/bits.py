@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
@@ -14,6 +15,9 @@ from hf_blr.structures.spec import FACTOR, BLRSpec
 NUMBERS, FLOAT8, PACKED = "numbers", "float8", "packed"
 #: what tensor descriptors and float8 products take rows in, in bytes
 ALIGNED = 16
+#: block pairs up to which products in float8 pay. 4096 x 4096, half kept, 1024 tokens, H200, us: Monarch 4x4 30, 16x16
+#: 50; BLAST 4x4 42, 16x16 82: products are small, and y and z many. Dense in bfloat16 takes 47
+MOST_PAIRS = 64
 #: compute capability from which tensor cores multiply float8_e4m3fn
 LEAST_FLOAT8 = (8, 9)
 
@@ -44,6 +48,8 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
     """
     if packed and tokens <= FEW_TOKENS and reads_packed(spec, form.bits, form.group_size, form.float8):
         return PACKED
+    if math.prod(spec.num_blocks) > MOST_PAIRS:
+        return NUMBERS
     lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
     if float8 and form.float8 and not any(length % ALIGNED for length in lengths):
         return FLOAT8

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
-from hf_blr.ops.rules.mix import MixConfig
 from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm
 
 
@@ -38,18 +37,6 @@ def multiplies_by_cublas(n: int, rounds_to_bfloat16: bool, activates: bool) -> b
     row has a scale.
     """
     return rounds_to_bfloat16 and not activates and n % 16 == 0
-
-
-def mixes_by_words(b1: int, b2: int) -> bool:
-    """Whether BLAST's mix of float8 runs on tensor cores, else by plain multiply-adds."""
-    return b1 * b2 > 64
-
-
-def words_config(b1: int, b2: int, device: Device) -> MixConfig:
-    """For `mix_words_kernel`; ranks in words of four."""
-    if device == INTERPRETER:
-        return MixConfig(16, 4, True, 4)
-    return MixConfig(max(16, 256 // max(16, pow2(max(b1, b2)))), 32, True, 8)
 
 
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:

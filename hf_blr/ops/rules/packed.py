@@ -34,7 +34,8 @@ def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device
     A row lies across all warps, so that x stands in registers once. H200, us a low-rank layer in int4 with groups of
     128, last stage by (4 or 8, 1024, 4, 4), (8, 512, 2, 8) and (4, 512, 2, 12): 4096 x 4096, rank 1024, 7.8, 6.4, 6.1;
     4096 x 14336, rank 1536, 15.1, 12.0, 13.0; in fp8 7.4, 7.0, 9.1 and 24.0, 16.8, 15.8. First stage by (4, 1024, 4, 4)
-    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs, which differ by 5 % at most.
+    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs,
+    which differ by 5 % at most.
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
@@ -61,7 +62,8 @@ def packed_project_config(parts: int, row: int, rows: int, tokens: int, itemsize
     """As `few_tokens.project_config` with a matrix in bits.
 
     H200, 16 tokens, us a low-rank layer in int4 with groups of 128, 8 and 16 rows, then 32: 4096 x 4096 12.8, 15.7,
-    22.6; 4096 x 14336 - , 26.0, 32.3. In fp8, 8 rows in steps of 128 and 256: 11.8, 11.3 and - , 26.3. Two runs, which differ by 5 % at most.
+    22.6; 4096 x 14336 - , 26.0, 32.3. In fp8, 8 rows in steps of 128 and 256: 11.8, 11.3 and - , 26.3.
+    Two runs, which differ by 5 % at most.
     """
     if device == INTERPRETER:
         return DecodeConfig(8, 16, 4, 1)
@@ -77,7 +79,8 @@ def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Devic
 
     H200, us a low-rank layer, 32 rows, 64 rows and 64 rows by 8 warps: 4096 x 4096, 16 tokens, int4 with groups of 128
     11.9, 13.9, 14.9, fp8 10.0, 11.7, 11.5; 4096 x 14336, 16 tokens, 28.4, 25.4, 35.6 and 26.9, 25.5, 25.5; 32 tokens,
-    int4, 64 rows 39.9, by 8 warps 34.1. With all weights loaded before the wait 12.8 instead of 11.9. Two runs, which differ by 5 % at most.
+    int4, 64 rows 39.9, by 8 warps 34.1. With all weights loaded before the wait 12.8 instead of 11.9. Two runs, which
+    differ by 5 % at most.
     """
     if device == INTERPRETER:
         return DecodeConfig(16, 16, 4, 1)

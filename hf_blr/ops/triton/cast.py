@@ -8,7 +8,6 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import cast_config
-from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -22,7 +21,6 @@ def cast_rows_kernel(
     stride_rt,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
-    PDL: tl.constexpr,
     TILES: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -30,7 +28,6 @@ def cast_rows_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     x_ptr += i_t * stride_xt
     rows_ptr += i_t * stride_rt
-    wait_for_previous(PDL)
     b_xs = ()
     squares = tl.zeros((BK,), tl.float32)
     for i in tl.static_range(TILES):
@@ -53,7 +50,6 @@ def cast_rows(x, largest, smallest_norm):
     rows, scale = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
     if not x.numel():
         return rows, scale
-    device = device_of(x)
 
     def run(config):
         cast_rows_kernel[(tokens,)](
@@ -65,12 +61,10 @@ def cast_rows(x, largest, smallest_norm):
             rows.stride(0),
             LARGEST=largest,
             SMALLEST_NORM=smallest_norm,
-            PDL=device.has_pdl,
             TILES=triton.cdiv(k, config.bc),
             BK=config.bc,
             num_warps=config.warps,
-            **device.launch_options,
         )
 
-    launch(run, "cast_rows", cast_config(k, device), tokens, (k,), x)
+    launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
     return rows, scale

@@ -65,7 +65,7 @@ def blast_mix_kernel(
                 mask=m_j[None, :, None] & m_rt,
                 other=0.0,
             )
-            b_z = tl.dot(b_s, b_y.to(b_s.dtype), input_precision=PRECISION)  # [BR, BI, BT]
+            b_z = tl.dot(b_s, b_y, input_precision=PRECISION)  # [BR, BI, BT]
             o_z = o_i.to(tl.int64)[None, :, None] * (stride_zi * VEC) + o_rz
             tl.store(z_ptr + o_z, b_z.to(z_ptr.dtype.element_ty), mask=m_i[None, :, None] & m_rt)
         else:
@@ -75,8 +75,7 @@ def blast_mix_kernel(
             o_tz = o_t.to(tl.int64)[None, :, None] * (stride_zt * VEC) + o_r[None, None, :]
             o_y = o_j.to(tl.int64)[:, None, None] * (stride_yj * VEC) + o_ty
             b_y = tl.load(y_ptr + o_y, mask=m_j[:, None, None] & m_tr[None, :, :], other=0.0)  # [BJ, BT, BR]
-            b_y = tl.permute(b_y, (2, 0, 1)).to(b_s.dtype)
-            b_z = tl.dot(b_s, b_y, input_precision=PRECISION).to(z_ptr.dtype.element_ty)
+            b_z = tl.dot(b_s, tl.permute(b_y, (2, 0, 1)), input_precision=PRECISION).to(z_ptr.dtype.element_ty)
             o_z = o_i.to(tl.int64)[:, None, None] * (stride_zi * VEC) + o_tz
             tl.store(z_ptr + o_z, tl.permute(b_z, (1, 2, 0)), mask=m_i[:, None, None] & m_tr[None, :, :])
     else:
@@ -208,14 +207,12 @@ def stack_along_t(blocks, tokens, width, like):
 def blast_mix(y, s, layers=1):
     """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y and in its dtype; with s^T, dy from dz.
 
-    y and z may be float8, whatever s is.
-
     For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[B2, B1, S*R]`.
     """
     (b2, b1, width), tokens = s.shape, y.shape[1]
     blocks, r, along_t = layers * b2, width // layers, y.stride(2) > 1
     z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
-    rule = mix_config(b1, b2, tokens, along_t, device_of(y))
+    rule = mix_config(b1, b2, tokens, along_t, device_of(y), y.dtype != s.dtype)
     outer = 2 if along_t else 1
     strides = (r * y.stride(2), y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)
@@ -234,7 +231,7 @@ def blast_mix(y, s, layers=1):
             B2=b2,
             DOT=config.dot,
             ALONG_T=along_t,
-            PRECISION=dot_precision(s.dtype),
+            PRECISION=dot_precision(y.dtype),
             VEC=vec,
             BJ=max(16, pow2(b1)),
             BI=max(16, pow2(b2)),

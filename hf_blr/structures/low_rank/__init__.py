@@ -36,6 +36,7 @@ RECORD = Structure(
     auto_blocks=((1, 1),),
     kernels="hf_blr.ops.triton.low_rank",
     kernels_pay="hf_blr.ops.rules.low_rank:kernels_pay",
+    pair="hf_blr.structures.low_rank.reference:low_rank_pair",
     # low-rank is Monarch with one block
     grouped="hf_blr.ops.triton.grouped_monarch",
     float8="hf_blr.ops.triton.float8_low_rank",

@@ -16,5 +16,10 @@ def low_rank_dense(u: Tensor, v: Tensor) -> Tensor:
     return u @ v
 
 
+def low_rank_pair(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors u `[N, R]` and v `[R, K]` as they are."""
+    return u, v
+
+
 def fits(in_features: int, u: Tensor, v: Tensor) -> bool:
     return in_features == v.shape[-1] and u.shape[-1] == v.shape[0]

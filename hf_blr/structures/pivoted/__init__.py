@@ -69,6 +69,7 @@ RECORD = Structure(
     auto_blocks=((1, 1),),
     kernels="hf_blr.ops.triton.pivoted",
     stand_in="hf_blr.structures.pivoted.pairs",
+    pair="hf_blr.structures.pivoted.reference:pivoted_pair",
     typical_indices="hf_blr.structures.pivoted.pivots:random_indices",
     float8="hf_blr.ops.triton.float8_pivoted",
     packed="hf_blr.ops.triton.packed:pivoted",

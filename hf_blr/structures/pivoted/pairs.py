@@ -30,16 +30,7 @@ class Pair(NamedTuple):
 
 @torch.no_grad()
 def opened(module: BLRLinear, gram: Tensor | None, output_gram: Tensor | None) -> Pair:
-    """A low-rank layer of its own with the same matrix, rank, bias, dtype and device.
-
-    Raises:
-        ValueError: if the factors are kept in bits, which do not train.
-    """
-    if not module.factors():
-        raise ValueError(
-            f"a pivoted layer in the format {module.storage.name!r} does not train; train before the factors are "
-            "rounded, or adapters on them"
-        )
+    """A low-rank layer of its own with the same matrix, rank, bias, dtype and device."""
     spec = LowRank(module.in_features, module.out_features, module.spec.rank)
     wide = {name: factor.float() for name, factor in module.factors().items()}
     fitted = factorize(pivoted_dense(**wide, **module.indices()), spec, gram, output_gram)

@@ -22,6 +22,12 @@ def pivoted_dense(u: Tensor, c: Tensor, order: Tensor) -> Tensor:
     return torch.cat([u, u @ c], dim=1).index_select(1, order.argsort())
 
 
+def pivoted_pair(u: Tensor, c: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """u `[N, R]` and v `[R, K]`: the columns of the identity and c where the features stand; no number is rounded."""
+    identity = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
+    return u, torch.cat([identity, c], dim=1).index_select(1, order.argsort())
+
+
 def fits(in_features: int, u: Tensor, c: Tensor, order: Tensor) -> bool:
     r = u.shape[-1]
     return order.shape == (in_features,) and c.shape == (r, in_features - r)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+import torch
+
+from hf_blr.plan.layers import Plan
 from hf_blr.structures import BLRSpec
 
 
@@ -48,3 +52,33 @@ def span(values: list[int]) -> str:
     """`7`, or `3-12`."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
+
+
+def stored_rows(plan: Plan, dtype: torch.dtype) -> tuple[list[dict], str]:
+    """Rows as of `rows_by_kind` with format and stored bits for each number of the dense matrix, and a summary.
+
+    dtype: of the saved model, for what the plain format keeps.
+    """
+    specs = {name: layer.spec for name, layer in plan.items()}
+    many = {name: layer.matrices for name, layer in plan.items()}
+    bytes_of = {name: many[name] * layer.storage.num_bytes(layer.spec, dtype) for name, layer in plan.items()}
+    dense_of = {name: many[name] * layer.spec.dense_parameters for name, layer in plan.items()}
+
+    def bits_a_weight(names: Iterable[str]) -> float:
+        names = list(names)
+        return 8 * sum(bytes_of[name] for name in names) / sum(dense_of[name] for name in names)
+
+    rows = [
+        {
+            **row,
+            "format": ", ".join(dict.fromkeys(plan[name].storage.name for name in group)),
+            "bits a weight": bits_a_weight(group),
+        }
+        for row, group in zip(rows_by_kind(specs, many), by_kind(specs).values(), strict=True)
+    ]
+    kept = sum(layer.matrices * layer.spec.num_parameters for layer in plan.values())
+    dense = sum(dense_of.values())
+    return rows, (
+        f"{len(plan)} layers hold {kept / 1e6:.1f} M of {dense / 1e6:.1f} M parameters ({100 * kept / dense:.1f} %), "
+        f"{sum(bytes_of.values()) / 1e6:.1f} MB, {bits_a_weight(plan):.2f} bits a weight"
+    )

@@ -1,8 +1,6 @@
-"""Tables for a terminal; also valid Markdown, so that they can be pasted."""
+"""Tables for terminals, pages and model cards, in Markdown."""
 
 from __future__ import annotations
-
-from hf_blr.bench.report.cells import format_cell
 
 
 def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
@@ -18,3 +16,11 @@ def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
         return "| " + " | ".join(padded) + " |"
 
     return "\n".join([line(columns), line(rule), *(line(values) for values in cells)])
+
+
+def format_cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+    return str(value)

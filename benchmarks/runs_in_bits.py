@@ -1,0 +1,44 @@
+"""What the quality benchmark runs beside plain factors: layers in fewer bits, the most telling first."""
+
+from __future__ import annotations
+
+from runs import OURS, Run
+
+#: the method of whole matrices in bits: in a model that is turned, the strongest of simple rivals
+GPTQ = "GPTQ"
+#: numbers that share a scale; blocks of the small model's rows are divided by no power of two that large
+GROUP, GROUP_IN_BLOCKS = 64, 48
+BLOCKED = {"blast": (4, 4), "monarch": (4, 4)}
+BUDGETS = (3.5, 3.25, 4.25, 2.25)
+
+
+def runs_in_bits() -> list[Run]:
+    """Each row of factors has the same format for the layers that the budget leaves whole."""
+
+    def stored(name: str, group: int) -> dict:
+        return {"dense_format": name} | ({"group_size": group} if name.startswith("int") else {})
+
+    def whole(name: str) -> Run:
+        return Run(GPTQ, "dense", 1.0, settings=tuple(stored(name, GROUP).items()))
+
+    def factors(structure: str, ratio: float, name: str) -> Run:
+        blocks = BLOCKED.get(structure)
+        settings = {"factor_format": name, **stored(name, GROUP_IN_BLOCKS if blocks else GROUP)}
+        return Run(OURS, structure, ratio, blocks, settings=tuple(settings.items()))
+
+    def shared(bits: float, group: int, method: str = OURS) -> Run:
+        settings = {"bits_per_weight": bits, "group_size": group}
+        return Run(method, "auto", 1.0, settings=tuple(settings.items()))
+
+    return [
+        whole("int4"),
+        whole("int3"),
+        *(shared(bits, GROUP) for bits in BUDGETS),
+        factors("low_rank", 0.8, "int4"),
+        *(whole(name) for name in ("int8", "fp8", "int2")),
+        *(factors("low_rank", 0.8, name) for name in ("int8", "fp8", "int3")),
+        *(factors("low_rank", 0.5, name) for name in ("int8", "int4", "fp8")),
+        *(factors(structure, 0.8, "int4") for structure in ("pivoted", "blast", "monarch")),
+        # with groups that divide the rows of blocks, which then compete
+        shared(BUDGETS[0], GROUP_IN_BLOCKS, f"{OURS}, groups of {GROUP_IN_BLOCKS}"),
+    ]

@@ -1,0 +1,72 @@
+"""The files of a journal, each written whole or not at all and read with an error that says which one is damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hf_blr.atomic import replacing, write_text_atomically
+
+#: what readers raise for files that are cut short or hold something else
+UNREADABLE = (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError)
+
+Found = TypeVar("Found")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
+    """A safetensors file with these tensors and, as JSON, what else is said of them. Raises OSError."""
+    # not `save_file`, whose error for a full disk is none of the operating system's
+    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, {"said": json.dumps(said)})
+    with replacing(path) as scratch:
+        scratch.write_bytes(data)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """(tensors in memory of their own, on the CPU; what else was said). Raises ValueError that names the file."""
+
+    def read() -> tuple[dict[str, Tensor], Any]:
+        data = path.read_bytes()
+        tensors = {name: tensor.clone() for name, tensor in load(data).items()}
+        size = int.from_bytes(data[:8], "little")
+        return tensors, json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["said"])
+
+    return naming(path, read)
+
+
+def write_object(path: Path, value: Any) -> None:
+    """Dictionaries, lists, numbers and tensors, which may share memory. Raises OSError."""
+    try:
+        with replacing(path) as scratch:
+            torch.save(value, scratch)
+    except RuntimeError as error:
+        # of a full disk, PyTorch's writer says how many bytes it missed
+        raise OSError(f"{path} cannot be written ({str(error).partition(chr(10))[0]}); is the disk full?") from error
+
+
+def read_object(path: Path) -> Any:
+    """What `write_object` wrote, its tensors mapped from the file. Raises ValueError that names the file."""
+    return naming(path, lambda: torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return naming(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+
+
+def naming(path: Path, read: Callable[[], Found]) -> Found:
+    """What `read` finds in the file. Raises ValueError that names it, where that is damaged."""
+    try:
+        return read()
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); remove it, and what it held is done again") from error

@@ -1,0 +1,69 @@
+"""What must be known before the first fit: what each layer becomes, and how its outputs weigh."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from hf_blr.calibration.batches import check_statistics, statistics_of
+from hf_blr.calibration.calls import Batch
+from hf_blr.calibration.fisher import Statistics
+from hf_blr.compression.allocation import Choice
+from hf_blr.compression.bits import share_bits
+from hf_blr.compression.budget import share_budget
+from hf_blr.config import AUTO, BLRConfig
+from hf_blr.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the fits begin.
+
+    plan: what is replaced. predicted_loss: of a plan that shares a budget. choices: of one that shares bits.
+    statistics: what fits still need of those of the dense model; None where there are none.
+    """
+
+    plan: Plan
+    predicted_loss: float | None = None
+    choices: dict[str, Choice] = field(default_factory=dict)
+    statistics: Statistics | None = None
+
+    @property
+    def output_grams(self) -> dict[str, Tensor]:
+        """{layer: blocks of G} of those whose outputs are weighed."""
+        return {} if self.statistics is None else self.statistics.output_grams
+
+
+def start_of(
+    model: nn.Module, plan: Plan, batches: list[Batch], statistics: Statistics | None, config: BLRConfig
+) -> Start:
+    """Runs the batches through the dense model and back, if nobody has yet, and shares out the budget."""
+    if statistics is not None:
+        check_statistics(statistics, plan)
+    elif batches and config.fisher:
+        logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
+        statistics = statistics_of(model, plan, batches, config)
+    weighed = statistics is not None and config.fisher and bool(statistics.output_grams)
+    if config.structure == AUTO and not (weighed or config.layers):
+        raise ValueError(
+            'structure="auto" needs calibration data and outputs that depend on the layers; name a structure'
+        )
+    if statistics is None:
+        return Start(plan)
+    predicted = None
+    choices: dict[str, Choice] = {}
+    if weighed and config.shares_budget and not config.layers:
+        plan, predicted = share_budget(model, plan, statistics, config)
+    if config.bits_per_weight is not None and not config.layers:
+        plan, predicted, choices = share_bits(model, plan, statistics, config)
+    needed = replace(
+        statistics,
+        # fits to text sum the Gram matrices of their own
+        grams={} if batches else statistics.grams,
+        output_grams={name: gram for name, gram in statistics.output_grams.items() if weighed and name in plan},
+    )
+    return Start(plan, predicted, choices, needed)

@@ -1,0 +1,104 @@
+"""Compressed models in plain PyTorch, for what knows no op of ours: exporters and other runtimes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_blr.checkpoint.notice import EXPORTED, post_notice
+from hf_blr.checkpoint.record import holders, record_replaced
+from hf_blr.experts import ExpertsLinear
+from hf_blr.integration.loading import refuse_offloaded, unadapted_modules
+from hf_blr.linear import BLRLinear
+from hf_blr.ops.table import implementation_of
+from hf_blr.structures import FACTOR, structure_named
+
+
+class PlainLinear(nn.Module):
+    """The factors of a layer under its structure's plain form: products of PyTorch alone, without a registered op.
+
+    Args:
+        module: the layer; its factors are taken over, those in bits as numbers of its dtype.
+    """
+
+    def __init__(self, module: BLRLinear):
+        super().__init__()
+        self.structure = module.spec.structure
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.names = module.spec.names()
+        for name, tensor in module.tensors().items():
+            if name in module.spec.names(FACTOR):
+                self.register_parameter(name, nn.Parameter(tensor.detach()))
+            else:
+                self.register_buffer(name, tensor)
+        self.register_parameter("bias", module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`."""
+        tensors = [getattr(self, name) for name in self.names]
+        return implementation_of(self.structure).linear(x, *tensors, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.structure}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def to_linears(model: nn.Module) -> nn.Module:
+    """Put plain PyTorch in the place of every BLR layer, so that the model can be exported.
+
+    Low-rank and pivoted layers become two `nn.Linear` one after the other, whose sizes are K x R and R x N; a pivoted
+    one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or `Conv1D`), others a
+    `PlainLinear`. Factors in bits become numbers of the model's dtype. Outputs differ by rounding alone.
+
+    Works in place, one layer at a time, and returns the model. There is no way back: such a model can be run, trained
+    and exported, and what `save_pretrained` writes of it is refused by every load.
+
+    Raises:
+        ValueError: before anything is changed, if the model has no BLR modules, is offloaded, or carries adapters.
+        NotImplementedError: likewise, for factors of experts, whose loop over the experts no exporter follows.
+    """
+    modules = unadapted_modules(model)
+    experts = [name for name, module in modules.items() if isinstance(module, ExpertsLinear)]
+    if experts:
+        raise NotImplementedError(
+            f"{experts[0]}: factors of experts have no form in plain linear layers; make the model dense with "
+            "hf_blr.to_dense(model), or compress it with modules_to_not_convert for its experts"
+        )
+    refuse_offloaded(model)
+    recorded = holders(model)
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, plain_form(module))
+    finally:
+        record_replaced(recorded)
+    for holder in recorded:
+        post_notice(holder.config, EXPORTED)
+    return model
+
+
+@torch.no_grad()
+def plain_form(module: BLRLinear) -> nn.Module:
+    """What computes the same without an op of ours, in the mode of the layer and of its dtype and device."""
+    record = structure_named(module.spec.structure)
+    if record.whole:
+        return module.to_dense()
+    pair: Any = record.load("pair")
+    plain: nn.Module
+    if pair is None:
+        plain = PlainLinear(module)
+    else:
+        u, v = pair(**module.tensors())
+        plain = nn.Sequential(linear_of(v, None), linear_of(u, module.bias))
+    trains = next((factor.requires_grad for factor in module.factors().values()), True)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(trains if not name.endswith("bias") else parameter.requires_grad)
+    return plain.train(module.training)
+
+
+def linear_of(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """An `nn.Linear` that holds these."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.detach().contiguous()), bias  # type: ignore[assignment]
+    return linear

@@ -1,0 +1,129 @@
+"""`to_linears`: the same model in plain PyTorch, exported with any number of texts and tokens."""
+
+import copy
+
+import pytest
+import torch
+from tiny import batches_for, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_mixtral, tiny_vit
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import hf_blr
+from hf_blr import BLRConfig
+from hf_blr.integration import blr_modules
+from hf_blr.structures import structures
+
+#: of a block of Llama, each structure at least once
+ALL = {"q_proj": "low_rank", "o_proj": "low_rank", "k_proj": "pivoted", "up_proj": "pivoted", "v_proj": "monarch"}
+
+
+def compressed(make=tiny_llama, config=None, **kw):
+    model = make(**kw)
+    config = config or BLRConfig(
+        "blast",
+        ratio=0.6,
+        allocation="uniform",
+        overrides={name: {"structure": structure} for name, structure in ALL.items()},
+    )
+    hf_blr.compress(model, config, calibration=batches_for(model), progress=False)
+    return model
+
+
+def test_layers_become_plain_modules_of_the_same_size():
+    model = compressed(num_hidden_layers=1)
+    sizes = {name: module.num_parameters for name, module in blr_modules(model).items()}
+    specs = {name: module.spec for name, module in blr_modules(model).items()}
+    expected = tiny_logits(model)
+    assert hf_blr.to_linears(model) is model and not blr_modules(model)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-5, atol=1e-5)
+    for name, spec in specs.items():
+        module = model.get_submodule(name)
+        held = sum(p.numel() for p in module.parameters())
+        if spec.structure in ("low_rank", "pivoted"):
+            assert [type(part) for part in module] == [nn.Linear, nn.Linear]
+            assert (module[0].in_features, module[0].out_features) == (spec.in_features, spec.rank)
+            assert held == spec.rank * (spec.in_features + spec.out_features)
+        else:
+            assert held == sizes[name]
+    assert {spec.structure for spec in specs.values()} == set(structures())
+
+
+@pytest.mark.parametrize("structure", structures())
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_vit], ids=["biases and Conv1D", "images"])
+def test_outputs_differ_by_rounding_alone(make, structure):
+    model = compressed(make, BLRConfig(structure, ratio=0.6))
+    expected = tiny_logits(model)
+    torch.testing.assert_close(tiny_logits(hf_blr.to_linears(model)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_in_bits_become_numbers():
+    config = BLRConfig("low_rank", ratio=0.6, factor_format="int4", dense_format="int8", group_size=None, seed=1)
+    config.overrides = {"o_proj": {"structure": "dense"}}
+    model = compressed(config=config)
+    expected = tiny_logits(model)
+    hf_blr.to_linears(model)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.requires_grad for p in model.parameters())
+
+
+def test_what_trains_still_trains():
+    model = compressed()
+    layer = model.model.layers[0].self_attn
+    for factor in layer.q_proj.factors().values():
+        factor.requires_grad_(False)
+    hf_blr.to_linears(model.train())
+    assert [p.requires_grad for p in layer.q_proj.parameters()] == [False, False] and layer.q_proj.training
+    model(**tiny_inputs(model), labels=tiny_inputs(model)["input_ids"]).loss.backward()
+    assert layer.k_proj[0].weight.grad.any() and model.model.layers[0].mlp.down_proj.s.grad.any()
+
+
+SHAPES = {"input_ids": {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=128)}, "use_cache": None}
+
+
+@pytest.fixture(scope="module")
+def exportable():
+    """A model of all structures, and the arguments that it is exported with."""
+    model = hf_blr.to_linears(compressed(num_hidden_layers=1))
+    return model.requires_grad_(False), {"input_ids": tiny_inputs(model)["input_ids"], "use_cache": False}
+
+
+def test_an_exported_model_takes_any_number_of_tokens(exportable):
+    model, inputs = exportable
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=SHAPES, strict=False)
+    assert not [node.target for node in exported.graph.nodes if "hf_blr" in str(node.target)]
+    for shape in ((2, 12), (3, 31), (5, 8)):
+        ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_takes_any_number_of_tokens(exportable, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, inputs = exportable
+    torch.onnx.export(
+        model, (), tmp_path / "model.onnx", kwargs=inputs, dynamic_shapes=SHAPES, dynamo=True, verbose=False
+    )
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for shape in ((2, 12), (3, 31)):
+        ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2))
+        (logits,) = session.run(None, {"input_ids": ids.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_saved_of_it_is_refused_by_every_load(exportable, tmp_path):
+    exportable[0].save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    with pytest.raises(ValueError, match="to_linears made this model to be exported; save the compressed model"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_has_no_plain_form_is_refused_before_anything_changes():
+    model = compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: factors of experts have no form"):
+        hf_blr.to_linears(model)
+    assert model.state_dict().keys() == before.keys()
+    with pytest.raises(ValueError, match="has no BLR modules"):
+        hf_blr.to_linears(tiny_llama())
