@@ -46,7 +46,7 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
         form: of its factors.
         float8, packed: whether its structure has these kernels.
     """
-    if packed and tokens <= FEW_TOKENS and reads_packed(spec, form.bits, form.group_size, form.float8):
+    if packed and tokens <= FEW_TOKENS and reads_packed(spec, form):
         return PACKED
     if math.prod(spec.num_blocks) > MOST_PAIRS:
         return NUMBERS

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig, decode_rows
 from hf_blr.structures.spec import FACTOR, BLRSpec
 
+if TYPE_CHECKING:
+    from hf_blr.ops.rules.bits import CodeForm
+
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
 
 
-def reads_packed(spec: BLRSpec, bits: int, group_size: int | None, float8: bool) -> bool:
+def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
     """Whether the kernels for few tokens read a layer's factors in this form; else they become numbers first.
 
     Products take 16 numbers at a time, which must lie in one group. Bytes of float8 are read as words.
     """
-    if max(spec.num_blocks) > 64 or bits not in (4, 8) or (group_size or 16) % 16:
+    if max(spec.num_blocks) > 64 or form.bits not in (4, 8) or (form.group_size or 16) % 16:
         return False
     lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
-    return not (float8 and any(length % 4 for length in lengths))
+    return not (form.float8 and any(length % 4 for length in lengths))
 
 
 def word_vector(per: int) -> int:
@@ -28,14 +32,13 @@ def word_vector(per: int) -> int:
     return 8 // per
 
 
-def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device) -> OneConfig:
-    """For `decode_one_kernel` with a matrix in bits: `rows` of `row` weights in all blocks, of as many `layers`.
+def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
+    """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
 
     A row lies across all warps, so that x stands in registers once. H200, us a low-rank layer in int4 with groups of
     128, last stage by (4 or 8, 1024, 4, 4), (8, 512, 2, 8) and (4, 512, 2, 12): 4096 x 4096, rank 1024, 7.8, 6.4, 6.1;
     4096 x 14336, rank 1536, 15.1, 12.0, 13.0; in fp8 7.4, 7.0, 9.1 and 24.0, 16.8, 15.8. First stage by (4, 1024, 4, 4)
-    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs,
-    which differ by 5 % at most.
+    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs, which differ by 5 % at most.
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
@@ -47,7 +50,7 @@ def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device
     else:
         warps = 8 if per == 8 or row > 8192 else 4
     tile = {2: 8, 16: 1}.get(warps, 4)
-    # two layers at once hold twice as much
+    # two layers hold twice as much
     return OneConfig(max(1, tile // layers), min(pow2(row), 256 * warps), warps, 16 // warps)
 
 

@@ -218,7 +218,7 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
         rule = one_config(r, q * all_blocks, layers, w.data.element_size(), device)
     else:
         vec_w = min(vec_w, word_vector(w.per))
-        rule = packed_one_config(r, q * all_blocks, layers, w.per, device)
+        rule = packed_one_config(r, layers, w.per, device)
 
     def run(config):
         programs = max(1, config.programs * device.sms // blocks)
