@@ -54,9 +54,9 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     Args:
         model: holds BLR modules.
         together: groups of names. Modules of these names in one parent that is no cross-attention run together,
-            as far as they have the same structure, blocks, format, input size, dtype and device, and all or none a bias.
-            In bits they do so up to 32 tokens. At many, those whose factors are kept in fp8 share the cast of their
-            input, for which the same input size and device are enough.
+            as far as they have the same structure, blocks, format, input size, dtype and device, and all or none a
+            bias. In bits they do so up to 32 tokens. At many, those whose factors are kept in fp8 share the cast of
+            their input, for which the same input size and device are enough.
 
     Returns:
         The names of the modules of each group, and those of (projection, activation), which run together too.
@@ -103,14 +103,13 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
         return None
     record = structure_named(module.spec.structure)
     common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
-    if module.storage != PLAIN:
-        if record.float8 and module.storage.form == CodeForm(8, float8=True):
+    form = module.storage.form
+    if form is not None:
+        if record.float8 and form == CodeForm(8, float8=True):
             # whatever their structures, they share the cast of their input
             return module.storage, module.in_features, module.device
-        packs = record.grouped and record.packed and module.storage.form is not None
-        if not packs or not reads_packed(module.spec, module.storage.form):
-            return None
-        return *common, module.storage, module.dtype, module.device
+        packs = record.grouped and record.packed and reads_packed(module.spec, form)
+        return (*common, module.storage, module.dtype, module.device) if packs else None
     if not record.grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
