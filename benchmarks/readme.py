@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import config_section
+import float8_section
 import front_section
 import goals
 import inventory_section
@@ -46,6 +47,7 @@ DOCUMENTS = {
         "profiles": model_sections.profiles_section,
         "storage": model_sections.storage_section,
         "counters": goals.counters,
+        "float8": float8_section.float8_section,
         "one-token": layer_sections.one_token_section,
         "packed-decode": packed_section.packed_decode_section,
         "packed-settings": packed_section.packed_settings_section,

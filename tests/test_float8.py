@@ -1,5 +1,7 @@
 """Layers whose factors are kept in fp8, multiplied in float8: errors, bounds, and the choice of kernels."""
 
+import importlib
+
 import pytest
 import torch
 from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
@@ -14,6 +16,8 @@ from hf_blr.ops import bits
 from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
 from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
+from hf_blr.ops.rules.device import H100, Device
+from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
 from hf_blr.structures import LowRank, Monarch, structure_named
 
 #: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
@@ -213,6 +217,48 @@ def test_integers_become_numbers_at_many_tokens():
     module = BLRLinear.from_spec(LowRank(128, 64, 32), storage=FORMATS["int8"])
     with torch.no_grad(), ops.use_impl("triton"):
         assert module.route_in_bits(torch.randn(64, 128)) == NUMBERS
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "dense"])
+def test_the_last_stage_by_cublas(rounding, monkeypatch, structure):
+    """PyTorch's product of float8 runs on a CPU too; its scales are what the first stage stores."""
+    module, x = layer(structure, dtype=torch.bfloat16), torch.randn(21, 128).bfloat16()
+    asked = []
+    for name in ("float8_low_rank", "float8_dense"):
+        kernels = importlib.import_module(f"hf_blr.ops.triton.{name}")
+        monkeypatch.setattr(kernels, "multiplies_by_cublas", lambda *args: asked.append(args) or True)
+    with torch.no_grad(), ops.use_impl("triton"):
+        out = module(x)
+    assert asked and relative(out, reference(module, x)) < 6e-3
+
+
+def test_who_multiplies_the_last_stage():
+    assert multiplies_by_cublas(4096, 4096, True, False, H100)
+    # few tiles, another dtype, an activation, rows that cuBLAS does not take
+    assert not multiplies_by_cublas(1024, 1024, True, False, H100)
+    assert not multiplies_by_cublas(4096, 4096, False, False, H100)
+    assert not multiplies_by_cublas(4096, 4096, True, True, H100)
+    assert not multiplies_by_cublas(4096, 4104, True, False, H100)
+
+
+def test_tiles_of_products():
+    found = {
+        (t, n, k): (c.bt, c.bn, c.warps)
+        for t, n, k in (
+            (48, 4096, 4096),
+            (1024, 1024, 4096),
+            (1024, 1584, 4096),
+            (4096, 4096, 1024),
+            (4096, 14336, 1584),
+        )
+        for c in [float8_config(t, n, k, 1, H100)]
+    }
+    assert list(found.values()) == [(64, 128, 4), (64, 128, 4), (128, 128, 8), (128, 128, 4), (128, 256, 8)]
+    # no wider than the outputs, and within the memory of smaller cards
+    assert float8_config(4096, 64, 256, 16, H100).bn == 64
+    small = float8_config(4096, 14336, 1584, 1, Device((8, 9), 128, 101376))
+    assert small.stages * (small.bt + small.bn) * small.bk <= 101376
 
 
 def test_the_cast_of_compiled_code_is_plain():

@@ -30,13 +30,14 @@ def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> G
     return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
 
 
-def multiplies_by_cublas(n: int, rounds_to_bfloat16: bool, activates: bool) -> bool:
+def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activates: bool, device: Device) -> bool:
     """Whether a last stage with one block is cuBLAS', whose tiles read L2 half as often as ours.
 
-    H200, us of both, 4096 tokens: 1024 -> 4096 32 and 39, 1584 -> 14336 163 and 222. It gives bfloat16 alone where each
-    row has a scale.
+    It gives bfloat16 alone where each row has a scale. H200, us of both with a graph's start: 4096 tokens, 1024 -> 4096
+    32 and 39, 1584 -> 14336 163 and 222; of few tiles, 1024 tokens, 400 -> 1024, 14.7 and 10.4.
     """
-    return rounds_to_bfloat16 and not activates and n % 16 == 0
+    many = -(-tokens // 128) * -(-n // 128) > device.sms
+    return many and rounds_to_bfloat16 and not activates and n % 16 == 0
 
 
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:

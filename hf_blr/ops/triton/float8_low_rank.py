@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import multiplies_by_cublas
 from hf_blr.ops.triton.float8_gemm import EmittedScales, float8_gemm, peak_of_codes
 
@@ -24,7 +25,7 @@ def both_stages(x, x_scale, u, u_scale, v, v_scale, peak, pivots, bias, dtype, a
     if tokens == 0:
         return x.new_empty(0, n, dtype=dtype)
     y = x.new_empty(tokens, r)
-    if multiplies_by_cublas(n, dtype == torch.bfloat16, bool(activation)):
+    if multiplies_by_cublas(tokens, n, dtype == torch.bfloat16, bool(activation), device_of(x)):
         rows, columns = x_scale.new_empty(tokens, 1), x_scale.new_empty(1, n)
         emitted = EmittedScales(x_scale, u_scale, rows, columns)
         float8_gemm(x[None], v[None], y[None, None], v_scale, peak, pivots=pivots, emitted=emitted)
