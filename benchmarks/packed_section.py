@@ -7,7 +7,7 @@ import statistics
 from conditions import RESULTS, machine
 
 from hf_blr.bench.report.files import read_result
-from hf_blr.cli.table import format_table
+from hf_blr.markdown import format_table
 
 
 def packed_decode_section() -> str:
