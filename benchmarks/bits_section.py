@@ -13,10 +13,16 @@ from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import grouped, label_of, variant_of
 from hf_blr.bench.report.quality_tables import score, stored_in
+from hf_blr.markdown import format_table
 
 FILE, TIMES = "bits_h200.json", "models_h200.json"
 #: {measurement: tokens} of the milliseconds beside the perplexities, of one text
 SIZES = {"prefill": 1024, "decode": 1}
+
+#: {bits: goals of a fit and of a refined model}; {format: what 80 % in low-rank factors may lose by it, in percent}
+BUDGETS = {4.25: (18.8, 18.2), 3.5: (20.0, 18.6), 3.25: (22.0, 19.5), 2.25: (45.0, 28.0)}
+FACTORS = {"int8": 0.3, "fp8": 1.5, "int4": 6.0}
+UNKNOWN = "not measured"
 
 Line = dict[str, Any]
 
@@ -27,34 +33,42 @@ def bits_section() -> str:
     rows = [row for row in rows_of(result) if turned(row)]
     texts = texts_of(rows)
     lines = sorted(bits_lines(rows, texts), key=lambda line: (line["fitted to"], -line["bits"], line["mean"]))
-    timed, said = times()
-    for line in lines:
-        line |= timed.get(line["timed as"], {})
-    columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", *texts, "mean"]
-    columns += dict.fromkeys(column for line in lines for column in timed.get(line["timed as"], {}))
+    columns, said = ["bits", "layers", "kept", "stored in", "method", "fitted to", *texts, "mean"], ""
+    timed, model = times()
+    if any(line["timed as"] in timed for line in lines if line["stored in"] != "plain"):
+        for line in lines:
+            line |= timed.get(line["timed as"], {})
+        columns += [f"{measurement}, ms" for measurement in SIZES]
+        said = f"Milliseconds: {model}, a text of {SIZES['prefill']} tokens and one decoded token. "
     table, where = table_of([shown(line) for line in lines], rows, result, columns)
-    return f"{table}\n\n{said} {conditions(result, rows)} {where}."
+    return f"{table}\n\n{said}{conditions(result, rows)} {where}."
 
 
-def bases_section() -> str:
-    """Plain factors in both bases: what a structure loses where its blocks are those of a random basis."""
-    result = read_result(RESULTS / FILE)
-    rows = [row for row in rows_of(result) if row["format"] == "plain" and row["structure"]]
-    both = {name: {place_of(row) for row in rows if turned(row) == name} for name in (False, True)}
-    rows = [row for row in rows if place_of(row) in both[False] & both[True]]
-    texts = texts_of(rows)
-    lines = sorted(bits_lines(rows, texts), key=lambda line: (line["layers"], line["basis"]))
-    table, where = table_of([shown(line) for line in lines], rows, result, ["layers", "kept", "basis", *texts, "mean"])
-    return f"{table}\n\n{where}."
+def goals_section() -> str:
+    """What was aimed at on WikiText-2, by models that are fitted to its validation part, beside what was measured."""
+    rows = [row for row in read_result(RESULTS / FILE)["rows"] if turned(row) and row["dataset"] == "wikitext2"]
+    found: dict[tuple, float] = {}
+    for row in rows:
+        if row["calibration"] == "valid":
+            found[row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"]] = row["ppl"]
+    whole = {4.25: "int4", 3.25: "int3"}
+    table = []
+    for bits, (fitted, refined) in BUDGETS.items():
+        rival = found.get(("dense", 1.0, whole.get(bits)))
+        beside = f" (GPTQ {score(rival)})" if rival else ""
+        measured = found.get(("auto", 1.0, bits))
+        table.append((f"auto, {bits:g} bits", f"{fitted:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
+        table.append((f"auto, {bits:g} bits, refined", f"{refined:g}", UNKNOWN))
+    plain = found.get(("low_rank", 0.8, "plain"))
+    for name, most in FACTORS.items():
+        measured = found.get(("low_rank", 0.8, name))
+        known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
+        table.append((f"low-rank 80 % in {name}, over plain", f"at most {most:g} %", known))
+    return format_table([dict(zip(("perplexity", "goal", "measured"), row, strict=True)) for row in table])
 
 
 def turned(row: dict) -> bool:
     return row["model"].endswith(TURNED)
-
-
-def place_of(row: dict) -> tuple:
-    """What a row measures, in whichever basis."""
-    return method_of({**row, "model": None})
 
 
 def texts_of(rows: list[dict]) -> list[str]:
@@ -79,9 +93,8 @@ def bits_lines(rows: list[dict], texts: list[str]) -> list[Line]:
             "stored in": stored_in(row),
             "method": "" if row["method"] == "dense" else row["method"],
             "fitted to": described(row),
-            "basis": "turned" if turned(row) else "as it is",
             "mean": geometric_mean([mean_ratio(run) for run in runs]),
-            "timed as": (variant_of(row) or "dense", row["format"], row["ratio"]),
+            "timed as": (variant_of(row) or "dense", row.get("format", "plain"), row["ratio"]),
             "commit": commits_of([each for run in runs for each in run]),
         }
         for i, text in enumerate(texts):
@@ -97,11 +110,11 @@ def shown(line: Line) -> Line:
 
 
 def times() -> tuple[dict[tuple, Line], str]:
-    """{(variant, format, ratio): milliseconds} of the model that most formats were timed on, and what they are."""
+    """{(variant, format, ratio): milliseconds} of the model that most formats were timed on, and its name."""
     rows = [
         row
         for row in read_result(RESULTS / TIMES)["rows"]
-        if "error" not in row and row["batch"] == 1 and SIZES.get(row["measurement"]) == row["tokens"]
+        if "error" not in row and row.get("batch") == 1 and SIZES.get(row["measurement"]) == row["tokens"]
     ]
     models = grouped(rows, lambda row: row["model"])
     model = max(models, key=lambda name: len({row.get("format") for row in models[name]}))
@@ -110,4 +123,4 @@ def times() -> tuple[dict[tuple, Line], str]:
         key = row["variant"].removesuffix("+fused"), row.get("format", "plain"), row.get("ratio", 1.0)
         cell, column = found.setdefault(key, {}), f"{row['measurement']}, ms"
         cell[column] = f"{min(row['ms'], float(cell.get(column, 'inf'))):.2f}"
-    return found, f"Milliseconds are those of {model}: a text of {SIZES['prefill']} tokens, and one decoded token."
+    return found, model

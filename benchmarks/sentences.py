@@ -4,7 +4,8 @@
         --calibration web=0.5 technical=0.5 --sentences ptb=ptb.txt c4=c4.txt --json results/sentences.json
 
 It is fitted to windows of text, or with `--fit-to sentences` to sentences as it reads them, with its special tokens and
-padded. The model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
+padded. Refined rows go on from that, on all sentences of the parts, with the dense model's features as the aim. The
+model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
 `--sentence-transformers` that package embeds, with the compressed model in the place of its own.
 """
 
@@ -27,19 +28,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids, sha256_of
-from runs import Run, row_key
+from runs import OURS, REFINED, Run, row_key
 
 from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.finetune import refine
 from hf_blr.modes import evaluating
 from hf_blr.targets import find_targets
 
 SEQLEN, WINDOWS, BATCH = 128, 512, 64
 #: words of a sentence that is scored
 FEWEST_WORDS, MOST_WORDS = 5, 60
-#: sentences of a text that are scored, and those that are fitted to
-SENTENCES, FITTED = 1000, 1600
+#: sentences of a text that are scored, those that are fitted to, and those that are trained on at most
+SENTENCES, FITTED, TRAINED = 1000, 1600, 100_000
+#: of the training
+EPOCHS, RATE = 8, 5e-4
 PROTOCOL = (
     "mean cosine between the sentence embeddings of the dense and the compressed model, on the first 1000 sentences of "
     "5 to 60 words of each text; float32; every row names the tokens that it was fitted to, windows of 128 or sentences"
@@ -51,14 +55,15 @@ OFF = {**ALIKE, "sequential": False}
 
 def runs(ratios: list[float]) -> list[Run]:
     kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
-        ("ours", "pivoted", None, {}),
-        ("ours", "blast", (4, 4), {}),
+        (OURS, "pivoted", None, {}),
+        (REFINED, "pivoted", None, {}),
+        (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
-        ("ours", "low_rank", None, {}),
+        (OURS, "low_rank", None, {}),
         ("whitened SVD", "low_rank", None, OFF),
     ]
     return [
-        Run(method, structure, ratio, blocks, settings=tuple(settings.items()))
+        Run(method, structure, ratio, blocks, "refine" if method == REFINED else "compress", tuple(settings.items()))
         for ratio in ratios
         for method, structure, blocks, settings in kinds
     ]
@@ -70,10 +75,12 @@ def sentences_of(text: str) -> list[str]:
     return [part for part in found if FEWEST_WORDS <= len(part.split()) <= MOST_WORDS]
 
 
-def sentence_batches(texts: dict[str, str], tokenizer: Any, seed: int) -> tuple[list[dict[str, Tensor]], dict]:
+def sentence_batches(
+    texts: dict[str, str], tokenizer: Any, seed: int, count: int = FITTED
+) -> tuple[list[dict[str, Tensor]], dict]:
     """Sentences of all texts that a seed has drawn, as the encoder reads them, and what a row says of them."""
     sentences = [sentence for text in texts.values() for sentence in sentences_of(text)]
-    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))[:FITTED].tolist()
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     # of like length together, so that little is padding
     drawn = sorted((sentences[i] for i in order), key=len)
     batches = [
@@ -139,6 +146,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of refined rows, over all sentences of the parts")
+    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of refined rows")
     parser.add_argument("--sentence-transformers", action="store_true", help="embed by that package")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="of the model in the rows; the folder's if left out")
@@ -178,6 +187,15 @@ def main(argv=None):
             config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, seed=seed, **settings)
             report = compress(model, config, calibration=batches, progress=False)
             facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
+            if run.kind == "refine":
+                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED)
+                refine(model, dense, training, epochs=args.epochs, learning_rate=args.rate, seed=seed)
+                facts |= {
+                    "finetune_tokens": args.epochs * trained["calibration_tokens"],
+                    "finetune_sha256": trained["calibration_sha256"],
+                    "epochs": args.epochs,
+                    "learning_rate": args.rate,
+                }
             rows = [
                 {
                     **facts,

@@ -45,6 +45,8 @@ class BLRLinear(nn.Module):
     group: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
     activation: str = ""
+    #: its factors are wider than the numbers that they multiply, and come to each product in the dtype of these
+    masters: bool = False
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
     impl: str = ""
 
@@ -149,8 +151,13 @@ class BLRLinear(nn.Module):
         found = self.route_in_bits(x)
         if found != NUMBERS:
             return self.run_in_bits(found, x)
-        tensors = list(self.tensors(compute_dtype(x)).values())
-        return ops.linear(self.spec.structure, x, tensors, self.bias, self.impl or None, self.activation)
+        return ops.linear(self.spec.structure, x, self.operands(x), self.bias, self.impl or None, self.activation)
+
+    def operands(self, x: Tensor) -> list[Tensor]:
+        """The tensors that the ops take, for inputs of x's dtype."""
+        dtype = compute_dtype(x)
+        tensors = self.tensors(dtype).values()
+        return [t.to(dtype) if self.masters and t.is_floating_point() else t for t in tensors]
 
     def route_in_bits(self, x: Tensor) -> str:
         """What of `ops.rules.bits` this layer runs on x `[..., K]`."""
@@ -162,9 +169,12 @@ class BLRLinear(nn.Module):
 
     def run_in_bits(self, found: str, x: Tensor, cast: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x `[..., K]` -> `[..., N]` by kernels that read codes and scales; cast: of x, where it is there already."""
-        held = [getattr(self, name) for name in self.spec.names()]
-        tensors = [part() if isinstance(part, FactorInBits) else part for part in held]
-        return ops.linear_in_bits(found, self.spec.structure, x, tensors, self.bias, self.activation, cast)
+        return ops.linear_in_bits(found, self.spec.structure, x, self.held(), self.bias, self.activation, cast)
+
+    def held(self) -> list[Tensor | ops.InBits]:
+        """Factors and indices in the ops' order; those in bits as codes and scales."""
+        parts = [getattr(self, name) for name in self.spec.names()]
+        return [part() if isinstance(part, FactorInBits) else part for part in parts]
 
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
@@ -177,7 +187,7 @@ class BLRLinear(nn.Module):
         self.activation = ""
         if self.group is not None:
             self.group = None
-            for parameter in self.parameters(recurse=False):
+            for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:

@@ -21,3 +21,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in model.named_modules():
             module.training = modes.get(name, module.training)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Forwards of a model in training mode run its parts in evaluation mode, whatever a loop does to them between."""
+
+    def quiet(module: nn.Module, *_: object) -> None:
+        for child in module.children():
+            child.eval()
+
+    handle = model.register_forward_pre_hook(quiet)
+    try:
+        yield
+    finally:
+        handle.remove()

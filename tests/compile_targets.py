@@ -36,6 +36,8 @@ from hf_blr.ops.triton import (
     low_rank,
     mix,
     monarch,
+    numbers,
+    packed,
     pivoted,
     swap,
 )
@@ -74,7 +76,8 @@ def compile_launch(kernel, args, kwargs, capability):
     for i, param in enumerate(kernel.params):
         value = values[param.name]
         aligned = False
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[param.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
@@ -83,7 +86,7 @@ def compile_launch(kernel, args, kwargs, capability):
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
-            signature[param.name], aligned = "i32", value % 16 == 0
+            signature[param.name], aligned = "i32", value % 16 == 0 and not plain
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -194,8 +197,33 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
-def call_plain(capability):
-    """All launches of the plain format, and attention."""
+def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
+    """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
+
+    def factor(*shape):
+        if not bits:
+            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        else:
+            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+        return codes, scale, bits or 8, shape[-1]
+
+    p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
+    s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
+    for run, tensors in (
+        (packed.low_rank, [factor(n, rank), factor(rank, k)]),
+        (packed.monarch, [factor(b2, q, b1 * r), factor(b1, b2 * r, p)]),
+        (packed.blast, [factor(b2, q, rank), s, factor(b1, rank, p)]),
+        (packed.pivoted, [factor(n, rank), factor(rank, k - rank), order]),
+        (packed.dense, [factor(n, k)]),
+    ):
+        held = [(t, None, 0, t.shape[-1]) if isinstance(t, torch.Tensor) else t for t in tensors]
+        run(x, *map(list, zip(*held, strict=True)), None, "")
+    numbers.numbers(*factor(n, k), dtype)
+
+
+def call_all_but_float8(capability):
+    """All launches but those of products in float8."""
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
         (bf16, 1, (4096, 4096, 1024, 4, 16), False),
@@ -230,6 +258,11 @@ def call_plain(capability):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    call_packed(bf16, 1, 4, 128, 4096, 4096, 1024, 4, 4)
+    call_packed(bf16, 32, 4, 128, 4096, 4096, 1024, 4, 16)
+    for tokens in (1, 16):
+        call_packed(bf16, tokens, 0, None, 4096, 14336, 1536, 4, 4)
+    call_packed(fp16, 2, 8, None, 764, 2304, 192, 4, 16)
 
 
 def main(capability: int):
@@ -241,7 +274,7 @@ def main(capability: int):
             module.device_of = lambda x: DEVICES[capability]
     # the oldest with float8 is in all else as 8.6
     if capability != 89:
-        call_plain(capability)
+        call_all_but_float8(capability)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -13,6 +13,8 @@ from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
 from hf_blr.compression.rounding_trials import AfterFeedback, storable, trials_of
 from hf_blr.factorize import factorize
+from hf_blr.factorize.bits import coupling_of
+from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.plan import resolve_plan
@@ -121,14 +123,24 @@ def test_predicted_losses_of_rounding_are_near_those_of_rounded_layers(storage):
             assert 0.6 < option.loss / measured < 1.6, (name, spec)
 
 
-def test_errors_count_for_what_the_feedback_leaves_of_their_column_and_the_loss_feels_of_their_row():
+def test_errors_count_for_what_the_feedback_leaves_of_their_column_and_row():
     layer = Layer(dense(), "model.layers.0.mlp.down_proj", statistics(), config(4))
     weight, gram, output_gram = layer.matrices()
     damping = layer.options.damping
     h = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram))
     # the least that an error of one in column i costs, if all columns behind it may move: 1 / (H_ii..)^-1 of its first
     left = torch.stack([1 / torch.linalg.inv(h[i:, i:])[0, 0] for i in range(len(h))])
-    felt = torch.block_diag(*output_gram).double().diagonal()
+    metric = torch.block_diag(*output_gram).double()
+    coupling = coupling_of(output_gram, 1, damping, len(gram))[0]
+    coupling += DAMPING * coupling.diagonal().mean() * torch.eye(len(coupling))
+    felt = torch.zeros(len(metric), dtype=torch.float64)
+    for row in range(len(metric)):
+        # this row's error, and where the blocks of rows behind go for it, one after the other
+        moved = torch.zeros_like(felt)
+        moved[row] = 1
+        behind = torch.arange(len(metric)) % ROW_BLOCKS > row % ROW_BLOCKS
+        moved[behind] = -torch.linalg.solve(coupling[behind][:, behind], coupling[behind][:, row])
+        felt[row] = moved @ metric @ moved
     errors = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
     expected = (felt[:, None] * errors**2 * left).sum() / (2 * statistics().pairs(layer.name))
     assert AfterFeedback.of(layer).loss(errors) == pytest.approx(expected.item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The page of accuracy at equal bytes: its lines, its milliseconds, and the two bases."""
+"""The page of accuracy at equal bytes: its lines, its milliseconds and its goals."""
 
 import json
 
@@ -71,12 +71,27 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts_and_the_millisecon
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
     assert [line["prefill, ms"] for line in lines] == ["8.00", "5.00", "3.00", "", ""]
     assert [line["decode, ms"] for line in lines] == ["4.00", "", "", "", ""]
-    assert "Milliseconds are those of large" in bits_section.bits_section()
+    assert "Milliseconds: large, a text of 1024 tokens" in bits_section.bits_section()
 
 
-def test_plain_factors_that_were_fitted_in_both_bases_stand_side_by_side(results):
-    lines = cells(bits_section.bases_section())
-    assert [(line["layers"], line["basis"], line["mean"]) for line in lines] == [
-        ("low_rank", "as it is", "1.000"),
-        ("low_rank", "turned", "2.000"),
+def test_without_a_time_in_bits_there_are_no_milliseconds(results):
+    models = json.loads((results / "models_h200.json").read_text())
+    models["rows"] = [row for row in models["rows"] if "format" not in row]
+    (results / "models_h200.json").write_text(json.dumps(models))
+    assert "prefill, ms" not in cells(bits_section.bits_section())[0]
+    assert "Milliseconds" not in bits_section.bits_section()
+
+
+def test_goals_stand_beside_what_was_measured_and_what_was_not_says_so(results):
+    file = results / "bits_h200.json"
+    result = json.loads(file.read_text().replace('"a"', '"wikitext2"').replace('"web"', '"valid"'))
+    result["rows"] += [
+        {**row, "format": "int8", "ppl": 1.002 * row["ppl"]}
+        for row in result["rows"]
+        if (row["structure"], row["format"]) == ("low_rank", "plain")
     ]
+    file.write_text(json.dumps(result))
+    found = {line["perplexity"]: line["measured"] for line in cells(bits_section.goals_section())}
+    assert found["auto, 3.5 bits"] == "10.00" and found["auto, 3.5 bits, refined"] == "not measured"
+    assert found["auto, 4.25 bits"] == found["low-rank 80 % in fp8, over plain"] == "not measured"
+    assert found["low-rank 80 % in int8, over plain"] == "0.2 %"

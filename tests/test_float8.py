@@ -15,6 +15,7 @@ from hf_blr.inference import grouped
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import bits
 from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
+from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
@@ -89,6 +90,12 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs
 def rounding(monkeypatch, poisoned_buffers):
     pytest.importorskip("triton")
     patch_rounding(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def float8_at_few_tokens(monkeypatch):
+    """Small inputs take the kernels of many tokens too."""
+    monkeypatch.setattr(rules, "reads_packed", lambda *args: False)
 
 
 @interpreted
@@ -369,7 +376,7 @@ def test_groups_are_of_one_format_and_input():
     block.v_proj = layer("low_rank", k=64)
     assert hf_blr.fuse(block) == [("q_proj", "k_proj")]
     for name in ("q_proj", "k_proj", "v_proj"):
-        setattr(block, name, BLRLinear.from_spec(LowRank(64, 32, 16), storage=FORMATS["int8"]).eval())
+        setattr(block, name, BLRLinear.from_spec(LowRank(64, 32, 16), storage=FORMATS["int3"]).eval())
     assert hf_blr.fuse(block) == []
 
 
@@ -378,6 +385,6 @@ def test_a_model_in_fp8_keeps_its_activations_fused():
     hf_blr.compress(model, hf_blr.BLRConfig("low_rank", rank=16, factor_format="fp8"))
     expected = tiny_logits(model)
     groups = hf_blr.fuse(model)
-    # gate and up share a cast, and no last stage
-    assert ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") in groups
+    # gate and up share a cast at many tokens, and their last stage at one
+    assert any(group[:2] == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") for group in groups)
     assert torch.equal(tiny_logits(model), expected)

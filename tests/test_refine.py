@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import tiny_bert, tiny_llama
 
 from hf_blr import BLRConfig, compress
 from hf_blr.finetune import refine
+from hf_blr.finetune.divergence import feature_loss
 from hf_blr.ops import blast_linear, low_rank_linear, monarch_linear
 from hf_blr.targets import find_targets
 
@@ -100,3 +101,53 @@ def test_products_by_the_dense_matrix_have_the_references_values_and_gradients(s
         results.append([out, *torch.autograd.grad(out.square().sum(), given if bias else given[:-1])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def encoder_batches(count, seed):
+    """Padded batches of different lengths, as an encoder reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for i in range(count):
+        ids = torch.randint(0, 256, (4, 8 + 2 * (i % 4)), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def features_apart(model, dense, batches):
+    """The squared error of the features at all positions that count, over the dense model's sum of squares."""
+    error = energy = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            found, wanted = (m(**batch).last_hidden_state[batch["attention_mask"].bool()] for m in (model, dense))
+        error += (found - wanted).square().sum().item()
+        energy += wanted.square().sum().item()
+    return error / energy
+
+
+@pytest.mark.parametrize("structure", ["pivoted", "blast"])
+def test_an_encoder_is_refined_towards_the_dense_features(structure):
+    dense, model = (tiny_bert().bert.eval() for _ in range(2))
+    batches, other = encoder_batches(16, seed=0), encoder_batches(4, seed=1)
+    config = BLRConfig(structure, ratio=0.5, num_blocks=2 if structure == "blast" else None, allocation="uniform")
+    compress(model, config, calibration=batches, progress=False)
+    before = features_apart(model, dense, other)
+    history = refine(model, dense, batches, epochs=6, learning_rate=3e-3)
+    logged = [entry for entry in history if "distill_loss" in entry]
+    # of what is hidden by the mask nothing counts: the loss starts at what the features are apart
+    assert logged[0]["distill_loss"] == pytest.approx(features_apart(model, dense, batches), rel=1.0)
+    assert all(entry["loss"] == pytest.approx(entry["distill_loss"], rel=0.05) for entry in logged)
+    assert "lm_loss" not in logged[0]
+    assert features_apart(model, dense, other) < 0.8 * before
+
+
+def test_the_loss_of_features_is_that_of_positions_that_count():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    found, count = feature_loss({"last_hidden_state": student}, {"last_hidden_state": teacher}, mask)
+    wanted = (student - teacher)[mask].square().sum() / teacher[mask].square().sum()
+    assert found.item() == pytest.approx(wanted.item()) and count == 8
+    with pytest.raises(ValueError, match="features of one shape"):
+        feature_loss({"last_hidden_state": student}, {"last_hidden_state": teacher[:1]})

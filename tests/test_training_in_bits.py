@@ -88,7 +88,7 @@ def test_steps_move_what_is_stored(name, size):
     before = form.stored()
     with torch.no_grad():
         form.log_scale += 0.5
-        form.latent += 0.6
+        form.latent += 1.1
     after = form.stored()
     ratio = after.parts()["weight_scale"].float() / before.parts()["weight_scale"].float()
     assert (ratio / math.exp(0.5) - 1).abs().max() < 2**-7

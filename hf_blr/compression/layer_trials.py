@@ -15,7 +15,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.dense import dense_weight, feature_sizes
 from hf_blr.experts import layer_named
 from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
-from hf_blr.factorize.bits import ToRound
+from hf_blr.factorize.bits import ToRound, coupling_of
 from hf_blr.factorize.gram import damped
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec, structure_named
@@ -95,7 +95,8 @@ class Layer:
         weight, gram, output_gram = self.matrices()
         gram = unit_gram(gram, self.options.damping)
         metric = metric_of(spec, output_gram, weight.device)
-        return in_bits(fitted, spec, ToRound(weight, gram, metric, storage, self.options.seed))
+        coupling = coupling_of(output_gram, spec.num_blocks[1], self.options.damping, spec.in_features)
+        return in_bits(fitted, spec, ToRound(weight, gram, metric, coupling, storage, self.options.seed))
 
     def loss(self, matrix: Tensor) -> float:
         """The predicted loss of another matrix `[N, K]` in the place of W."""

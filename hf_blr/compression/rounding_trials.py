@@ -15,7 +15,10 @@ from torch import Tensor
 from hf_blr.compression.allocation import interpolate
 from hf_blr.compression.layer_trials import Layer, middles
 from hf_blr.compression.shapes import FLOOR, at_ranks, shapes_for
+from hf_blr.factorize.bits import coupling_of
 from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.factorize.metric import regroup
+from hf_blr.factorize.row_blocks import felt_of_rows
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec
 
@@ -50,10 +53,10 @@ def candidates(shape: BLRSpec, formats: tuple[Bits, ...]) -> list[BLRSpec]:
 
 @dataclass(frozen=True)
 class AfterFeedback:
-    """What independent errors in the numbers of W `[N, K]` cost the loss when GPTQ's feedback has done what it can.
+    """What independent errors in the numbers of W `[N, K]` cost the loss when feedback has done what it can.
 
     With H = L D L^T, L unit triangular, D is what is left of each column's error when the later columns have made up
-    for it; rows weigh as much as the loss feels of their output. rows `[N]`, columns `[K]`, float64.
+    for it; `felt_of_rows` says the same of rows. rows `[N]`, columns `[K]`, float64.
     """
 
     rows: Tensor
@@ -63,7 +66,9 @@ class AfterFeedback:
     def of(cls, layer: Layer) -> AfterFeedback:
         _, gram, output_gram = layer.matrices()
         root = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2))
-        felt = output_gram.double().diagonal(dim1=-2, dim2=-1).flatten()
+        coupling = coupling_of(output_gram, 1, layer.options.damping, len(gram))
+        whole = regroup(output_gram, 1)[0]
+        felt = whole.double().diagonal() if coupling is None else felt_of_rows(whole, coupling[0])
         return cls(felt / (2 * layer.statistics.pairs(layer.name)), root.diagonal().flip(0).square())
 
     def loss(self, errors: Tensor) -> float:
@@ -71,7 +76,7 @@ class AfterFeedback:
         return (self.rows @ errors.double().square() @ self.columns).item()
 
     def of_whole(self, weight: Tensor, storage: Bits) -> float:
-        """Of a whole matrix rounded by GPTQ, within a few percent: as if to the nearest codes."""
+        """Of a whole matrix in this format, within a few percent: as if rounded to the nearest codes."""
         return self.loss(storage.nearest(weight).numbers(weight.dtype) - weight)
 
 

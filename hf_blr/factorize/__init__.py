@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.bits import ToRound
+from hf_blr.factorize.bits import ToRound, coupling_of
 from hf_blr.factorize.finite import check_finite
 from hf_blr.factorize.gram import damped, squared_error
 from hf_blr.factorize.metric import OutputMetric
@@ -90,7 +90,8 @@ def factorize(
     fitted = Factors(tensors, error, max(len(losses) - 1, 0))
     if not isinstance(storage, Bits):
         return fitted
-    return in_bits(fitted, spec, ToRound(weight * scale, gram, metric, storage, options.seed))
+    coupling = coupling_of(output_gram, spec.num_blocks[1], options.damping, spec.in_features)
+    return in_bits(fitted, spec, ToRound(weight * scale, gram, metric, coupling, storage, options.seed))
 
 
 def in_bits(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:

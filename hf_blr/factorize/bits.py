@@ -7,13 +7,14 @@ suits them. And once v is rounded, the best u for it is a linear solve: u makes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_blr.factorize.gram import solve_psd
-from hf_blr.factorize.metric import OutputMetric
+from hf_blr.factorize.metric import OutputMetric, regroup
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import Bits, Codes
 
@@ -23,13 +24,14 @@ class ToRound:
     """A fitted layer whose factors are to become codes.
 
     weight: W `[N, K]`, float32. gram: H `[K, K]`, damped, or None for inputs that weigh alike. metric: of the outputs,
-    for what couples them; the best u for given v, and the rounding of rows, are the same in any. storage: the format.
-    seed: of rotations.
+    as the fit had it, for structures that it weighs; the best u for given v is the same in any. coupling: G in blocks
+    `[B2, Q, Q]`, of `coupling_of`, or None for outputs that weigh alike. storage: the format. seed: of rotations.
     """
 
     weight: Tensor
     gram: Tensor | None
     metric: OutputMetric | None
+    coupling: Tensor | None
     storage: Bits
     seed: int
 
@@ -40,9 +42,39 @@ class ToRound:
             return self.gram
         return torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
 
-    def round(self, factor: Tensor, gram: Tensor | None) -> Codes:
-        """The codes of a factor `[..., n, k]` that multiplies what has the Gram matrix `[..., k, k]`."""
-        return rounded_in_metric(factor, gram, self.storage)
+    def round(self, factor: Tensor, gram: Tensor | None, rows: Tensor | None = None) -> Codes:
+        """The codes of a factor `[..., n, k]` that multiplies what has the Gram matrix `[..., k, k]`.
+
+        rows: the metric `[..., n, n]` of what it puts out; None where that weighs alike.
+        """
+        return rounded_in_metric(factor, gram, self.storage, rows)
+
+    def behind(self, u: Tensor) -> Tensor:
+        """The metric `[B2, R, R]` of what u `[B2, Q, R]` multiplies: u^T G u."""
+        wide = u.double()
+        return wide.mT @ (wide if self.coupling is None else self.coupling.double() @ wide)
+
+
+def coupling_of(output_gram: Tensor | None, blocks: int, damping: float, features: int) -> Tensor | None:
+    """G as rounding sees it: in this many diagonal blocks `[blocks, Q, Q]`, with a mean diagonal of one, and damped.
+
+    Feedback between rows believes what G says between them, and G is estimated from as many rows as H is. So its
+    damping grows with the features as that of `damping_of`.
+
+    Args:
+        output_gram: as in `factorize`.
+        damping: that of H `[features, features]`.
+    """
+    if output_gram is None:
+        return None
+    gram = regroup(output_gram.double(), blocks)
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean()
+    if not mean > 0:
+        return None
+    outputs = len(gram) * gram.shape[-1]
+    gram = gram / mean
+    gram.diagonal(dim1=-2, dim2=-1).add_(min(1.0, damping * math.sqrt(outputs / features)))
+    return gram
 
 
 def rotation(rank: int, seed: int, like: Tensor, *batch: int) -> Tensor:

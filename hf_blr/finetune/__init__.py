@@ -3,7 +3,7 @@
 from hf_blr.calibration.training_form import close_bits
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import WindowDataset
-from hf_blr.finetune.distill import distillation_loss
+from hf_blr.finetune.divergence import distillation_loss
 from hf_blr.finetune.refine import refine, train
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
+
+from hf_blr.calibration.losses import predicted
+from hf_blr.calibration.padding import predicted_positions
+from hf_blr.finetune.divergence import distillation_loss, feature_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: logits compared at a time (64 MiB as float32)
-LOGITS_PER_CHUNK = 1 << 24
 #: what a model's forward takes for its loss and a teacher must not get
 LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -25,60 +26,13 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    num_items: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """temperature^2 * KL(teacher || student), summed over positions and divided by `num_items`.
-
-    Source: arXiv 1503.02531. Computed in float32 a few rows at a time, and once more in the backward pass, so
-    that memory holds no float32 copy of the logits.
-
-    Args:
-        student_logits, teacher_logits: `[..., vocabulary]`.
-        mask: `[...]`, true at the positions that count; None is all of them.
-        temperature: both distributions are softened by it.
-        num_items: None is the number of positions that count.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"teacher and student must give logits of one shape, got {list(teacher_logits.shape)} and "
-            f"{list(student_logits.shape)}: they need the same tokenizer and vocabulary"
-        )
-    if mask is None:
-        mask = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    rows = max(1, LOGITS_PER_CHUNK // student_logits.shape[-1])
-    flat = (
-        student_logits.flatten(0, -2),
-        teacher_logits.to(student_logits.device).flatten(0, -2),
-        mask.flatten(),
-    )
-    total = torch.zeros((), device=student_logits.device)
-    for student, teacher, counts in zip(*(tensor.split(rows) for tensor in flat), strict=True):
-        divergence = checkpoint(kl_divergence, student, teacher, temperature, use_reentrant=False)
-        total = total + divergence[counts].sum()
-    return temperature**2 * total / (mask.sum() if num_items is None else num_items)
-
-
-def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of each row `[T]`, in float32."""
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-
-
 class Distiller:
     """Mixes a teacher's divergence into the loss that a model returns, through a forward hook.
 
     The loss becomes (1 - weight) * the model's own + weight * `distillation_loss`, over the same positions
-    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). In
-    evaluation mode nothing changes.
+    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). A model that
+    has no logits, such as a sentence encoder, has no loss of its own; `feature_loss` becomes its loss, at its positions
+    that `attention_mask` does not hide. In evaluation mode nothing changes.
 
     Args:
         teacher: a model that takes the student's inputs; runs without gradients.
@@ -102,7 +56,7 @@ class Distiller:
         self.shifts_labels = shifts_labels
         self.autocast = autocast
         self.handle: RemovableHandle | None = None
-        # loss * count, divergence * count, count: kept on the device so that no step waits for them
+        # count, divergence * count, loss * count: kept on the device so that no step waits for them
         self.sums: torch.Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -126,7 +80,10 @@ class Distiller:
         with ExitStack() as undo:
             # an error of our own must not leave the hook behind either
             undo.callback(self.detach)
-            output.loss = self.mixed_loss(model, args, kwargs, output)
+            if getattr(output, "logits", None) is None and not hasattr(output, "loss"):
+                output["loss"] = self.loss_of_features(model, args, kwargs, output)
+            else:
+                output.loss = self.mixed_loss(model, args, kwargs, output)
             undo.pop_all()
         return output
 
@@ -138,20 +95,35 @@ class Distiller:
                 "dataset, and give the Trainer neither label_smoothing_factor nor compute_loss_func, which "
                 "keep the labels from the model"
             )
-        teacher_logits = self.teacher_logits(args, kwargs, logits.device)
+        teacher_logits = self.teacher_output(args, kwargs, logits.device).logits
         mask = self.scored_positions(kwargs, logits)
         num_items = kwargs.get("num_items_in_batch")
+        if num_items is None and not mask.any():
+            # the model's own loss is a mean over nothing; a NaN of it would reach every factor
+            return 0 * logits.sum()
         divergence = distillation_loss(logits, teacher_logits, mask, self.temperature, num_items)
-        self.count(loss, divergence, mask.sum(), num_items)
+        items = mask.sum() if num_items is None else num_items
+        self.count(mask.sum(), divergence * items, loss * items)
         return (1 - self.weight) * loss + self.weight * divergence
 
-    def teacher_logits(self, args: Args, kwargs: Kwargs, device: torch.device) -> torch.Tensor:
+    def loss_of_features(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> torch.Tensor:
+        student = predicted(model, output)
+        device = next(iter(student.values())).device
+        loss, count = feature_loss(
+            student,
+            predicted(self.teacher, self.teacher_output(args, kwargs, device)),
+            predicted_positions(kwargs, model),
+        )
+        self.count(count, loss * count)
+        return loss
+
+    def teacher_output(self, args: Args, kwargs: Kwargs, device: torch.device) -> Any:
         inputs = {name: value for name, value in kwargs.items() if name not in LOSS_INPUTS}
         if hasattr(self.teacher.config, "use_cache"):
             inputs["use_cache"] = False
         autocast = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
         with torch.no_grad(), autocast:
-            return self.teacher(*args, **inputs).logits
+            return self.teacher(*args, **inputs)
 
     def scored_positions(self, kwargs: Kwargs, logits: torch.Tensor) -> torch.Tensor:
         """`[...]`, true where the model's own loss has a target."""
@@ -167,26 +139,23 @@ class Distiller:
             )
         return labels.to(logits.device) != -100
 
-    def count(
-        self,
-        loss: torch.Tensor,
-        divergence: torch.Tensor,
-        count: torch.Tensor,
-        num_items: torch.Tensor | int | None,
-    ) -> None:
-        items = count if num_items is None else num_items
-        new = torch.stack([(loss * items).detach(), (divergence * items).detach(), count.to(loss.dtype)])
+    def count(self, count: torch.Tensor, divergence: torch.Tensor, loss: torch.Tensor | None = None) -> None:
+        """Adds a batch's number of positions, and its sums of the divergence and of the model's own loss."""
+        sums = [divergence] if loss is None else [divergence, loss]
+        new = torch.stack([count.to(divergence.dtype), *(each.detach() for each in sums)])
         self.sums = new if self.sums is None else self.sums + new
 
     def pop_metrics(self) -> dict[str, float]:
-        """Mean `lm_loss` and `distill_loss` per scored position since the last call, over all processes."""
+        """Mean `distill_loss` and, where there is one, `lm_loss` per scored position since the last call, over all
+        processes; nothing where no position was scored."""
         if self.sums is None:
             return {}
         sums, self.sums = self.sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        loss, divergence, count = sums.tolist()
-        return {"lm_loss": loss / count, "distill_loss": divergence / count}
+        count, *found = sums.tolist()
+        means = [total / count for total in found] if count else []
+        return dict(zip(("distill_loss", "lm_loss"), means, strict=False))
 
 
 def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:

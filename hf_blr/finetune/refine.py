@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
 from hf_blr.calibration.training_form import SCALES, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
-from hf_blr.finetune.dataset import WindowDataset
+from hf_blr.finetune.dataset import BatchDataset, WindowDataset
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
+from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
 from hf_blr.targets import remaining_targets
 
@@ -30,12 +33,12 @@ STATISTICS_TOKENS = 32768
 
 def train(
     model: nn.Module,
-    windows: Tensor,
+    windows: Tensor | Sequence[Batch],
     callbacks: list[TrainerCallback],
     optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Trains on windows `[n, seqlen]`; returns the Trainer's log history.
+    """Trains on windows `[n, seqlen]` or on ready batches; returns the Trainer's log history.
 
     optimizer: None leaves the Trainer's own.
     arguments: of `TrainingArguments`, `max_steps` among them, over defaults that suit factors.
@@ -49,10 +52,16 @@ def train(
         "save_strategy": "no",
         "report_to": "none",
     }
+    data: dict[str, Any]
+    if torch.is_tensor(windows):
+        data = {"train_dataset": WindowDataset(windows)}
+    else:
+        data = {"train_dataset": BatchDataset(windows), "data_collator": BatchDataset.only}
+        arguments["per_device_train_batch_size"] = 1
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**{**settings, **arguments}),
-        train_dataset=WindowDataset(windows),
+        **data,
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
@@ -63,11 +72,11 @@ def train(
 def refine(
     model: nn.Module,
     teacher: nn.Module,
-    windows: Tensor,
+    windows: Tensor | Sequence[Batch],
     *,
     epochs: int = 8,
     batch_size: int = 8,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
     bits: str = SCALES,
@@ -79,15 +88,18 @@ def refine(
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
     it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
-    trained as plain pairs of factors and get their pivots anew at the end.
+    trained as plain pairs of factors and get their pivots anew at the end. The loss of a model without logits, such as
+    a sentence encoder, is the squared error of its features over the dense model's sum of squares. Dropout is off: the
+    dense model's outputs know nothing of what it drops.
 
     A dense model is one whose targets were all left dense: with a `dense_rate` it trains them, which says what the text
     alone does for a model.
 
     Args:
-        model: compressed, a causal language model; it comes back in evaluation mode.
+        model: compressed, a causal language model or one without logits; it comes back in evaluation mode.
         teacher: the dense model.
-        windows: token ids `[n, seqlen]`.
+        windows: token ids `[n, seqlen]`, of which `batch_size` make a step; or batches of one step each, as the model
+            reads them: dicts of its keyword arguments, with labels where it has a loss of its own.
         epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule and no weight decay.
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
@@ -100,11 +112,12 @@ def refine(
         ValueError: if `held_out` holds no window.
     """
     on_gpu = next(model.parameters()).is_cuda
-    dense = batch_size * windows.shape[1] >= DENSE_STEP_TOKENS
+    tokens, steps = step_size(windows, batch_size)
+    dense = tokens >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
     best = KeepBest(teacher, held_out) if held_out is not None else None
     forms = with_stand_ins(model, statistics_for(model, windows)), training_form(model, bits)
-    with tempfile.TemporaryDirectory() as folder, forms[0], forms[1], impl:
+    with tempfile.TemporaryDirectory() as folder, forms[0], forms[1], impl, without_dropout(model):
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, norms=norms, also=left, bits=bits)
         groups = factor_parameter_groups(
@@ -117,7 +130,7 @@ def refine(
             [callback, *([best] if best else [])],
             torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
             output_dir=folder,
-            max_steps=epochs * -(-len(windows) // batch_size),
+            max_steps=epochs * steps,
             per_device_train_batch_size=batch_size,
             max_grad_norm=1.0,
             bf16=on_gpu and torch.cuda.is_bf16_supported(),
@@ -140,10 +153,28 @@ def targets_left_dense(model: nn.Module) -> list[str]:
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 
-def statistics_for(model: nn.Module, windows: Tensor) -> Statistics | None:
+def step_size(windows: Tensor | Sequence[Batch], batch_size: int) -> tuple[int, int]:
+    """(tokens of a step at most, steps of an epoch)."""
+    if torch.is_tensor(windows):
+        return batch_size * windows.shape[1], -(-len(windows) // batch_size)
+    return max((tokens_in(batch) for batch in windows), default=0), len(windows)
+
+
+def tokens_in(batch: Batch) -> int:
+    return next(iter(batch.values())).numel()
+
+
+def statistics_for(model: nn.Module, windows: Tensor | Sequence[Batch]) -> Statistics | None:
     """Of the inputs and outputs of layers that train in another form, on some of the windows; None without any."""
     names = list(stood_in(model))
     if not names:
         return None
-    some = windows[: max(1, STATISTICS_TOKENS // windows.shape[1])].to(next(model.parameters()).device)
-    return fisher_statistics(model, names, [{"input_ids": some}])
+    device = next(model.parameters()).device
+    if torch.is_tensor(windows):
+        windows = [{"input_ids": windows[: max(1, STATISTICS_TOKENS // windows.shape[1])]}]
+    some: list[Batch] = []
+    for batch in windows:
+        some.append({key: value.to(device) for key, value in batch.items()})
+        if sum(map(tokens_in, some)) >= STATISTICS_TOKENS:
+            break
+    return fisher_statistics(model, names, some)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr.experts import Experts
-from hf_blr.formats import PLAIN
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops import use_impl
@@ -109,7 +108,7 @@ def fuse_gate(parent: nn.Module, *names: str) -> bool:
     gate, up = parent._modules.get(first), parent._modules.get(second)
     if not (kind and isinstance(gate, BLRLinear) and isinstance(up, BLRLinear)):
         return False
-    if group_of(gate, up) is None or gate.spec != up.spec or gate.storage != PLAIN:
+    if group_of(gate, up) is None or gate.spec != up.spec:
         return False
 
     def apart(x: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from hf_blr.experts import ExpertsLinear
 from hf_blr.formats import PLAIN
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.epilogues import bring_back, fuse_activations
-from hf_blr.inference.grouped import CastGroup, ProjectionGroup
+from hf_blr.inference.grouped import GroupInBits, ProjectionGroup
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops import InBits
 from hf_blr.ops.rules.bits import CodeForm
+from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.structures import structure_named
 
 #: names under which models keep projections that are handed one tensor
@@ -52,8 +54,9 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     Args:
         model: holds BLR modules.
         together: groups of names. Modules of these names in one parent that is no cross-attention run together,
-            as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias. Those
-            whose factors are kept in fp8 share the cast of their input, and need the same input size and device alone.
+            as far as they have the same structure, blocks, format, input size, dtype and device, and all or none a
+            bias. In bits they do so up to 32 tokens. At many, those whose factors are kept in fp8 share the cast of
+            their input, for which the same input size and device are enough.
 
     Returns:
         The names of the modules of each group, and those of (projection, activation), which run together too.
@@ -99,14 +102,17 @@ def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     if not isinstance(module, BLRLinear) or isinstance(module, ExpertsLinear) or module.device.type == "meta":
         return None
     record = structure_named(module.spec.structure)
-    if module.storage != PLAIN:
-        # what they share is the cast of their input, whatever their structures
-        casts = record.float8 and module.storage.form == CodeForm(8, float8=True)
-        return (module.storage, module.in_features, module.device) if casts else None
+    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
+    form = module.storage.form
+    if form is not None:
+        if record.float8 and form == CodeForm(8, float8=True):
+            # whatever their structures, they share the cast of their input
+            return module.storage, module.in_features, module.device
+        packs = record.grouped and record.packed and reads_packed(module.spec, form)
+        return (*common, module.storage, module.dtype, module.device) if packs else None
     if not record.grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
-    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
     return (*common, *places) if len(places) == 1 else None
 
 
@@ -116,7 +122,14 @@ def run_together(modules: list[BLRLinear]) -> None:
         pack([dict(module.named_parameters(recurse=False)) for module in modules])
         group = ProjectionGroup(modules)
     else:
-        group = CastGroup(modules)
+        kinds = {(type(module), module.spec.num_blocks, module.bias is None) for module in modules}
+        alike = len(kinds) == 1 and bool(structure_named(modules[0].spec.structure).grouped)
+        if alike:
+            held = [dict(zip(module.spec.names(), module.held(), strict=True)) for module in modules]
+            for part in ("codes", "scale"):
+                pack([{name: getattr(t, part) for name, t in of.items() if isinstance(t, InBits)} for of in held])
+            pack([dict(module.named_parameters(recurse=False)) for module in modules])
+        group = GroupInBits(modules, alike)
     for index, module in enumerate(modules):
         module.group = group, index
 
@@ -141,6 +154,9 @@ def pack(layers: Sequence[Mapping[str, Tensor]]) -> None:
 def move_together(tensors: list[Tensor], dim: int) -> None:
     """Give the tensors the parts of one buffer along `dim`, with the values they have."""
     if len(tensors) > 1:
-        buffer = torch.cat([t.data for t in tensors], dim)
+        dtype = tensors[0].dtype
+        # no release of PyTorch joins all of float8
+        as_bytes = torch.uint8 if dtype.itemsize == 1 else dtype
+        buffer = torch.cat([t.data.view(as_bytes) for t in tensors], dim).view(dtype)
         for tensor, part in zip(tensors, buffer.split([t.shape[dim] for t in tensors], dim), strict=True):
             tensor.data = part

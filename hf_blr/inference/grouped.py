@@ -11,7 +11,7 @@ from hf_blr import ops
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.cast import cast_rows
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
-from hf_blr.ops.rules.bits import FLOAT8
+from hf_blr.ops.rules.bits import FLOAT8, PACKED
 
 #: where an input carries what its other siblings will ask for: it dies with the input, and no thread sees another's
 MARK = "_hf_blr_group"
@@ -114,15 +114,33 @@ class ProjectionGroup:
         return state
 
 
-class CastGroup(ProjectionGroup):
-    """Layers whose factors are kept in float8, and which share the cast of their input to it."""
+class GroupInBits(ProjectionGroup):
+    """Layers whose factors are kept in bits.
+
+    At few tokens those that are alike run together; at many, layers in float8 share the cast of their input to it.
+    """
+
+    def __init__(self, modules: list[BLRLinear], alike: bool):
+        super().__init__(modules)
+        self.alike = alike
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.modules[0].route_in_bits(x) == PACKED:
+            return ops.grouped_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits())
         cast = cast_rows(x)
         return tuple(module.run_in_bits(FLOAT8, x, cast) for module in self.modules)
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:
-        return None
+        if x.numel() != x.shape[-1] or not self.worthwhile(x) or self.modules[0].route_in_bits(x) != PACKED:
+            return None
+        return ops.gated_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits(), activation)
+
+    def layers_in_bits(self) -> tuple[list[list[Tensor | ops.InBits]], list[Tensor | None]]:
+        """(tensors, biases), as the ops take them."""
+        return [module.held() for module in self.modules], [module.bias for module in self.modules]
 
     def worthwhile(self, x: Tensor) -> bool:
-        return self.may_share(x) and all(module.route_in_bits(x) == FLOAT8 for module in self.modules)
+        if not self.may_share(x):
+            return False
+        found = {module.route_in_bits(x) for module in self.modules}
+        return found == {FLOAT8} or (self.alike and found == {PACKED})

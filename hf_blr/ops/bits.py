@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_blr.ops.cast import cast_rows
-from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
+from hf_blr.ops.dispatch import DTYPES, check_impl, compute_dtype, current_impl, why_not_triton
 from hf_blr.ops.library import contiguous_rows, define_op
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.structures import FACTOR, BLRSpec, structure_named
@@ -100,24 +100,56 @@ def linear_in_bits(
     Returns:
         `[..., N]` in x's dtype, without a gradient.
     """
-    dtype, record = compute_dtype(x), structure_named(structure)
-    kinds = record.spec.kinds.values()
-    codes = [
-        t.codes if isinstance(t, InBits) else contiguous_rows(t, dtype if kind == FACTOR else t.dtype)
-        for t, kind in zip(tensors, kinds, strict=True)
-    ]
-    scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
+    dtype = compute_dtype(x)
+    codes, scales, bits, lengths = codes_and_scales(structure, tensors, dtype)
     bias = None if bias is None else contiguous_rows(bias, dtype)
     if found == FLOAT8:
         rows, scale = cast or cast_rows(x)
         out = getattr(torch.ops.hf_blr, f"{structure}_float8")(rows, scale, codes, scales, bias, dtype, activation)
     else:
         rows = contiguous_rows(x.reshape(-1, x.shape[-1]), dtype)
-        lengths = [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
         packed = getattr(torch.ops.hf_blr, f"{structure}_packed")
-        bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
         out = packed(rows, codes, scales, bits, lengths, bias, activation)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def codes_and_scales(
+    structure: str, tensors: Sequence[Tensor | InBits], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor | None], list[int], list[int]]:
+    """(codes, scales, bits, lengths) of a layer's tensors, as the ops take them; numbers in dtype."""
+    codes = [
+        t.codes if isinstance(t, InBits) else contiguous_rows(t, dtype if kind == FACTOR else t.dtype)
+        for t, kind in zip(tensors, structure_named(structure).spec.kinds.values(), strict=True)
+    ]
+    scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
+    bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
+    return codes, scales, bits, [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
+
+
+def numbers_in_bits(factor: InBits, dtype: torch.dtype) -> Tensor | None:
+    """The factor `[..., n, k]` in this dtype by a kernel, in one pass; None where it takes no such factor.
+
+    The same numbers bit for bit as `formats.Codes.numbers` gives in several passes.
+    """
+    float8 = factor.codes.dtype == torch.float8_e4m3fn
+    words = factor.bits in (4, 8) and not (float8 and factor.length % 4)
+    if not words or dtype not in DTYPES or not factor.codes.is_cuda or why_not_triton(factor.scale, ()) is not None:
+        return None
+    return torch.ops.hf_blr.numbers(*factor, dtype)
+
+
+def define_numbers() -> None:
+    """Register `hf_blr::numbers(codes, scale, bits, length, dtype) -> factor`; codes and scale as in `InBits`."""
+
+    def run(codes: Tensor, scale: Tensor, *args: Any) -> Tensor:
+        from hf_blr.ops.triton.numbers import numbers
+
+        return numbers(codes.contiguous(), scale.contiguous(), *args)
+
+    def fake(codes: Tensor, scale: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tensor:
+        return codes.new_empty(*codes.shape[:-1], length, dtype=dtype)
+
+    define_op("numbers(Tensor codes, Tensor scale, int bits, int length, ScalarType dtype) -> Tensor", run, fake)
 
 
 def define_float8(record: Structure) -> None:
@@ -149,7 +181,7 @@ def define_packed(record: Structure) -> None:
     """
 
     def forward(*args: Any) -> Any:
-        return record.load("packed").forward(*args)
+        return record.load("packed")(*args)
 
     def fake(x: Tensor, tensors: list[Tensor], *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], tensors[0].shape[:-1].numel())
@@ -171,3 +203,6 @@ def define_bits(record: Structure) -> None:
     for path, define in defined:
         if path:
             define(record)
+
+
+define_numbers()

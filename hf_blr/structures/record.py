@@ -41,7 +41,7 @@ class Structure:
         kernels_pay: (tokens) -> whether the kernels beat PyTorch's products; "": always.
         grouped: module with `forward` and `gated`, kernels that run several such layers on one input.
         float8: module with `forward`, kernels that multiply factors in float8; the op of `ops.bits.define_float8`.
-        packed: module with `forward`, kernels that read codes and scales at few tokens; the op of
+        packed: function that runs kernels which read codes and scales at few tokens; the op of
             `ops.bits.define_packed`.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
         pair: (**tensors) -> (u `[N, R]`, v `[R, K]`) whose product is the matrix, for two plain linear layers. "": no

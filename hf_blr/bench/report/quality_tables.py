@@ -59,6 +59,8 @@ def score(ppl: float) -> str:
     return f"{ppl:.{2 if ppl < 100 else 0}f}"
 
 
+#: what a plan took is said of so many structures and formats
+MOST_TAKEN = 3
 #: perplexities above this many times dense's are not shown: they would press all others into one line
 HIGHEST = 30
 
@@ -68,9 +70,10 @@ def in_bits(row: dict) -> bool:
 
 
 def stored_in(row: dict) -> str:
-    """`int4, groups of 64`; of a plan that chose formats, how many layers took what."""
+    """`int4, groups of 64`; of a plan that chose formats, how many layers took what most took."""
     if row.get("taken"):
-        return ", ".join(f"{count} {name}" for name, count in row["taken"].items())
+        first, rest = list(row["taken"].items())[:MOST_TAKEN], list(row["taken"].values())[MOST_TAKEN:]
+        return ", ".join([f"{count} {name}" for name, count in first] + [f"{sum(rest)} others"] * bool(rest))
     groups = f", groups of {row['group_size']}" if row.get("group_size") else ""
     return f"{row.get('format', 'plain')}{groups}"
 

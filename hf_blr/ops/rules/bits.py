@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.structures.spec import FACTOR, BLRSpec
 
 #: the ways of a layer in bits. numbers: factors in x's dtype, multiplied as plain ones are. float8: x, y and z are cast
@@ -45,7 +46,7 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
         form: of its factors.
         float8, packed: whether its structure has these kernels.
     """
-    if packed and tokens <= FEW_TOKENS:
+    if packed and tokens <= FEW_TOKENS and reads_packed(spec, form):
         return PACKED
     if math.prod(spec.num_blocks) > MOST_PAIRS:
         return NUMBERS

@@ -45,4 +45,5 @@ RECORD = Structure(
     kernels="hf_blr.ops.triton.blast",
     grouped="hf_blr.ops.triton.grouped_blast",
     float8="hf_blr.ops.triton.float8_blast",
+    packed="hf_blr.ops.triton.packed:blast",
 )

@@ -26,7 +26,9 @@ def rounded(spec: Blast, tensors: dict[str, Tensor], problem: ToRound) -> dict[s
     gram, weight = problem.input_gram, problem.weight
     data = BlastProblem(weight if metric is None else metric.whiten(weight), gram, spec)
     own = gram.view(b1, p, b1, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [B1, P, P]
-    codes = problem.round(tensors["v"], None if problem.gram is None else own)
+    s = tensors["s"].double().transpose(0, 1)  # [B1, B2, R]
+    behind = torch.einsum("jir,irt,jit->jrt", s, problem.behind(tensors["u"]), s)
+    codes = problem.round(tensors["v"], None if problem.gram is None else own, behind)
     v = codes.numbers(weight.dtype)
     u, s = tensors["u"] if metric is None else metric.whiten(tensors["u"]), tensors["s"]
     products = data.gram_products(v)
@@ -37,7 +39,7 @@ def rounded(spec: Blast, tensors: dict[str, Tensor], problem: ToRound) -> dict[s
         u, loss = data.solve_u(s, products, cross)
         state = replace(state, s=s, u=u, loss=loss)
     u = state.u if metric is None else metric.restore(state.u)
-    u_codes = problem.round(u, data.normal_of_u(state.s, products))
+    u_codes = problem.round(u, data.normal_of_u(state.s, products), problem.coupling)
     numbers = u_codes.numbers(weight.dtype)
     state = replace(state, u=numbers if metric is None else metric.whiten(numbers))
     return {"u": u_codes, "s": data.solve_s(state), "v": codes}

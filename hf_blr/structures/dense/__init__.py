@@ -50,4 +50,5 @@ RECORD = Structure(
     scaled=("w",),
     whole=True,
     float8="hf_blr.ops.triton.float8_dense",
+    packed="hf_blr.ops.triton.packed:dense",
 )

@@ -10,5 +10,5 @@ from hf_blr.structures.spec import BLRSpec
 
 
 def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
-    """The codes of w `[N, K]`, in the metric of the inputs."""
-    return {"w": problem.round(tensors["w"], problem.gram)}
+    """The codes of w `[N, K]`, in the metrics of inputs and outputs."""
+    return {"w": problem.round(tensors["w"], problem.gram, None if problem.coupling is None else problem.coupling[0])}

@@ -40,4 +40,5 @@ RECORD = Structure(
     # low-rank is Monarch with one block
     grouped="hf_blr.ops.triton.grouped_monarch",
     float8="hf_blr.ops.triton.float8_low_rank",
+    packed="hf_blr.ops.triton.packed:low_rank",
 )

@@ -11,6 +11,8 @@ from hf_blr.structures.spec import BLRSpec
 
 def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
     """The codes of u and v, for fitted u `[N, R]` and v `[R, K]` with `balanced` norms."""
-    v = problem.round(rotation(spec.rank, problem.seed, tensors["v"]) @ tensors["v"], problem.gram)
+    turn = rotation(spec.rank, problem.seed, tensors["v"])
+    behind = problem.behind((tensors["u"] @ turn.mT)[None])[0]
+    v = problem.round(turn @ tensors["v"], problem.gram, behind)
     u, gram = refitted(problem.weight, v.numbers(problem.weight.dtype), problem.input_gram)
-    return {"u": problem.round(u, gram), "v": v}
+    return {"u": problem.round(u, gram, None if problem.coupling is None else problem.coupling[0]), "v": v}

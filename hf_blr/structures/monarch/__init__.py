@@ -45,4 +45,5 @@ RECORD = Structure(
     kernels="hf_blr.ops.triton.monarch",
     grouped="hf_blr.ops.triton.grouped_monarch",
     float8="hf_blr.ops.triton.float8_monarch",
+    packed="hf_blr.ops.triton.packed:monarch",
 )

@@ -72,4 +72,5 @@ RECORD = Structure(
     pair="hf_blr.structures.pivoted.reference:pivoted_pair",
     typical_indices="hf_blr.structures.pivoted.pivots:random_indices",
     float8="hf_blr.ops.triton.float8_pivoted",
+    packed="hf_blr.ops.triton.packed:pivoted",
 )
