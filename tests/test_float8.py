@@ -99,8 +99,10 @@ def float8_at_few_tokens(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("structure", SIZES)
+@pytest.mark.parametrize(
+    "structure, dtype",
+    [*((name, torch.float32) for name in SIZES), ("monarch", torch.float16), ("blast", torch.float16)],
+)
 def test_kernels_compute_that(rounding, structure, dtype):
     module = layer(structure, dtype=dtype)
     module.activation = "silu" if dtype == torch.float16 else ""
@@ -166,7 +168,7 @@ def test_blast_of_many_blocks(rounding, blocks):
     b1, b2 = blocks
     spec = structure_named("blast").spec(16 * b1, 16 * b2, 32, blocks)
     module = BLRLinear.from_spec(spec, storage=FORMATS["fp8"], dtype=torch.float16).eval()
-    x = torch.randn(19, spec.in_features).half()
+    x = torch.randn(9, spec.in_features).half()
     with torch.no_grad(), ops.use_impl("triton"):
         assert relative(module(x), reference(module, x)) < 6e-3
 
@@ -190,7 +192,7 @@ def test_opcheck(structure):
 
 
 @interpreted
-@pytest.mark.parametrize("structure", ["low_rank", "blast"])
+@pytest.mark.parametrize("structure", ["monarch"])
 def test_compiles_as_one_graph(structure):
     pytest.importorskip("triton")
     module, x = layer(structure), torch.randn(2, 9, 128)
@@ -201,7 +203,7 @@ def test_compiles_as_one_graph(structure):
 
 
 @interpreted
-@pytest.mark.parametrize("structure", ["pivoted", "blast", "dense"])
+@pytest.mark.parametrize("structure", ["blast", "dense"])
 def test_each_number_of_the_factors_meets_each_token(structure):
     pytest.importorskip("triton")
     module = layer(structure)
@@ -337,7 +339,7 @@ def attention():
 
 @interpreted
 def test_projections_with_one_input_cast_it_once(rounding, casts):
-    block, x = attention(), torch.randn(2, 5, 128)
+    block, x = attention(), torch.randn(1, 3, 128)
     with torch.no_grad(), ops.use_impl("triton"):
         alone = {name: module(x) for name, module in block.named_children()}
         assert len(casts) == 3
