@@ -92,7 +92,10 @@ def bound(length):
 
 
 def patch_rounding(monkeypatch):
-    """Let the interpreter round float32 to float8 to the nearest, as GPUs do; it drops the bits by itself."""
+    """Let the interpreter round float32 to float8 to the nearest, as GPUs do; it drops the bits by itself.
+
+    Nothing may come that e4m3 has no number for.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -102,6 +105,8 @@ def patch_rounding(monkeypatch):
         if (source, target) != (tl.float32, tl.float8e4nv):
             return convert(values, source, target, mode)
         wide = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        # up to half a step beyond the largest rounds to it
+        assert not (wide.abs() > LARGEST + 16).any()
         return wide.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)

@@ -25,7 +25,7 @@ def cast_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Compiled code gets PyTorch's own operations, which join the kernel that makes x, such as a norm; all other a kernel.
     """
     rows = contiguous_rows(x.reshape(-1, x.shape[-1]), compute_dtype(x))
-    if torch.compiler.is_compiling() or not rows.is_cuda:
+    if torch.compiler.is_compiling():
         return plain_cast(rows)
     found: tuple[Tensor, Tensor] = torch.ops.hf_blr.cast_rows(rows)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_blr.ops.grouped import ops_of
-from hf_blr.structures import FACTOR, structures
+from hf_blr.structures import FACTOR, structures, whole_structures
 
 Shape = Sequence[int]
 
@@ -26,7 +26,9 @@ def formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
     """(op, its operations from the shapes of its tensors) of every structure with kernels, and of attention."""
     from hf_blr.ops import attention  # noqa: F401 (defines the op)
 
-    for record in structures().values():
+    for record in (*structures().values(), *whole_structures().values()):
+        if record.float8:
+            yield getattr(torch.ops.hf_blr, f"{record.name}_float8"), float8_formula(len(record.spec.names(FACTOR)))
         if record.kernels:
             count = len(record.spec.names(FACTOR))
             yield getattr(torch.ops.hf_blr, record.name), forward_formula(count)
@@ -62,6 +64,15 @@ def backward_formula(count: int) -> Callable[..., int]:
         for mix, need_mix in zip(mixes, need_mixes, strict=True):
             work += [mix] * (need_last + need_mix + through)
         return products(x, *work)
+
+    return formula
+
+
+def float8_formula(count: int) -> Callable[..., int]:
+    """Of an op on cast inputs, whose first `count` tensors of a list are factors."""
+
+    def formula(x: Shape, x_scale: Shape, tensors: Sequence[Shape], *others: Any, **kwargs: Any) -> int:
+        return products(x, *tensors[:count])
 
     return formula
 
