@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 87, 90])
+@pytest.mark.parametrize("capability", [80, 86, 87, 89, 90])
 def test_kernels_build_and_fit(capability):
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_targets.py")
@@ -20,7 +20,8 @@ def test_kernels_build_and_fit(capability):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
-    assert names == {
+    float8 = {"cast_rows_kernel", "float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
+    plain = {
         "attend_kernel",
         "attend_sum_kernel",
         "block_gemm_kernel",
@@ -38,7 +39,10 @@ def test_kernels_build_and_fit(capability):
         "columns_kernel",
         "pivoted_project_kernel",
     }
+    assert names == float8 | ({"blast_mix_kernel", "columns_kernel"} if capability == 89 else plain)
     for row in rows:
         assert row["shared"] <= row["limit"], row
     on_tensor_cores = {row["kernel"] for row in rows if row["wgmma" if capability == 90 else "mma"]}
-    assert on_tensor_cores >= {"block_gemm_kernel", "blast_expand_kernel"}
+    assert on_tensor_cores >= {"block_gemm_kernel", "blast_expand_kernel", "float8_gemm_kernel"} & names
+    # float8 numbers as such, and not turned into others before they are multiplied
+    assert capability != 90 or all(row["wgmma_float8"] for row in rows if row["kernel"] == "float8_gemm_kernel")

@@ -13,7 +13,7 @@ from hf_blr.formats import PLAIN, format_named
 from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
 from hf_blr.roofline.training import training_stages
-from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted
+from hf_blr.structures import FACTOR, Blast, Dense, LowRank, Monarch, Pivoted
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
@@ -128,6 +128,48 @@ def test_ds_of_few_pairs_of_blocks_comes_with_z_and_dy():
     assert few[4].bytes == 2 * (2 * 2 * 4 * 4096 * 1024 + 2 * 16 * 1024)
     with pytest.raises(ValueError, match="dense or hf_blr"):
         training_stages(BLAST, 4096, "paper")
+
+
+def test_float8_moves_one_byte_a_number_behind_a_cast():
+    t, k, r = 1024, 4096, 1024
+    cast, project, expand = stages(LOW_RANK, t, "float8")
+    # x is read in 16 bits and written in 8, which the next stage finds in L2; outputs are of 16 bits
+    assert (cast.outside, cast.between, cast.flops, cast.product) == (2 * t * k, (t * k,), 0, False)
+    assert (project.outside, project.between) == (r * k, (t * k, t * r))
+    assert (expand.outside, expand.between) == (k * r + 2 * t * k, (t * r,))
+    assert [s.float8 for s in (cast, project, expand)] == [False, True, True]
+    names = lambda spec: [(s.name, s.float8) for s in stages(spec, t, "float8")]  # noqa: E731
+    mixed = [("weights of the mix", False), ("mix", False)]
+    assert names(BLAST) == [("cast", False), ("project", True), *mixed, ("expand", True)]
+    # y lands where it is read
+    assert names(Monarch(4096, 11008, 352, (4, 4))) == [("cast", False), ("project", True), ("expand", True)]
+    assert names(PIVOTED) == [("cast", False), ("gather", False), ("project", True), ("expand", True)]
+    assert names(Dense(4096, 4096, 4096)) == [("cast", False), ("product", True)]
+
+
+def test_float8_is_multiplied_at_a_rate_of_its_own():
+    device = Peaks("card", flops=1e12, bandwidth=1e15, l2=1e9, float8_flops=2e12)
+    _, project, _ = stages(LOW_RANK, 1024, "float8")
+    assert project.seconds(device) == project.flops / 2e12
+    assert predict(LOW_RANK, 4096, DEVICES["H200"], "float8") < 0.7 * predict(LOW_RANK, 4096, DEVICES["H200"])
+    with pytest.raises(ValueError, match=r"A100 multiplies no float8; take a device of compute capability 8\.9"):
+        predict(LOW_RANK, 4096, DEVICES["A100"], "float8")
+
+
+def test_rows_in_fp8_are_predicted_as_such():
+    row = {"structure": "low_rank", "in_features": 4096, "out_features": 4096, "rank": 1024, "blocks": [1, 1]}
+    row |= {"tokens": 4096, "direction": "forward", "impl": "hf_blr", "us": 1.0}
+    dense = row | {"structure": "dense", "impl": "cublas", "rank": 4096}
+    rows = [row, *({**row, "format": name} for name in ("plain", "fp8", "int4")), {**dense, "format": "fp8"}]
+    found = predictions(rows, DEVICES["H200"])
+    assert [r.get("format") for r in found] == [None, "plain", "fp8", "fp8"]
+    times = [r["predicted_us"] for r in found]
+    assert times[0] == times[1] == predict(LOW_RANK, 4096, DEVICES["H200"]) * 1e6
+    assert times[2] == predict(LOW_RANK, 4096, DEVICES["H200"], "float8") * 1e6
+    assert times[3] == predict(Dense(4096, 4096, 4096), 4096, DEVICES["H200"], "float8") * 1e6
+    # few tokens take another way, and A100 has no float8
+    assert not predictions([{**row, "format": "fp8", "tokens": 16}], DEVICES["H200"])
+    assert not predictions([{**row, "format": "fp8"}], DEVICES["A100"])
 
 
 def test_an_intermediate_that_fits_half_of_l2_costs_no_memory():

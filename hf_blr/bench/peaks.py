@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 
 from hf_blr import ops
+from hf_blr.bench.in_bits import has_float8
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
+from hf_blr.formats import PLAIN
 from hf_blr.ops.rules.device import H100, device_of
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.roofline.devices import Peaks
 from hf_blr.roofline.stages import bound_of, stages
 from hf_blr.roofline.training import training_stages
-from hf_blr.structures import BLRSpec, LowRank, structure_named
+from hf_blr.structures import BLRSpec, Dense, LowRank, structure_named
 
 
 def measure_peaks(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 << 30) -> Peaks:
@@ -43,6 +47,11 @@ def measure_peaks(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 
 
     kernel = timer.median(timer.captured(tiny_kernels)) / 100
     few = few_bandwidth(timer, size, dtype, kernel)
+    float8 = None
+    if has_float8(timer.device):
+        ones, (rows, columns) = torch.ones(size, 1, device=device), (t.to(torch.float8_e4m3fn) for t in (a, b))
+        multiply = partial(torch._scaled_mm, rows, columns.T, ones, ones.T, out_dtype=dtype, use_fast_accum=True)
+        float8 = 2 * size**3 / timer.median(timer.captured(multiply))
     name = torch.cuda.get_device_name() if timer.on_gpu else "cpu"
     return Peaks(
         name,
@@ -53,6 +62,7 @@ def measure_peaks(device: str = "cuda", size: int = 8192, copied_bytes: int = 1 
         scores=attention_scores(timer, size // 4, dtype),
         product_seconds=max(product, 0.0),
         kernel_seconds=kernel,
+        float8_flops=float8,
         chip=device_of(x) if timer.on_gpu else H100,
     )
 
@@ -81,28 +91,39 @@ def spec_of(row: dict) -> BLRSpec:
         layer = layers[row["model"], row["layer"]]
         k, n = layer.in_features, layer.out_features
     if row["structure"] == "dense":
-        return LowRank(k, n, 1)
+        # dense in float8 counts its own stages
+        return LowRank(k, n, 1) if row.get("format", PLAIN.name) == PLAIN.name else Dense(k, n, min(k, n))
     return structure_named(row["structure"]).spec(k, n, row["rank"], tuple(row["blocks"]))
 
 
 def predictions(rows: list[dict], device: Peaks) -> list[dict]:
     """The rows of `bench layers` that ran dense or in the package's own form, with what was predicted.
 
+    Of formats in bits fp8 alone, at more than 32 tokens and on a device that multiplies float8.
+
     Returns:
         Those rows with `predicted_us`, `deviation` (predicted / measured - 1), `bound`, `flops` and `bytes`.
     """
     found = []
     for row in rows:
-        if row["impl"] not in ("cublas", "hf_blr"):
+        storage = row.get("format", PLAIN.name)
+        if row["impl"] not in ("cublas", "hf_blr") or not (storage == PLAIN.name or is_float8(row, device)):
             continue
         count = stages if row["direction"] == "forward" else training_stages
         form = "dense" if row["structure"] == "dense" else "hf_blr"
+        if storage != PLAIN.name:
+            form = "float8"
         kernels = count(spec_of(row), row["tokens"], form, chip=device.chip)
         predicted = sum(stage.seconds(device) for stage in kernels) * 1e6
         more = {"predicted_us": predicted, "deviation": predicted / row["us"] - 1, "bound": bound_of(kernels, device)}
         sums = {"flops": sum(s.flops for s in kernels), "bytes": sum(s.bytes for s in kernels)}
         found.append({**row, **more, **sums})
     return found
+
+
+def is_float8(row: dict, device: Peaks) -> bool:
+    """Whether a row was, or would be, of products of float8 there."""
+    return row["format"] == "fp8" and row["tokens"] > FEW_TOKENS and device.float8_flops is not None
 
 
 def deviations(predicted: list[dict]) -> list[dict]:

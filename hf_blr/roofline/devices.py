@@ -22,6 +22,7 @@ class Peaks:
         scores: attention's scores a second, each with its exponential, where that and not the products is the limit.
         tile_seconds: what our kernels for many tokens take for each 128 x 128 outputs beyond the arithmetic, with all
             multiprocessors at work: tiles start, and are stored, while nothing is multiplied.
+        float8_flops: operations a second of a product of float8; None where the device has none.
         odd_bandwidth: bytes a second that cuBLAS draws for few tokens where the outputs are no multiple of 8, so that
             their rows begin anywhere (GPT-2's 50257 words); None: `bandwidth`.
         chip: what the choice of kernels depends on.
@@ -40,6 +41,7 @@ class Peaks:
     tile_seconds: float = 0.0
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0
+    float8_flops: float | None = None
     chip: Device = H100
 
 
@@ -48,10 +50,10 @@ class Peaks:
 DATASHEETS = {
     "A40": Peaks("A40", 149.7e12, 696e9, 6e6, chip=Device((8, 6), 84, 101376)),
     "Orin-Nano-8GB": Peaks("Orin-Nano-8GB", 10e12, 68e9, 2e6, chip=Device((8, 7), 8, 166912)),
-    "RTX-4090": Peaks("RTX-4090", 165.2e12, 1008e9, 72e6, chip=Device((8, 9), 128, 101376)),
+    "RTX-4090": Peaks("RTX-4090", 165.2e12, 1008e9, 72e6, float8_flops=330.3e12, chip=Device((8, 9), 128, 101376)),
     "A100": Peaks("A100", 312e12, 2039e9, 40e6, chip=Device((8, 0), 108, 166912)),
-    "H100": Peaks("H100", 989.4e12, 3350e9, 50e6),
-    "H200": Peaks("H200", 989.4e12, 4800e9, 50e6),
+    "H100": Peaks("H100", 989.4e12, 3350e9, 50e6, float8_flops=1978.9e12),
+    "H200": Peaks("H200", 989.4e12, 4800e9, 50e6, float8_flops=1978.9e12),
 }
 #: a product of 8192^3 and a large copy on one H100, and the starts and drains of `docs/log.md`; L2's bandwidth
 #: is what the fused last stage was seen to draw, that of few tokens what layers of 16 tokens do. Scores are those of

@@ -23,6 +23,7 @@ class Stage:
         tiles: of 128 x 128 outputs, in our kernels for many tokens.
         odd: a product of few tokens whose rows of outputs begin anywhere.
         scores: of attention, each with its exponential.
+        float8: a product of float8.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     tiles: int = 0
     odd: bool = False
     scores: int = 0
+    float8: bool = False
 
     @property
     def bytes(self) -> int:
@@ -46,9 +48,12 @@ class Stage:
         return self.outside + sum(b for b in self.between if b > l2 / 2)
 
     def bounds(self, device: Peaks) -> dict[str, float]:
-        """Seconds that each peak asks for."""
+        """Seconds that each peak asks for. Raises ValueError for float8 on a device without it."""
+        rate = device.float8_flops if self.float8 else device.flops
+        if rate is None:
+            raise ValueError(f"{device.name} multiplies no float8; take a device of compute capability 8.9 or above")
         bandwidth = (self.few and device.few_bandwidth) or (self.odd and device.odd_bandwidth) or device.bandwidth
-        arithmetic = self.flops / device.flops + self.tiles * device.tile_seconds
+        arithmetic = self.flops / rate + self.tiles * device.tile_seconds
         bounds = {"arithmetic": arithmetic, "memory": self.memory_bytes(device.l2) / bandwidth}
         if device.scores:
             bounds["scores"] = self.scores / device.scores

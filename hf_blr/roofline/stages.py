@@ -17,8 +17,9 @@ from hf_blr.roofline.stage import Stage, in_bytes
 from hf_blr.structures import BLRSpec, structure_named
 
 #: dense: one product. hf_blr: what the package launches on a GPU. pytorch: the structure's plain form. paper: PyTorch
-#: as arXiv 2512.20861 counts it in its Table 2, where every permutation is a copy
-FORMS = ("dense", "hf_blr", "pytorch", "paper")
+#: as arXiv 2512.20861 counts it in its Table 2, where every permutation is a copy. float8: what the package launches at
+#: many tokens for factors in fp8, the cast of x included
+FORMS = ("dense", "hf_blr", "pytorch", "paper", "float8")
 
 
 def stages(
@@ -37,11 +38,11 @@ def stages(
         spec: the layer's sizes; its factors do not matter for "dense".
         tokens: T.
         form: of `FORMS`; a structure without kernels runs in the form "pytorch" where "hf_blr" is asked for.
-        itemsize: bytes of a number.
+        itemsize: bytes of a number; of x and the outputs where factors are float8.
         adds: whether the last stage adds a bias or activates, for which "hf_blr" cannot ask cuBLAS.
         layers: equal ones that run together, of which these are one's kernels: what is launched goes by all.
         chip: the card whose kernels are counted.
-        storage: the format in which factors are kept, of up to 32 tokens: kernels read them packed.
+        storage: the format in which factors are kept, of up to 32 tokens: kernels of "hf_blr" read them packed.
 
     Raises:
         ValueError: for an unknown form; for a format that no kernel reads packed at so many tokens.
@@ -49,8 +50,10 @@ def stages(
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     record = structure_named(spec.structure)
-    if form == "hf_blr" and not record.kernels:
+    if form == "hf_blr" and not record.kernels and storage.form is None:
         form = "pytorch"
+    if form == "float8":
+        return list(float8_stages(spec, tokens, itemsize, layers, chip))
     if form == "dense":
         found = in_bytes(dense_stages(spec, tokens), itemsize)
     else:
@@ -79,6 +82,18 @@ def packed(kernels: list[Stage], spec: BLRSpec, tokens: int, form: str, itemsize
     saved = PLAIN.num_bytes(spec, torch.bfloat16) - storage.num_bytes(spec, torch.bfloat16) + numbers * (itemsize - 2)
     flops = sum(stage.flops for stage in kernels)
     return [replace(stage, outside=stage.outside - saved * stage.flops // flops) for stage in kernels]
+
+
+def float8_stages(spec: BLRSpec, tokens: int, itemsize: int, layers: int, chip: Device) -> Iterator[Stage]:
+    """In bytes: the structure's stages on numbers of one byte, behind a cast; outputs are of itemsize."""
+    x, out = tokens * spec.in_features, tokens * spec.out_features
+    yield Stage("cast", 0, x * itemsize, (x,), product=False)
+    first, *others = structure_named(spec.structure).load("stages")(spec, tokens, "float8", False, layers, chip)
+    # what the cast has just written
+    kernels = [replace(first, outside=first.outside - x, between=(x, *first.between)), *others]
+    kernels[-1] = replace(kernels[-1], outside=kernels[-1].outside + (itemsize - 1) * out)
+    for stage in kernels:
+        yield replace(stage, float8=stage.product)
 
 
 def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:

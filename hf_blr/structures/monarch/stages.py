@@ -21,7 +21,7 @@ def forward_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: in
     route = monarch_route(t, (b1, b2), (p, q, r), chip, adds, layers=layers)
     ours = form == "hf_blr"
     yield Stage("project", 2 * t * v, t * k + v, (y,))
-    if not ours or route.copied:
+    if form in ("pytorch", "paper") or (ours and route.copied):
         yield Stage("swap blocks", 0, 0, (y, y), product=False)
     own_tiles = ours and not route.few and (route.in_place or adds)
     yield Stage("expand", 2 * t * u, u + t * n, (y,), tiles=gemm_tiles(t, q, b2) if own_tiles else 0)
