@@ -197,6 +197,15 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
+#: each card has its own tokens, bits and group: what they share is compiled once
+PACKED = {
+    80: (torch.float16, 1, 8, None, 764, 2304, 192, 4, 16),
+    86: (torch.bfloat16, 32, 4, 128, 4096, 4096, 1024, 4, 16),
+    87: (torch.bfloat16, 16, 0, None, 4096, 14336, 1536, 4, 4),
+    90: (torch.bfloat16, 1, 4, 128, 4096, 4096, 1024, 4, 4),
+}
+
+
 def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
 
@@ -222,8 +231,8 @@ def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     numbers.numbers(*factor(n, k), dtype)
 
 
-def call_all_but_float8(capability):
-    """All launches but those of products in float8."""
+def call_plain(capability):
+    """All launches of the plain format, and attention."""
     bf16, fp16 = torch.bfloat16, torch.float16
     for dtype, tokens, sizes, backward in (
         (bf16, 1, (4096, 4096, 1024, 4, 16), False),
@@ -258,11 +267,6 @@ def call_all_but_float8(capability):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
-    call_packed(bf16, 1, 4, 128, 4096, 4096, 1024, 4, 4)
-    call_packed(bf16, 32, 4, 128, 4096, 4096, 1024, 4, 16)
-    for tokens in (1, 16):
-        call_packed(bf16, tokens, 0, None, 4096, 14336, 1536, 4, 4)
-    call_packed(fp16, 2, 8, None, 764, 2304, 192, 4, 16)
 
 
 def main(capability: int):
@@ -274,7 +278,8 @@ def main(capability: int):
             module.device_of = lambda x: DEVICES[capability]
     # the oldest with float8 is in all else as 8.6
     if capability != 89:
-        call_all_but_float8(capability)
+        call_plain(capability)
+        call_packed(*PACKED[capability])
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -296,7 +296,7 @@ def test_from_the_command_line(tmp_path, capsys):
 
 def test_packed_factors_count_with_their_bytes():
     storage = format_named("int4", 32)
-    for spec in (LowRank(512, 256, 64), Blast(512, 256, 64, (4, 4))):
+    for spec in (Dense(512, 256, 256), LowRank(512, 256, 64), Blast(512, 256, 64, (4, 4))):
         plain, packed = stages(spec, 1), stages(spec, 1, storage=storage)
         saved = PLAIN.num_bytes(spec, torch.bfloat16) - storage.num_bytes(spec, torch.bfloat16)
         assert abs(sum(s.outside for s in plain) - sum(s.outside for s in packed) - saved) <= len(plain)

@@ -42,7 +42,7 @@ def stages(
         adds: whether the last stage adds a bias or activates, for which "hf_blr" cannot ask cuBLAS.
         layers: equal ones that run together, of which these are one's kernels: what is launched goes by all.
         chip: the card whose kernels are counted.
-        storage: the format in which factors are kept, of up to 32 tokens: kernels read them packed.
+        storage: the format in which factors are kept, of up to 32 tokens: kernels of "hf_blr" read them packed.
 
     Raises:
         ValueError: for an unknown form; for a format that no kernel reads packed at so many tokens.
@@ -50,7 +50,7 @@ def stages(
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     record = structure_named(spec.structure)
-    if form == "hf_blr" and not record.kernels:
+    if form == "hf_blr" and not record.kernels and storage.form is None:
         form = "pytorch"
     if form == "float8":
         return list(float8_stages(spec, tokens, itemsize, layers, chip))
@@ -68,18 +68,6 @@ def stages(
     return [replace(stage, product=False, few=few and stage.flops > 0) for stage in found]
 
 
-def float8_stages(spec: BLRSpec, tokens: int, itemsize: int, layers: int, chip: Device) -> Iterator[Stage]:
-    """In bytes: the structure's stages on numbers of one byte, behind a cast; outputs are of itemsize."""
-    x, out = tokens * spec.in_features, tokens * spec.out_features
-    yield Stage("cast", 0, x * itemsize, (x,), product=False)
-    first, *others = structure_named(spec.structure).load("stages")(spec, tokens, "float8", False, layers, chip)
-    # what the cast has just written
-    kernels = [replace(first, outside=first.outside - x, between=(x, *first.between)), *others]
-    kernels[-1] = replace(kernels[-1], outside=kernels[-1].outside + (itemsize - 1) * out)
-    for stage in kernels:
-        yield replace(stage, float8=stage.product)
-
-
 def packed(kernels: list[Stage], spec: BLRSpec, tokens: int, form: str, itemsize: int, storage: Format) -> list[Stage]:
     """The kernels with factors in the format's bytes, of which each product reads as many as it multiplies by."""
     record = structure_named(spec.structure)
@@ -94,6 +82,18 @@ def packed(kernels: list[Stage], spec: BLRSpec, tokens: int, form: str, itemsize
     saved = PLAIN.num_bytes(spec, torch.bfloat16) - storage.num_bytes(spec, torch.bfloat16) + numbers * (itemsize - 2)
     flops = sum(stage.flops for stage in kernels)
     return [replace(stage, outside=stage.outside - saved * stage.flops // flops) for stage in kernels]
+
+
+def float8_stages(spec: BLRSpec, tokens: int, itemsize: int, layers: int, chip: Device) -> Iterator[Stage]:
+    """In bytes: the structure's stages on numbers of one byte, behind a cast; outputs are of itemsize."""
+    x, out = tokens * spec.in_features, tokens * spec.out_features
+    yield Stage("cast", 0, x * itemsize, (x,), product=False)
+    first, *others = structure_named(spec.structure).load("stages")(spec, tokens, "float8", False, layers, chip)
+    # what the cast has just written
+    kernels = [replace(first, outside=first.outside - x, between=(x, *first.between)), *others]
+    kernels[-1] = replace(kernels[-1], outside=kernels[-1].outside + (itemsize - 1) * out)
+    for stage in kernels:
+        yield replace(stage, float8=stage.product)
 
 
 def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
