@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import CASES, inputs, same_bits, timeless
+from test_resume import CASES, OPTIONS, inputs, same_bits, timeless
 from tiny import batches_for, tiny_llama, tiny_logits, tiny_mixtral, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
@@ -121,25 +121,13 @@ def test_weights_are_read_from_the_checkpoint_as_their_turn_comes(place, tmp_pat
 def test_the_command_line_leaves_weights_in_their_files(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    given = [
-        "--structure",
-        "low_rank",
-        "--ratio",
-        "0.6",
-        "--num-samples",
-        "4",
-        "--seqlen",
-        "64",
-        "--dataset",
-        "builtin",
-    ]
     limits = ["--max-memory", "100KB", "--offload-folder", str(tmp_path / "files"), "--offload-weights"]
     for out, more in (("plain", []), ("limited", limits)):
-        assert main(["compress", str(tmp_path / "dense"), str(tmp_path / out), *given, "--device", "cpu", *more]) == 0
+        assert main(["compress", str(tmp_path / "dense"), str(tmp_path / out), *OPTIONS, "--device", "cpu", *more]) == 0
     files = [tmp_path / out / "model.safetensors" for out in ("plain", "limited")]
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "x"), *given, "--device", "cuda", *limits]) == 2
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "x"), *OPTIONS, "--device", "cuda", *limits]) == 2
     assert "--offload-weights reads them on the CPU: pass --device cpu" in capsys.readouterr().err
 
 
