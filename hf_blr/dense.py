@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +70,28 @@ def stored_bias(module: nn.Module) -> Tensor | None:
     """The bias that the layer holds, if any."""
     bias: Any = module.bias
     return bias
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Inside, the layer's own tensors are in memory, also where accelerate has offloaded them."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+def bring_in(module: nn.Module) -> None:
+    """Keeps an offloaded layer's tensors in memory from now on, where they can be written to."""
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import has_offloaded_params
+
+    if has_offloaded_params(module):
+        with at_hand(module):
+            held = dict(module.named_parameters(recurse=False))
+        remove_hook_from_module(module)
+        for name, parameter in held.items():
+            module.register_parameter(name, parameter)
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:

@@ -4,14 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_resume import CASES, inputs, same_bits, timeless
-from tiny import batches_for, tiny_llama, tiny_mixtral
+from safetensors.torch import load_file
+from test_resume import CASES, OPTIONS, inputs, same_bits, timeless
+from tiny import batches_for, tiny_llama, tiny_logits, tiny_mixtral, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import fisher
 from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.pieces import in_pieces
 from hf_blr.calibration.store import Store, StoredTensors, distinct, only
+from hf_blr.cli import main
+from hf_blr.compression import replace
 from hf_blr.plan import resolve_plan
 
 
@@ -79,6 +83,52 @@ def test_activations_are_not_kept_for_the_backward():
         sizes[limit] = sum(kept)
     assert sizes[10**9] < 0.2 * sizes[None]
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+PLACES = {
+    "disk": {"": "disk"},
+    "mixed": {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    | {f"model.layers.{i}": "disk" for i in range(2)},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_are_read_from_the_checkpoint_as_their_turn_comes(place, tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    config, batches = BLRConfig("low_rank", ratio=0.6), batches_for(loaded)
+    wanted = compress(loaded, config, calibration=batches, progress=False)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", device_map=PLACES[place], offload_folder=tmp_path / "offload"
+    )
+    names, held, fit = list(resolve_plan(model, config)), [], replace.factorize
+
+    def watched(*args):
+        dense = [module for name in names if type(module := model.get_submodule(name)) is torch.nn.Linear]
+        held.append(sum(not module.weight.is_meta for module in dense))
+        return fit(*args)
+
+    monkeypatch.setattr(replace, "factorize", watched)
+    found = compress(model, config, calibration=batches, max_memory="100KB", resume=tmp_path / "run", progress=False)
+    assert timeless(found.to_dict()) == timeless(wanted.to_dict())
+    # the layer at work, and those that stay dense and were moved
+    assert max(held) <= 1 + len(found.left_dense)
+    assert torch.equal(tiny_logits(model), tiny_logits(loaded))
+    model.save_pretrained(tmp_path / "out")
+    assert same_bits(LlamaForCausalLM.from_pretrained(tmp_path / "out"), loaded)
+
+
+def test_the_command_line_leaves_weights_in_their_files(tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    limits = ["--max-memory", "100KB", "--offload-folder", str(tmp_path / "files"), "--offload-weights"]
+    for out, more in (("plain", []), ("limited", limits)):
+        assert main(["compress", str(tmp_path / "dense"), str(tmp_path / out), *OPTIONS, "--device", "cpu", *more]) == 0
+    files = [tmp_path / out / "model.safetensors" for out in ("plain", "limited")]
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "x"), *OPTIONS, "--device", "cuda", *limits]) == 2
+    assert "--offload-weights reads them on the CPU: pass --device cpu" in capsys.readouterr().err
 
 
 def test_a_store_keeps_as_much_in_memory_as_it_may(tmp_path):

@@ -106,7 +106,7 @@ def calibration_batches(
     Both are empty for a fit to the weights alone. Batches that a caller gives are all fitted to.
     """
     held_out: list[Batch] = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     if calibration is not None:
         if holds_media(calibration):
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -128,6 +128,11 @@ def calibration_batches(
         batches = [{"input_ids": part} for part in fitted.split(max(1, TOKENS_PER_FORWARD // seqlen))]
         held_out = [{"input_ids": window[None]} for window in apart]
     return on_device(batches, device), on_device(held_out, device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: that of its first parameter in memory, or the CPU where all are offloaded."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def set_apart(windows: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from hf_blr.calibration.residual import add, counted, rows_of
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
-from hf_blr.dense import dense_weight
+from hf_blr.dense import at_hand, dense_weight
 from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
@@ -217,7 +217,9 @@ class SequentialChain(WatchedChain):
         self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
     ) -> Tensor:
         """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
-        weight = dense_weight(self.model.get_submodule(name)).detach().double()
+        layer = self.model.get_submodule(name)
+        with at_hand(layer):
+            weight = dense_weight(layer).detach().double()
         image = share * (weight @ moved.double())
         if pull is not None:
             image += pull.double()

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload-folder", type=Path, metavar="FOLDER", help="where that lies meanwhile; else where temporary files do"
     )
     parser.add_argument(
+        "--offload-weights",
+        action="store_true",
+        help="leave the dense weights in the checkpoint's files, and read each as its turn comes, on the CPU. Name a "
+        "--dataset: a model writes text of its own very slowly so",
+    )
+    parser.add_argument(
         "--status",
         action=Status,
         type=Path,
@@ -84,8 +90,10 @@ def run(args: argparse.Namespace) -> None:
 
     options.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
+    if args.offload_weights and args.device != "cpu":
+        raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
     journal = None if args.resume is None else Journal(args.resume)
-    model, tokenizer = options.load_model(args.model, args)
+    model, tokenizer = options.load_model(args.model, args, on_disk=args.offload_weights)
     # what took hours is kept until it is saved
     with journal or nullcontext():
         limits = {"max_memory": args.max_memory, "offload_folder": args.offload_folder}

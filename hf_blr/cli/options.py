@@ -122,8 +122,10 @@ def calibration_text(text: str) -> str | dict[str, float]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> tuple[Any, Any]:
+def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one.
+
+    Where `on_disk` says so, weights stay in the checkpoint's files, and accelerate reads them for each forward.
 
     The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
     says no class, or that is read from a GGUF file, is a causal language model.
@@ -141,8 +143,10 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True) -> t
         quantization["quantization_config"] = dequantizing_config()
     else:
         own = class_named(AutoConfig.from_pretrained(path))
-    model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization)
-    return model.to(args.device), AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
+    placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
+    model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
+    model = model if on_disk else model.to(args.device)
+    return model, AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
 
 
 def stored_config(path: str, config: Any) -> BLRConfig:

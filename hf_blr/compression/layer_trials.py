@@ -12,7 +12,7 @@ from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import interpolate, loss_curve, predicted_loss
 from hf_blr.compression.shapes import at_ratio
 from hf_blr.config import BLRConfig
-from hf_blr.dense import dense_weight, feature_sizes
+from hf_blr.dense import at_hand, dense_weight, feature_sizes
 from hf_blr.experts import layer_named
 from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
 from hf_blr.factorize.bits import ToRound, coupling_of
@@ -51,8 +51,10 @@ class Layer:
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """W `[N, K]`, of experts `[E, N, K]`, H `[K, K]` and the blocks of G."""
-        weight = dense_weight(layer_named(self.model, self.name))
-        device = self.config.device_for(weight)
+        layer = layer_named(self.model, self.name)
+        with at_hand(layer):
+            weight = dense_weight(layer)
+            device = self.config.device_for(weight)
         grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
         return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
 

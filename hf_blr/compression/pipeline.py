@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_blr.calibration.batches import calibration_batches
+from hf_blr.calibration.batches import calibration_batches, device_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
@@ -108,7 +108,7 @@ def compress(
     journal = resume if isinstance(resume, Journal) else Unkept() if resume is None else Journal(resume)
     if reads_dataset:
         journal.begin(model, config)
-        batches, apart = journal.text(draw, next(model.parameters()).device)
+        batches, apart = journal.text(draw, device_of(model))
     else:
         batches, apart = draw() if use_text else ([], [])
         journal.begin(model, config, batches, statistics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_blr.dense import feature_sizes, is_dense_linear, is_transposed, stored_weight
+from hf_blr.dense import at_hand, feature_sizes, is_dense_linear, is_transposed, stored_weight
 from hf_blr.experts import ExpertsTensor, layer_named
 from hf_blr.factorize.finite import check_finite
 from hf_blr.plan.layers import LayerPlan, Plan
@@ -13,18 +13,20 @@ from hf_blr.plan.layers import LayerPlan, Plan
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises ValueError if a planned layer is not a dense layer of the planned size, or cannot be fitted."""
     placed = getattr(model, "hf_device_map", None) or {}
-    if {"cpu", "disk"} & {str(device) for device in placed.values()} and len(set(placed.values())) > 1:
+    places = {str(device) for device in placed.values()}
+    if {"cpu", "disk"} & places and places - {"cpu", "disk"}:
         raise ValueError(
-            "the model is partly offloaded to the CPU or disk, where its layers cannot be replaced; load it on one "
-            "device, or without device_map"
+            "the model is partly offloaded from a GPU to the CPU or disk, where its layers cannot be replaced; load it "
+            'on one device, without device_map, or with the CPU and "disk" alone'
         )
     for name, layer in plan.items():
         module = layer_named(model, name)
         check_layer(name, module, layer)
-        weight = stored_weight(module)
-        if weight.is_meta:
-            raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
-        check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
+        with at_hand(module):
+            weight = stored_weight(module)
+            if weight.is_meta:
+                raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
+            check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
 
 
 def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = "") -> None:

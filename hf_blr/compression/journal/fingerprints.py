@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.config import BLRConfig
 from hf_blr.config.texts import is_mixture
+from hf_blr.dense import at_hand
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -25,7 +26,15 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def of_model(model: nn.Module) -> dict[str, Any]:
-    return {"class": type(model).__name__, "weights": fingerprint(model.state_dict().items())}
+    return {"class": type(model).__name__, "weights": fingerprint(own_tensors(model))}
+
+
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each module's parameters and buffers, one module in memory after the other where they are offloaded."""
+    for name, module in model.named_modules():
+        with at_hand(module):
+            for kind in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                yield from ((f"{name}.{key}", tensor) for key, tensor in kind)
 
 
 def of_config(config: BLRConfig) -> dict[str, Any]:
