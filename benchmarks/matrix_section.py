@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import conditions
 from matrix import CHECKS, NEITHER, NOTHING, YES
@@ -11,21 +12,23 @@ from hf_blr.markdown import format_table
 
 
 def matrix_section() -> str:
-    """One line for each architecture, the failures in words below it, and the conditions."""
+    """One line for each architecture, why some failed, and the conditions."""
     result = json.loads((conditions.RESULTS / "matrix.json").read_text())
     rows = [row for row in result["rows"] if "left_out" not in row]
-    failures: list[str] = []
+    causes: dict[str, list[str]] = {}
     lines = []
     for row in rows:
         cells = {}
         for column in CHECKS:
             cells[column] = row[column]
             if row[column] not in (YES, NOTHING, NEITHER):
-                failures.append(f"{row['model']}, {column}: {row[column]}")
-                cells[column] = f"no ({len(failures)})"
+                # up to its advice, and whatever number the layer has
+                cause = f"{column}: {re.sub(r'[0-9]+', '0', row[column].partition(';')[0])}"
+                causes.setdefault(cause, []).append(row["model"])
+                cells[column] = f"no ({list(causes).index(cause) + 1})"
         lines.append({"data": row["kind"], "model": row["model"], **cells})
     left_out = "; ".join(f"{row['model']}: {row['left_out']}" for row in result["rows"] if "left_out" in row)
-    listed = "".join(f"{number}. {failure}\n" for number, failure in enumerate(failures, 1))
+    listed = "".join(f"{i}. {', '.join(models)}: {cause}\n" for i, (cause, models) in enumerate(causes.items(), 1))
     return (
         f"{format_table(lines)}\n\n"
         f"{listed}{chr(10) * bool(listed)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_blr.integration import register
 
 if TYPE_CHECKING:
-    from hf_blr.calibration import Statistics, collect_statistics
+    from hf_blr.calibration import Statistics, collect_statistics, denoising_batches
     from hf_blr.compression import CompressionReport, compress
     from hf_blr.config import BLRConfig
     from hf_blr.evaluation import Perplexity, perplexity
@@ -46,6 +46,7 @@ _HOMES = {
     "Statistics": "hf_blr.calibration",
     "collect_statistics": "hf_blr.calibration",
     "compress": "hf_blr.compression",
+    "denoising_batches": "hf_blr.calibration",
     "disable": "hf_blr.integration",
     "enable": "hf_blr.integration",
     "from_config": "hf_blr.integration",
@@ -74,6 +75,7 @@ __all__ = [
     "__version__",
     "collect_statistics",
     "compress",
+    "denoising_batches",
     "disable",
     "enable",
     "from_config",

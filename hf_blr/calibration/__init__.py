@@ -1,7 +1,8 @@
 """Running a model on calibration data, to learn what the fits need to know."""
 
 from hf_blr.calibration.batches import collect_statistics
+from hf_blr.calibration.denoising import denoising_batches
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.store import Store
 
-__all__ = ["Statistics", "Store", "collect_statistics"]
+__all__ = ["Statistics", "Store", "collect_statistics", "denoising_batches"]

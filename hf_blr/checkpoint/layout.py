@@ -23,16 +23,20 @@ class ModuleNames:
     """Finds a model's module by a name that another class of the family, or another release, gave it.
 
     A base model's `layers.0` is `model.layers.0` in the model with a head; and transformers renames modules
-    between releases and keeps the old names in the files.
+    between releases and keeps the old names in the files. Of other models the names are those in the files.
     """
 
     def __init__(self, model: PreTrainedModel):
+        from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
 
         self.modules = dict(model.named_modules()) | dense_layers(model)
-        self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        self.renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        self.prefix = ""
+        self.renamings: list[WeightRenaming] = []
+        if isinstance(model, PreTrainedModel):
+            self.prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+            self.renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
     def find(self, name: str) -> str | None:
         """The model's own name for the module, None if there is no such module."""

@@ -27,8 +27,8 @@ def record_origin(model: nn.Module, **facts: Any) -> None:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """What a transformers model was loaded from: a hub id, or a folder's name."""
-    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    """What a model was loaded from: a hub id, or a folder's name."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return public_name(name) if name else None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 from torch import nn
 
 from hf_blr.checkpoint.alignment import align
+from hf_blr.checkpoint.denoisers import denoiser_class, is_denoiser, write_config
 from hf_blr.checkpoint.notice import post_notice, take_notice_down
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.linear import blr_modules
@@ -35,7 +36,7 @@ def record_replaced(models: list[PreTrainedModel], config: BLRConfig | None = No
 
 
 def holders(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models by which BLR modules of this module are saved, the largest last.
+    """The models of transformers or diffusers by which BLR modules of this module are saved, the largest last.
 
     They are the module itself, or what it wraps (`torch.compile`, `DataParallel`), and what it is a part of: whoever
     compresses `t5.encoder` may save the encoder alone or all of `t5`.
@@ -56,29 +57,34 @@ def outermost(models: list[PreTrainedModel]) -> list[PreTrainedModel]:
 
 
 def live_models() -> list[PreTrainedModel]:
-    """Every transformers model in memory."""
+    """Every model in memory that saves itself: those of transformers, and of diffusers where it is in use."""
     from transformers import PreTrainedModel
 
+    kinds = tuple(kind for kind in (PreTrainedModel, denoiser_class()) if kind is not None)
     # a module does not know what holds it, and the collector knows every module; `type` runs no code of the objects.
     # A model that another thread is just building may have no parts yet
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
     return [model for model in found if "_modules" in vars(model)]
 
 
 def record_plan(model: nn.Module, config: BLRConfig | None, plan: Plan) -> None:
     """Write the resolved config into `model.config`, where `save_pretrained` and the loader look for it.
 
-    Does nothing to a module that is no transformers model.
+    Does nothing to a module that saves itself by neither transformers nor diffusers.
 
     Args:
         model: holds the plan's BLR modules already, under the plan's names.
         config: what was asked for; it is not changed, and text in it is described rather than kept. None: not known.
         plan: what every replaced module became.
     """
+    asked = {} if config is None else config.to_dict()
+    resolved = BLRConfig(**{**asked, "layers": layers_from_plan(plan)})
+    if is_denoiser(model):
+        write_config(model, resolved)
+        align(model)
     if not is_transformers_model(model):
         return
-    asked = {} if config is None else config.to_dict()
-    model.config.quantization_config = BLRConfig(**{**asked, "layers": layers_from_plan(plan)})
+    model.config.quantization_config = resolved
     for part in submodels(model):
         # transformers then reads a module's dtype from its config, instead of from its first nn.Linear
         part.config._is_quantized = True
@@ -90,6 +96,8 @@ def record_plan(model: nn.Module, config: BLRConfig | None, plan: Plan) -> None:
 
 def forget_plan(model: nn.Module) -> None:
     """Undo `record_plan` on a model that is dense again, and on its parts, which may have been compressed alone."""
+    if is_denoiser(model):
+        write_config(model, None)
     if not is_transformers_model(model):
         return
     for part in submodels(model):

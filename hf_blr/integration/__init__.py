@@ -38,6 +38,8 @@ __all__ = [
 
 #: where transformers keeps its quantizers by name
 QUANTIZERS = "transformers.quantizers.auto"
+#: where diffusers does
+DIFFUSERS_QUANTIZERS = "diffusers.quantizers.auto"
 
 
 def register() -> None:
@@ -45,9 +47,17 @@ def register() -> None:
     # before the model loader is: programs ask the quantizers alone what a checkpoint's config means
     when_imported(QUANTIZERS, register_quantizer)
     when_imported(MODELING, register_models)
+    when_imported(DIFFUSERS_QUANTIZERS, register_with_diffusers)
     when_imported("torch.utils.flop_counter", register_flops)
     enable()
     enable_peft()
+
+
+def register_with_diffusers(auto: ModuleType) -> None:
+    """Tell diffusers which classes serve `quant_method: "hf_blr"`."""
+    from hf_blr.integration.diffusers import register_diffusers
+
+    register_diffusers(auto)
 
 
 def register_flops(counter: ModuleType) -> None:

@@ -29,12 +29,17 @@ class LinearPair(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The dense matrix `[N, K]`."""
-        first, second = self
+        first, second = self.parts()
         return second.weight @ first.weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return self[1].bias
+        return self.parts()[1].bias
+
+    def parts(self) -> tuple[nn.Linear, nn.Linear]:
+        first, second = self
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return first, second
 
 
 class PlainLinear(nn.Module):
@@ -74,8 +79,9 @@ def to_linears(model: nn.Module) -> nn.Module:
     """Put plain PyTorch in the place of every BLR layer, so that the model can be exported.
 
     Low-rank and pivoted layers become two `nn.Linear` one after the other (`LinearPair`), whose sizes are K x R and
-    R x N; a pivoted one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or `Conv1D`), others a
-    `PlainLinear`. Factors in bits become numbers of the model's dtype. Outputs differ by rounding alone.
+    R x N; a pivoted one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or
+    `Conv1D`), others a `PlainLinear`. Factors in bits become numbers of the model's dtype. Outputs differ by rounding
+    alone.
 
     Works in place, one layer at a time, and returns the model. There is no way back: such a model can be run, trained
     and exported, and what `save_pretrained` writes of it is refused by every load.
