@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_blr import BLRConfig, compress
 from hf_blr.checkpoint.files import stored_tensors
+from hf_blr.checkpoint.headers import check_folder
 from hf_blr.cli import main
 from hf_blr.formats.values import fault
 from hf_blr.linear import BLRLinear
@@ -137,6 +139,12 @@ def test_a_plan_of_far_too_many_modules_is_refused_before_transformers_copies_it
     else:
         assert main(["evaluate", str(tmp_path)]) == 2
         assert "list 10014 modules, but the checkpoint's files have 35 tensors" in capsys.readouterr().err
+
+
+def test_what_comes_without_a_config_is_for_others_to_read(tmp_path):
+    """A folder of a GGUF file, or a hub id, which is no folder."""
+    check_folder(tmp_path)
+    check_folder(Path("owner/name"))
 
 
 def test_long_lists_of_unknown_modules_fit_in_a_line(caplog):

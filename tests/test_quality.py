@@ -27,6 +27,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "WINDOWS", 8)
     monkeypatch.setattr(quality, "EPOCHS", 2)
     monkeypatch.setattr(quality, "DESCENT_STEPS", 3)
+    monkeypatch.setattr(runs_in_bits, "GROUP", 8)
     return tmp_path
 
 
@@ -74,7 +75,7 @@ def test_rows_say_on_which_tokens_they_are(folder):
 
 def test_more_windows_to_train_on_than_to_fit_to(folder):
     sizes = ["--windows", "4", "--train-windows", "16", "--train-tokens", "1600"]
-    rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours*")
+    rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours", "low_rank 0.5 ours, *")
     assert {row["calibration_tokens"] for row in rows if row["method"] != "dense"} == {128}
     trained = {row["method"]: row for row in rows if row["finetune_tokens"]}
     # three times 16 windows of 32 come nearest to 1600 tokens
@@ -106,16 +107,15 @@ def test_a_model_larger_than_it_says_is_refused(folder):
     assert row["bytes"] == 2 * row["parameters"]
 
 
-def test_rows_in_bits_say_what_is_stored(folder, monkeypatch, capsys):
-    monkeypatch.setattr(runs_in_bits, "GROUP", 16)
+def test_rows_in_bits_say_what_is_stored(folder, capsys):
     only = ["--only", "dense 1 GPTQ in int4", "low_rank 0.8 ours", "low_rank 0.8 ours in int8", "auto 4.25 bits ours"]
     rows = measure(folder, *only, "--turned")
     assert {row["model"] for row in rows} == {"model, turned"}
     found = {(row["structure"], row["format"]): row for row in rows if row["dataset"] == "ptb" and row["structure"]}
     assert found.keys() == {("dense", "int4"), ("low_rank", "plain"), ("low_rank", "int8"), ("auto", "chosen")}
-    # a code, the sixteenth part of a scale of 16 bits, and two numbers a layer for its shape
-    assert 5 < found["dense", "int4"]["bits"] < 5.05 and found["dense", "int4"]["kept"] == 1
-    for form, each in (("plain", 16), ("int8", 9)):
+    # a code, the eighth part of a scale of 16 bits, and two numbers a layer for its shape
+    assert 6 < found["dense", "int4"]["bits"] < 6.05 and found["dense", "int4"]["kept"] == 1
+    for form, each in (("plain", 16), ("int8", 10)):
         row = found["low_rank", form]
         assert row["bits"] == pytest.approx(each * row["kept"], rel=0.01) and row["kept"] <= 0.8
     shared = found["auto", "chosen"]

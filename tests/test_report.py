@@ -398,14 +398,15 @@ def test_rows_in_bits_have_a_plot_and_lines_of_their_own():
         for form, size, bits, ppl in (("int3", 64, 3.25, 27.2), ("int4", 64, 4.25, 19.0), ("fp8", None, 8.0, 17.8))
     ]
     auto = shared | {"structure": "auto", "method": "ours", "format": "chosen", "bits": 3.5, "ppl": 21.0}
+    auto |= {"kept": 0.9, "bits_per_weight": 3.5}
     auto["taken"] = {"dense int4": 20, "low_rank int4": 10, "dense fp8": 4, "dense int3": 2, "blast 4x4 fp8": 1}
     result = {"environment": ENVIRONMENT, "rows": [plain, *whole, auto]}
     (table,) = tables("q", result)
     assert [(row["stored in"], row["d ppl"]) for row in table.rows] == [
-        ("20 dense int4, 10 low_rank int4, 4 dense fp8, 3 others", 21.0),
         ("fp8", 17.8),
         ("int3, groups of 64", 27.2),
         ("int4, groups of 64", 19.0),
+        ("20 dense int4, 10 low_rank int4, 4 dense fp8, 3 others", 21.0),
         ("", 20.0),
     ]
     drawn = figures({"q": result})

@@ -94,12 +94,11 @@ def check_folder(folder: Path) -> None:
     """
     about = folder / "config.json"
     files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
-    # what is no plan is for others to refuse
+    layers = None
+    # what is no plan is for others to refuse; a GGUF file or a hub id comes without such a file
     with suppress(OSError, ValueError, AttributeError, TypeError):
         if about.stat().st_size > LARGE_CONFIG and files:
             layers = json.loads(about.read_bytes()).get("quantization_config", {}).get("layers")
-        else:
-            layers = None
     if layers:
         check_count(layers, list(stored_tensors(files)))
 

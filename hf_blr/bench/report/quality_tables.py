@@ -17,7 +17,8 @@ def quality_lines(rows: list[dict]) -> list[dict]:
         rows,
         lambda row: {
             "model": row.get("model"),
-            "ratio": row.get("ratio"),
+            # a budget of bits names no ratio
+            "ratio": row["kept"] if row.get("bits_per_weight") else row.get("ratio"),
             "structure": row.get("structure"),
             "blocks": blocks_of(row),
             "stored in": stored_in(row) if in_bits(row) else "",
