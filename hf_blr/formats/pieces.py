@@ -35,7 +35,8 @@ def tensors_of(
         return {key: tensor[parts] for key, tensor in stored.items()}
     shape = spec.shapes()[name]
     codes = storage.codes({key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}, shape)
-    cut = Codes(codes.values[parts], codes.scale[*parts[:-1], groups(storage, name, parts[-1], shape[-1])])
+    of_scales = (*parts[:-1], groups(storage, name, parts[-1], shape[-1]))
+    cut = Codes(codes.values[parts], codes.scale[of_scales])
     return {f"{name}.{leaf}": tensor for leaf, tensor in storage.laid_out(cut).items()}
 
 

@@ -33,8 +33,8 @@ def cut(features: int, blocks: int, start: int, stop: int) -> tuple[slice, slice
         return slice(first, last), slice(start - first * width, stop - first * width)
     if start % width or stop % width:
         raise ValueError(
-            f"features {start} to {stop} of {features} are neither whole blocks nor a part of one, with {blocks} blocks "
-            f"of {width}; split over a number of devices that divides {blocks}, or that {blocks} divides"
+            f"features {start} to {stop} of {features} are neither whole blocks nor a part of one, with {blocks} "
+            f"blocks of {width}; split over a number of devices that divides {blocks}, or that {blocks} divides"
         )
     return slice(first, last), WHOLE
 

@@ -41,8 +41,8 @@ class ServedConfig(QuantizationConfig):
         layers = BLRConfig.from_dict(config).layers
         if not layers:
             raise ValueError(
-                "the checkpoint's quantization_config lists no layers, so its weights are dense; compress the model and "
-                "serve what save_pretrained wrote"
+                "the checkpoint's quantization_config lists no layers, so its weights are dense; compress the model, "
+                "and serve what save_pretrained wrote"
             )
         return cls(plan_from_layers(layers))
 

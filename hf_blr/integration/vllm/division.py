@@ -10,7 +10,8 @@ import torch
 from hf_blr.formats import PLAIN
 from hf_blr.integration.vllm.shard import Shard
 from hf_blr.plan import LayerPlan
-from hf_blr.structures import BLRSpec, make_spec
+from hf_blr.structures import BLRSpec
+from hf_blr.structures.dense import whole
 from hf_blr.structures.pieces import Piece
 
 
@@ -85,10 +86,8 @@ def shards_of(plans: Mapping[str, LayerPlan | None], division: Division, dtype: 
 def shard_of(name: str, plan: LayerPlan | None, division: Division, index: int, dtype: torch.dtype) -> Shard:
     """What this device holds of one matrix."""
     wanted = division.inputs[0], division.out_features(index)
-    if plan is None:
-        spec, storage, keys = make_spec("dense", *wanted), PLAIN, {"weight": "w"}
-    else:
-        spec, storage, keys = plan.spec, plan.storage, None
+    spec: BLRSpec = whole(*wanted) if plan is None else plan.spec
+    storage = PLAIN if plan is None else plan.storage
     if (spec.in_features, spec.out_features) != wanted:
         raise ValueError(
             f"{name}: the plan says {spec.out_features}x{spec.in_features}, vLLM's model has {wanted[1]}x{wanted[0]}; "
@@ -98,4 +97,4 @@ def shard_of(name: str, plan: LayerPlan | None, division: Division, index: int, 
         piece = division.piece(spec, index)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; --tensor-parallel-size 1 always works") from None
-    return Shard(name, spec, storage, piece, dtype, keys)
+    return Shard(name, spec, storage, piece, dtype, {"weight": "w"} if plan is None else None)

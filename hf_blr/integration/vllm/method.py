@@ -30,7 +30,7 @@ class BLRLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -61,7 +61,7 @@ class BLRLinearMethod(LinearMethodBase):
         if self.sums_rank:
             layer.reduce_results = False
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises ValueError if a tensor never came; a server of random weights (`dummy`) needs none."""
         config = get_current_vllm_config_or_none()
         if config is not None and config.load_config.load_format == "dummy":
@@ -70,7 +70,7 @@ class BLRLinearMethod(LinearMethodBase):
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(missing)}; save the compressed model again")
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., K]` -> `[..., N]`, the outputs of the matrices beside one another."""
         if self.sums_rank:
             return self.apply_summed(layer, x)
@@ -81,7 +81,7 @@ class BLRLinearMethod(LinearMethodBase):
         biases = [None] * len(shards) if bias is None else bias.split(widths)
         return torch.cat([shard(x, part) for shard, part in zip(shards, biases, strict=True)], dim=-1)
 
-    def apply_summed(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def apply_summed(self, layer: Any, x: Tensor) -> Tensor:
         """The finished output of a layer whose inputs are split: devices add up R numbers a token in place of N."""
         held = layer.shards[0].layer
         u, v = structure_named(held.spec.structure).load("pair")(**held.tensors(x.dtype))
