@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from hf_blr.structures.pieces import Piece
+
 #: what a stored tensor is. Factors are floating-point numbers that train; indices are integers, each of 0 to their
 #: number less one once. A format that stores a factor in fewer bits keeps codes, the scales that multiply them, and the
 #: factor's shape in their place
@@ -106,6 +108,14 @@ class BLRSpec:
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """{state-dict key: shape}, in the order of `kinds`."""
         raise NotImplementedError
+
+    def outputs(self, start: int, stop: int) -> Piece:
+        """The rows of the matrix from start to stop. Raises ValueError where they are no layer of their own."""
+        raise ValueError(f"{self.structure} layers cannot be split by outputs; keep them whole on each device")
+
+    def inputs(self, start: int, stop: int) -> Piece:
+        """The columns of the matrix from start to stop. Raises ValueError where they are no layer of their own."""
+        raise ValueError(f"{self.structure} layers cannot be split by inputs; keep them whole on each device")
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of one forward over `tokens` rows, a multiply-add as two."""

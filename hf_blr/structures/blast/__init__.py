@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_blr.structures.pieces import WHOLE, Piece, cut, length
 from hf_blr.structures.record import Structure
 from hf_blr.structures.spec import FACTOR, BLRSpec
 
@@ -22,6 +23,18 @@ class Blast(BLRSpec):
     def sizes(self) -> dict[str, tuple[int, ...]]:
         (b1, b2), (p, q) = self.num_blocks, self.block_shape
         return {"u": (b2, q, self.rank), "s": (b2, b1, self.rank), "v": (b1, self.rank, p)}
+
+    def outputs(self, start: int, stop: int) -> Piece:
+        b1, b2 = self.num_blocks
+        blocks, rows = cut(self.out_features, b2, start, stop)
+        spec = Blast(self.in_features, stop - start, self.rank, (b1, length(blocks, b2)))
+        return Piece(spec, {"u": (blocks, rows, WHOLE), "s": (blocks, WHOLE, WHOLE)})
+
+    def inputs(self, start: int, stop: int) -> Piece:
+        b1, b2 = self.num_blocks
+        blocks, columns = cut(self.in_features, b1, start, stop)
+        spec = Blast(stop - start, self.out_features, self.rank, (length(blocks, b1), b2))
+        return Piece(spec, {"v": (blocks, WHOLE, columns), "s": (WHOLE, blocks, WHOLE)})
 
     @staticmethod
     def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_blr.structures.pieces import WHOLE, Piece
 from hf_blr.structures.record import Structure
 from hf_blr.structures.spec import FACTOR, BLRSpec
 
@@ -23,6 +24,12 @@ class Dense(BLRSpec):
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {"w": (self.out_features, self.in_features)}
 
+    def outputs(self, start: int, stop: int) -> Piece:
+        return Piece(whole(self.in_features, stop - start), {"w": (slice(start, stop), WHOLE)})
+
+    def inputs(self, start: int, stop: int) -> Piece:
+        return Piece(whole(stop - start, self.out_features), {"w": (WHOLE, slice(start, stop))})
+
     @classmethod
     def parameters_at(cls, rank: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return in_features * out_features
@@ -30,6 +37,11 @@ class Dense(BLRSpec):
     @classmethod
     def rank_within(cls, parameters: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return min(in_features, out_features) if parameters >= in_features * out_features else 0
+
+
+def whole(in_features: int, out_features: int) -> Dense:
+    """The sizes of a matrix of full rank."""
+    return Dense(in_features, out_features, min(in_features, out_features))
 
 
 RECORD = Structure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_blr.structures.pieces import WHOLE, Piece
 from hf_blr.structures.record import Structure
 from hf_blr.structures.spec import BLRSpec
 
@@ -13,6 +14,12 @@ class LowRank(BLRSpec):
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {"u": (self.out_features, self.rank), "v": (self.rank, self.in_features)}
+
+    def outputs(self, start: int, stop: int) -> Piece:
+        return Piece(LowRank(self.in_features, stop - start, self.rank), {"u": (slice(start, stop), WHOLE)})
+
+    def inputs(self, start: int, stop: int) -> Piece:
+        return Piece(LowRank(stop - start, self.out_features, self.rank), {"v": (WHOLE, slice(start, stop))})
 
     @staticmethod
     def parameters_per_rank(in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:

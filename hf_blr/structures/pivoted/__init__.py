@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from hf_blr.structures.pieces import WHOLE, Piece
 from hf_blr.structures.record import Structure
 from hf_blr.structures.spec import FACTOR, INDEX, BLRSpec
 
@@ -28,6 +29,10 @@ class Pivoted(BLRSpec):
         # a rank as large as the matrix has no other features; it stores no less than the dense matrix
         rest = max(0, self.in_features - self.rank)
         return {"u": (self.out_features, self.rank), "c": (self.rank, rest), "order": (self.in_features,)}
+
+    def outputs(self, start: int, stop: int) -> Piece:
+        # some columns of [I c] have no identity in them, so that there are no `inputs`
+        return Piece(Pivoted(self.in_features, stop - start, self.rank), {"u": (slice(start, stop), WHOLE)})
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * (self.num_parameters - self.in_features)
