@@ -24,14 +24,10 @@ METHODS = {
 def demo_section() -> str:
     """Sizes and perplexities of the demo, and the conditions."""
     result = json.loads((RESULTS / "demo.json").read_text())
-    on_gpu = json.loads((RESULTS / "demo_h200.json").read_text())
-    found = "; ".join(f"{row['model']} {row['perplexity, unseen text']:.2f}" for row in on_gpu["rows"])
     return (
         f"{format_table(result['rows'])}\n\n{result['conditions']} `{result['command']}`, {result['seconds']:.0f} s in "
         f"all; {machine(result['environment'])}, Python {result['environment']['python']}, "
-        f"transformers {result['environment']['transformers']}. `seconds` are those of the fit. "
-        f"On a GPU the same command takes {on_gpu['seconds']:.0f} s ({machine(on_gpu['environment'])}, Python "
-        f"{on_gpu['environment']['python']}, whose documentation is another; of unseen text there: {found})."
+        f"transformers {result['environment']['transformers']}. `seconds` are those of the fit."
     )
 
 

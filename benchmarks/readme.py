@@ -12,6 +12,7 @@ import front_section
 import goals
 import inventory_section
 import layer_sections
+import matrix_section
 import model_sections
 import quality_sections
 import robustness_section
@@ -53,6 +54,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "api.md": {
         "config": config_section.config_section,
+    },
+    ROOT / "docs" / "models.md": {
+        "matrix": matrix_section.matrix_section,
     },
     ROOT / "docs" / "calibration.md": {
         "zoo": zoo_section.zoo_section,

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from hf_blr.evaluation import Perplexity, perplexity
     from hf_blr.finetune import BLRCallback
     from hf_blr.inference import fuse, tune, unfuse
-    from hf_blr.integration import disable, enable, from_config, lora_targets, to_dense, to_format, to_linears
+    from hf_blr.integration import (
+        disable,
+        enable,
+        from_config,
+        lora_targets,
+        merge_adapters,
+        to_dense,
+        to_format,
+        to_linears,
+    )
     from hf_blr.linear import BLRLinear
     from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
@@ -42,6 +51,7 @@ _HOMES = {
     "from_config": "hf_blr.integration",
     "fuse": "hf_blr.inference",
     "lora_targets": "hf_blr.integration",
+    "merge_adapters": "hf_blr.integration",
     "perplexity": "hf_blr.evaluation",
     "to_dense": "hf_blr.integration",
     "to_format": "hf_blr.integration",
@@ -69,6 +79,7 @@ __all__ = [
     "from_config",
     "fuse",
     "lora_targets",
+    "merge_adapters",
     "perplexity",
     "to_dense",
     "to_format",

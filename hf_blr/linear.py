@@ -43,6 +43,8 @@ class BLRLinear(nn.Module):
     group: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
     activation: str = ""
+    #: its factors are wider than the numbers that they multiply, and come to each product in the dtype of these
+    masters: bool = False
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
     impl: str = ""
 
@@ -144,8 +146,13 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
-        tensors = list(self.tensors(compute_dtype(x)).values())
-        return ops.linear(self.spec.structure, x, tensors, self.bias, self.impl or None, self.activation)
+        return ops.linear(self.spec.structure, x, self.operands(x), self.bias, self.impl or None, self.activation)
+
+    def operands(self, x: Tensor) -> list[Tensor]:
+        """The tensors that the ops take, for inputs of x's dtype."""
+        dtype = compute_dtype(x)
+        tensors = self.tensors(dtype).values()
+        return [t.to(dtype) if self.masters and t.is_floating_point() else t for t in tensors]
 
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from hf_blr import BLRConfig
 from hf_blr.config import FORMAT_VERSION
@@ -108,3 +109,14 @@ def test_an_override_of_one_budget_replaces_the_other_and_a_new_structure_forget
     assert config.settings_with({"rank": 3}) == {"structure": "blast", "ratio": None, "rank": 3, "num_blocks": (4, 4)}
     assert config.settings_with({"structure": "low_rank"})["num_blocks"] is None
     assert config.settings_with({"structure": "monarch", "num_blocks": (2, 2)})["num_blocks"] == (2, 2)
+
+
+def test_compiled_code_writes_a_config_out():
+    # as Whisper's forward does with the whole config of its model
+    config = BLRConfig("low_rank", ratio=0.5, dataset={"self": 1.0})
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def count(x):
+        return x + len(config.to_dict())
+
+    assert count(torch.zeros(1)).item() == len(config.to_dict())

@@ -1,5 +1,6 @@
 """Checkpoints and configs that a stranger damaged: none loads, and every refusal names what is wrong."""
 
+import json
 import logging
 from random import Random
 
@@ -11,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from hf_blr import BLRConfig, compress
 from hf_blr.checkpoint.files import stored_tensors
+from hf_blr.cli import main
 from hf_blr.formats.values import fault
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import LayerPlan
@@ -114,6 +116,27 @@ def test_a_tensor_in_two_files_is_refused_and_both_are_named(tmp_path):
         save_file({key: torch.zeros(1) for key in keys}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match="y: is in .*a.safetensors and in .*b.safetensors"):
         list(stored_tensors([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]))
+
+
+@pytest.mark.parametrize("door", ["class", "command line"])
+def test_a_plan_of_far_too_many_modules_is_refused_before_transformers_copies_it(door, tmp_path, monkeypatch, capsys):
+    compress(model := tiny_llama(), BLRConfig("low_rank", ratio=0.6), progress=False)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["quantization_config"]["layers"]
+    layers |= {f"model.layers.{i}.mlp.unknown": layers["model.layers.0.mlp.up_proj"] for i in range(10_000)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def read(*args, **kwargs):
+        pytest.fail("Transformers reads the config")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", read)
+    if door == "class":
+        with pytest.raises(ValueError, match="list 10014 modules, but the checkpoint's files have 35 tensors"):
+            LlamaForCausalLM.from_pretrained(tmp_path)
+    else:
+        assert main(["evaluate", str(tmp_path)]) == 2
+        assert "list 10014 modules, but the checkpoint's files have 35 tensors" in capsys.readouterr().err
 
 
 def test_long_lists_of_unknown_modules_fit_in_a_line(caplog):

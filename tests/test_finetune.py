@@ -309,10 +309,12 @@ def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
     assert "weight_decay=0.1 applies to the factors" in warned[0]
 
 
-def test_factors_in_bfloat16_are_warned_of(tmp_path, monkeypatch):
+def test_training_in_bfloat16_is_warned_of(tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr("hf_blr.finetune.callback.logger.warning", warned.append)
     trainer_for(compressed_llama().bfloat16(), tmp_path, max_steps=1).train()
+    assert not warned
+    trainer_for(compressed_llama().bfloat16(), tmp_path, BLRCallback(float32_factors=False), max_steps=1).train()
     assert len(warned) == 1 and "train in bfloat16" in warned[0] and "bf16=True" in warned[0]
 
 

@@ -144,10 +144,10 @@ print("adapted", type(model.model.layers[0].self_attn.q_proj).__name__)
     lines = run(code, folder, "hf_blr first").splitlines()
     assert "loaded []" in lines
     assert "found BlastLinear" in lines
-    assert "adapted LoraBLR" in lines
+    assert "adapted LoraBLRLinear" in lines
     lines = run(code, folder, "transformers first").splitlines()
     assert "found BlastLinear" in lines
-    assert "adapted LoraBLR" in lines
+    assert "adapted LoraBLRLinear" in lines
 
 
 @pytest.mark.slow

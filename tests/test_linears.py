@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 import hf_blr
 from hf_blr import BLRConfig
 from hf_blr.integration import blr_modules
+from hf_blr.integration.linears import plain_form
 from hf_blr.structures import structures
 
 #: of a block of Llama, each structure at least once
@@ -46,6 +47,14 @@ def test_layers_become_plain_modules_of_the_same_size():
         else:
             assert held == sizes[name]
     assert {spec.structure for spec in specs.values()} == set(structures())
+
+
+@pytest.mark.parametrize("structure", structures())
+def test_a_model_that_reads_weights_finds_them(structure):
+    layer = compressed(config=BLRConfig(structure, ratio=0.6), num_hidden_layers=1).model.layers[0].self_attn.q_proj
+    plain = plain_form(layer)
+    torch.testing.assert_close(plain.weight, layer.dense_weight(), rtol=1e-5, atol=1e-6)
+    assert plain.bias is None and (plain.in_features, plain.out_features) == (64, 64)
 
 
 @pytest.mark.parametrize("structure", structures())

@@ -34,10 +34,13 @@ def test_every_result_file_says_where_it_was_measured():
         assert all(environment.get(key) for key in ("device", "torch", "commit", "date")), file.name
 
 
-def test_blast_is_at_or_below_low_rank_at_equal_parameters():
-    rows = {row["model"]: row for row in json.loads((ROOT / "benchmarks/results/demo.json").read_text())["rows"]}
-    assert rows["blast"]["parameters (M)"] <= rows["low_rank"]["parameters (M)"] * 1.01
-    assert rows["blast"]["perplexity"] <= rows["low_rank"]["perplexity"]
+def test_blast_is_below_low_rank_at_equal_bytes():
+    rows = json.loads((ROOT / "benchmarks/results/front_h200.json").read_text())["rows"]
+    found = {(row["row"], row["kept"]): row for row in rows}
+    for kept in (0.5, 0.8):
+        blast, low_rank = found["BLAST 4x4", kept], found["low-rank", kept]
+        assert blast["mb"] <= low_rank["mb"] * 1.01
+        assert all(blast["ppl"][text] < low_rank["ppl"][text] for text in low_rank["ppl"])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from tiny import batches_for, divergence, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blr import BLRConfig, compress, structures
 from hf_blr.factorize import FitOptions, factorize, relative_error
@@ -130,6 +131,26 @@ def test_feedback_between_rows_costs_the_outputs_less(name, size):
     storage, factor, gram, rows = format_named(name, size), normal(24, 64), correlated(64), correlated(24, seed=4)
     one, both = (rounded_in_metric(factor, gram, storage, m).numbers(torch.float32) - factor for m in (None, rows))
     assert (rows @ both @ gram * both).sum() < 0.7 * (rows @ one @ gram * one).sum()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would have to start: operations that write a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, size, most", [("int4", 64, 5.5), ("int4", None, 5.5), ("fp8", None, 6.5)])
+def test_a_column_takes_few_operations(name, size, most):
+    """On a GPU, rounding takes as long as starting them."""
+    k = 512
+    storage, factor, gram = format_named(name, size), normal(16, k), correlated(k)
+    with Operations() as counted:
+        rounded_in_metric(factor, gram, storage)
+    assert counted.count < most * k
 
 
 @pytest.mark.parametrize("name, size", FORMATS)

@@ -2,5 +2,6 @@
 
 from hf_blr.calibration.batches import collect_statistics
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.store import Store
 
-__all__ = ["Statistics", "collect_statistics"]
+__all__ = ["Statistics", "Store", "collect_statistics"]

@@ -17,6 +17,8 @@ from hf_blr.calibration.given import given_batches
 from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
+from hf_blr.calibration.pieces import in_files, in_pieces, joined
+from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
@@ -40,11 +42,13 @@ def collect_statistics(
     *,
     tokenizer: Tokenizer | None = None,
     calibration: Iterable[Batch | Tensor] | str | Path | None = None,
+    store: Store | None = None,
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
     Experts of one tensor share theirs, since a matrix for each would be too much to hold at once. With `config.fisher`
-    that takes a forward and a backward pass, else a forward. Arguments and errors as for `compress`.
+    that takes a forward and a backward pass, else a forward. Arguments and errors as for `compress`. Given a `Store`
+    with a limit, the matrices are gathered part by part and lie in its files, for as long as it is open.
     """
     model = unwrapped(model)
     refuse_adapters(model)
@@ -53,23 +57,31 @@ def collect_statistics(
     batches, _ = calibration_batches(model, config, tokenizer, calibration)
     if not batches:
         raise ValueError("statistics need text: set BLRConfig(dataset=...) or pass calibration=")
-    return statistics_of(model, plan, batches, config)
+    return statistics_of(model, plan, batches, config, store)
 
 
-def statistics_of(model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig) -> Statistics:
+def statistics_of(
+    model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig, store: Store | None = None
+) -> Statistics:
     """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
+    store = store or Store()
     with opened(model, plan):
         labels = expanded(model, plan)
         if config.fisher:
             try:
-                return fisher_statistics(model, list(labels), batches, config.seed, labels)
+                return fisher_statistics(model, list(labels), batches, config.seed, labels, store)
             except NoLoss as error:
                 if config.allocation == "loss":
                     raise
                 logger.warning("%s; here all outputs weigh alike and all layers keep the same ratio", error)
+        found = []
         with evaluating(model):
-            grams = whole_model_grams(model, list(labels), batches, labels)
-    return Statistics(grams, {}, token_count(batches), frozenset(plan) - frozenset(grams), grams.rows)
+            for piece in in_pieces(model, list(labels), labels, store.limit, output_grams=False):
+                grams = whole_model_grams(model, piece, batches, labels)
+                unreached = {labels[name] for name in piece} - set(grams)
+                part = Statistics(grams, {}, token_count(batches), frozenset(unreached), grams.rows)
+                found.append(part if store.limit is None else in_files(part, store))
+    return found[0] if len(found) == 1 else joined(found)
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:

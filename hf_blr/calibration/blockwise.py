@@ -16,6 +16,7 @@ from hf_blr.calibration.grams import GramCollector, Grams
 from hf_blr.calibration.passes import traced
 from hf_blr.calibration.precision import calibrating
 from hf_blr.calibration.progress import Progress
+from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Masks, Padding
 from hf_blr.calibration.trace import Piece
 from hf_blr.modes import evaluating
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 
 def iterate_grams(
-    model: nn.Module, names: list[str], batches: list[Batch], progress: Progress | None = None
+    model: nn.Module,
+    names: list[str],
+    batches: list[Batch],
+    progress: Progress | None = None,
+    store: Store | None = None,
 ) -> Generator[Grams, None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
@@ -37,9 +42,10 @@ def iterate_grams(
         names: dense linear layers, in the model's order.
         batches: keyword arguments of the model's forward, on its device.
         progress: blocks whose layers are all finished do not come.
+        store: where hidden states are kept.
     """
     with evaluating(model), torch.no_grad():
-        chain = BlockChain.trace(model, names, batches, progress)
+        chain = BlockChain.trace(model, names, batches, progress, store)
         if not chain.progress.has_all(chain.apart):
             yield whole_model_grams(model, list(chain.apart), batches)
         while chain.segments:
@@ -87,16 +93,31 @@ class BlockChain:
     segments: blocks that hand the hidden states on to one another, in pieces; an encoder is one, a decoder another.
     apart: {layer: why its block cannot be run alone}.
     progress: what need not be looked at again.
+    store: where hidden states are kept.
     """
 
     def __init__(
-        self, model: nn.Module, batches: list[Batch], segments: list[Segment], apart: dict[str, str], progress: Progress
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        segments: list[Segment],
+        apart: dict[str, str],
+        progress: Progress,
+        store: Store,
     ):
-        self.model, self.batches, self.segments, self.apart, self.progress = model, batches, segments, apart, progress
+        self.model, self.batches, self.segments, self.apart = model, batches, segments, apart
+        self.progress, self.store = progress, store
 
     @classmethod
     @torch.no_grad()
-    def trace(cls, model: nn.Module, names: list[str], batches: list[Batch], progress: Progress | None = None) -> Self:
+    def trace(
+        cls,
+        model: nn.Module,
+        names: list[str],
+        batches: list[Batch],
+        progress: Progress | None = None,
+        store: Store | None = None,
+    ) -> Self:
         """Records what the blocks are called with on each batch.
 
         Raises:
@@ -105,7 +126,8 @@ class BlockChain:
         body = body_of(model, names, batches)
         groups = blocks_of(model, body, names, batches)
         blocks = {block: model.get_submodule(block) for block in groups}
-        trace = traced(body, blocks, batches, set(), check=True)
+        store = store or Store()
+        trace = traced(body, blocks, batches, set(), store, check=True)
         padding = Padding(model, [*names, *groups], batches)
         masks = [padding.masks(batch) for batch in batches]
         segments = [
@@ -118,7 +140,7 @@ class BlockChain:
             for name in layers
             if list_of(block) in trace.apart
         }
-        return cls(model, batches, segments, apart, progress or Progress())
+        return cls(model, batches, segments, apart, progress or Progress(), store)
 
     def run(self, segment: Segment) -> Generator[Grams, None, None]:
         """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
@@ -142,7 +164,8 @@ class BlockChain:
         numbers = sorted(set(piece.batch_of))
         batches = [self.batches[i] for i in numbers]
         blocks = {block: self.model.get_submodule(block) for block in piece.blocks}
-        found = traced(body_of(self.model, piece.blocks, batches), blocks, batches, {piece.blocks[0]}).pieces()
+        body = body_of(self.model, piece.blocks, batches)
+        found = traced(body, blocks, batches, {piece.blocks[0]}, self.store).pieces()
         if len(found) != 1 or found[0].blocks != piece.blocks:
             return None
         again = found[0]

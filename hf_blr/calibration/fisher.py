@@ -11,7 +11,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ from hf_blr.calibration.calls import Batch, hooked
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.losses import NoLoss, sampled_loss
 from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.pieces import in_files, in_pieces, joined, recomputed
 from hf_blr.calibration.precision import tf32
+from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
@@ -38,15 +41,16 @@ class Statistics:
 
     Of a tensor of experts they are those of all its experts together.
 
-    grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor.
+    grams: {layer: H = X^T X `[K, K]`}, float32; layers with one input share one tensor. They may lie in files, which
+        are read each time.
     output_grams: {layer: diagonal blocks of G `[M, N/M, N/M]`}, float32; empty if no gradients were asked for.
     tokens: T, the predictions whose losses were summed.
     unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
     rows: {layer: S, its inputs that were summed}; of experts, also those that each saw, under `<layer>.<expert>`.
     """
 
-    grams: dict[str, Tensor]
-    output_grams: dict[str, Tensor]
+    grams: Mapping[str, Tensor]
+    output_grams: Mapping[str, Tensor]
     tokens: int
     unreached: frozenset[str] = frozenset()
     rows: dict[str, int] = field(default_factory=dict)
@@ -65,9 +69,18 @@ class Statistics:
 
 
 def fisher_statistics(
-    model: nn.Module, names: list[str], batches: list[Batch], seed: int = 0, labels: dict[str, str] | None = None
+    model: nn.Module,
+    names: list[str],
+    batches: list[Batch],
+    seed: int = 0,
+    labels: dict[str, str] | None = None,
+    store: Store | None = None,
 ) -> Statistics:
     """Both kinds of matrices, from one forward and one backward a sequence.
+
+    Where the store has a limit, each part of the layers whose matrices are within it gets such a pass of its own, and
+    its matrices go into files. Blocks then run again in the backward, instead of keeping their activations. The numbers
+    are the same.
 
     Args:
         model: in any dtype, with any outputs. Where those hold no `logits` `[..., classes]` of several classes, G is
@@ -77,15 +90,39 @@ def fisher_statistics(
             not counted, neither in the matrices nor in the loss.
         seed: of what is drawn for the first sequence; the next one has the next number, whatever batch it is in.
         labels: {layer: the name under which its matrices are summed}, of layers that are counted together.
+        store: where the matrices are kept.
 
     Raises:
         NoLoss: if the model puts out no numbers, or none that depends on any of the layers.
+    """
+    store, labels = store or Store(), labels or {}
+    found: list[Statistics] = []
+    felt = False
+    for piece in in_pieces(model, names, labels, store.limit, output_grams=True):
+        part = statistics_of_piece(model, piece, batches, seed, labels, recompute=store.limit is not None)
+        # stops at the first that is not zero
+        felt = felt or any(gram.any() for gram in part.output_grams.values())
+        found.append(part if store.limit is None else in_files(part, store))
+    if not felt:
+        raise NoLoss(
+            f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "
+            'allocation="uniform"'
+        )
+    return found[0] if len(found) == 1 else joined(found)
+
+
+def statistics_of_piece(
+    model: nn.Module, names: list[str], batches: list[Batch], seed: int, labels: dict[str, str], recompute: bool
+) -> Statistics:
+    """Those of some layers; arguments as of `fisher_statistics`.
+
+    Args:
+        recompute: keep what enters a block, and run the block again in the backward.
     """
     output_grams: dict[str, Tensor] = {}
     tokens = sequences = 0
     modules = {name: model.get_submodule(name) for name in names}
     trained = [p for p in model.parameters() if p.requires_grad]
-    labels = labels or {}
     collector = GramCollector(modules, labels)
     padding = Padding(model, names, batches)
     handles = [
@@ -94,24 +131,21 @@ def fisher_statistics(
     ]
     model.requires_grad_(False)
     try:
-        with evaluating(model), hooked(handles), collector, torch.enable_grad():
+        again = recomputed(model, names) if recompute else nullcontext()
+        with evaluating(model), hooked(handles), collector, again, torch.enable_grad():
             for batch in parts_of(batches, sequences_at_once(model)):
                 collector.real = padding.masks(batch)
                 loss, count = sampled_loss(model, batch, seed + sequences)
                 tokens += count
                 sequences += sequences_in(batch)
                 if loss.requires_grad:
+                    collector.paused = True
                     with tf32():
                         loss.backward()
+                    collector.paused = False
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    # stops at the first that is not zero
-    if not any(gram.any() for gram in output_grams.values()):
-        raise NoLoss(
-            f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "
-            'allocation="uniform"'
-        )
     grams = collector.grams
     unreached = {labels.get(name, name) for name in names} - set(grams)
     return Statistics(grams, output_grams, tokens, frozenset(unreached), grams.rows)

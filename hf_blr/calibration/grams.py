@@ -34,11 +34,13 @@ class GramCollector:
 
     Attributes:
         real: {layer: the positions of the batch that runs next which count}, as `Padding.masks` gives them.
+        paused: nothing is added, as while a backward pass runs parts of the model again.
     """
 
     def __init__(self, modules: dict[str, nn.Module], labels: dict[str, str] | None = None):
         self.modules, self.labels = modules, labels or {}
         self.real: Masks = {}
+        self.paused = False
         self._rows: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         # the latest input, its Gram, and the layers that it reached so far
@@ -72,6 +74,8 @@ class GramCollector:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.paused:
+                return
             x = handed(args, kwargs)
             if self._input is None or x is not self._input or self._writes != writes_to(x):
                 self._close_group()

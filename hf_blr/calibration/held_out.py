@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch, run
 from hf_blr.calibration.padding import predicted_positions
+from hf_blr.calibration.store import Store
 from hf_blr.modes import evaluating
 
 #: of the dense model's predictions are kept at most, and of tokens scored
@@ -25,11 +26,12 @@ class HeldOut:
         model: still dense.
         batches: keyword arguments of the model's forward, on its device; the first of them that hold at most 8192
             tokens, or predictions of a GiB.
+        store: where the predictions are kept, for as long as it is open.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Batch]):
+    def __init__(self, model: nn.Module, batches: list[Batch], store: Store | None = None):
         self.batches: list[Batch] = []
-        self.predictions: list[Tensor] = []
+        self.predictions = (store or Store()).list()
         self.tokens = 0
         for batch in batches:
             found = log_probabilities(model, batch)

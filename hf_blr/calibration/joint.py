@@ -7,7 +7,7 @@ gate) lets the errors of one be undone by another, which only the whole block's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,8 @@ def refine_block(
     name: str,
     block: nn.Module,
     run: Run,
-    entered: list[Tensor],
-    wanted: list[Tensor],
+    entered: Sequence[Tensor],
+    wanted: Sequence[Tensor],
     steps: int,
     seed: int = 0,
 ) -> BlockReport | None:
@@ -65,7 +65,7 @@ def refine_block(
 
 
 def refine_factors(
-    name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor], steps: int, seed: int
+    name: str, block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor], steps: int, seed: int
 ) -> BlockReport | None:
     """`refine_block` of a block whose layers are in the form that trains."""
     factors = {
@@ -113,7 +113,7 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_error(block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]) -> float:
+def mean_error(block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     tokens = [y.shape[:-1].numel() for y in wanted]
     errors = [error(run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
     return sum(count * each for count, each in zip(tokens, errors, strict=True)) / sum(tokens)

@@ -10,11 +10,17 @@ from torch import nn
 
 from hf_blr.calibration.arguments import same
 from hf_blr.calibration.calls import Batch, split_call
+from hf_blr.calibration.store import Store
 from hf_blr.calibration.trace import Broken, Piece, Trace
 
 
 def traced(
-    body: nn.Module, blocks: dict[str, nn.Module], batches: list[Batch], heads: set[str], check: bool = False
+    body: nn.Module,
+    blocks: dict[str, nn.Module],
+    batches: list[Batch],
+    heads: set[str],
+    store: Store,
+    check: bool = False,
 ) -> Trace:
     """The record of all batches.
 
@@ -24,19 +30,20 @@ def traced(
 
     Args:
         heads: blocks known to begin a piece; more come to it.
+        store: where hidden states are kept.
         check: raise ValueError for a block whose output is not finite on the first batch.
     """
     while True:
         try:
-            return trace_with(body, blocks, batches, heads, check)
+            return trace_with(body, blocks, batches, heads, store, check)
         except Broken:
             continue
 
 
 def trace_with(
-    body: nn.Module, blocks: dict[str, nn.Module], batches: list[Batch], heads: set[str], check: bool
+    body: nn.Module, blocks: dict[str, nn.Module], batches: list[Batch], heads: set[str], store: Store, check: bool
 ) -> Trace:
-    trace = Trace(blocks, heads)
+    trace = Trace(blocks, heads, store)
     #: {what a batch holds: how many calls it makes}
     counts = {frozenset(batches[0]): trace.add(body, batches[0], 0, check=check)}
     pieces, passing = trace.pieces(), {}
@@ -60,7 +67,7 @@ def passed_over(
     """
     if len(ran.hidden) > 1:
         return False
-    trace = Trace({block: blocks[block] for block in ran.blocks}, {ran.blocks[0]})
+    trace = Trace({block: blocks[block] for block in ran.blocks}, {ran.blocks[0]}, Store())
     try:
         with passed(blocks, {block: forms[block] for block in ran.blocks}):
             trace.add(body, batch, 0, stop=len(ran.blocks))

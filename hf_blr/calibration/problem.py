@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
-import torch
 from torch import Tensor
 
 from hf_blr.calibration.grams import Grams
-from hf_blr.calibration.residual import rows_of
+from hf_blr.calibration.residual import add, rows_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,13 @@ def problems_of(grams: Grams) -> dict[str, Problem]:
     return {name: Problem(gram, rows=grams.rows[name]) for name, gram in grams.items()}
 
 
-def plain_problem(inputs: list[Tensor], real: list[Tensor | None]) -> Problem:
+def plain_problem(inputs: Sequence[Tensor], real: list[Tensor | None]) -> Problem:
     """With all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
     calls, odd = divmod(len(inputs), len(real))
-    rows = [rows_of(x, None if odd else real[i // calls]) for i, x in enumerate(inputs)]
-    return Problem(reduce(torch.add, (x.mT @ x for x in rows)), rows=sum(map(len, rows)))
+    gram: Tensor | None = None
+    count = 0
+    for i, x in enumerate(inputs):
+        rows = rows_of(x, None if odd else real[i // calls])
+        gram = add(gram, rows.mT @ rows)
+        count += len(rows)
+    return Problem(gram, rows=count)

@@ -12,7 +12,7 @@ before it, and errors stop piling up with depth.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ READER_SHARE = 0.5
 STREAM_SHARE = 0.5
 
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
-AfterBlock = Callable[[str, nn.Module, Run, list[Tensor], list[Tensor]], BlockReport | None]
+AfterBlock = Callable[[str, nn.Module, Run, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
 
 
 class SequentialChain(WatchedChain):
@@ -73,7 +73,8 @@ class SequentialChain(WatchedChain):
             if all(block in self.progress.blocks for block in segment.groups):
                 yield self.progress.problems(layers)
             elif untouched:
-                compressed = Piece(piece.blocks, list(piece.hidden), with_own_state(piece.calls), piece.batch_of)
+                hidden = self.store.list(piece.hidden)
+                compressed = Piece(piece.blocks, hidden, with_own_state(piece.calls), piece.batch_of)
                 yield from self.segment_problems(segment, compressed, damping, after_block)
             elif (again := self.retraced(segment)) is not None:
                 yield from self.segment_problems(segment, again, damping, after_block)
@@ -102,7 +103,8 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             dense_calls, calls = segment.piece.calls.pop(prefix), compressed.calls.pop(prefix)
             if prefix in self.progress.blocks:
-                entered = [self.forward(block, x, call) for x, call in zip(entered, dense_calls, strict=True)]
+                left = (self.forward(block, x, call) for x, call in zip(entered, dense_calls, strict=True))
+                entered = self.store.list(left)
                 yield self.progress.problems(names)
                 if segment.piece.calls:
                     self.pass_on(prefix, hidden, calls)
@@ -136,20 +138,25 @@ class SequentialChain(WatchedChain):
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
 
-    def pass_on(self, prefix: str, hidden: list[Tensor], calls: list[Call]) -> None:
+    def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
         block = self.model.get_submodule(prefix)
         for i, x in enumerate(hidden):
             hidden[i] = self.forward(block, x, calls[i])
 
     def between(
-        self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list[Call], real: list[Tensor | None]
-    ) -> list[Tensor]:
+        self,
+        block: nn.Module,
+        entered: Sequence[Tensor],
+        left: Sequence[Tensor],
+        calls: list[Call],
+        real: list[Tensor | None],
+    ) -> Sequence[Tensor]:
         """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
-        return [
+        return self.store.list(
             counted(torch.lerp(self.forward(block, x, call), y, STREAM_SHARE), positions)
             for x, y, call, positions in zip(entered, left, calls, real, strict=True)
-        ]
+        )
 
     def run_as(
         self,
@@ -168,7 +175,7 @@ class SequentialChain(WatchedChain):
         calls: list[Call],
         dense: DenseRun,
         group: list[str],
-        compressed: list[Tensor],
+        compressed: Sequence[Tensor],
         damping: float | None,
     ) -> dict[str, Problem]:
         """The regressions of one group, from all batches."""

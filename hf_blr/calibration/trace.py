@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.arguments import call_kept_once
 from hf_blr.calibration.blocks import list_of
 from hf_blr.calibration.calls import Batch, Call, ReachedBlock, first, hooked, run, split_call, writes_to
+from hf_blr.calibration.store import Store, StoredList
 
 #: pieces that a list of blocks may fall into where something stands between two of them: what enters each piece is kept
 #: for all batches
@@ -32,7 +33,7 @@ class Piece:
     """
 
     blocks: list[str]
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     calls: dict[str, list[Call]]
     batch_of: list[int]
 
@@ -47,11 +48,12 @@ class Trace:
     Args:
         blocks: {name: block}.
         heads: blocks known to begin a piece.
+        store: where hidden states are kept.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], heads: set[str]):
-        self.blocks, self.heads = blocks, heads
-        self.hidden: dict[str, list[Tensor]] = {}
+    def __init__(self, blocks: dict[str, nn.Module], heads: set[str], store: Store):
+        self.blocks, self.heads, self.store = blocks, heads, store
+        self.hidden: dict[str, StoredList] = {}
         self.calls: dict[str, list[Call]] = {}
         self.batch_of: dict[str, list[int]] = {}
         #: {block: the one before it in its piece}, and the other way round
@@ -126,7 +128,9 @@ class Trace:
                 ):
                     self._break(name)
             if name in self.heads:
-                self.hidden.setdefault(name, []).append(hidden)
+                if name not in self.hidden:
+                    self.hidden[name] = self.store.list()
+                self.hidden[name].append(hidden)
                 if sum(list_of(head) == parent for head in self.heads) > MOST_PIECES:
                     latest = self._latest[parent][0] if parent in self._latest else "the block before it"
                     reason = f"{name} is handed something else than {latest} puts out, and so are others"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,16 +21,16 @@ from hf_blr.dense import is_dense_linear
 class DenseRun:
     """What the dense block did, run by run, on its own inputs."""
 
-    entered: list[Tensor]
+    entered: Sequence[Tensor]
     #: the positions that count
     real: list[Masks]
-    left: list[Tensor] = field(default_factory=list)
+    left: MutableSequence[Tensor]
     #: layers that were handed the same tensor, in the order of the calls
     groups: list[list[str]] = field(default_factory=list)
     #: {first layer of a group: its inputs}
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, MutableSequence[Tensor]] = field(default_factory=dict)
     #: {layer that adds its output to the residual stream: its outputs}, in the order of the calls
-    written: dict[str, list[Tensor]] = field(default_factory=dict)
+    written: dict[str, MutableSequence[Tensor]] = field(default_factory=dict)
 
 
 class WatchedChain(BlockChain):
@@ -41,18 +41,18 @@ class WatchedChain(BlockChain):
         block: nn.Module,
         prefix: str,
         names: list[str],
-        entered: list[Tensor],
+        entered: Sequence[Tensor],
         calls: list[Call],
         real: list[Masks],
     ) -> DenseRun:
         """Passes all that enters through the still dense block."""
-        run = DenseRun(entered, real)
+        run = DenseRun(entered, real, self.store.list())
         writers: list[str] = []
         if names:
             # a block between others, of which nothing is fitted, has nothing to be looked for
             run.groups, writers = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
-        run.inputs = {group[0]: [] for group in run.groups}
-        run.written = {name: [] for name in writers}
+        run.inputs = {group[0]: self.store.list() for group in run.groups}
+        run.written = {name: self.store.list() for name in writers}
         handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]
         handles += [self.on_output(name, partial(keep, to)) for name, to in run.written.items()]
         with hooked(handles):
@@ -121,7 +121,7 @@ class WatchedChain(BlockChain):
         return self.model.get_submodule(name).register_forward_hook(lambda module, args, out: see(out))
 
 
-def keep(kept: list[Tensor], x: Tensor) -> None:
+def keep(kept: MutableSequence[Tensor], x: Tensor) -> None:
     # a copy, since what runs next may write into x
     kept.append(x.clone())
 

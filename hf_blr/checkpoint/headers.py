@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_blr.checkpoint.files import Header
+from hf_blr.checkpoint.files import Header, stored_tensors
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.formats.values import fault_of_dtype
@@ -13,6 +16,9 @@ from hf_blr.structures import FACTOR, INDEX, structures, whole_structures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: bytes; the plan of a model of 700 layers takes 120,000
+LARGE_CONFIG = 1 << 20
 
 
 def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> None:
@@ -78,6 +84,24 @@ def place_of(key: str, names: ModuleNames) -> tuple[str | None, str]:
         owner, _, factor = owner.rpartition(".")
         name, leaf = names.find(owner), f"{factor}.{leaf}"
     return name, leaf
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError as `check_count`, for a folder of safetensors files.
+
+    It is asked before Transformers reads the config, which it copies several times: a plan of 100,000 modules would
+    take many seconds until it is refused.
+    """
+    about = folder / "config.json"
+    files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
+    # what is no plan is for others to refuse
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        if about.stat().st_size > LARGE_CONFIG and files:
+            layers = json.loads(about.read_bytes()).get("quantization_config", {}).get("layers")
+        else:
+            layers = None
+    if layers:
+        check_count(layers, list(stored_tensors(files)))
 
 
 def check_count(layers: dict[str, dict[str, Any]], stored: list[Header]) -> None:

@@ -40,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "killed; the result is the same to the last bit. Once OUT is written, FOLDER is removed",
     )
     parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="what statistics and hidden states of the text may take, such as 6GB, beside the model and the block at "
+        "work; the rest goes to the disk, which takes longer, and the result is the same",
+    )
+    parser.add_argument(
+        "--offload-folder", type=Path, metavar="FOLDER", help="where that lies meanwhile; else where temporary files do"
+    )
+    parser.add_argument(
         "--status",
         action=Status,
         type=Path,
@@ -79,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = options.load_model(args.model, args)
     # what took hours is kept until it is saved
     with journal or nullcontext():
-        report = compress(model, config, tokenizer=tokenizer, resume=journal)
+        limits = {"max_memory": args.max_memory, "offload_folder": args.offload_folder}
+        report = compress(model, config, tokenizer=tokenizer, resume=journal, **limits)
         record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)

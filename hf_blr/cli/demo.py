@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = Path("hf-blr-demo")
 #: what --quick does with less: one of so many decoder layers, and one of so many tokens
-QUICK_STRIDE, QUICK_SHARE = 6, 3
+QUICK_STRIDE, QUICK_SHARE = 6, 2
 #: the model is fitted in the dtype of --dtype and saved in this one
 SAVED = torch.bfloat16
 
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=float, default=3.5, help="bits a weight of the budget")
     parser.add_argument("--group-size", type=int, default=64, help="numbers that share a scale")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of alternating solves at most")
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
-    parser.add_argument("--calibration-tokens", type=int, default=6144, help="tokens to fit to")
-    parser.add_argument("--evaluation-tokens", type=int, default=4096, help="tokens to score, of each text")
+    parser.add_argument("--seqlen", type=int, default=256, help="tokens in a window")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="tokens to fit to")
+    parser.add_argument("--evaluation-tokens", type=int, default=3072, help="tokens to score, of each text")
     parser.add_argument("--epochs", type=int, default=1, help="over the tokens of the fit, to refine")
     parser.add_argument("--prompt", default="The for statement in Python is used to")
     parser.add_argument(
@@ -112,7 +112,7 @@ def reload_and_generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     with torch.no_grad():
         if not torch.equal(loaded(**inputs).logits, model(**inputs).logits):
             raise ValueError("the loaded model's logits differ from the saved model's")
-        out = loaded.generate(**inputs, max_new_tokens=40, do_sample=False)
+        out = loaded.generate(**inputs, max_new_tokens=24, do_sample=False)
     print("saved and loaded: logits are identical")
     # one sequence of ids gives one text
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

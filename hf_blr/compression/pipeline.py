@@ -19,14 +19,16 @@ from hf_blr.calibration.batches import calibration_batches
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
+from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
+from hf_blr.calibration.store import Store
 from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.journal import Journal, Unkept
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.replace import move_layer, replace_layer
 from hf_blr.compression.report import CompressionReport, LayerReport
-from hf_blr.compression.start import start_of
+from hf_blr.compression.start import Start, start_of
 from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.experts import dense_layers, expanded, opened
@@ -46,6 +48,8 @@ def compress(
     calibration: Iterable[Batch | Tensor] | str | Path | None = None,
     statistics: Statistics | None = None,
     resume: str | Path | Journal | None = None,
+    max_memory: int | str | None = None,
+    offload_folder: str | Path | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
@@ -71,6 +75,10 @@ def compress(
             stopped, even killed, one with the same arguments goes on, with a dense model; the result is the same to the
             last bit. The folder is removed at the end; a `Journal` of it stays for the caller to remove, once the model
             is saved.
+        max_memory: what statistics and hidden states of the text may take in memory, beside the model and the block at
+            work: bytes, or "6GB". The rest lies in files, the statistics are gathered in as many passes as that takes,
+            and the activations of blocks are computed again in the backward. The result is the same.
+        offload_folder: where these files are, for as long as the call; None: where the system keeps temporary ones.
         progress: show progress bars.
 
     Returns:
@@ -110,32 +118,11 @@ def compress(
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
-    start = journal.start(partial(start_of, model, plan, batches, statistics, config))
-    plan, output_grams = start.plan, start.output_grams
-    held_out = HeldOut(model, apart)
-    layers: list[LayerReport] = []
-    blocks = journal.block_reports()
-    with recorded(model, plan, config), opened(model, plan):
-        # experts are fitted one by one
-        origin = expanded(model, names)
-        fits = {name: replace(plan[of], experts=0) for name, of in origin.items() if of in plan}
-        groups = problem_groups(model, list(origin), fits, batches, start.statistics, config, blocks, journal)
-        bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
-        # a generator that is left open keeps the model in evaluation mode
-        with bar, closing(groups):
-            for name, problem in chain.from_iterable(group.items() for group in groups):
-                if name not in fits:
-                    move_layer(model, name, problem, journal)
-                    continue
-                output_gram = output_grams.get(origin[name])
-                layers.append(replace_layer(model, name, fits[name], problem, output_gram, config, journal))
-                bar.set_postfix_str(f"{name} error {layers[-1].rel_error:.3f}", refresh=False)
-                bar.update()
-    # where the budget left all layers dense, nothing was recorded
-    forget_quantizer(model)
-    order = {name: i for i, name in enumerate(fits)}
-    layers.sort(key=lambda layer: order[layer.name])
-    layers = [replace(layer, choice=start.choices.get(layer.name)) for layer in layers]
+    with Store(max_memory, offload_folder) as store:
+        start = journal.start(partial(start_of, model, plan, batches, statistics, config, store))
+        held_out = HeldOut(model, apart, store)
+        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, progress)
+        divergence = held_out.divergence(model)
     after = parameter_sizes(model)
     report = CompressionReport(
         parameters_before=before[0],
@@ -149,9 +136,9 @@ def compress(
         layers=layers,
         blocks=blocks,
         predicted_loss=start.predicted_loss,
-        divergence=held_out.divergence(model),
+        divergence=divergence,
         held_out_tokens=held_out.tokens,
-        left_dense={name: size for name, size in targets.items() if name not in plan},
+        left_dense={name: size for name, size in targets.items() if name not in start.plan},
     )
     record_origin(
         model,
@@ -164,6 +151,45 @@ def compress(
     if not isinstance(resume, Journal):
         journal.remove()
     return report
+
+
+def fit_layers(
+    model: nn.Module,
+    names: list[str],
+    start: Start,
+    batches: list[Batch],
+    config: BLRConfig,
+    journal: Unkept,
+    store: Store,
+    progress: bool,
+) -> tuple[list[LayerReport], list[BlockReport]]:
+    """Fits the layers of `start.plan` and puts them in place; their reports, in the model's order, and those of blocks.
+
+    Args:
+        names: all targets, also those that stay dense.
+    """
+    layers: dict[str, LayerReport] = {}
+    blocks = journal.block_reports()
+    with recorded(model, start.plan, config), opened(model, start.plan):
+        # experts are fitted one by one
+        origin = expanded(model, names)
+        fits = {name: replace(start.plan[of], experts=0) for name, of in origin.items() if of in start.plan}
+        groups = problem_groups(model, list(origin), fits, batches, start.statistics, config, blocks, journal, store)
+        bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
+        # a generator that is left open keeps the model in evaluation mode
+        with bar, closing(groups):
+            for name, problem in chain.from_iterable(group.items() for group in groups):
+                if name not in fits:
+                    move_layer(model, name, problem, journal)
+                    continue
+                output_gram = start.output_grams.get(origin[name])
+                report = replace_layer(model, name, fits[name], problem, output_gram, config, journal)
+                layers[name] = replace(report, choice=start.choices.get(name))
+                bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)
+                bar.update()
+    # where the budget left all layers dense, nothing was recorded
+    forget_quantizer(model)
+    return [layers[name] for name in fits], blocks
 
 
 @contextmanager

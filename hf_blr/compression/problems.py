@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hf_blr.calibration.problem import Problem, problems_of
 from hf_blr.calibration.progress import Progress
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.sequential import SequentialChain
+from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import lies_in_experts
 from hf_blr.modes import evaluating
@@ -34,6 +35,7 @@ def problem_groups(
     config: BLRConfig,
     blocks: list[BlockReport],
     progress: Progress,
+    store: Store,
 ) -> Generator[dict[str, Problem], None, None]:
     """{layer: Problem} for the layers to fit next, in the order in which they become ready.
 
@@ -45,11 +47,12 @@ def problem_groups(
             for: a problem with a target.
         blocks: gets the reports of refined blocks.
         progress: what is finished, and who is told of more.
+        store: where hidden states are kept.
     """
     reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
     if batches:
-        groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress)
+        groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress, store)
     else:
         groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
@@ -92,11 +95,12 @@ def calibrated_groups(
     config: BLRConfig,
     blocks: list[BlockReport],
     progress: Progress,
+    store: Store,
 ) -> Generator[dict[str, Problem], None, None]:
     """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
     def refine(
-        name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor]
+        name: str, block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> BlockReport | None:
         report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
         if report is not None:
@@ -105,7 +109,7 @@ def calibrated_groups(
 
     if config.sequential:
         with evaluating(model):
-            chain = SequentialChain.trace(model, names, batches, progress)
+            chain = SequentialChain.trace(model, names, batches, progress, store)
             apart = [name for name in chain.apart if name in plan]
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
@@ -117,7 +121,7 @@ def calibrated_groups(
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
     fitted = [name for name in names if name in plan]
-    with closing(iterate_grams(model, fitted, batches, progress)) as blockwise:
+    with closing(iterate_grams(model, fitted, batches, progress, store)) as blockwise:
         left = progress.problems(fitted)
         for grams in blockwise:
             problems = with_pooled(model, grams, fitted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.batches import check_statistics, statistics_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.store import Store, only
 from hf_blr.compression.allocation import Choice
 from hf_blr.compression.bits import share_bits
 from hf_blr.compression.budget import share_budget
@@ -33,20 +35,24 @@ class Start:
     statistics: Statistics | None = None
 
     @property
-    def output_grams(self) -> dict[str, Tensor]:
+    def output_grams(self) -> Mapping[str, Tensor]:
         """{layer: blocks of G} of those whose outputs are weighed."""
         return {} if self.statistics is None else self.statistics.output_grams
 
 
 def start_of(
-    model: nn.Module, plan: Plan, batches: list[Batch], statistics: Statistics | None, config: BLRConfig
+    model: nn.Module, plan: Plan, batches: list[Batch], statistics: Statistics | None, config: BLRConfig, store: Store
 ) -> Start:
-    """Runs the batches through the dense model and back, if nobody has yet, and shares out the budget."""
+    """Runs the batches through the dense model and back, if nobody has yet, and shares out the budget.
+
+    Args:
+        store: where what is seen there is kept.
+    """
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
         logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
-        statistics = statistics_of(model, plan, batches, config)
+        statistics = statistics_of(model, plan, batches, config, store)
     weighed = statistics is not None and config.fisher and bool(statistics.output_grams)
     if config.structure == AUTO and not (weighed or config.layers):
         raise ValueError(
@@ -64,6 +70,6 @@ def start_of(
         statistics,
         # fits to text sum the Gram matrices of their own
         grams={} if batches else statistics.grams,
-        output_grams={name: gram for name, gram in statistics.output_grams.items() if weighed and name in plan},
+        output_grams=only(statistics.output_grams, plan if weighed else ()),
     )
     return Start(plan, predicted, choices, needed)

@@ -56,7 +56,7 @@ class BLRConfig(StorageSettings, QuantizationConfigMixin):
     @classmethod
     def keys(cls) -> list[str]:
         """The names that the constructor takes."""
-        return [f.name for f in option_fields()]
+        return list(KEYS)
 
     def validate(self) -> None:
         """What fields mean together. Raises ValueError."""
@@ -138,6 +138,10 @@ class BLRConfig(StorageSettings, QuantizationConfigMixin):
 def option_fields() -> list[Any]:
     """The fields that a user sets, in their order."""
     return [f for f in fields(BLRConfig) if "help" in f.metadata]
+
+
+#: a constant, as torch.compile does not follow `fields`: some models write their config out in a forward
+KEYS = tuple(f.name for f in option_fields())
 
 
 def naming_unknown(init: Any) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.formats import PLAIN, Format
 from hf_blr.linear import BLRLinear
-from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
 
@@ -62,7 +61,7 @@ class ExpertsLinear(BLRLinear):
 
     def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
         """x `[T, K]` -> `[T, N]`, by the factors of one expert."""
-        tensors = [tensor[expert] for tensor in self.tensors(compute_dtype(x)).values()]
+        tensors = [tensor[expert] for tensor in self.operands(x)]
         return ops.linear(self.spec.structure, x, tensors, None, self.impl or None, "")
 
     def reset_parameters(self) -> None:

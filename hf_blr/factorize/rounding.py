@@ -10,6 +10,8 @@ each other.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from hf_blr.formats import Bits, Codes
 
 #: columns between two updates of all columns behind them
 BLOCK = 128
+#: columns between two updates of the columns behind them in a block
+STRIDE = 32
 
 
 def rounded_in_metric(factor: Tensor, gram: Tensor | None, storage: Bits, rows: Tensor | None = None) -> Codes:
@@ -59,8 +63,8 @@ class Sweep:
     def __init__(self, factor: Tensor, gram: Tensor, storage: Bits, rows: Tensor | None):
         self.storage, self.k = storage, factor.shape[-1]
         self.size = storage.group_size or self.k
-        # the upper U with H^-1 = U^T U: row i of U / U_ii says how columns behind i make up for an error in i
-        self.upper = upper_root(gram).to(factor.dtype)
+        # row i says how columns behind i make up for an error in i
+        self.upper = by_diagonal(upper_root(gram)).to(factor.dtype)
         count = 1 if rows is None else ROW_BLOCKS
         self.left = split(factor, count)
         self.target = self.left.clone()
@@ -85,26 +89,23 @@ class Sweep:
         upper = torch.stack([self.upper[..., c : c + width, c : c + wide] for c in at.values()])
         scales: list[Tensor] = []
         scale = None if starts[:1] == [0] else torch.stack([self.scales[b][-1] for b in at])
-        errors: list[Tensor] = []
-        for i in range(width):
-            if i in starts:
-                group = part[..., i : i + self.size].clone()
-                if errors and i + self.size > width:
-                    # it has not seen the errors inside this block yet
-                    group[..., width - i :] -= fed(errors, upper[..., : len(errors), width : i + self.size])
+        errors = part.new_empty(*part.shape[:-1], width)
+        for begin, end in pairwise(sorted({*range(0, width, STRIDE), *starts, width})):
+            if begin in starts:
+                group = part[..., begin : begin + self.size].clone()
+                # it has not seen the errors inside this block yet where it goes on beyond
+                group[..., width - begin :] -= errors[..., :begin] @ upper[..., :begin, width : begin + self.size]
                 scale = self.storage.scales(group.float())
                 scales.append(scale)
             assert scale is not None
-            column = part[..., i : i + 1]
-            numbers = self.storage.rounded(column, scale).numbers(part.dtype)
-            errors.append((column - numbers) / upper[..., i, i, None, None])
-            part[..., i:width] -= errors[-1] * upper[..., i, None, i:width]
-            part[..., i : i + 1] = numbers
+            unit = scale.to(part.dtype)
+            own = round_columns(part[..., begin:end] / unit, upper[..., begin:end, begin:end], self.storage)
+            torch.mul(own, unit, out=errors[..., begin:end])
+            part[..., begin:width] -= errors[..., begin:end] @ upper[..., begin:end, begin:width]
         for place, (b, c) in enumerate(at.items()):
             self.left[b][..., c : c + width] = part[place, ..., :width]
             self.scales[b] += [found[place] for found in scales]
-            mine = [error[place] for error in errors]
-            self.left[b][..., c + width :] -= fed(mine, self.upper[..., c : c + width, c + width :])
+            self.left[b][..., c + width :] -= errors[place] @ self.upper[..., c : c + width, c + width :]
             self.move_rows(b, slice(c, c + width))
 
     def move_rows(self, b: int, columns: slice) -> None:
@@ -117,6 +118,20 @@ class Sweep:
         self.left[b + 1 :, ..., columns] += moved
 
 
-def fed(errors: list[Tensor], upper: Tensor) -> Tensor:
-    """What errors `[..., n, 1]` of columns take off other columns, by their rows of U `[..., columns, others]`."""
-    return torch.cat(errors, -1) @ upper
+def round_columns(columns: Tensor, upper: Tensor, storage: Bits) -> Tensor:
+    """Rounds columns `[..., n, m]`, in units of their scale, one after the other; returns what each is off its code by.
+
+    A column is rounded when it has been moved for the columns before it, by their rows of `upper` `[..., m, m]`. As few
+    operations as can be, since a GPU takes longer to start one than to run it.
+    """
+    left = columns.mT.contiguous()
+    errors = torch.empty_like(left)
+    behind = upper.unsqueeze(-1)
+    for i, (column, error) in enumerate(zip(left.split(1, -2), errors.split(1, -2), strict=True)):
+        torch.sub(column, storage.clamped(column), out=error)
+        left[..., i + 1 :, :].addcmul_(behind[..., i, i + 1 :, :], error, value=-1)
+    return errors.mT
+
+
+def by_diagonal(upper: Tensor) -> Tensor:
+    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)

@@ -15,8 +15,11 @@ from transformers.utils import logging
 
 from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
 from hf_blr.finetune.distill import Distiller, load_teacher
+from hf_blr.finetune.masters import Masters
 from hf_blr.finetune.trainable import (
     factor_parameters,
+    fresh_head,
+    frozen_parts,
     has_adapters,
     let_gradients_in,
     mark_only_factors_trainable,
@@ -63,6 +66,8 @@ class BLRCallback(TrainerCallback):
             gets no gradients.
         distill_weight: share of the distillation loss in the loss, in (0, 1].
         temperature: softens both distributions; the loss is scaled by its square.
+        float32_factors: train factors that are stored in 16 bits as float32 numbers; at the end of the training they
+            are rounded back. Checkpoints in between hold the float32 numbers, so that a training resumes from them.
 
     Raises:
         ValueError: for values out of range; at the start, for a model without BLR modules.
@@ -78,6 +83,7 @@ class BLRCallback(TrainerCallback):
         distill_weight: float = 0.5,
         temperature: float = 1.0,
         train_bits: str = SCALES,
+        float32_factors: bool = True,
     ):
         if train_bits not in (SCALES, CODES):
             raise ValueError(f'train_bits must be "{SCALES}" or "{CODES}", got {train_bits!r}')
@@ -98,20 +104,30 @@ class BLRCallback(TrainerCallback):
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.temperature = temperature
+        self.masters = Masters() if float32_factors else None
         self.distiller: Distiller | None = None
-        self.reported = False
+        self.reported = self.warned = False
         self.counted_tokens: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.opens_bits = not trained_bits(kwargs["model"])
         mark_only_factors_trainable(kwargs["model"], **self.selection)
+        # before the model is wrapped for several processes, and before a checkpoint is read
+        if self.masters is not None:
+            self.masters.widen(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self.freeze(args, model, optimizer)
+        # a callback that came late, or a second training; moments in 16 bits would not fit
+        if self.masters is not None and not optimizer.state and args.parallel_mode != ParallelMode.DISTRIBUTED:
+            self.masters.widen(model)
         self.report(state, model)
+        if not (self.warned or has_adapters(model)) and (frozen := frozen_parts(model)):
+            logger.warning(f"frozen stay {'; '.join(frozen)}")
+        self.warned = True
         warn_of_decay(model, optimizer)
         warn_of_rounding(model)
         let_gradients_in(model)
@@ -155,7 +171,8 @@ class BLRCallback(TrainerCallback):
             return
         self.reported = True
         modules = len(blr_modules(model))
-        extra = [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
+        head = ["a fresh head"] if fresh_head(model) else []
+        extra = head + [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
         bits = [self.selection["bits"] + " of factors in bits"] if trained_bits(model) else []
         numbers = ["factors"] if any(layer.factors() for layer in blr_modules(model).values()) else []
         what = "the PEFT adapters on" if has_adapters(model) else ", ".join([*numbers, *bits, *extra]) + " of"
@@ -198,6 +215,8 @@ class BLRCallback(TrainerCallback):
         self.distiller = None
         if self.opens_bits:
             self.forms = close_bits(kwargs["model"])
+        if self.masters is not None:
+            self.masters.narrow()
         if self.counted_tokens is not None:
             args.include_num_input_tokens_seen = self.counted_tokens
 
@@ -235,12 +254,12 @@ def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def warn_of_rounding(model: nn.Module) -> None:
-    rounded = {f.dtype for f in factor_parameters(model) if f.requires_grad and f.dtype.itemsize < 4}
-    if rounded:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+    if narrow:
+        dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
         logger.warning(
-            f"the factors train in {dtypes}, which rounds small steps away: load the model in float32, and set "
-            "bf16=True in the TrainingArguments to compute in bfloat16"
+            f"{narrow[0]} and {len(narrow) - 1} more parameters train in {dtype}, which rounds small steps away: load "
+            "the model in float32, and set bf16=True in the TrainingArguments to compute in bfloat16"
         )
 
 

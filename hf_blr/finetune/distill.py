@@ -98,6 +98,9 @@ class Distiller:
         teacher_logits = self.teacher_output(args, kwargs, logits.device).logits
         mask = self.scored_positions(kwargs, logits)
         num_items = kwargs.get("num_items_in_batch")
+        if num_items is None and not mask.any():
+            # the model's own loss is a mean over nothing; a NaN of it would reach every factor
+            return 0 * logits.sum()
         divergence = distillation_loss(logits, teacher_logits, mask, self.temperature, num_items)
         items = mask.sum() if num_items is None else num_items
         self.count(mask.sum(), divergence * items, loss * items)
@@ -144,14 +147,15 @@ class Distiller:
 
     def pop_metrics(self) -> dict[str, float]:
         """Mean `distill_loss` and, where there is one, `lm_loss` per scored position since the last call, over all
-        processes."""
+        processes; nothing where no position was scored."""
         if self.sums is None:
             return {}
         sums, self.sums = self.sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         count, *found = sums.tolist()
-        return {name: total / count for name, total in zip(("distill_loss", "lm_loss"), found, strict=False)}
+        means = [total / count for total in found] if count else []
+        return dict(zip(("distill_loss", "lm_loss"), means, strict=False))
 
 
 def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:

@@ -48,7 +48,9 @@ def distillation_loss(
     for student, teacher, counts in zip(*(tensor.split(rows) for tensor in flat), strict=True):
         divergence = checkpoint(kl_divergence, student, teacher, temperature, use_reentrant=False)
         total = total + divergence[counts].sum()
-    return temperature**2 * total / (mask.sum() if num_items is None else num_items)
+    # where nothing counts, the sum is zero whatever divides it
+    items = torch.as_tensor(mask.sum() if num_items is None else num_items, device=total.device)
+    return temperature**2 * total / items.clamp_min(1)
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_blr.calibration.training_form import SCALES, forms_in, open_bits, trained_bits
+from hf_blr.checkpoint.verify import is_loaded
 from hf_blr.linear import blr_modules
 from hf_blr.targets import remaining_targets
 
@@ -22,7 +23,9 @@ def mark_only_factors_trainable(
     also: list[str] | tuple[str, ...] = (),
     bits: str = SCALES,
 ) -> tuple[int, int]:
-    """Freeze everything but the factors of the BLR modules.
+    """Freeze everything but the factors of the BLR modules, and a head that no checkpoint brought.
+
+    Such a head (a classifier on a model that was saved without one) holds random numbers, so it trains too.
 
     Of factors that are kept in bits the scales train, and with `bits="codes"` the codes too. They are put into a form
     for that, `formats.FactorInTraining`, which computes the same and is saved as before; `close_bits` ends it.
@@ -68,7 +71,7 @@ def mark_only_factors_trainable(
 
 
 def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterable[str]) -> list[nn.Parameter]:
-    wanted = factor_parameters(model)
+    wanted = [*factor_parameters(model), *fresh_head(model).values()]
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             wanted += module.parameters(recurse=False) if norms else ()
@@ -80,6 +83,30 @@ def wanted_parameters(model: nn.Module, norms: bool, biases: bool, also: Iterabl
             raise ValueError(f"there is no module named or ending in {ending!r} to train in {type(model).__name__}")
         wanted += [parameter for module in named for parameter in module.parameters()]
     return wanted
+
+
+def fresh_head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} outside of the base model that transformers initialised where a checkpoint brought the others.
+
+    None of a model that was made in memory or copied, whose parameters are all alike in that.
+    """
+    base = getattr(model, "base_model", model)
+    named = dict(model.named_parameters())
+    if base is model or not any(is_loaded(parameter) for parameter in named.values()):
+        return {}
+    embedding: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    # the head of a language model is tied, or comes with the model; a new vocabulary makes it anew
+    known = {id(p) for module in (base, embedding) if module is not None for p in module.parameters()}
+    return {name: p for name, p in named.items() if id(p) not in known and not is_loaded(p)}
+
+
+def frozen_parts(model: nn.Module) -> list[str]:
+    """In words, what one might take for a part of the training and that does not train."""
+    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    dense = [name for name in remaining_targets(model) if name not in trained]
+    if not dense:
+        return []
+    return [f"{len(dense)} projections left dense (train_also takes names): {dense[0]}{', ...' * (len(dense) > 1)}"]
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -69,6 +69,10 @@ class Bits(Format):
         """
         raise NotImplementedError
 
+    def clamped(self, values: Tensor) -> Tensor:
+        """The codes nearest to values in units of the scale, in the dtype of the values."""
+        raise NotImplementedError
+
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
         """The tensors of `parts` that hold these codes."""
         raise NotImplementedError

@@ -37,8 +37,14 @@ class Float8(Bits):
         return scale.clamp_min(torch.finfo(SCALE_DTYPE).tiny)
 
     def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
+        return Codes(self.codes_of(factor / scale.to(factor.dtype)), scale)
+
+    def clamped(self, values: Tensor) -> Tensor:
+        return self.codes_of(values).to(values.dtype)
+
+    def codes_of(self, values: Tensor) -> Tensor:
         # where a scale clips, releases of PyTorch make NaN of what lies beyond the largest code
-        return Codes((factor / scale.to(factor.dtype)).clamp(-LARGEST, LARGEST).to(FLOAT8), scale)
+        return values.clamp(-LARGEST, LARGEST).to(FLOAT8)
 
     def laid_out(self, codes: Codes) -> dict[str, Tensor]:
         return {"weight": codes.values, "weight_scale": codes.scale}

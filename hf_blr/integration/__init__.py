@@ -14,6 +14,7 @@ from hf_blr.integration.loading import from_config, to_dense, to_format
 from hf_blr.integration.on_import import when_imported
 from hf_blr.integration.patch import MODELING, disable, enable
 from hf_blr.integration.peft import enable_peft, lora_targets
+from hf_blr.integration.refit import merge_adapters
 from hf_blr.linear import blr_modules
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "from_config",
     "lora_targets",
     "match_plan",
+    "merge_adapters",
     "record_plan",
     "register",
     "swap_in",

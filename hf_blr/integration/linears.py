@@ -16,6 +16,27 @@ from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, structure_named
 
 
+class LinearPair(nn.Sequential):
+    """Two `nn.Linear`, K x R and R x N, which compute what one of K x N does.
+
+    Models that read the weight or the bias of a layer find the product of the two, and the second one's.
+    """
+
+    def __init__(self, first: nn.Linear, second: nn.Linear):
+        super().__init__(first, second)
+        self.in_features, self.out_features = first.in_features, second.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix `[N, K]`."""
+        first, second = self
+        return second.weight @ first.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self[1].bias
+
+
 class PlainLinear(nn.Module):
     """The factors of a layer under its structure's plain form: products of PyTorch alone, without a registered op.
 
@@ -40,6 +61,11 @@ class PlainLinear(nn.Module):
         tensors = [getattr(self, name) for name in self.names]
         return implementation_of(self.structure).linear(x, *tensors, bias=self.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix `[N, K]`, for models that read it."""
+        return implementation_of(self.structure).dense(*(getattr(self, name) for name in self.names))
+
     def extra_repr(self) -> str:
         return f"{self.structure}, in_features={self.in_features}, out_features={self.out_features}"
 
@@ -47,8 +73,8 @@ class PlainLinear(nn.Module):
 def to_linears(model: nn.Module) -> nn.Module:
     """Put plain PyTorch in the place of every BLR layer, so that the model can be exported.
 
-    Low-rank and pivoted layers become two `nn.Linear` one after the other, whose sizes are K x R and R x N; a pivoted
-    one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or `Conv1D`), others a
+    Low-rank and pivoted layers become two `nn.Linear` one after the other (`LinearPair`), whose sizes are K x R and
+    R x N; a pivoted one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or `Conv1D`), others a
     `PlainLinear`. Factors in bits become numbers of the model's dtype. Outputs differ by rounding alone.
 
     Works in place, one layer at a time, and returns the model. There is no way back: such a model can be run, trained
@@ -89,7 +115,7 @@ def plain_form(module: BLRLinear) -> nn.Module:
         plain = PlainLinear(module)
     else:
         u, v = pair(**module.tensors())
-        plain = nn.Sequential(linear_of(v, None), linear_of(u, module.bias))
+        plain = LinearPair(linear_of(v, None), linear_of(u, module.bias))
     trains = next((factor.requires_grad for factor in module.factors().values()), True)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(trains if not name.endswith("bias") else parameter.requires_grad)

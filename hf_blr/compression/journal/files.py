@@ -40,19 +40,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     return naming(path, read)
 
 
-def write_object(path: Path, value: Any) -> None:
-    """Dictionaries, lists, numbers and tensors, which may share memory. Raises OSError."""
+def write_tensor(path: Path, tensor: Tensor) -> None:
+    """One tensor, as a calibration's store reads it. Raises OSError."""
     try:
         with replacing(path) as scratch:
-            torch.save(value, scratch)
+            torch.save(tensor.detach().cpu(), scratch)
     except RuntimeError as error:
         # of a full disk, PyTorch's writer says how many bytes it missed
         raise OSError(f"{path} cannot be written ({str(error).partition(chr(10))[0]}); is the disk full?") from error
-
-
-def read_object(path: Path) -> Any:
-    """What `write_object` wrote, its tensors mapped from the file. Raises ValueError that names the file."""
-    return naming(path, lambda: torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def write_json(path: Path, value: Any) -> None:

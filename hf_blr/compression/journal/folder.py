@@ -19,13 +19,13 @@ from hf_blr.atomic import check_writable, left_by_killed
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.joint import BlockReport
+from hf_blr.calibration.store import Kept, StoredTensors, distinct
 from hf_blr.compression.allocation import Choice
 from hf_blr.compression.journal.files import (
     read_json,
-    read_object,
     read_tensors,
     write_json,
-    write_object,
+    write_tensor,
     write_tensors,
 )
 from hf_blr.compression.journal.fingerprints import difference, of_batches, of_config, of_model, of_statistics
@@ -44,7 +44,11 @@ logger = logging.getLogger(__name__)
 SOFTWARE = {"journal": 1, "torch": torch.__version__}
 ENDING = ".safetensors"
 #: what the journal is about; the batches; where the fits begin
-ABOUT, TEXT, START = "journal.json", "text.safetensors", "start.pt"
+ABOUT, TEXT, START = "journal.json", "text.safetensors", "start.json"
+#: folders: of finished layers and blocks, and of matrices that fits need
+FOLDERS = ("layers", "blocks", "statistics")
+#: the fields of `Statistics` that hold them
+MATRICES = ("grams", "output_grams")
 
 
 class Journal(Unkept):
@@ -69,7 +73,7 @@ class Journal(Unkept):
             check_writable(self.folder)
         except OSError as error:
             raise ValueError(f"{self.folder} cannot keep a journal ({error}); name a place that can") from None
-        scratch = [path for place in ("", "layers", "blocks") for path in left_by_killed(self.folder / place)]
+        scratch = [path for place in ("", *FOLDERS) for path in left_by_killed(self.folder / place)]
         if not about.exists() and any(path not in scratch for path in self.folder.glob("*")):
             raise ValueError(f"{self.folder} holds something else than a journal; name a folder for it alone")
         self.about: dict[str, Any] = read_json(about) if about.exists() else {}
@@ -90,7 +94,7 @@ class Journal(Unkept):
     def remove(self) -> None:
         """Takes away what the journal has written, and the folder if there is nothing else in it."""
         # last what makes a journal of it
-        for kind in ("layers", "blocks"):
+        for kind in FOLDERS:
             shutil.rmtree(self.folder / kind, ignore_errors=True)
         for name in (TEXT, START, ABOUT):
             (self.folder / name).unlink(missing_ok=True)
@@ -146,21 +150,37 @@ class Journal(Unkept):
         path = self.folder / START
         if not path.exists():
             found = find()
-            statistics = found.statistics and {**vars(found.statistics), "unreached": list(found.statistics.unreached)}
             value = {
                 "plan": layers_from_plan(found.plan),
                 "predicted_loss": found.predicted_loss,
                 "choices": {name: asdict(choice) for name, choice in found.choices.items()},
-                "statistics": statistics,
+                "statistics": found.statistics and self.kept_statistics(found.statistics),
             }
-            write_object(path, value)
-        # read in any case: what is mapped from the file needs no memory
-        kept = read_object(path)
-        of_model = kept["statistics"] and Statistics(
-            **{**kept["statistics"], "unreached": frozenset(kept["statistics"]["unreached"])}
-        )
+            write_json(path, value)
+        # read in any case: what lies in files needs no memory
+        kept = read_json(path)
         choices = {name: Choice(**choice) for name, choice in kept["choices"].items()}
-        return Start(plan_from_layers(kept["plan"]), kept["predicted_loss"], choices, of_model)
+        statistics = kept["statistics"] and self.read_statistics(kept["statistics"])
+        return Start(plan_from_layers(kept["plan"]), kept["predicted_loss"], choices, statistics)
+
+    def kept_statistics(self, statistics: Statistics) -> dict[str, Any]:
+        """Writes the matrices into files of their own; returns the rest, with {name: file} in their place."""
+        said = {**vars(statistics), "unreached": sorted(statistics.unreached)}
+        for kind in MATRICES:
+            files: dict[str, str] = {}
+            for i, (names, tensor) in enumerate(distinct(getattr(statistics, kind))):
+                write_tensor(self.folder / "statistics" / f"{kind}-{i}.pt", tensor)
+                files |= dict.fromkeys(names, f"{kind}-{i}.pt")
+            said[kind] = files
+        return said
+
+    def read_statistics(self, said: dict[str, Any]) -> Statistics:
+        """What `kept_statistics` wrote; its matrices stay in the files."""
+        folder, matrices = self.folder / "statistics", {}
+        for kind in MATRICES:
+            once = {file: Kept(folder / file, torch.device("cpu")) for file in set(said[kind].values())}
+            matrices[kind] = StoredTensors({name: once[file] for name, file in said[kind].items()})
+        return Statistics(**{**said, **matrices, "unreached": frozenset(said["unreached"])})
 
     def keep_layer(self, name: str, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:
         write_tensors(self.file("layers", name), tensors, said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_blr.compression.journal.files import read_json, read_object
+from hf_blr.compression.journal.files import read_json
 from hf_blr.compression.journal.folder import ABOUT, START, TEXT, names_in
 from hf_blr.config.texts import describe
 
@@ -22,7 +22,7 @@ def status_of(folder: str | Path) -> str:
         lines.append("text: " + ("drawn" if (folder / TEXT).exists() else "not drawn yet"))
     if not (folder / START).exists():
         return "\n".join([*lines, "the first fit has not begun: the dense model is looked at, and the budget shared"])
-    plan = read_object(folder / START)["plan"]
+    plan = read_json(folder / START)["plan"]
     # experts are fitted one by one, and layers that stay dense may be moved
     total = sum(max(layer.get("experts", 0), 1) for layer in plan.values())
     done = sum(name in plan or name.rpartition(".")[0] in plan for name in layers)

@@ -1,0 +1,43 @@
+"""Every tool on every architecture: a few of them in `make test`, all in `make test-long`."""
+
+import pytest
+from matrix import CHECKS, NEITHER, NOTHING, YES, Case, cell, row
+from zoo_models import KINDS, LEFT_OUT
+
+#: one for each kind of model, and the tools whose way differs between these most
+QUICK = {
+    "llama": list(CHECKS),
+    "mixtral": ["compress", "save and load", "calibrate", "train", "generate"],
+    "t5": ["compress", "save and load", "calibrate", "checkpointing", "generate", "static cache"],
+    "vit": ["compress", "save and load", "calibrate", "train", "checkpointing", "fuse"],
+}
+
+
+def failures(found):
+    return {column: said for column, said in found.items() if column in CHECKS and said not in (YES, NOTHING, NEITHER)}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_tools_work_on_one_model_of_each_kind(name):
+    found = row(name, QUICK[name])
+    assert not failures(found)
+    assert all(found[column] == YES for column in QUICK[name])
+
+
+def test_a_check_that_fails_is_told_from_one_that_cannot_be(monkeypatch):
+    case = Case("vit")
+    assert cell(case, CHECKS["generate"]) == NOTHING
+    # a compressed model that is not its dense twin
+    model = case.compressed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(case, "compressed", lambda: model)
+        patch.setattr(case, "twin", lambda: case.dense)
+        assert cell(case, CHECKS["compress"]).startswith("AssertionError: outputs differ by")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KINDS)
+def test_the_tools_work_on_every_model(name):
+    if name in LEFT_OUT:
+        pytest.skip(LEFT_OUT[name])
+    assert not failures(row(name))

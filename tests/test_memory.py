@@ -1,0 +1,116 @@
+"""Calibrations within a limit of memory: the numbers of one without, and what is kept."""
+
+import copy
+
+import pytest
+import torch
+from test_resume import CASES, inputs, same_bits, timeless
+from tiny import batches_for, tiny_llama, tiny_mixtral
+
+from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.calibration import fisher
+from hf_blr.calibration.fisher import fisher_statistics
+from hf_blr.calibration.pieces import in_pieces
+from hf_blr.calibration.store import Store, StoredTensors, distinct, only
+from hf_blr.plan import resolve_plan
+
+
+# what cannot be run block by block has all of its statistics in memory
+@pytest.mark.parametrize("case", [case for case in CASES if case != "whole pass"])
+def test_within_a_limit_the_result_is_the_same_to_the_last_bit(case, tmp_path, monkeypatch):
+    make, settings = CASES[case]
+    model = make()
+    config, batches, free = BLRConfig(**{"ratio": 0.6, **settings}), inputs(model), copy.deepcopy(model)
+    wanted = compress(free, config, calibration=batches, progress=False)
+    passes, files = [], []
+    one_pass, write = fisher.statistics_of_piece, torch.save
+    monkeypatch.setattr(fisher, "statistics_of_piece", lambda *a, **k: passes.append(a[1]) or one_pass(*a, **k))
+    monkeypatch.setattr(torch, "save", lambda tensor, path: files.append(path) or write(tensor, path))
+    found = compress(
+        model, config, calibration=batches, max_memory="100KB", offload_folder=tmp_path / "files", progress=False
+    )
+    assert same_bits(free, model) and timeless(found.to_dict()) == timeless(wanted.to_dict())
+    if config.fisher:
+        assert len(passes) > 1
+    assert files and all(str(file).startswith(str(tmp_path / "files")) for file in files)
+    assert not any((tmp_path / "files").iterdir())
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
+def test_statistics_in_parts_are_those_of_one_pass(make, fisher):
+    model = make()
+    batches, config = batches_for(model), BLRConfig("low_rank", ratio=0.6, fisher=fisher)
+    whole = collect_statistics(model, config, calibration=batches)
+    with Store(60_000) as store:
+        parts = collect_statistics(model, config, calibration=batches, store=store)
+        for one, other in ((whole.grams, parts.grams), (whole.output_grams, parts.output_grams)):
+            assert set(one) == set(other)
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        assert (parts.tokens, parts.unreached, parts.rows) == (whole.tokens, whole.unreached, whole.rows)
+        assert store.used == 0
+
+
+def test_parts_take_what_is_allowed_and_no_layer_is_left_out():
+    model = tiny_llama()
+    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.6)))
+    pieces = in_pieces(model, names, {}, 60_000, output_grams=True)
+    assert [name for piece in pieces for name in piece] == names and len(pieces) > 2
+    sizes = {name: 4 * (m.in_features**2 + m.out_features**2) for name, m in model.named_modules() if name in names}
+    totals = [sum(sizes[name] for name in piece) for piece in pieces]
+    assert all(total <= 60_000 for total in totals)
+    # the next layer would not have gone in
+    assert all(total + sizes[following[0]] > 60_000 for total, following in zip(totals, pieces[1:], strict=False))
+    assert len(in_pieces(model, names, {}, 1, output_grams=True)) == len(names)
+    labels = dict.fromkeys(names, "one tensor")
+    assert in_pieces(model, names, labels, 1, output_grams=True) == [names]
+
+
+def test_activations_are_not_kept_for_the_backward():
+    model, batches, sizes = tiny_llama(num_hidden_layers=6), [{"input_ids": torch.randint(0, 256, (1, 64))}], {}
+    names = list(resolve_plan(model, BLRConfig("low_rank", ratio=0.6)))
+    for limit in (None, 10**9):
+        kept = []
+        watching = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        )
+        with Store(limit) as store, watching:
+            fisher_statistics(model, names, batches, store=store)
+        sizes[limit] = sum(kept)
+    assert sizes[10**9] < 0.2 * sizes[None]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_store_keeps_as_much_in_memory_as_it_may(tmp_path):
+    with Store(100, tmp_path) as store:
+        tensors = store.list(torch.full((10,), float(i)) for i in range(4))
+        files = list(tmp_path.rglob("*.pt"))
+        assert store.used == 80 and len(files) == 2
+        assert [int(tensor[0]) for tensor in tensors] == [0, 1, 2, 3]
+        assert tensors[0] is tensors[0] and tensors[3] is not tensors[3]
+        # the room of what is replaced is there again, and so is that of its file
+        tensors[0] = torch.zeros(5)
+        tensors[3] = torch.ones(10)
+        assert store.used == 100 and len(list(tmp_path.rglob("*.pt"))) == 1
+        del tensors[2], tensors
+        assert store.used == 0 and not list(tmp_path.rglob("*.pt"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_of_one_tensor_share_its_file(tmp_path):
+    shared = torch.randn(3, 3)
+    with Store(0, tmp_path) as store:
+        kept = StoredTensors(store.keep_all({"q": shared, "o": shared + 1, "k": shared}))
+        assert len(list(tmp_path.rglob("*.pt"))) == 2
+        assert [names for names, _ in distinct(kept)] == [["q", "k"], ["o"]]
+        assert list(kept) == ["q", "o", "k"] and torch.equal(kept["k"], shared)
+        assert list(only(kept, {"k"})) == list(only(dict(kept), {"k"})) == ["k"]
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*args):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with Store(0, tmp_path) as store, pytest.raises(OSError, match="0.pt cannot be written .unexpected pos"):
+        store.keep(torch.zeros(3))
