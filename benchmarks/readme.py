@@ -8,12 +8,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
 import config_section
+import float8_section
 import front_section
 import goals
 import inventory_section
 import layer_sections
 import matrix_section
 import model_sections
+import packed_section
 import quality_sections
 import robustness_section
 import rounding_section
@@ -47,7 +49,10 @@ DOCUMENTS = {
         "profiles": model_sections.profiles_section,
         "storage": model_sections.storage_section,
         "counters": goals.counters,
+        "float8": float8_section.float8_section,
         "one-token": layer_sections.one_token_section,
+        "packed-decode": packed_section.packed_decode_section,
+        "packed-settings": packed_section.packed_settings_section,
         "stacks": layer_sections.stacks_section,
         "monarch-last-stage": layer_sections.monarch_last_stage_section,
         "dependent-launches": model_sections.dependent_launches_section,

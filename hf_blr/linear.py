@@ -13,6 +13,7 @@ from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, Bits, FactorInBits, Factors, Format
 from hf_blr.formats.values import check_fit, fault
 from hf_blr.ops.dispatch import compute_dtype
+from hf_blr.ops.rules.bits import NUMBERS
 from hf_blr.ops.table import implementation_of
 from hf_blr.readonly import ReadOnly
 from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
@@ -24,7 +25,8 @@ class BLRLinear(nn.Module):
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
     to a dense weight that does not exist. `weight` is the dense matrix, to be read and differentiated, not written to.
 
-    Factors that are kept in bits become numbers of the input's dtype in each forward, whatever then multiplies them.
+    Factors that are kept in bits are read by kernels for bits where the rule in `ops.rules.bits` says so; else they
+    become numbers of the input's dtype in each forward, whatever then multiplies them.
 
     Args:
         spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
@@ -146,6 +148,9 @@ class BLRLinear(nn.Module):
             out = group.output(index, x)
             if out is not None:
                 return out
+        found = self.route_in_bits(x)
+        if found != NUMBERS:
+            return self.run_in_bits(found, x)
         return ops.linear(self.spec.structure, x, self.operands(x), self.bias, self.impl or None, self.activation)
 
     def operands(self, x: Tensor) -> list[Tensor]:
@@ -153,6 +158,23 @@ class BLRLinear(nn.Module):
         dtype = compute_dtype(x)
         tensors = self.tensors(dtype).values()
         return [t.to(dtype) if self.masters and t.is_floating_point() else t for t in tensors]
+
+    def route_in_bits(self, x: Tensor) -> str:
+        """What of `ops.rules.bits` this layer runs on x `[..., K]`."""
+        form = self.storage.form
+        # in the form that trains, factors have no codes
+        if form is None or not all(isinstance(held, FactorInBits) for held in self.children()):
+            return NUMBERS
+        return ops.route_in_bits(self.spec, form, x, [*self.factors().values(), self.bias], self.impl or None)
+
+    def run_in_bits(self, found: str, x: Tensor, cast: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x `[..., K]` -> `[..., N]` by kernels that read codes and scales; cast: of x, where it is there already."""
+        return ops.linear_in_bits(found, self.spec.structure, x, self.held(), self.bias, self.activation, cast)
+
+    def held(self) -> list[Tensor | ops.InBits]:
+        """Factors and indices in the ops' order; those in bits as codes and scales."""
+        parts = [getattr(self, name) for name in self.spec.names()]
+        return [part() if isinstance(part, FactorInBits) else part for part in parts]
 
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
@@ -165,7 +187,7 @@ class BLRLinear(nn.Module):
         self.activation = ""
         if self.group is not None:
             self.group = None
-            for parameter in self.parameters(recurse=False):
+            for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     def reset_parameters(self) -> None:

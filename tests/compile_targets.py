@@ -6,6 +6,7 @@ uninitialised CPU tensors, so that what is compiled is what the launchers really
 """
 
 import json
+import re
 import sys
 
 import torch
@@ -22,13 +23,21 @@ from hf_blr.ops.triton import (
     attend,
     blast,
     block_gemm,
+    cast,
     columns,
     decode_expand,
     decode_one,
     decode_wide,
+    float8_blast,
+    float8_dense,
+    float8_low_rank,
+    float8_monarch,
+    float8_pivoted,
     low_rank,
     mix,
     monarch,
+    numbers,
+    packed,
     pivoted,
     swap,
 )
@@ -38,6 +47,7 @@ DEVICES = {
     80: Device((8, 0), 108, 166912),
     86: Device((8, 6), 84, 101376),
     87: Device((8, 7), 16, 166912),
+    89: Device((8, 9), 128, 101376),
     90: Device((9, 0), 132, 232448),
 }
 TYPES = {
@@ -47,6 +57,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 launches = []
@@ -65,14 +76,17 @@ def compile_launch(kernel, args, kwargs, capability):
     for i, param in enumerate(kernel.params):
         value = values[param.name]
         aligned = False
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature[param.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[param.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
         else:
-            signature[param.name], aligned = "i32", value % 16 == 0
+            signature[param.name], aligned = "i32", value % 16 == 0 and not plain
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -152,13 +166,66 @@ def call_expand_wide(dtype, tokens, blocks, q, rank, config):
     decode_wide.expand_wide(config, z, u, None if blocks == 1 else bias, out)
 
 
+def call_float8(tokens, k, n, rank, b1, b2):
+    """All that float8 launches, on outputs in bfloat16."""
+
+    def codes(*shape):
+        return torch.empty(shape, dtype=torch.float8_e4m3fn)
+
+    def scale(*shape):
+        return torch.empty(*shape[:-1], 1, dtype=torch.bfloat16)
+
+    p, q, x = k // b1, n // b2, torch.empty(tokens, k, dtype=torch.bfloat16)
+    rows, x_scale = cast.cast_rows(x, 448.0, 1e-30)
+    s, r = x.new_empty(b2, b1, rank), rank // b1
+    order = torch.arange(k, dtype=torch.int32)
+    for module, shapes in (
+        (float8_low_rank, [(n, rank), (rank, k)]),
+        (float8_monarch, [(b2, q, b1 * r), (b1, b2 * r, p)]),
+        (float8_blast, [(b2, q, rank), s, (b1, rank, p)]),
+        (float8_pivoted, [(n, rank), (rank, k - rank), order]),
+        (float8_dense, [(n, k)]),
+    ):
+        tensors = [t if isinstance(t, torch.Tensor) else codes(*t) for t in shapes]
+        scales = [None if isinstance(t, torch.Tensor) else scale(*t) for t in shapes]
+        for dtype in (torch.bfloat16, torch.float16):
+            module.forward(rows, x_scale, tensors, scales, x.new_empty(n, dtype=dtype), dtype, "")
+
+
 def call_attention(dtype, batch, heads, groups, length, d):
     q, k = torch.empty(batch, heads * groups, 1, d, dtype=dtype), torch.empty(batch, heads, length, d, dtype=dtype)
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
+def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
+    """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
+
+    def factor(*shape):
+        if not bits:
+            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        else:
+            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+        return codes, scale, bits or 8, shape[-1]
+
+    p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
+    s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
+    for run, tensors in (
+        (packed.low_rank, [factor(n, rank), factor(rank, k)]),
+        (packed.monarch, [factor(b2, q, b1 * r), factor(b1, b2 * r, p)]),
+        (packed.blast, [factor(b2, q, rank), s, factor(b1, rank, p)]),
+        (packed.pivoted, [factor(n, rank), factor(rank, k - rank), order]),
+        (packed.dense, [factor(n, k)]),
+    ):
+        held = [(t, None, 0, t.shape[-1]) if isinstance(t, torch.Tensor) else t for t in tensors]
+        run(x, *map(list, zip(*held, strict=True)), None, "")
+    numbers.numbers(*factor(n, k), dtype)
+
+
 def main(capability: int):
     JITFunction.run = catch
+    # cuBLAS' part of a layer
+    torch._scaled_mm = lambda *args, **kwargs: None
     for name, module in list(sys.modules.items()):
         if name.startswith("hf_blr.ops.triton.") and hasattr(module, "device_of"):
             module.device_of = lambda x: DEVICES[capability]
@@ -196,6 +263,15 @@ def main(capability: int):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    if capability >= 89:
+        call_float8(1024, 4096, 4096, 1024, 4, 4)
+        call_float8(48, 4096, 4096, 1024, 16, 16)
+        call_float8(4096, 14336, 4096, 1584, 4, 4)
+    call_packed(bf16, 1, 4, 128, 4096, 4096, 1024, 4, 4)
+    call_packed(bf16, 32, 4, 128, 4096, 4096, 1024, 4, 16)
+    for tokens in (1, 16):
+        call_packed(bf16, tokens, 0, None, 4096, 14336, 1536, 4, 4)
+    call_packed(fp16, 2, 8, None, 764, 2304, 192, 4, 16)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)
@@ -208,6 +284,7 @@ def main(capability: int):
             "shared": compiled.metadata.shared,
             "limit": DEVICES[capability].shared_memory,
             "wgmma": ptx.count("wgmma.mma_async"),
+            "wgmma_float8": len(re.findall(r"wgmma\.mma_async\S*e4m3\.e4m3", ptx)),
             "mma": ptx.count("mma.sync"),
         }
         print(json.dumps(row), flush=True)

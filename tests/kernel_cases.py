@@ -3,9 +3,11 @@
 import torch
 
 from hf_blr import ops
+from hf_blr.formats import format_named
 from hf_blr.inference.fusion import pack
 from hf_blr.ops.activations import activated
-from hf_blr.structures import structures
+from hf_blr.ops.rules.bits import PACKED
+from hf_blr.structures import FACTOR, INDEX, structure_named, structures
 
 #: {structure: (its op, its plain form)}
 FUNCTIONS = {name: (ops.linear_of(name), ops.implementation_of(name).linear) for name in structures()}
@@ -145,3 +147,42 @@ def assert_gated_within_budget(structure, tokens, sizes, b1=2, p=8, device="cpu"
     out = ops.gated_linear(structure, x, factors, biases, "silu", impl="triton")
     allowed = 2 * (eager(x, factors, biases) - exact).norm() + torch.finfo(x.dtype).eps * exact.norm()
     assert out.shape == exact.shape and (out - exact).norm() <= allowed
+
+
+def layer_in_bits(structure, form, group, sizes, dtype, device="cpu"):
+    """Tensors of a layer whose factors are in that format, as `ops.linear_in_bits` takes them, and as numbers."""
+    storage = format_named(form, group)
+    b1, b2, p, q, _ = sizes
+    spec = structure_named(structure).spec
+    shapes = [(b2 * q, b1 * p)] if structure == "dense" else factor_shapes(structure, *sizes)
+    generator = torch.Generator(device).manual_seed(0)
+    held, numbers = [], []
+    for name, shape in zip(spec.names(FACTOR), shapes, strict=True):
+        scale = b1**-0.5 if name == "s" else max(1, shape[-1]) ** -0.5
+        factor = torch.randn(shape, generator=generator, device=device) * scale
+        if name in spec.elementwise or 0 in shape:
+            held.append(factor.to(dtype))
+            numbers.append(held[-1].double())
+            continue
+        codes = storage.nearest(factor)
+        held.append(ops.InBits(storage.laid_out(codes)[storage.code_part], codes.scale, storage.bits, shape[-1]))
+        numbers.append(codes.numbers(torch.float64))
+    for _ in spec.names(INDEX):
+        held.append(torch.randperm(b1 * p, generator=generator, device=device).int())
+        numbers.append(held[-1])
+    return held, numbers
+
+
+def assert_packed_within_budget(structure, form, group, tokens, sizes, dtype, device="cpu", bias=True, activation=""):
+    """As `assert_within_budget`, of kernels that read codes and scales; eager multiplies the same numbers in dtype."""
+    held, numbers = layer_in_bits(structure, form, group, sizes, dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(tokens, sizes[0] * sizes[2], generator=generator, device=device).to(dtype)
+    b = torch.randn(sizes[1] * sizes[3], generator=generator, device=device).to(dtype) if bias else None
+    eager = ops.implementation_of(structure).linear
+    exact = activated(eager(x.double(), *numbers, None if b is None else b.double()), activation)
+    cheap = activated(eager(x, *(t.to(dtype) if t.is_floating_point() else t for t in numbers), b), activation)
+    out = ops.linear_in_bits(PACKED, structure, x, held, b, activation)
+    error, allowed = (out - exact).norm(), 2 * (cheap - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert out.shape == exact.shape and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+    return float(error / exact.norm()), float((cheap - exact).norm() / exact.norm())

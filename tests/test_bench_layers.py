@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from hf_blr.bench import cases, layers, timing
+from hf_blr.bench.in_bits import float8_dense, in_format
 from hf_blr.bench.shapes import LAYERS, aligned_spec
 from hf_blr.cli import main
 from hf_blr.cli.bench import sizes
-from hf_blr.structures import Monarch
+from hf_blr.formats import FORMATS
+from hf_blr.structures import LowRank, Monarch
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +85,37 @@ def test_rows_from_the_command_line(tmp_path, capsys):
     # a second run adds to the first only when told to
     assert main([*arguments, *options, "--append"]) == 0
     assert len(json.loads(file.read_text())["rows"]) == 24
+
+
+def test_formats_are_rows_of_their_own():
+    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.FORWARD])[0]
+    rows = layers.bench_case(case, timing.Timer("cpu", 0.0, 1), torch.float32, ["hf_blr"], formats=["plain", "int8"])
+    kinds = [(row["structure"], row["format"]) for row in rows]
+    assert kinds[0] == ("dense", "plain") and kinds[1:] == [
+        (structure, name) for structure in ("low_rank", "pivoted", "monarch", "blast") for name in ("plain", "int8")
+    ]
+    # the error of arithmetic, not that of rounding the weights; no float8 on a CPU to compare with
+    assert all(0 < row["rel_error"] < 1e-5 and row["dense_fp8_us"] is None for row in rows)
+    # codes do not train
+    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.TRAINING])[0]
+    rows = layers.bench_case(case, timing.Timer("cpu", 0.0, 1), torch.float32, ["hf_blr"], formats=["int8"])
+    assert [row["structure"] for row in rows] == ["dense"]
+
+
+def test_the_float8_layers_are_what_they_are_compared_with():
+    spec = LowRank(64, 48, 16)
+    factors = layers.random_factors(spec, torch.device("cpu"), torch.float32)
+    forward, stored, exact = in_format(spec, FORMATS["fp8"], factors)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        numbers = exact(x.double(), *stored)
+        torch.testing.assert_close(forward(x, *stored).double(), numbers, rtol=1e-4, atol=1e-5)
+        # what is handed in runs, copies too
+        forward(x, *[torch.zeros_like(t) for t in stored])
+        assert not exact(x.double()).any()
+    _, (rows, scale), exact = float8_dense(factors[1])
+    assert rows.dtype == torch.float8_e4m3fn and scale.shape == (16, 1)
+    torch.testing.assert_close(exact(x.double(), rows, scale), x.double() @ factors[1].double().T, rtol=0.1, atol=0.2)
 
 
 def test_the_error_is_that_of_the_layer_measured(monkeypatch):

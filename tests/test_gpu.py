@@ -7,8 +7,10 @@ from kernel_cases import (
     GROUPED,
     assert_gated_within_budget,
     assert_grouped_within_budget,
+    assert_packed_within_budget,
     assert_within_budget,
     attention_inputs,
+    layer_in_bits,
     make_inputs,
     make_layers,
 )
@@ -17,11 +19,13 @@ from tiny import tiny_inputs, tiny_llama
 import hf_blr
 from hf_blr import ops
 from hf_blr.calibration.precision import calibrating
+from hf_blr.formats import FactorInBits, format_named
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.ops.activations import ACTIVATIONS
 
 pytest.importorskip("triton")
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
+from hf_blr.ops.rules.bits import PACKED  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402
 
@@ -98,6 +102,49 @@ def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, mon
     # more tiles than programs, ranks that are and are not loaded in pieces of 16 bytes
     for rank in (96, 91):
         assert_within_budget(structure, make_inputs(structure, tokens, 4, 4, 64, 4500, rank, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("size", [(4, 4, 256, 192, 128), (2, 3, 240, 100, 96), (16, 16, 48, 96, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32])
+@pytest.mark.parametrize("structure", [*FUNCTIONS, "dense"])
+def test_layers_in_bits_keep_the_error_budget(structure, tokens, size):
+    for form, group in (("int4", 16), ("int4", None), ("int8", 48 if size[0] != 4 else 64), ("fp8", None)):
+        settings = {"bias": group is None, "activation": "gelu" if form == "fp8" else ""}
+        assert_packed_within_budget(structure, form, group, tokens, size, torch.bfloat16, "cuda", **settings)
+
+
+@pytest.mark.parametrize("form, group, bits", [("int4", 20, 4), ("int8", None, 8), ("fp8", None, 8)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_numbers_in_one_pass(form, group, bits, dtype):
+    held, _ = layer_in_bits("dense", form, group, (1, 1, 740, 333, 1), dtype, "cuda")
+    module = FactorInBits(format_named(form, group), (333, 740), "cuda")
+    getattr(module, module.storage.code_part).data.copy_(held[0].codes)
+    module.weight_scale.data.copy_(held[0].scale)
+    exact = module.storage.codes(module.parts(), module.shape).numbers(dtype)
+    assert torch.equal(module(dtype), exact) and torch.equal(ops.numbers_in_bits(held[0], dtype), exact)
+
+
+@pytest.mark.parametrize("form, group", [("int4", 32), ("fp8", None)])
+@pytest.mark.parametrize("structure", [*FUNCTIONS, "dense"])
+def test_a_layer_in_bits_compiles_and_runs_in_a_cuda_graph(structure, form, group):
+    held, _ = layer_in_bits(structure, form, group, (4, 4, 128, 96, 64), torch.bfloat16, "cuda")
+    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+
+    def function(x):
+        return ops.linear_in_bits(PACKED, structure, x, held)
+
+    expected = function(x)
+    assert torch.equal(torch.compile(function, fullgraph=True)(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = function(x)
+    graph.replay()
+    assert torch.equal(out, expected)
+    bits = [getattr(t, "bits", 0) for t in held]
+    arguments = [[getattr(t, "codes", t) for t in held], [getattr(t, "scale", None) for t in held], bits]
+    lengths = [getattr(t, "length", t.shape[-1] if isinstance(t, torch.Tensor) else 0) for t in held]
+    torch.library.opcheck(getattr(torch.ops.hf_blr, f"{structure}_packed"), (x, *arguments, lengths, None, ""))
 
 
 @pytest.mark.parametrize("groups", [1, 4])

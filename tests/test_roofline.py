@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_blr.bench.peaks import deviations, measure_peaks, predictions, spec_of
 from hf_blr.cli import main
+from hf_blr.formats import PLAIN, format_named
 from hf_blr.roofline.devices import DEVICES, Peaks
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
 from hf_blr.roofline.training import training_stages
@@ -248,3 +250,16 @@ def test_from_the_command_line(tmp_path, capsys):
     assert "within 25 %" in capsys.readouterr().out
     assert main(["roofline", "--check", str(ROOT / "benchmarks/results/groups_h100.json")]) == 2
     assert "bench layers" in capsys.readouterr().err
+
+
+def test_packed_factors_count_with_their_bytes():
+    storage = format_named("int4", 32)
+    for spec in (LowRank(512, 256, 64), Blast(512, 256, 64, (4, 4))):
+        plain, packed = stages(spec, 1), stages(spec, 1, storage=storage)
+        saved = PLAIN.num_bytes(spec, torch.bfloat16) - storage.num_bytes(spec, torch.bfloat16)
+        assert abs(sum(s.outside for s in plain) - sum(s.outside for s in packed) - saved) <= len(plain)
+        assert predict(spec, 1, DEVICES["H200"], storage=storage) < predict(spec, 1, DEVICES["H200"])
+    with pytest.raises(ValueError, match="int4 at 33 tokens"):
+        stages(spec, 33, storage=storage)
+    with pytest.raises(ValueError, match="int3"):
+        stages(spec, 1, storage=format_named("int3"))

@@ -7,6 +7,7 @@ above, the graph runs it once and L2 is overwritten before each replay. On a CPU
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from hf_blr import ops
 from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
+from hf_blr.bench.in_bits import float8_dense, has_float8, in_format
 from hf_blr.bench.shapes import BASELINE, typical_indices
 from hf_blr.bench.timing import Timer, cold_caches, seconds_of
+from hf_blr.formats import FORMATS, PLAIN
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
@@ -29,37 +32,59 @@ PROTOCOL = (
     "above, L2 is flushed before each replay"
 )
 
-#: {(spec, implementation): seconds}
-FirstCalls = dict[tuple[BLRSpec, str], float]
+#: {(spec, implementation, format): seconds}
+FirstCalls = dict[tuple[BLRSpec, str, str], float]
 
 
 def bench_case(
-    case: Case, timer: Timer, dtype: torch.dtype, impls: Sequence[str] = IMPLS, first_calls: FirstCalls | None = None
+    case: Case,
+    timer: Timer,
+    dtype: torch.dtype,
+    impls: Sequence[str] = IMPLS,
+    first_calls: FirstCalls | None = None,
+    formats: Sequence[str] = (PLAIN.name,),
 ) -> list[dict]:
-    """The rows of one case: dense, then each spec in each implementation.
+    """The rows of one case: dense, then each spec in each implementation and format.
 
     Args:
-        first_calls: {(spec, impl): seconds} from `first_call_seconds`; rows without an entry say None.
+        first_calls: {(spec, impl, format): seconds} from `first_call_seconds`; rows without an entry say None.
+        formats: names of `FORMATS`; with those in bits the forward alone is timed, by the package's ops.
 
     Returns:
-        Rows with `us` (microseconds), `dense_us`, `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error`
-        (of the forward's output, in norm, against float64 with the same weights) and `first_call_s`.
+        Rows with `us` (microseconds), `dense_us` in dtype, `dense_fp8_us` (`float8_dense`; None where formats are plain
+        or the device has no float8), `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error` (of the
+        forward's output, in norm, against float64 with the same weights, those in bits as numbers) and `first_call_s`.
     """
     k, n = case.layer.in_features, case.layer.out_features
     x, grad = inputs(case, timer.device, dtype)
     measure = Measurement(case, timer, x, grad)
-    dense = [torch.randn(n, k, device=timer.device, dtype=dtype) * k**-0.5]
-    rows = [measure.row("dense", (1, 1), min(k, n), "cublas" if timer.on_gpu else "eager", F.linear, dense, F.linear)]
+    weight = torch.randn(n, k, device=timer.device, dtype=dtype) * k**-0.5
+    library = "cublas" if timer.on_gpu else "eager"
+    rows = [measure.row("dense", (1, 1), min(k, n), library, F.linear, [weight], F.linear)]
+    in_bits = [name for name in formats if name != PLAIN.name and case.direction == FORWARD]
+    dense_fp8 = None
+    if in_bits and has_float8(timer.device):
+        function, weights, exact = float8_dense(weight)
+        dense_fp8 = measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8")
+        rows.append(dense_fp8)
     for spec in case.specs:
         weights = random_factors(spec, timer.device, dtype)
         exact, count = implementation_of(spec.structure).linear, len(spec.names(FACTOR))
-        for impl in wanted_impls(case, spec, impls):
+        for impl in wanted_impls(case, spec, impls) if PLAIN.name in formats else ():
             function = implementation(spec.structure, impl)
             row = measure.row(spec.structure, spec.num_blocks, spec.rank, impl, function, weights, exact, count)
-            rows.append(row | {"first_call_s": (first_calls or {}).get((spec, impl))})
+            rows.append(row | {"first_call_s": (first_calls or {}).get((spec, impl, PLAIN.name))})
+        for name in in_bits if "hf_blr" in impls else ():
+            function, stored, exact = in_format(spec, FORMATS[name], weights)
+            row = measure.row(spec.structure, spec.num_blocks, spec.rank, "hf_blr", function, stored, exact, 0, name)
+            rows.append(row | {"first_call_s": (first_calls or {}).get((spec, "hf_blr", name))})
     dense_us = rows[0]["us"]
-    baseline = [r["us"] for r in rows if r["structure"] == BASELINE and r["impl"] == "eager"]
-    compared = {"dense_us": dense_us, "lowrank_us": baseline[0] if baseline else None}
+    baseline = [r["us"] for r in rows if (r["structure"], r["impl"]) == (BASELINE, "eager")]
+    compared = {
+        "dense_us": dense_us,
+        "dense_fp8_us": dense_fp8 and dense_fp8["us"],
+        "lowrank_us": baseline[0] if baseline else None,
+    }
     return [row | compared | {"speedup_vs_dense": dense_us / row["us"]} for row in rows]
 
 
@@ -82,12 +107,15 @@ class Measurement:
         weights: list[Tensor],
         exact: Callable[..., Tensor],
         factors: int = 1,
+        storage: str = PLAIN.name,
     ) -> dict[str, Any]:
-        """factors: how many of the weights are; what follows are indices."""
+        """factors: how many of the weights `exact` gets in float64; those that follow it gets as they are."""
         case, few = self.case, self.case.tokens <= FEW_TOKENS
         call = prepared_call(function, self.x, self.grad, case.direction, factors)
         wide = [t.double() for t in (self.x, *weights[:factors])]
         microseconds = self.timer(call, self.timer.copies(weights, case.tokens), flush=not few)
+        with torch.no_grad():
+            error = relative_error(function(self.x, *weights), exact(*wide, *weights[factors:]))
         return {
             "model": case.model,
             "layer": case.layer.name,
@@ -98,9 +126,10 @@ class Measurement:
             "structure": structure,
             "blocks": list(blocks),
             "rank": rank,
+            "format": storage,
             "impl": impl,
             "us": microseconds,
-            "rel_error": relative_error(function(self.x, *weights), exact(*wide, *weights[factors:])),
+            "rel_error": error,
             "first_call_s": None,
         }
 
@@ -118,12 +147,17 @@ def implementation(structure: str, impl: str) -> Callable[..., Tensor]:
 
 
 def first_call_seconds(
-    case: Case, device: torch.device | str, dtype: torch.dtype, keep: Path | None = None
+    case: Case,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    keep: Path | None = None,
+    formats: Sequence[str] = (PLAIN.name,),
 ) -> FirstCalls:
-    """{(spec, "hf_blr"): seconds of a first call, nothing compiled before}, in a process that has used the device.
+    """{(spec, "hf_blr", format): seconds of a first call, nothing compiled before}; the device has been used.
 
     Args:
         keep: a Triton cache folder that receives the compiled kernels.
+        formats: names of `FORMATS`.
     """
     device = torch.device(device)
     x, grad = inputs(case, device, dtype)
@@ -131,12 +165,16 @@ def first_call_seconds(
     weight = torch.ones(case.layer.out_features, case.layer.in_features, device=device, dtype=dtype)
     prepared_call(F.linear, x, grad, case.direction)([weight])
     seconds: FirstCalls = {}
-    for spec in case.specs:
+    for spec, name in itertools.product(case.specs, formats):
         function, count = implementation(spec.structure, "hf_blr"), len(spec.names(FACTOR))
-        call = prepared_call(function, x, grad, case.direction, count)
         weights = random_factors(spec, device, dtype)
+        if name != PLAIN.name:
+            if case.direction != FORWARD:
+                continue
+            function, weights, _ = in_format(spec, FORMATS[name], weights)
+        call = prepared_call(function, x, grad, case.direction, count)
         with cold_caches(keep):
-            seconds[spec, "hf_blr"] = seconds_of(lambda c=call, w=weights: c(w), device)
+            seconds[spec, "hf_blr", name] = seconds_of(lambda c=call, w=weights: c(w), device)
     return seconds
 
 

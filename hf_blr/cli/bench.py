@@ -29,6 +29,7 @@ from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
 from hf_blr.cli.options import block_counts as sizes
+from hf_blr.formats import FORMATS, PLAIN
 
 #: the paper's ranks, and ours, as `hf_blr.fuse` makes them run
 VARIANTS = (
@@ -81,6 +82,13 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
     directions = (cases.FORWARD, cases.TRAINING)
     parser.add_argument("--directions", nargs="+", default=directions, choices=directions)
     parser.add_argument("--impls", nargs="+", default=cases.IMPLS, choices=cases.IMPLS)
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=[PLAIN.name],
+        choices=list(FORMATS),
+        help="how factors are stored; in bits the forward alone is timed",
+    )
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile the kernels first")
     parser.add_argument(
         "--skip-first-call", action="store_true", help="do not measure first calls with nothing compiled before"
@@ -100,7 +108,7 @@ def bench_layers(args: argparse.Namespace) -> None:
         first_calls = compile_kernels(todo, args, dtype)
     timer = Timer(args.device)
     for case, seconds in zip(todo, first_calls, strict=True):
-        rows = layers.bench_case(case, timer, dtype, args.impls, seconds)
+        rows = layers.bench_case(case, timer, dtype, args.impls, seconds, args.formats)
         file.add(rows)
         for row in rows:
             print(layer_line(row), flush=True)
@@ -110,7 +118,7 @@ def compile_kernels(todo: list[cases.Case], args: argparse.Namespace, dtype: tor
     """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(layers.first_call_seconds, case, args.device, dtype, cache) for case in todo]
+        jobs = [pool.submit(layers.first_call_seconds, c, args.device, dtype, cache, args.formats) for c in todo]
         return [job.result() for job in jobs]
 
 
@@ -219,7 +227,7 @@ def variant(text: str) -> Variant:
 
 def layer_line(row: dict) -> str:
     where = f"{row['model']:13} {row['layer']:10} {row['tokens']:5} {row['direction'][7:]:9}"
-    what = f"{row['structure']:8} {row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['impl']:8}"
+    what = f"{row['structure']:8} {row['blocks'][0]:2}x{row['blocks'][1]:<2} {row['format']:5} {row['impl']:8}"
     first = "" if row["first_call_s"] is None else f"  first call {row['first_call_s']:.1f} s"
     return f"{where} {what} {row['us']:9.1f} us {row['speedup_vs_dense']:5.2f}x  error {row['rel_error']:.1e}{first}"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_blr.formats.codes import Codes
 from hf_blr.formats.plain import Factors, Format
+from hf_blr.ops.rules.bits import CodeForm
 from hf_blr.structures import CODES, FACTOR, SCALE, SHAPE, BLRSpec, StoredTensor
 from hf_blr.structures.spec import divisors
 
@@ -38,6 +39,8 @@ class Bits(Format):
 
     #: what holds codes
     code_dtype: ClassVar[torch.dtype] = torch.int32
+    #: the tensor of `parts` that holds them
+    code_part: ClassVar[str] = "weight_packed"
     #: between neighbouring codes, where most numbers lie
     spacing: ClassVar[float] = 1.0
 
@@ -45,6 +48,10 @@ class Bits(Format):
     def dtypes(self) -> dict[str, torch.dtype]:
         """{kind: dtype} of what stands in the place of a factor."""
         return {CODES: self.code_dtype, SCALE: SCALE_DTYPE, SHAPE: torch.int64}
+
+    @property
+    def form(self) -> CodeForm:
+        return CodeForm(self.bits, self.group_size, self.code_dtype.is_floating_point)
 
     @property
     def settings(self) -> dict[str, int]:

@@ -24,6 +24,7 @@ class Float8(Bits):
     """
 
     code_dtype = FLOAT8
+    code_part = "weight"
     # from 128 to 256
     spacing = 16.0
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_blr.formats.bits import Bits
 from hf_blr.formats.codes import Codes
+from hf_blr.ops import InBits, numbers_in_bits
 
 
 class NeverCast(nn.Module):
@@ -21,7 +22,7 @@ class NeverCast(nn.Module):
 
 
 class FactorInBits(NeverCast):
-    """Codes and scales of a factor; called with a dtype, it gives the factor back.
+    """Codes and scales of a factor; called with a dtype, it gives the factor back, and without one what kernels read.
 
     It is called, not only read, because packages that offload weights bring them in before a module's forward. The
     tensors are parameters that do not train, because offloading moves parameters and leaves buffers where they are.
@@ -39,9 +40,14 @@ class FactorInBits(NeverCast):
             value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The factor `[..., n, k]` in this dtype."""
-        return self.storage.codes(self.parts(), self.shape).numbers(dtype)
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
+        """The factor `[..., n, k]` in this dtype; None: codes and scales."""
+        parts = self.parts()
+        factor = InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
+        if dtype is None:
+            return factor
+        numbers = numbers_in_bits(factor, dtype)
+        return self.storage.codes(parts, self.shape).numbers(dtype) if numbers is None else numbers
 
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}
@@ -50,6 +56,13 @@ class FactorInBits(NeverCast):
         """Hold these codes and scales."""
         for name, part in self.storage.laid_out(codes).items():
             getattr(self, name).data.copy_(part)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, part in self.parts().items():
+            # after `hf_blr.fuse`; files want tensors that share no memory
+            if not keep_vars and part.untyped_storage().nbytes() > part.nbytes:
+                destination[prefix + name] = destination[prefix + name].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # plain pickles of float8 tensors cannot be read back (PyTorch 2.13); those of integers can

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_blr.formats.codes import Codes
+from hf_blr.ops.rules.bits import CodeForm
 from hf_blr.structures import INDEX, BLRSpec, StoredTensor
 
 #: by name: numbers, or the codes and scales that a fit has chosen for them
@@ -26,6 +27,11 @@ class Format:
     def settings(self) -> dict[str, int]:
         """What else than its name a plan says of the format."""
         return {}
+
+    @property
+    def form(self) -> CodeForm | None:
+        """What the choice of kernels for bits depends on; None without any."""
+        return None
 
     def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
         """{factor: shape} of those that a module keeps in another form than as one parameter."""

@@ -14,8 +14,11 @@ from hf_blr.experts import ExpertsLinear
 from hf_blr.formats import PLAIN
 from hf_blr.inference.attention import restore_attention, use_attention
 from hf_blr.inference.epilogues import bring_back, fuse_activations
-from hf_blr.inference.grouped import ProjectionGroup
+from hf_blr.inference.grouped import GroupInBits, ProjectionGroup
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops import InBits
+from hf_blr.ops.rules.bits import CodeForm
+from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.structures import structure_named
 
 #: names under which models keep projections that are handed one tensor
@@ -51,7 +54,9 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
     Args:
         model: holds BLR modules.
         together: groups of names. Modules of these names in one parent that is no cross-attention run together,
-            as far as they have the same structure, blocks, input size, dtype and device, and all or none a bias.
+            as far as they have the same structure, blocks, format, input size, dtype and device, and all or none a
+            bias. In bits they do so up to 32 tokens. At many, those whose factors are kept in fp8 share the cast of
+            their input, for which the same input size and device are enough.
 
     Returns:
         The names of the modules of each group, and those of (projection, activation), which run together too.
@@ -94,21 +99,37 @@ def unfuse(model: nn.Module) -> None:
 
 def kind_of(module: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common to run together; None if the module cannot run with any."""
-    if not isinstance(module, BLRLinear) or module.storage != PLAIN or module.device.type == "meta":
+    if not isinstance(module, BLRLinear) or isinstance(module, ExpertsLinear) or module.device.type == "meta":
         return None
-    if isinstance(module, ExpertsLinear):
-        return None
-    if not structure_named(module.spec.structure).grouped:
+    record = structure_named(module.spec.structure)
+    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
+    form = module.storage.form
+    if form is not None:
+        if record.float8 and form == CodeForm(8, float8=True):
+            # whatever their structures, they share the cast of their input
+            return module.storage, module.in_features, module.device
+        packs = record.grouped and record.packed and reads_packed(module.spec, form)
+        return (*common, module.storage, module.dtype, module.device) if packs else None
+    if not record.grouped:
         return None
     places = {(p.dtype, p.device) for p in module.parameters()}
-    common = (type(module), module.spec.num_blocks, module.in_features, module.bias is None)
     return (*common, *places) if len(places) == 1 else None
 
 
 def run_together(modules: list[BLRLinear]) -> None:
     """Make a group of modules of one kind."""
-    pack([dict(module.named_parameters(recurse=False)) for module in modules])
-    group = ProjectionGroup(modules)
+    if modules[0].storage == PLAIN:
+        pack([dict(module.named_parameters(recurse=False)) for module in modules])
+        group = ProjectionGroup(modules)
+    else:
+        kinds = {(type(module), module.spec.num_blocks, module.bias is None) for module in modules}
+        alike = len(kinds) == 1 and bool(structure_named(modules[0].spec.structure).grouped)
+        if alike:
+            held = [dict(zip(module.spec.names(), module.held(), strict=True)) for module in modules]
+            for part in ("codes", "scale"):
+                pack([{name: getattr(t, part) for name, t in of.items() if isinstance(t, InBits)} for of in held])
+            pack([dict(module.named_parameters(recurse=False)) for module in modules])
+        group = GroupInBits(modules, alike)
     for index, module in enumerate(modules):
         module.group = group, index
 
@@ -133,6 +154,9 @@ def pack(layers: Sequence[Mapping[str, Tensor]]) -> None:
 def move_together(tensors: list[Tensor], dim: int) -> None:
     """Give the tensors the parts of one buffer along `dim`, with the values they have."""
     if len(tensors) > 1:
-        buffer = torch.cat([t.data for t in tensors], dim)
+        dtype = tensors[0].dtype
+        # no release of PyTorch joins all of float8
+        as_bytes = torch.uint8 if dtype.itemsize == 1 else dtype
+        buffer = torch.cat([t.data.view(as_bytes) for t in tensors], dim).view(dtype)
         for tensor, part in zip(tensors, buffer.split([t.shape[dim] for t in tensors], dim), strict=True):
             tensor.data = part

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hf_blr import ops
 from hf_blr.linear import BLRLinear
+from hf_blr.ops.cast import cast_rows
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
+from hf_blr.ops.rules.bits import FLOAT8, PACKED
 
 #: where an input carries what its other siblings will ask for: it dies with the input, and no thread sees another's
 MARK = "_hf_blr_group"
@@ -82,14 +84,18 @@ class ProjectionGroup:
 
         Never where a module has an implementation of its own: what runs together has one.
         """
+        if not self.may_share(x):
+            return False
+        tensors = [t for module in self.modules for t in module._parameters.values()]
+        return resolve_impl(None, x, tensors) == "triton"
+
+    def may_share(self, x: Tensor) -> bool:
+        """`worthwhile`, but for the kernels."""
         if any(module.impl for module in self.modules):
             return False
         if self.unclaimed >= PATIENCE or any(self.wants_gradient(i, x) for i in range(len(self.modules))):
             return False
-        if not torch.compiler.is_compiling() and x.is_inference():
-            return False
-        tensors = [t for module in self.modules for t in module._parameters.values()]
-        return resolve_impl(None, x, tensors) == "triton"
+        return torch.compiler.is_compiling() or not x.is_inference()
 
     def wants_gradient(self, index: int, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
@@ -103,7 +109,38 @@ class ProjectionGroup:
         state: list[Any] = [x._version, compute_dtype(x), self.modules[index].impl or ops.current_impl()]
         if x.is_cuda:
             state.append(torch.cuda.current_stream(x.device).cuda_stream)
-        for p in self.modules[index]._parameters.values():
-            if p is not None:
-                state += p.data_ptr(), None if p.is_inference() else p._version
+        for p in self.modules[index].parameters():
+            state += p.data_ptr(), None if p.is_inference() else p._version
         return state
+
+
+class GroupInBits(ProjectionGroup):
+    """Layers whose factors are kept in bits.
+
+    At few tokens those that are alike run together; at many, layers in float8 share the cast of their input to it.
+    """
+
+    def __init__(self, modules: list[BLRLinear], alike: bool):
+        super().__init__(modules)
+        self.alike = alike
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.modules[0].route_in_bits(x) == PACKED:
+            return ops.grouped_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits())
+        cast = cast_rows(x)
+        return tuple(module.run_in_bits(FLOAT8, x, cast) for module in self.modules)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor | None:
+        if x.numel() != x.shape[-1] or not self.worthwhile(x) or self.modules[0].route_in_bits(x) != PACKED:
+            return None
+        return ops.gated_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits(), activation)
+
+    def layers_in_bits(self) -> tuple[list[list[Tensor | ops.InBits]], list[Tensor | None]]:
+        """(tensors, biases), as the ops take them."""
+        return [module.held() for module in self.modules], [module.bias for module in self.modules]
+
+    def worthwhile(self, x: Tensor) -> bool:
+        if not self.may_share(x):
+            return False
+        found = {module.route_in_bits(x) for module in self.modules}
+        return found == {FLOAT8} or (self.alike and found == {PACKED})

@@ -15,18 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_blr.ops.activations import activated, check_activation
+from hf_blr.ops.bits import InBits, linear_in_bits, numbers_in_bits, route_in_bits
 from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
 from hf_blr.ops.grouped import gated_linear, grouped_linear
+from hf_blr.ops.grouped_bits import gated_in_bits, grouped_in_bits
 from hf_blr.ops.table import implementation_of, multiplied_out
 from hf_blr.structures import structures
 
 __all__ = [
+    "InBits",
     "current_impl",
     "few_tokens",
+    "gated_in_bits",
     "gated_linear",
+    "grouped_in_bits",
     "grouped_linear",
     "implementation_of",
     "linear",
+    "linear_in_bits",
+    "numbers_in_bits",
+    "route_in_bits",
     "use_impl",
 ]
 

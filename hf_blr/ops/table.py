@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_blr.ops.bits import define_bits
 from hf_blr.ops.library import define_structure
 from hf_blr.structures import FACTOR, structure_named, structures, whole_structures
 
@@ -50,6 +51,7 @@ def implementation_of(structure: str) -> Implementation:
 def load(structure: str) -> Implementation:
     """Import what the structure's record names, and keep it."""
     record = structure_named(structure)
+    define_bits(record)
     _table[structure] = Implementation(
         record.name,
         record.load("linear"),

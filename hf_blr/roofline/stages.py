@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
+from hf_blr.formats import PLAIN, Format
 from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.roofline.devices import Peaks
 from hf_blr.roofline.stage import Stage, in_bytes
 from hf_blr.structures import BLRSpec, structure_named
@@ -24,6 +29,7 @@ def stages(
     adds: bool = False,
     layers: int = 1,
     chip: Device = H100,
+    storage: Format = PLAIN,
 ) -> list[Stage]:
     """The kernels of one forward.
 
@@ -35,6 +41,10 @@ def stages(
         adds: whether the last stage adds a bias or activates, for which "hf_blr" cannot ask cuBLAS.
         layers: equal ones that run together, of which these are one's kernels: what is launched goes by all.
         chip: the card whose kernels are counted.
+        storage: the format in which factors are kept, of up to 32 tokens: kernels read them packed.
+
+    Raises:
+        ValueError: for an unknown form; for a format that no kernel reads packed at so many tokens.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
@@ -46,11 +56,29 @@ def stages(
     else:
         counted = record.load("stages")(spec, tokens, form, adds and form == "hf_blr", layers, chip)
         found = in_bytes(counted, itemsize)
+    if storage.form is not None:
+        found = packed(found, spec, tokens, form, itemsize, storage)
     if tokens > FEW_TOKENS:
         return found
     # few tokens leave even a product nothing but bytes to wait for
     few = form == "hf_blr" and tokens > 1
     return [replace(stage, product=False, few=few and stage.flops > 0) for stage in found]
+
+
+def packed(kernels: list[Stage], spec: BLRSpec, tokens: int, form: str, itemsize: int, storage: Format) -> list[Stage]:
+    """The kernels with factors in the format's bytes, of which each product reads as many as it multiplies by."""
+    record = structure_named(spec.structure)
+    numbers = sum(math.prod(shape) for shape in storage.in_bits(spec).values())
+    scaled = storage.form is not None and reads_packed(spec, storage.form)
+    if tokens > FEW_TOKENS or form != "hf_blr" or not (record.packed and scaled):
+        raise ValueError(
+            f"no kernel reads {spec.structure} factors packed in {storage.name} at {tokens} tokens, form {form!r}; "
+            "count them as plain"
+        )
+    # what is kept as numbers is the same in both
+    saved = PLAIN.num_bytes(spec, torch.bfloat16) - storage.num_bytes(spec, torch.bfloat16) + numbers * (itemsize - 2)
+    flops = sum(stage.flops for stage in kernels)
+    return [replace(stage, outside=stage.outside - saved * stage.flops // flops) for stage in kernels]
 
 
 def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
@@ -62,9 +90,12 @@ def dense_stages(spec: BLRSpec, tokens: int) -> Iterator[Stage]:
         yield Stage("sum of parts", 0, 0, (tokens * n,))
 
 
-def predict(spec: BLRSpec, tokens: int, device: Peaks, form: str = "hf_blr", itemsize: int = 2) -> float:
+def predict(
+    spec: BLRSpec, tokens: int, device: Peaks, form: str = "hf_blr", itemsize: int = 2, storage: Format = PLAIN
+) -> float:
     """Seconds of one forward: stages run one after the other."""
-    return sum(stage.seconds(device) for stage in stages(spec, tokens, form, itemsize, chip=device.chip))
+    kernels = stages(spec, tokens, form, itemsize, chip=device.chip, storage=storage)
+    return sum(stage.seconds(device) for stage in kernels)
 
 
 def bound_of(kernels: list[Stage], device: Peaks) -> str:

@@ -121,7 +121,7 @@ def blast_expand(y, u, s, bias, out, activation=""):
 def forward(x, u, s, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, R]` if asked to keep it.
 
-    u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, bias `[N]` or None.
+    u `[B2, Q, R]`, s `[B2, B1, R]`, v `[B1, R, P]`, u and v in bits up to 32 tokens without `keep`; bias `[N]` or None.
     """
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)

@@ -13,47 +13,106 @@ from torch import Tensor
 
 from hf_blr.ops.rules.device import device_of, vector_width
 from hf_blr.ops.rules.few_tokens import one_config
+from hf_blr.ops.rules.packed import packed_one_config, word_vector
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.tiles import sum_of_products, wait_for_previous
+from hf_blr.ops.triton.bits import Weights, by_place, sum_of_columns, weights_of
+from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
-def rows_of(w_ptr, i_q, Q, R, stride_wq, STEPS: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr):
-    """Tile i_q of a matrix `[Q, R]` in STEPS pieces `[BQ, BR]`, zero outside; read once, so the first to leave L2."""
+def rows_of(w_ptr, i_q, Q, C, stride_wq, STEPS: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr):
+    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BQ, BC]`, zero outside; read once, so the first to leave L2."""
     o_q = i_q * BQ + tl.arange(0, BQ)
     pieces = ()
     for step in tl.static_range(STEPS):
-        o_r = step * BR + tl.arange(0, BR)
-        m = (o_q < Q)[:, None] & (o_r < R)[None, :]
-        o = o_q[:, None] * stride_wq + o_r[None, :]
-        pieces = pieces + (tl.load(w_ptr + o, mask=m, other=0.0, eviction_policy="evict_first"),)
+        o_c = step * BC + tl.arange(0, BC)
+        m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+        o = o_q[:, None] * stride_wq + o_c[None, :]
+        pieces = pieces + (tl.load(w_ptr + o, mask=m, other=0, eviction_policy="evict_first"),)
     return pieces
 
 
 @triton.jit
-def vector_of(x_ptr, R, STEPS: tl.constexpr, BQ: tl.constexpr, BR: tl.constexpr):
-    """x `[R]` in STEPS pieces `[BQ, BR]` with equal rows: each warp loads what it needs and asks no other for it."""
+def scales_of(
+    s_ptr,
+    i_q,
+    Q,
+    C,
+    stride_sq,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+    BQ: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Of the same tile in bits: the scale of each column in STEPS pieces `[BQ, BC]`, or `[BQ]` of each row."""
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    pieces = ()
+    if FORM != "plain":
+        if GROUP == 0:
+            pieces = pieces + (tl.load(s_ptr + o_q * stride_sq, mask=o_q < Q, other=0.0),)
+        else:
+            for step in tl.static_range(STEPS):
+                o_c = step * BC + tl.arange(0, BC)
+                m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+                o = o_q[:, None] * stride_sq + (o_c * PER // GROUP)[None, :]
+                pieces = pieces + (tl.load(s_ptr + o, mask=m, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def vector_of(
+    x_ptr,
+    R,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    STEPS: tl.constexpr,
+    BX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """x `[R]` in STEPS times PER pieces `[BX, BC]` with equal rows: each warp loads what it needs and asks no other.
+
+    Those of a step meet number 0, 1, ... of its columns.
+    """
     pieces = ()
     for step in tl.static_range(STEPS):
-        o_r = tl.broadcast_to((step * BR + tl.arange(0, BR))[None, :], (BQ, BR))
-        pieces = pieces + (tl.load(x_ptr + o_r, mask=o_r < R, other=0.0),)
+        o_r = step * BC * PER + tl.arange(0, BC * PER)
+        o_r = tl.broadcast_to(o_r[None, None, :], (1, BX, BC * PER))
+        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0), FORM)
+        for j in tl.static_range(PER):
+            pieces = pieces + (tl.reshape(tiles[j], (BX, BC)),)
     return pieces
 
 
 @triton.jit
-def product_of(b_xs, b_ws, bias_ptr, o_n, m_q, HAS_BIAS: tl.constexpr):
+def product_of(
+    b_xs,
+    b_ws,
+    b_ss,
+    bias_ptr,
+    o_n,
+    m_q,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """`[BQ]`: the rows times the vector, plus the bias."""
-    b_out = tl.sum(sum_of_products(b_xs, b_ws), 1)
+    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, FORM, PER, GROUP), 1)
+    if FORM != "plain" and GROUP == 0:
+        b_out *= b_ss[0].to(tl.float32)
     if HAS_BIAS:
         b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)
     return b_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_wi", "stride_wq"])
 def decode_one_kernel(
     x_ptr,
     w_ptr,
+    ws_ptr,
     bias_ptr,
     out_ptr,
     Q,
@@ -67,54 +126,73 @@ def decode_one_kernel(
     stride_xg,
     stride_wi,
     stride_wq,
+    stride_si,
+    stride_sq,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
     VEC: tl.constexpr,
+    VEC_W: tl.constexpr,
     STEPS: tl.constexpr,
+    BX: tl.constexpr,
     BQ: tl.constexpr,
-    BR: tl.constexpr,
+    BC: tl.constexpr,
 ):
     """out[q // GROUP, i, q % GROUP] = activation(w[i, q] . x[i] + bias[i, q]), with w `[blocks, Q, R]`.
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
-    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. R and strides of x and w come / VEC.
+    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. R and strides of x come / VEC, strides of w, in
+    columns of PER numbers, / VEC_W. SCALED numbers of a row share a scale of ws, or all; w is read VEC_W columns at a
+    time in bits, which makes a thread's words meet the numbers of x that it loads.
     """
     i_p, n_p, i_i = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    w_ptr += i_i.to(tl.int64) * (stride_wi * VEC)
-    b_ws = rows_of(w_ptr, i_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
+    C = tl.cdiv(R * VEC, PER)
+    w_ptr += i_i.to(tl.int64) * (stride_wi * VEC_W)
+    if FORM != "plain":
+        ws_ptr += i_i * stride_si
+    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wq * VEC_W, STEPS, BQ, BC)
+    b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, BQ, BC)
     if GATED:
-        w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC)
-        b_w2s = rows_of(w2_ptr, i_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
+        w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W)
+        ws2_ptr = ws_ptr if FORM == "plain" else ws_ptr + GATED_BLOCKS * stride_si
+        b_w2s = rows_of(w2_ptr, i_p, Q, C, stride_wq * VEC_W, STEPS, BQ, BC)
+        b_s2s = scales_of(ws2_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, BQ, BC)
     wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs = vector_of(x_ptr, R * VEC, STEPS, BQ, BR)
+    b_xs = vector_of(x_ptr, R * VEC, FORM, PER, STEPS, BX, BC)
     if GATED:
-        b_x2s = vector_of(x_ptr + stride_xg * VEC, R * VEC, STEPS, BQ, BR)
+        b_x2s = vector_of(x_ptr + stride_xg * VEC, R * VEC, FORM, PER, STEPS, BX, BC)
     for i_q in tl.range(i_p, tl.cdiv(Q, BQ), n_p):
-        b_next = rows_of(w_ptr, i_q + n_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
+        b_next = rows_of(w_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, STEPS, BQ, BC)
+        b_snext = scales_of(ws_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, BQ, BC)
         if GATED:
-            b_next2 = rows_of(w2_ptr, i_q + n_p, Q, R * VEC, stride_wq * VEC, STEPS, BQ, BR)
+            b_next2 = rows_of(w2_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, STEPS, BQ, BC)
+            b_snext2 = scales_of(ws2_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, BQ, BC)
         o_q = i_q * BQ + tl.arange(0, BQ)
         m_q, o_n = o_q < Q, i_i * Q + o_q
-        b_out = activate(product_of(b_xs, b_ws, bias_ptr, o_n, m_q, HAS_BIAS), ACTIVATION)
+        b_out = product_of(b_xs, b_ws, b_ss, bias_ptr, o_n, m_q, FORM, PER, SCALED, HAS_BIAS)
+        b_out = activate(b_out, ACTIVATION)
         if GATED:
-            b_out *= product_of(b_x2s, b_w2s, bias_ptr, GATED_BLOCKS * Q + o_n, m_q, HAS_BIAS)
-            b_w2s = b_next2
+            o_n += GATED_BLOCKS * Q
+            b_out *= product_of(b_x2s, b_w2s, b_s2s, bias_ptr, o_n, m_q, FORM, PER, SCALED, HAS_BIAS)
+            b_w2s, b_s2s = b_next2, b_snext2
         o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP
         tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
-        b_ws = b_next
+        b_ws, b_ss = b_next, b_snext
 
 
-def project_one(x: Tensor, v: Tensor, z: Tensor):
+def project_one(x: Tensor, v: Tensor | Weights, z: Tensor):
     """Stage one of Monarch and low-rank: z `[B2, 1, B1*r]` from x `[1, K]` and v `[B1, B2*r, P]`."""
-    _, rows, p = v.shape
+    b1, rows, p = v.shape
     # row i*r + k of block j goes to z[i, 0, j*r + k]
-    multiply(x, v, None, z, len(v), group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
+    multiply(x, v, None, z, b1, group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
 
 
-def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activation: str = "", gated: bool = False):
+def expand_one(z: Tensor, u: Tensor | Weights, bias: Tensor | None, out: Tensor, activation: str = "", gated=False):
     """Stage two of one token, as `decode_expand.decode_expand`.
 
     With `gated`, of two layers: out `[1, N]` is activation(the first's) * the second's, from u `[2*B2, Q, R]` and z
@@ -131,16 +209,25 @@ def expand_one(z: Tensor, u: Tensor, bias: Tensor | None, out: Tensor, activatio
 
 def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False):
     """Launch `decode_one_kernel`: `strides` of x are from block to block, layer to layer and to the gated layer."""
-    (all_blocks, q, r), device = w.shape, device_of(x)
-    sizes = (r, *strides, *w.stride()[:2])
-    vec = vector_width(*sizes)
-    rule = one_config(r, q * all_blocks, 2 if gated else 1, w.element_size(), device)
+    w, device = weights_of(w), device_of(x)
+    all_blocks, q, r = w.shape
+    vec = vector_width(r, *strides)
+    vec_w = vector_width(*w.strides)
+    layers = 2 if gated else 1
+    if w.form == "plain":
+        rule = one_config(r, q * all_blocks, layers, w.data.element_size(), device)
+    else:
+        vec_w = min(vec_w, word_vector(w.per))
+        rule = packed_one_config(r, layers, w.per, device)
 
     def run(config):
         programs = max(1, config.programs * device.sms // blocks)
+        # a warp that has whole rows to itself needs one copy of x
+        alone = w.form != "plain" and config.length // w.per >= 32 * config.warps
         decode_one_kernel[(min(triton.cdiv(q, config.rows), programs), blocks)](
             x,
-            w,
+            w.data,
+            w.scale,
             bias,
             out,
             q,
@@ -148,17 +235,24 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             x_blocks or blocks,
             blocks,
             stride_og,
-            *(n // vec for n in sizes),
+            *(n // vec for n in (r, *strides)),
+            *(n // vec_w for n in w.strides),
+            *w.scale_strides,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             GATED=gated,
+            FORM=w.form,
+            PER=w.per,
+            SCALED=w.group,
             PDL=device.has_pdl,
             VEC=vec,
+            VEC_W=vec_w,
             STEPS=triton.cdiv(r, config.length),
+            BX=1 if alone else config.rows,
             BQ=config.rows,
-            BR=config.length,
+            BC=config.length // w.per,
             num_warps=config.warps,
             **device.launch_options,
         )
 
-    launch(run, "decode_one", rule, 1, (r, q, blocks, gated), w)
+    launch(run, w.named("decode_one"), rule, 1, (r, q, blocks, gated), x)

@@ -7,6 +7,7 @@ has packed are read as the factors of one wide layer. Those that lie apart are u
 from __future__ import annotations
 
 from hf_blr.ops.activations import activated
+from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.decode_one import expand_one
 
 
@@ -42,6 +43,9 @@ def follows(a, b, axis) -> bool:
     """Whether b goes on where a ends along the axis, in one buffer; along the first, b must be as long as a."""
     if a is None:
         return b is None
+    if isinstance(a, Weights):
+        alike = (a.form, a.length, a.group) == (b.form, b.length, b.group)
+        return alike and follows(a.data, b.data, axis) and follows(a.scale, b.scale, axis)
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and b.storage_offset() == a.storage_offset() + a.shape[axis] * a.stride(axis)
@@ -55,6 +59,9 @@ def joined(tensors, run: range, axis):
     first = tensors[run.start]
     if first is None or len(run) == 1:
         return first
+    if isinstance(first, Weights):
+        data, scale = joined([t.data for t in tensors], run, axis), joined([t.scale for t in tensors], run, axis)
+        return first._replace(data=data, scale=scale)
     shape = list(first.shape)
     shape[axis] = sum(tensors[i].shape[axis] for i in run)
     return first.as_strided(shape, first.stride())

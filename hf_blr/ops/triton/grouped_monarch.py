@@ -7,6 +7,7 @@ import torch
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.low_rank import kernels_pay
 from hf_blr.ops.rules.monarch import monarch_route
+from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.grouped import columns, finish_gated, joined, multiplied, ranks, split
 from hf_blr.ops.triton.monarch import monarch_decode, monarch_finish
@@ -25,7 +26,7 @@ def forward(x, us, vs, biases):
     for part in split(range(len(vs)), (vs, 1)):
         v = joined(vs, part, 1)
         # low-rank: the same exception from the kernels for few tokens as in its own rule
-        few = route_of(x, us, vs, biases, part).few and (b1 > 1 or kernels_pay(tokens))
+        few = route_of(x, us, vs, biases, part).few and (b1 > 1 or kernels_pay(tokens) or isinstance(v, Weights))
         if not few:
             y = torch.bmm(x.view(tokens, b1, p).transpose(0, 1), v.transpose(1, 2))
         elif b1 == 1:
@@ -50,7 +51,7 @@ def gated(x, us, vs, biases, activation):
     if not route.few or split(both, (us, 0), (vs, 1), (biases, 0)) != [both]:
         return multiplied(forward(x, us, vs, biases), activation)
     u = joined(us, both, 0)
-    z = monarch_decode(x, joined(vs, both, 1), 1 if b1 == 1 else len(u), route)
+    z = monarch_decode(x, joined(vs, both, 1), 1 if b1 == 1 else u.shape[0], route)
     return finish_gated(z, u, joined(biases, both, 0), activation)
 
 
@@ -63,4 +64,4 @@ def route_of(x, us, vs, biases, layers: range, keep=False):
 
 def stacked(tensors):
     """Low-rank's factors as stacks of one block."""
-    return [t if t.dim() == 3 else t[None] for t in tensors]
+    return [t if len(t.shape) == 3 else t.stacked() if isinstance(t, Weights) else t[None] for t in tensors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from hf_blr.ops.rules.low_rank import runs_few
+from hf_blr.ops.triton.bits import Weights, weights_of
 from hf_blr.ops.triton.block_gemm import block_gemm
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_project import decode_project
@@ -15,14 +16,20 @@ def forward(x, u, v, bias, keep=False, activation=""):
 
     u `[N, R]`, v `[R, K]`, bias `[N]` or None.
     """
-    tokens, (n, r) = x.shape[0], u.shape
+    tokens = x.shape[0]
     if tokens == 0 or not runs_few(tokens, bool(activation), keep):
         y = F.linear(x, v)
         return finish(y, u, bias, activation), y if keep else x.new_empty(0)
+    return decode(x, weights_of(u), weights_of(v), bias, activation), x.new_empty(0)
+
+
+def decode(x, u: Weights, v: Weights, bias, activation=""):
+    """`[T, N]` at few tokens."""
+    tokens, (n, r) = x.shape[0], u.shape
     z, out = x.new_empty(1, tokens, r), x.new_empty(tokens, n)
-    decode_project(x, v[None], None, z)
-    decode_expand(z, u[None], bias, out, activation)
-    return out, x.new_empty(0)
+    decode_project(x, v.stacked(), None, z)
+    decode_expand(z, u.stacked(), bias, out, activation)
+    return out
 
 
 def finish(y, u, bias, activation=""):

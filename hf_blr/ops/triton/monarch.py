@@ -16,7 +16,7 @@ from hf_blr.ops.triton.swap import swap_blocks
 def forward(x, u, v, bias, keep=False, activation=""):
     """x `[T, K]` -> `[T, N]`, and y `[B1, T, B2*r]` if asked to keep it.
 
-    u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, bias `[N]` or None.
+    u `[B2, Q, B1*r]`, v `[B1, B2*r, P]`, in bits up to 32 tokens without `keep`; bias `[N]` or None.
     """
     tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, empty = x.new_empty(tokens, b2 * q), x.new_empty(0)

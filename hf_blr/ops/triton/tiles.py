@@ -33,15 +33,6 @@ def load_tile(
 
 
 @triton.jit
-def sum_of_products(b_xs, b_ys):
-    """The sum over two tuples of tiles of their products, number by number, in float32."""
-    acc = b_xs[0].to(tl.float32) * b_ys[0].to(tl.float32)
-    for step in tl.static_range(1, len(b_xs)):
-        acc += b_xs[step].to(tl.float32) * b_ys[step].to(tl.float32)
-    return acc
-
-
-@triton.jit
 def mix_of(
     s_ptr,
     i_r,

@@ -44,4 +44,6 @@ RECORD = Structure(
     auto_blocks=((4, 4), (4, 16), (16, 16)),
     kernels="hf_blr.ops.triton.blast",
     grouped="hf_blr.ops.triton.grouped_blast",
+    float8="hf_blr.ops.triton.float8_blast",
+    packed="hf_blr.ops.triton.packed:blast",
 )

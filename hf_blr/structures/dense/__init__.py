@@ -49,4 +49,6 @@ RECORD = Structure(
     weighed="",
     scaled=("w",),
     whole=True,
+    float8="hf_blr.ops.triton.float8_dense",
+    packed="hf_blr.ops.triton.packed:dense",
 )

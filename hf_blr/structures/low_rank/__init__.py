@@ -39,4 +39,6 @@ RECORD = Structure(
     pair="hf_blr.structures.low_rank.reference:low_rank_pair",
     # low-rank is Monarch with one block
     grouped="hf_blr.ops.triton.grouped_monarch",
+    float8="hf_blr.ops.triton.float8_low_rank",
+    packed="hf_blr.ops.triton.packed:low_rank",
 )

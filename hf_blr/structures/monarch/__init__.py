@@ -44,4 +44,6 @@ RECORD = Structure(
     rank_multiple=32,
     kernels="hf_blr.ops.triton.monarch",
     grouped="hf_blr.ops.triton.grouped_monarch",
+    float8="hf_blr.ops.triton.float8_monarch",
+    packed="hf_blr.ops.triton.packed:monarch",
 )

@@ -71,4 +71,6 @@ RECORD = Structure(
     stand_in="hf_blr.structures.pivoted.pairs",
     pair="hf_blr.structures.pivoted.reference:pivoted_pair",
     typical_indices="hf_blr.structures.pivoted.pivots:random_indices",
+    float8="hf_blr.ops.triton.float8_pivoted",
+    packed="hf_blr.ops.triton.packed:pivoted",
 )

@@ -1,0 +1,70 @@
+"""Tables of few tokens on layers in bits: beside dense layers, and by the settings that were tried."""
+
+from __future__ import annotations
+
+import statistics
+
+from conditions import RESULTS, machine
+
+from hf_blr.bench.report.files import read_result
+from hf_blr.markdown import format_table
+
+
+def packed_decode_section() -> str:
+    """us of each layer with the rules of then, and with the best of the settings that were tried for one stage."""
+    result = read_result(RESULTS / "packed_decode_h200.json")
+    layers = dict.fromkeys((row["in_features"], row["out_features"], row["tokens"]) for row in result["rows"])
+    lines = []
+    for layer in layers:
+        rows = [r for r in result["rows"] if (r["in_features"], r["out_features"], r["tokens"]) == layer]
+        line = {"us": f"{layer[0]} -> {layer[1]}, {tokens_of(layer[2])}"}
+        for row in rows:
+            if row["settings"] is None:
+                line[name_of(row)] = f"{us(row):.1f}"
+        for name in dict.fromkeys(name_of(row) for row in rows if row["settings"]):
+            best = min(us(row) for row in rows if name_of(row) == name)
+            line[name] += f" ({best:.1f})"
+        lines.append(line)
+    numbers = ", ".join(
+        f"{row['format']} {us(row):.0f} us by {'one kernel' if row['by'] == 'kernel' else 'PyTorch'}"
+        for row in result["numbers"]
+    )
+    size = result["numbers"][0]
+    return (
+        f"{format_table(lines)}\n\n"
+        f"In brackets: with the best of the settings tried for one of the stages. Mean of the runs. {result['dtype']}; "
+        f"{result['protocol']}. A factor {size['n']} x {size['k']} as numbers, groups of {size['group']}: {numbers}. "
+        f"Errors: {result['checks']}. {machine(result['environment'])}."
+    )
+
+
+def packed_settings_section() -> str:
+    """us of each layer by the settings that were tried for one of its stages."""
+    result = read_result(RESULTS / "packed_decode_h200.json")
+    lines: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        if row["settings"]:
+            key = row["stage"], *row["settings"].values(), row["tokens"]
+            settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items() if name != "early")
+            settings += ", all weights before the wait" * bool(row["settings"].get("early"))
+            line = lines.setdefault(
+                key, {"stage": row["stage"], "tokens": tokens_of(row["tokens"]), "settings": settings}
+            )
+            line[f"{row['in_features']} -> {row['out_features']}, {name_of(row)}"] = f"{us(row):.1f}"
+    return f"{format_table(list(lines.values()))}\n\nus of both stages. {machine(result['environment'])}."
+
+
+def us(row: dict) -> float:
+    return statistics.mean(row["us"])
+
+
+def tokens_of(tokens: int) -> str:
+    return f"{tokens} token" + "s" * (tokens > 1)
+
+
+def name_of(row: dict) -> str:
+    """dense, or low-rank of the rank that all rows of a layer have."""
+    if row["rank"] is None:
+        return "dense" if row["format"] == "plain" else "dense int4, PyTorch's"
+    group = "" if row["group"] is None else f", groups of {row['group']}"
+    return "low-rank" if row["format"] == "plain" else f"low-rank {row['format']}{group}"

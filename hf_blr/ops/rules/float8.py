@@ -1,0 +1,55 @@
+"""Products of float8: tiles, and of the cast before them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_blr.ops.rules.columns import ColumnConfig
+from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
+from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm
+
+
+def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
+    """For `float8_gemm_kernel`: `groups` products of n outputs, of sums of length k.
+
+    H200, us of one product with a graph's start, tiles of 64 x 128, of 128 x 128 by 4 and by 8 warps, and of 128 x 256,
+    which read least from L2: 1024 tokens, 4096 -> 1024 15.5, 18.2, 18.2 and 28.1; 14336 -> 1584 52, 55, 42 and 71;
+    4096 tokens, 4096 -> 400 30, 20, 17.5 and 25; 1024 -> 4096 54, 39, 49 and 42; 1584 -> 14336 355, 254, 279 and 222.
+    """
+    if device == INTERPRETER:
+        return SMALLEST_GEMM
+    rows = groups * -(-tokens // 128)
+    if tokens <= 64 or 2 * rows * -(-n // 128) <= device.sms:
+        config = GemmConfig(64, 128, 128, 4, 4)
+    elif rows * -(-n // 128) <= device.sms:
+        config = GemmConfig(128, 128, 128, 8, 4)
+    elif k > 1024 and 2 * rows * -(-n // 256) >= 3 * device.sms:
+        config = GemmConfig(128, 256, 128, 8, 3)
+    else:
+        config = GemmConfig(128, 128, 128, 4, 3)
+    return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
+
+
+def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activates: bool, device: Device) -> bool:
+    """Whether a last stage with one block is cuBLAS', whose tiles read L2 half as often as ours.
+
+    It gives bfloat16 alone where each row has a scale. H200, us of both with a graph's start: 4096 tokens, 1024 -> 4096
+    32 and 39, 1584 -> 14336 163 and 222; of few tiles, 1024 tokens, 400 -> 1024, 14.7 and 10.4.
+    """
+    many = -(-tokens // 128) * -(-n // 128) > device.sms
+    return many and rounds_to_bfloat16 and not activates and n % 16 == 0
+
+
+def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
+    """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
+    if device == INTERPRETER:
+        return 16, 4
+    ranks = max(16, min(pow2(rank), 16384 // pow2(b1)))
+    return ranks, max(4, min(16, ranks * pow2(b1) // 1024))
+
+
+def cast_config(k: int, device: Device) -> ColumnConfig:
+    """For `cast_rows_kernel`, of which a program takes one token whole, some columns at a time."""
+    if device == INTERPRETER:
+        return ColumnConfig(1, 16, 4)
+    return ColumnConfig(1, min(4096, pow2(k)), 4 if k <= 8192 else 8)

@@ -1,0 +1,98 @@
+"""Factors in bits at few tokens: which of them kernels read as they are, and how these are launched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
+from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig, decode_rows
+from hf_blr.structures.spec import FACTOR, BLRSpec
+
+if TYPE_CHECKING:
+    from hf_blr.ops.rules.bits import CodeForm
+
+#: {form of a factor: numbers that one column of what is stored holds}
+PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
+
+
+def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
+    """Whether the kernels for few tokens read a layer's factors in this form; else they become numbers first.
+
+    Products take 16 numbers at a time, which must lie in one group. Bytes of float8 are read as words.
+    """
+    if max(spec.num_blocks) > 64 or form.bits not in (4, 8) or (form.group_size or 16) % 16:
+        return False
+    lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
+    return not (form.float8 and any(length % 4 for length in lengths))
+
+
+def word_vector(per: int) -> int:
+    """Words that a thread of one token's kernels reads at once: as many as meet the 16 bytes of x that it loads."""
+    return 8 // per
+
+
+def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
+    """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
+
+    A row lies across all warps, so that x stands in registers once. H200, us a low-rank layer in int4 with groups of
+    128, last stage by (4 or 8, 1024, 4, 4), (8, 512, 2, 8) and (4, 512, 2, 12): 4096 x 4096, rank 1024, 7.8, 6.4, 6.1;
+    4096 x 14336, rank 1536, 15.1, 12.0, 13.0; in fp8 7.4, 7.0, 9.1 and 24.0, 16.8, 15.8. First stage by (4, 1024, 4, 4)
+    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs, which differ by 5 % at most.
+    """
+    if device == INTERPRETER:
+        return OneConfig(4, 16, 4, 1)
+    if row <= 2048:
+        warps = 2
+    elif row > 16384:
+        # one row: two spill. Not timed
+        warps = 16
+    else:
+        warps = 8 if per == 8 or row > 8192 else 4
+    tile = {2: 8, 16: 1}.get(warps, 4)
+    # two layers hold twice as much
+    return OneConfig(max(1, tile // layers), min(pow2(row), 256 * warps), warps, 16 // warps)
+
+
+def packed_one_mix_config(b1: int, part: int, rows: int, device: Device) -> OneConfig:
+    """As `few_tokens.one_mix_config` with `rows` rows in bits; not timed."""
+    if device == INTERPRETER:
+        return OneConfig(4, 16, 4, 1)
+    return OneConfig(4 if rows > 8 * device.sms else 2, min(pow2(part), 256), 4, 4)
+
+
+def packed_project_config(parts: int, row: int, rows: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """As `few_tokens.project_config` with a matrix in bits.
+
+    H200, 16 tokens, us a low-rank layer in int4 with groups of 128, 8 and 16 rows, then 32: 4096 x 4096 12.8, 15.7,
+    22.6; 4096 x 14336 - , 26.0, 32.3. In fp8, 8 rows in steps of 128 and 256: 11.8, 11.3 and - , 26.3.
+    Two runs, which differ by 5 % at most.
+    """
+    if device == INTERPRETER:
+        return DecodeConfig(8, 16, 4, 1)
+    parts = pow2(parts)
+    tile = 8 if rows <= 8 * device.sms else 16
+    length = max(16, min(128, pow2(-(-row // parts)), 8192 // (parts * tile)))
+    stage = parts * length * (tile + decode_rows(tokens)) * itemsize
+    return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
+
+
+def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
+    """As `few_tokens.expand_config` with a matrix in bits.
+
+    H200, us a low-rank layer, 32 rows, 64 rows and 64 rows by 8 warps: 4096 x 4096, 16 tokens, int4 with groups of 128
+    11.9, 13.9, 14.9, fp8 10.0, 11.7, 11.5; 4096 x 14336, 16 tokens, 28.4, 25.4, 35.6 and 26.9, 25.5, 25.5; 32 tokens,
+    int4, 64 rows 39.9, by 8 warps 34.1. With all weights loaded before the wait 12.8 instead of 11.9. Two runs, which
+    differ by 5 % at most.
+    """
+    if device == INTERPRETER:
+        return DecodeConfig(16, 16, 4, 1)
+    tile, length = 32 if outputs <= 64 * device.sms else 64, 128
+    warps = 8 if tile == 64 and tokens > 16 else 4
+    stage = length * (tile + decode_rows(tokens)) * itemsize
+    return DecodeConfig(tile, length, warps, max(1, min(4, device.shared_memory // stage)))
+
+
+def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
+    """The setting with the longest steps, of its length at most, each of which lies in one group; 0: no groups."""
+    return replace(config, length=min(config.length, largest_power_of_two(group))) if group else config

@@ -1,0 +1,70 @@
+"""The cast of a layer's input to float8: see `ops.cast`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hf_blr.ops.rules.device import device_of
+from hf_blr.ops.rules.float8 import cast_config
+from hf_blr.ops.triton.tuned import launch
+
+
+@triton.jit
+def cast_rows_kernel(
+    x_ptr,
+    rows_ptr,
+    scale_ptr,
+    K,
+    stride_xt,
+    stride_rt,
+    LARGEST: tl.constexpr,
+    SMALLEST_NORM: tl.constexpr,
+    TILES: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """rows[t] = x[t] / scale[t] in float8, with scale[t] = ||x[t]|| / LARGEST; one token a program."""
+    i_t = tl.program_id(0).to(tl.int64)
+    x_ptr += i_t * stride_xt
+    rows_ptr += i_t * stride_rt
+    b_xs = ()
+    squares = tl.zeros((BK,), tl.float32)
+    for i in tl.static_range(TILES):
+        o_k = i * BK + tl.arange(0, BK)
+        b_x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0)
+        squares += b_x.to(tl.float32) * b_x.to(tl.float32)
+        b_xs = b_xs + (b_x,)
+    # NaN must not become the smallest norm
+    norm = tl.maximum(tl.sqrt(tl.sum(squares, 0)), SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(scale_ptr + i_t, norm / LARGEST)
+    for i in tl.static_range(TILES):
+        o_k = i * BK + tl.arange(0, BK)
+        b_row = b_xs[i].to(tl.float32) * (LARGEST / norm)
+        tl.store(rows_ptr + o_k, b_row.to(rows_ptr.dtype.element_ty), mask=o_k < K)
+
+
+def cast_rows(x, largest, smallest_norm):
+    """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`."""
+    tokens, k = x.shape
+    rows, scale = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
+    if not x.numel():
+        return rows, scale
+
+    def run(config):
+        cast_rows_kernel[(tokens,)](
+            x,
+            rows,
+            scale,
+            k,
+            x.stride(0),
+            rows.stride(0),
+            LARGEST=largest,
+            SMALLEST_NORM=smallest_norm,
+            TILES=triton.cdiv(k, config.bc),
+            BK=config.bc,
+            num_warps=config.warps,
+        )
+
+    launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
+    return rows, scale

@@ -1,0 +1,83 @@
+"""The kernels for few tokens that read factors in bits, under Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from kernel_cases import assert_packed_within_budget, recorded_grids  # noqa: E402
+
+from hf_blr.formats import format_named  # noqa: E402
+from hf_blr.ops.rules import blast as rules  # noqa: E402
+from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
+from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_project, decode_stack  # noqa: E402
+from hf_blr.structures import make_spec  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_buffers"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU"),
+]
+
+#: (format, numbers that share a scale)
+FORMATS = [("int8", None), ("int4", None), ("fp8", None), ("int8", 16), ("int4", 32)]
+STRUCTURES = ["low_rank", "monarch", "blast", "pivoted", "dense"]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("form, group", FORMATS)
+def test_the_error_budget(form, group, structure, tokens):
+    # groups of one step and of two
+    assert_packed_within_budget(structure, form, group, tokens, (2, 1, 32, 6, 32), torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_rows_that_end_within_a_word(form, structure, tokens):
+    # float8 is read in whole words
+    sizes = (3, 2, 12, 7, 4) if form == "fp8" else (3, 2, 11, 7, 5)
+    assert_packed_within_budget(structure, form, None, tokens, sizes, torch.float16, bias=False, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "form, group, shape", [("int8", None, (5, 20)), ("int4", 6, (2, 3, 18)), ("fp8", None, (3, 8))]
+)
+def test_numbers_in_one_pass(form, group, shape, dtype):
+    storage = format_named(form, group)
+    codes = storage.nearest(torch.randn(shape) * 1e-3)
+    data = storage.laid_out(codes)[storage.code_part]
+    found = torch.ops.hf_blr.numbers(data, codes.scale, storage.bits, shape[-1], dtype)
+    assert found.dtype == dtype and torch.equal(found, codes.numbers(dtype))
+
+
+@pytest.mark.parametrize("form, group", [("int8", None), ("int4", 48)])
+def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
+    grids = recorded_grids(monkeypatch, decode_stack, "decode_stack_kernel")
+    assert_packed_within_budget("monarch", form, group, 17, (2, 1, 96, 10, 48), torch.float16)
+    monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
+    assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
+    assert len(grids) == 2
+
+
+def test_steps_lie_in_one_group(monkeypatch):
+    for module, name in ((decode_project, "packed_project_config"), (decode_expand, "packed_expand_config")):
+        monkeypatch.setattr(module, name, lambda *sizes: DecodeConfig(16, 64, 4, 1))
+    assert_packed_within_budget("low_rank", "int4", 48, 3, (2, 1, 96, 10, 48), torch.float16)
+
+
+def test_which_layers_are_read_packed():
+    spec = make_spec("low_rank", 96, 100, rank=20)
+    for bits, group, float8, wanted in (
+        (4, None, False, True),
+        (8, 4, False, False),
+        (3, None, False, False),
+        (8, None, True, True),
+    ):
+        form = CodeForm(bits, group, float8)
+        assert (route(spec, 32, form, False, True) == PACKED) == wanted
+        assert route(spec, 33, form, False, True) == NUMBERS
+    odd = make_spec("low_rank", 96, 100, rank=18)
+    assert route(odd, 1, CodeForm(8, None, True), False, True) == NUMBERS
+    assert route(make_spec("blast", 130, 130, rank=2, num_blocks=65), 1, CodeForm(4), False, True) == NUMBERS

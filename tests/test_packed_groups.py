@@ -1,0 +1,83 @@
+"""Layers in bits that share their input run together at few tokens, under Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+import hf_blr  # noqa: E402
+from hf_blr import ops  # noqa: E402
+from hf_blr.formats import format_named  # noqa: E402
+from hf_blr.inference.grouped import GroupInBits  # noqa: E402
+from hf_blr.linear import BLRLinear  # noqa: E402
+from hf_blr.structures import Blast, LowRank, Monarch  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
+
+
+def block_of(sizes, spec=lambda n: LowRank(32, n, 16), form="int4", group=16):
+    """A module with q_proj, k_proj, ... of these many outputs."""
+    torch.manual_seed(0)
+    block = nn.Module()
+    for name, n in zip(("q_proj", "k_proj", "v_proj"), sizes, strict=False):
+        block.add_module(name, BLRLinear.from_spec(spec(n), storage=format_named(form, group), dtype=torch.float16))
+    return block.eval()
+
+
+def outputs(block, x):
+    with torch.no_grad(), ops.use_impl("triton"):
+        return [module(x) for module in block.children()]
+
+
+@pytest.mark.parametrize(
+    "spec, form, group",
+    [
+        (lambda n: LowRank(32, n, 16), "int4", 16),
+        (lambda n: Monarch(32, n, 8, (2, 2)), "int8", None),
+        (lambda n: Blast(32, n, 16, (2, 2)), "int4", None),
+        (lambda n: Blast(32, n, 16, (2, 2)), "fp8", None),
+    ],
+    ids=["low_rank", "monarch", "blast", "float8"],
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_group_gives_what_its_layers_give_alone(spec, form, group, tokens, monkeypatch):
+    block, x = block_of((24, 12, 12), spec, form, group), torch.randn(tokens, 32).half()
+    expected, stored = outputs(block, x), {name: t.clone() for name, t in block.state_dict().items()}
+    assert hf_blr.fuse(block) == [("q_proj", "k_proj", "v_proj")]
+    calls, compute = [], GroupInBits.compute
+    monkeypatch.setattr(GroupInBits, "compute", lambda self, x: calls.append(self) or compute(self, x))
+    for out, wanted in zip(outputs(block, x), expected, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
+    assert len(calls) == 1
+    fused = block.state_dict()
+    assert all(torch.equal(fused[name], t) for name, t in stored.items())
+    # what a file holds shares no memory
+    assert len({t.untyped_storage().data_ptr() for t in fused.values()}) == len(fused)
+    hf_blr.unfuse(block)
+    parameters = [p for p in block.parameters() if p.numel() > 1]
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+
+
+def test_one_first_stage_for_all(monkeypatch):
+    from kernel_cases import recorded_grids
+
+    from hf_blr.ops.triton import decode_one
+
+    block, x = block_of((24, 12, 12)), torch.randn(1, 32).half()
+    hf_blr.fuse(block)
+    grids = recorded_grids(monkeypatch, decode_one, "decode_one_kernel")
+    outputs(block, x)
+    # a last stage for q, and one for k and v, which are of one size
+    assert len(grids) == 3
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_gated_layers(together):
+    block, x = block_of((24, 24)), torch.randn(1, 32).half()
+    gate, up = outputs(block, x)
+    modules = list(block.children())
+    if together:
+        hf_blr.fuse(block)
+    layers, biases = [module.held() for module in modules], [module.bias for module in modules]
+    out = ops.gated_in_bits("low_rank", x, layers, biases, "silu")
+    torch.testing.assert_close(out, nn.functional.silu(gate) * up, rtol=3e-3, atol=3e-3)
