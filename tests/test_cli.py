@@ -187,7 +187,7 @@ def test_a_plan_within_bits_and_milliseconds(dense, tmp_path, capsys):
     on_text = ["--structure", "auto", "--dataset", text, "--seqlen", "32", "--num-samples", "8", "--target-modules"]
     on_text += ["q_proj", "--rounds", "2", "--bits-per-weight", "9", "--tokens", "1"]
     assert main(["plan", folder, str(tmp_path / "plan.json"), *on_text, "--ms", "1"]) == 0
-    assert main(["plan", folder, str(tmp_path / "none.json"), *on_text, "--ms", "1e-6"]) == 2
+    assert main(["plan", folder, str(tmp_path / "none.json"), *on_text, "--ms", "1e-9"]) == 2
     assert "fastest options take" in capsys.readouterr().err
     assert main(["plan", folder, str(tmp_path / "third.json"), "--ms", "1", "--mb", "1", *on_text[:8]]) == 2
     assert "--ms stands alone or beside --bits-per-weight" in capsys.readouterr().err
