@@ -1,5 +1,7 @@
 """Bits shared out over the layers: what the plan stores, what it is predicted to lose, and what it says of why."""
 
+import itertools
+import math
 from functools import cache
 
 import pytest
@@ -8,8 +10,8 @@ from tiny import batches_for, build, divergence, tiny_llama, tiny_mixtral
 from transformers import OPTConfig, OPTForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
-from hf_blr.compression.allocation import Option, choice_of
-from hf_blr.compression.bits import formats_of, options_of, share_bits, uniform
+from hf_blr.compression.allocation import Option, allocate_both, choice_of, loss_of, within
+from hf_blr.compression.bits import TimeLimit, formats_of, options_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
 from hf_blr.compression.rounding_trials import AfterFeedback, storable, trials_of
 from hf_blr.factorize import factorize
@@ -274,3 +276,41 @@ def test_layers_that_differ_by_a_digit_or_in_size_are_kinds_of_their_own():
     report = compress(model, config, calibration=batches, statistics=found, progress=False)
     # all six kinds of layers have options of their own
     assert {layer.name.rpartition(".")[2] for layer in report.layers} >= {"fc1", "fc2", "q_proj"}
+
+
+def option(rank, cost, loss, seconds):
+    return Option(LowRank(8, 8, rank), cost, loss, seconds=seconds)
+
+
+def test_two_budgets_are_kept_by_nearly_the_best_plan_within_both():
+    generator = torch.Generator().manual_seed(0)
+    options = {}
+    for name in "abcdef":
+        sizes = (10 * torch.rand(5, 2, generator=generator) + 0.1).tolist()
+        # what costs more loses less
+        options[name] = [option(i + 1, cost, 20 / (cost + time), time) for i, (cost, time) in enumerate(sizes)]
+    plans = [dict(zip(options, chosen, strict=True)) for chosen in itertools.product(*options.values())]
+    for cost, seconds in ((24, 36), (36, 24), (30, 30), (42, 20)):
+        best = min(loss_of(plan) for plan in plans if within(plan, cost, seconds))
+        found = allocate_both(options, cost, seconds)
+        assert within(found, cost, seconds) and loss_of(found) <= 1.25 * best
+        # what the first budget alone allows is beyond the second
+        assert min(loss_of(plan) for plan in plans if within(plan, cost, math.inf)) < best
+    assert allocate_both(options, 36, 1e-3) is None
+
+
+def test_plans_within_bits_and_time():
+    wanted = config(4.3)
+    plan = resolve_plan(dense(), wanted)
+
+    def shared_within(seconds):
+        limit = TimeLimit(seconds, lambda spec, storage, whole: spec.flops(1) / 1e6)
+        return share_bits(dense(), plan, statistics(), wanted, limit)
+
+    least = sum(layer.spec.dense_parameters for layer in plan.values()) * 2 / 1e6
+    free, tight = shared_within(2 * least), shared_within(0.5 * least)
+    assert free[1] == pytest.approx(shared(4.3)[1], rel=0.05)
+    assert tight[1] > free[1] and stored_bits(tight[0], dense()) <= 4.3
+    assert sum(layer.spec.flops(1) for layer in tight[0].values()) / 1e6 <= 0.5 * least
+    with pytest.raises(ValueError, match="no plan was found within bits_per_weight and .* ms"):
+        shared_within(1e-6)

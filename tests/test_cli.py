@@ -174,9 +174,23 @@ def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     # layers this small are fastest dense
     assert main(["plan", folder, str(tmp_path / "ms.json"), "--ms", "1", *on_text]) == 2
     assert "as they are, dense" in capsys.readouterr().err
+    assert main(["plan", folder, str(tmp_path / "ms.json"), *on_text]) == 2
+    assert "a plan needs a budget" in capsys.readouterr().err
     file.write_text("{}")
     assert main(["compress", folder, str(tmp_path / "none"), "--plan", str(file), *on_text]) == 2
     assert "is no plan" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_within_bits_and_milliseconds(dense, tmp_path, capsys):
+    folder, text = dense
+    on_text = ["--structure", "auto", "--dataset", text, "--seqlen", "32", "--num-samples", "8", "--target-modules"]
+    on_text += ["q_proj", "--rounds", "2", "--bits-per-weight", "9", "--tokens", "1"]
+    assert main(["plan", folder, str(tmp_path / "plan.json"), *on_text, "--ms", "1"]) == 0
+    assert main(["plan", folder, str(tmp_path / "none.json"), *on_text, "--ms", "1e-9"]) == 2
+    assert "fastest options take" in capsys.readouterr().err
+    assert main(["plan", folder, str(tmp_path / "third.json"), "--ms", "1", "--mb", "1", *on_text[:8]]) == 2
+    assert "--ms stands alone or beside --bits-per-weight" in capsys.readouterr().err
 
 
 def test_an_output_that_holds_a_model_is_kept(dense, tmp_path, capsys):

@@ -16,9 +16,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload
 
 import hf_blr
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.cli import main
-from hf_blr.finetune import mark_only_factors_trainable
 from hf_blr.formats import PLAIN, FactorInBits, format_named
 from hf_blr.integration import blr_modules, from_config, to_dense
 from hf_blr.plan import layers_from_plan, plan_from_layers, resolve_plan
@@ -295,18 +293,6 @@ def test_settings_that_can():
     assert config.storage_of("dense", {}) == format_named("int8", 64)
     assert config.storage_of("dense", {"group_size": None}) == format_named("int8")
     assert BLRConfig(**{k: v for k, v in config.to_dict().items() if k != "quant_method"}) == config
-
-
-def test_bits_do_not_train(folder):
-    model = LlamaForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="stored in bits, which do not train: train adapters"):
-        mark_only_factors_trainable(model)
-    trained, _ = mark_only_factors_trainable(model, norms=True)
-    assert trained == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
-    pivoted = tiny_llama()
-    compress(pivoted, BLRConfig("pivoted", ratio=0.7, factor_format="int4"), progress=False)
-    with pytest.raises(ValueError, match="pivoted layer in the format 'int4' does not train"), with_stand_ins(pivoted):
-        pass
 
 
 def test_command_line(tmp_path, capsys):

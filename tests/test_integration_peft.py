@@ -13,8 +13,9 @@ from peft import (
 from tiny import batches_for, tiny_inputs, tiny_llama, tiny_logits
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_blr import collect_statistics, compress
+from hf_blr import BLRCallback, collect_statistics, compress
 from hf_blr.config import BLRConfig
+from hf_blr.finetune import train
 from hf_blr.integration import blr_modules, from_config, lora_targets, register, to_dense
 
 register()
@@ -95,6 +96,39 @@ def test_merging_works_on_the_dense_model(model, tmp_path):
     dense = to_dense(peft_model.unload())
     merged = PeftModel.from_pretrained(dense, tmp_path).merge_and_unload()
     torch.testing.assert_close(tiny_logits(merged), reference, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_train_save_and_reload_on_layers_in_bits(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    overrides = {"down_proj": {"structure": "dense"}}
+    config = BLRConfig("low_rank", ratio=0.7, factor_format="int4", dense_format="fp8", overrides=overrides)
+    LlamaForCausalLM.from_pretrained(tmp_path / "dense", blr_config=config).save_pretrained(tmp_path / "bits")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "bits")
+    stored = {name: part.clone() for name, part in model.state_dict().items()}
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=lora_targets(model)))
+    windows = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    history = train(
+        peft_model,
+        windows,
+        [BLRCallback()],
+        output_dir=str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < 0.97 * losses[0]
+    left = peft_model.get_base_model().state_dict()
+    kept = {name.replace(".base_layer", ""): part for name, part in left.items()}
+    assert all(torch.equal(kept[name].view(torch.uint8), part.view(torch.uint8)) for name, part in stored.items())
+    with pytest.raises(NotImplementedError, match="cannot be merged exactly into block low-rank"):
+        peft_model.merge_and_unload()
+    reference = tiny_logits(peft_model.eval())
+    peft_model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "bits"), tmp_path / "adapter")
+    assert torch.equal(tiny_logits(again.eval()), reference)
 
 
 def test_variants_that_need_a_dense_weight():

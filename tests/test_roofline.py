@@ -11,7 +11,7 @@ from hf_blr.bench.peaks import deviations, measure_peaks, predictions, spec_of
 from hf_blr.cli import main
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.roofline.devices import DEVICES, Peaks
-from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, stages
+from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, predict_stored, stages
 from hf_blr.roofline.training import training_stages
 from hf_blr.structures import FACTOR, Blast, Dense, LowRank, Monarch, Pivoted
 
@@ -305,3 +305,19 @@ def test_packed_factors_count_with_their_bytes():
         stages(spec, 33, storage=storage)
     with pytest.raises(ValueError, match="int3"):
         stages(spec, 1, storage=format_named("int3"))
+
+
+def test_layers_in_bits_take_what_is_stored_at_few_tokens_and_a_pass_to_numbers_at_many():
+    device, spec = DEVICES["H100"], LowRank(4096, 4096, 1024)
+    plain, int4, int3 = PLAIN, format_named("int4", 64), format_named("int3", 64)
+    for tokens in (1, 1024):
+        assert predict_stored(spec, plain, tokens, device) == predict(spec, tokens, device)
+    # one token: a quarter of the bytes, and nothing but bytes
+    assert predict_stored(spec, int4, 1, device) < 0.6 * predict(spec, 1, device)
+    whole = Dense(4096, 4096, 4096)
+    assert predict_stored(whole, int4, 1, device) < 0.5 * predict(whole, 1, device, form="dense")
+    # no kernel reads 3 bits, nor any at many tokens: numbers are written first
+    for storage, tokens in ((int3, 1), (int4, 1024)):
+        moved = storage.num_bytes(spec, torch.bfloat16) + plain.num_bytes(spec, torch.bfloat16)
+        more = moved / device.bandwidth + device.kernel_seconds
+        assert predict_stored(spec, storage, tokens, device) == pytest.approx(predict(spec, tokens, device) + more)

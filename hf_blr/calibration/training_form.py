@@ -29,14 +29,10 @@ def forms_in(root: nn.Module) -> dict[str, FactorInTraining]:
     return {name: held for name, held in factors_in_bits(root).items() if isinstance(held, FactorInTraining)}
 
 
-def trained_codes(root: nn.Module) -> list[nn.Parameter]:
-    """The codes that train, before rounding."""
-    return [form.latent for form in forms_in(root).values() if form.codes_train]
-
-
 def trained_bits(root: nn.Module) -> list[nn.Parameter]:
     """What trains of factors in bits: the scales' logarithms, and codes."""
-    return [form.log_scale for form in forms_in(root).values()] + trained_codes(root)
+    forms = forms_in(root).values()
+    return [form.log_scale for form in forms] + [form.latent for form in forms if form.codes_train]
 
 
 def open_bits(root: nn.Module, what: str, forms: dict[str, FactorInTraining] | None = None) -> None:

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="MODEL", help="dense model to distil from")
     parser.add_argument("--distill-weight", type=float, default=0.5, help="share of the distillation loss, 0 to 1")
     parser.add_argument("--train-norms", action="store_true", help="train the normalisation layers too")
+    parser.add_argument(
+        "--train-bits",
+        choices=("scales", "codes"),
+        default="scales",
+        help="what trains of factors in bits; codes: both",
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--seed", type=int, default=0)
     options.add_json(parser)
@@ -53,7 +59,12 @@ def run(args: argparse.Namespace) -> None:
     # of text that a model writes, the dense one writes the better
     author = model if teacher is None else teacher
     windows = load_windows(args.dataset, author, tokenizer, args.seqlen, args.steps * args.batch_size, args.seed)
-    callback = BLRCallback(train_norms=args.train_norms, teacher=teacher, distill_weight=args.distill_weight)
+    callback = BLRCallback(
+        train_norms=args.train_norms,
+        teacher=teacher,
+        distill_weight=args.distill_weight,
+        train_bits=args.train_bits,
+    )
     evaluation = {"dataset": scored_dataset(args.dataset, author), "seqlen": args.seqlen}
     if args.gradient_checkpointing:
         # transformers 5.23 renames the method

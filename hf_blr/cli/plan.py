@@ -7,6 +7,7 @@ Examples:
   hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --ratio 0.6 --structure auto
   hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --structure auto --bits-per-weight 3.5 --group-size 64
   hf-blr plan meta-llama/Llama-3.2-1B plan.json --ms 9 --device-name H100 --tokens 1024
+  hf-blr plan meta-llama/Llama-3.2-1B plan.json --structure auto --bits-per-weight 4 --ms 0.5 --tokens 1
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_blr.compression.budget import Budget
+    from hf_blr.formats import Format
     from hf_blr.structures import BLRSpec
 
 
@@ -34,9 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="FILE", type=Path, help="where to write the plan")
     parser.add_argument("--overwrite", action="store_true", help="write over a FILE that exists")
     size = options.add_blr(parser)
+    # --ms may stand alone, or beside one of them
+    size.required = False
     size.add_argument("--parameters", type=float, help="what the replaced layers may keep together, in millions")
     size.add_argument("--mb", type=float, help="their bytes in MB, at the dtype of the loaded weights")
-    size.add_argument("--ms", type=float, help="their time together in a forward, predicted from the roofline")
+    parser.add_argument(
+        "--ms",
+        type=float,
+        help="their time together in a forward, predicted from the roofline; alone or beside --bits-per-weight",
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the forward that --ms speaks of")
     parser.add_argument("--device-name", default="H100", help="the device that --ms speaks of, as in hf-blr roofline")
     parser.add_argument("--floor", type=float, default=0.1, help="smallest ratio that a replaced layer may keep")
@@ -45,13 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hf_blr.calibration import collect_statistics
-    from hf_blr.compression.bits import share_bits
+    from hf_blr.compression.bits import TimeLimit, share_bits
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
     options.check_file(args.output, args.overwrite)
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
+    given = [args.ratio, args.parameters, args.mb]
+    if args.ms is None and args.bits_per_weight is None and given == [None] * 3:
+        raise ValueError("a plan needs a budget: give --ratio, --parameters, --mb, --ms or --bits-per-weight")
+    if args.ms is not None and given != [None] * 3:
+        raise ValueError("--ms stands alone or beside --bits-per-weight: leave --ratio, --parameters and --mb out")
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
@@ -59,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     statistics = collect_statistics(model, config, tokenizer=tokenizer)
     plan = resolve_plan(model, config)
     if config.bits_per_weight is not None:
-        chosen, loss, choices = share_bits(model, plan, statistics, config)
+        time = None if args.ms is None else TimeLimit(args.ms / 1e3, seconds_of(args))
+        chosen, loss, choices = share_bits(model, plan, statistics, config, time)
         print("; ".join(f"{count} x {taken}" for taken, count in Counter(c.taken for c in choices.values()).items()))
     else:
         chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
@@ -82,8 +97,7 @@ def run(args: argparse.Namespace) -> None:
 def budget_of(args: argparse.Namespace, model: nn.Module) -> Budget:
     """The Budget that the options name."""
     from hf_blr.compression.budget import Budget
-    from hf_blr.roofline.devices import DEVICES
-    from hf_blr.roofline.stages import predict
+    from hf_blr.formats import PLAIN
 
     limits = {"floor": args.floor, "ceiling": args.ceiling}
     if args.parameters is not None:
@@ -92,14 +106,25 @@ def budget_of(args: argparse.Namespace, model: nn.Module) -> Budget:
         return Budget(args.mb * 1e6 / next(model.parameters()).element_size(), **limits)
     if args.ms is None:
         return Budget(**limits)
+    seconds = seconds_of(args)
+    return Budget(args.ms / 1e3, cost=lambda spec, dense: seconds(spec, PLAIN, dense), **limits)
+
+
+def seconds_of(args: argparse.Namespace) -> Callable[[BLRSpec, Format, bool], float]:
+    """(spec, format, whether it is the dense layer as it was) -> predicted seconds of a layer's forward."""
+    from hf_blr.roofline.devices import DEVICES
+    from hf_blr.roofline.stages import predict, predict_stored
+
     if args.device_name not in DEVICES:
         raise ValueError(f"--device-name must be one of {sorted(DEVICES)}, got {args.device_name!r}")
     device = DEVICES[args.device_name]
 
-    def seconds(spec: BLRSpec, dense: bool) -> float:
-        return predict(spec, args.tokens, device, form="dense" if dense else "hf_blr")
+    def seconds(spec: BLRSpec, storage: Format, dense: bool) -> float:
+        if dense:
+            return predict(spec, args.tokens, device, form="dense")
+        return predict_stored(spec, storage, args.tokens, device)
 
-    return Budget(args.ms / 1e3, cost=seconds, **limits)
+    return seconds
 
 
 def read_plan(path: Path) -> dict[str, dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,18 +12,22 @@ from hf_blr.factorize.metric import OutputMetric
 from hf_blr.formats import PLAIN, Format
 from hf_blr.structures import BLRSpec, structure_named
 
+#: powers of ten between which the price of a second lies, in the largest difference of loss for all of the time
+PRICES = 6.0
+
 
 @dataclass(frozen=True)
 class Option:
     """One thing that a layer can become: a spec, or None for staying dense, at a cost, with its predicted loss.
 
-    storage: the format of its factors, where that is chosen too.
+    storage: the format of its factors, where that is chosen too. seconds: predicted, where time has a budget too.
     """
 
     spec: BLRSpec | None
     cost: float
     loss: float
     storage: Format = PLAIN
+    seconds: float = 0.0
 
     @property
     def whole(self) -> bool:
@@ -108,6 +112,35 @@ def spend_rest(taken: dict[str, int], costs: dict[str, Tensor], losses: dict[str
         name, i = best
         rest -= (costs[name][i] - costs[name][taken[name]]).item()
         taken[name] = i
+
+
+def allocate_both(options: dict[str, list[Option]], budget: float, seconds: float) -> dict[str, Option] | None:
+    """The plan of the least loss found within a budget of cost and one of seconds; None if none was found.
+
+    A price of a second, by bisection, is added to the losses that `allocate` sees.
+    """
+    losses = [option.loss for layer in options.values() for option in layer]
+    unit = (max(losses) - min(losses) + 1e-30) / seconds
+    low, high = -PRICES, PRICES
+    best = None
+    for _ in range(30):
+        price = unit * 10 ** ((low + high) / 2)
+        priced = {
+            name: [replace(option, loss=option.loss + price * option.seconds) for option in layer]
+            for name, layer in options.items()
+        }
+        taken = allocate(priced, budget)
+        plan = {name: options[name][priced[name].index(option)] for name, option in taken.items()}
+        fits = within(plan, budget, seconds)
+        low, high = (low, (low + high) / 2) if fits else ((low + high) / 2, high)
+        if fits and (best is None or loss_of(plan) < loss_of(best)):
+            best = plan
+    return best
+
+
+def within(plan: dict[str, Option], budget: float, seconds: float) -> bool:
+    costs, times = [option.cost for option in plan.values()], [option.seconds for option in plan.values()]
+    return sum(costs) <= budget and sum(times) <= seconds
 
 
 def loss_of(plan: dict[str, Option]) -> float:

@@ -6,13 +6,23 @@ as in `rounding_trials`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
-from hf_blr.compression.allocation import Choice, Option, allocate, choice_of, interpolate, loss_of
+from hf_blr.compression.allocation import (
+    Choice,
+    Option,
+    allocate,
+    allocate_both,
+    choice_of,
+    interpolate,
+    loss_of,
+    within,
+)
 from hf_blr.compression.layer_trials import Layer, factor_at
 from hf_blr.compression.rounding_trials import AfterFeedback, Trial, candidates, storable, trials_of
 from hf_blr.compression.shapes import shapes_for
@@ -24,18 +34,34 @@ from hf_blr.structures import BLRSpec
 from hf_blr.targets import override_for
 
 
+@dataclass(frozen=True)
+class TimeLimit:
+    """What all layers may take together.
+
+    seconds: of one forward. predict: (spec, format, whether it is the dense layer as it was) -> seconds of a layer.
+    """
+
+    seconds: float
+    predict: Callable[[BLRSpec, Format, bool], float]
+
+    def predicted(self, option: Option, whole: BLRSpec) -> Option:
+        """The option with its time, for a layer whose whole matrix has this spec."""
+        return replace(option, seconds=self.predict(option.spec or whole, option.storage, option.spec is None))
+
+
 def share_bits(
-    model: nn.Module, plan: Plan, statistics: Statistics, config: BLRConfig
+    model: nn.Module, plan: Plan, statistics: Statistics, config: BLRConfig, time: TimeLimit | None = None
 ) -> tuple[Plan, float, dict[str, Choice]]:
     """The plan of the least predicted loss within `config.bits_per_weight`, that loss, and why; see `Choice`.
 
     No plan that keeps all layers whole in one format is predicted to do better. Layers that `config.overrides` name
     keep what they say. Those of which the loss felt nothing keep their matrix, in the widest format that the budget
     allows each layer. Neither are in the loss; their bits are counted. Layers that are best left as they are, are not
-    in the plan.
+    in the plan. With a `time` all layers together are predicted to take no longer.
 
     Raises:
-        ValueError: if the smallest options store more than the budget.
+        ValueError: if the smallest options store more than the budget, or no plan within it is found that takes no
+            longer than the time.
     """
     assert config.bits_per_weight is not None
     formats = formats_of(config)
@@ -60,13 +86,32 @@ def share_bits(
             f"bits_per_weight={config.bits_per_weight:g} is less than the smallest options take together: give at "
             f"least {config.bits_per_weight + (least - rest) / numbers:.3f}, or a larger group_size"
         )
-    taken = min([allocate(options, rest), *uniform(options, rest)], key=loss_of)
+    plans = [allocate(options, rest), *uniform(options, rest)]
+    if time is not None:
+        options = {name: [time.predicted(o, free[name]) for o in of_layer] for name, of_layer in options.items()}
+        seconds = time.seconds - sum(time.predict(layer.spec, layer.storage, False) for layer in fixed.values())
+        plans = within_both(options, rest, seconds)
+    taken = min(plans, key=loss_of)
     chosen = dict(fixed)
     for name, option in taken.items():
         if option.spec is not None:
             chosen[name] = replace(plan[name], spec=option.spec, storage=option.storage)
     reasons = {name: choice_of(option, options[name], free[name]) for name, option in taken.items()}
     return {name: chosen[name] for name in plan if name in chosen}, loss_of(taken), reasons
+
+
+def within_both(options: dict[str, list[Option]], budget: float, seconds: float) -> list[dict[str, Option]]:
+    """Plans within the bits and the seconds. Raises ValueError if there is none."""
+    both = allocate_both(options, budget, seconds) if seconds > 0 else None
+    plans = [plan for plan in uniform(options, budget) if within(plan, budget, seconds)]
+    plans += [] if both is None else [both]
+    if not plans:
+        fastest = sum(min(option.seconds for option in of_layer) for of_layer in options.values())
+        raise ValueError(
+            f"no plan was found within bits_per_weight and {max(seconds, 0) * 1e3:.4g} ms for the layers to choose: "
+            f"their fastest options take {fastest * 1e3:.4g} ms, whatever they store; give more time or more bits"
+        )
+    return plans
 
 
 def formats_of(config: BLRConfig) -> tuple[Bits, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class KeepBest(TrainerCallback):
         divergence = self.held_out.divergence(model)
         if divergence is None:
             raise ValueError("the held-out text holds no window, or the model predicts no tokens; leave it out")
+        # a ruined model's is no number, which compares as neither less nor more
+        divergence = math.inf if math.isnan(divergence) else divergence
         if not self.history or divergence < min(seen for _, seen in self.history):
             self.best = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self.history.append((step, divergence))

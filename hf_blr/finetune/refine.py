@@ -80,7 +80,6 @@ def refine(
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
     bits: str = SCALES,
-    norms: bool = False,
     held_out: Tensor | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -88,9 +87,9 @@ def refine(
 
     The loss is the language model's own and the divergence from the dense model, mixed by `distill_weight`. On a GPU
     it computes in bfloat16 around float32 factors; give the model in float32. Pivoted layers are
-    trained as plain pairs of factors and get their pivots anew at the end. The loss of a model without logits, such as
-    a sentence encoder, is the squared error of its features over the dense model's sum of squares. Dropout is off: the
-    dense model's outputs know nothing of what it drops.
+    trained as plain pairs of factors and get their pivots anew at the end, unless they are kept in bits. The loss of a
+    model without logits, such as a sentence encoder, is the squared error of its features over the dense model's sum of
+    squares. Dropout is off: the dense model's outputs know nothing of what it drops.
 
     A dense model is one whose targets were all left dense: with a `dense_rate` it trains them, which says what the text
     alone does for a model.
@@ -104,6 +103,8 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
+        bits: what trains of layers that are kept in bits: "scales", or "codes" for both, straight-through. Scales are
+            the safe choice: after a careful rounding a code that flips alone hurts, and only long trainings may pay.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
@@ -119,11 +120,9 @@ def refine(
     forms = with_stand_ins(model, statistics_for(model, windows)), training_form(model, bits)
     with tempfile.TemporaryDirectory() as folder, forms[0], forms[1], impl, without_dropout(model):
         left = targets_left_dense(model) if dense_rate else []
-        mark_only_factors_trainable(model, norms=norms, also=left, bits=bits)
-        groups = factor_parameter_groups(
-            model, learning_rate, other_lr=dense_rate * learning_rate, norm_lr=learning_rate
-        )
-        callback = BLRCallback(norms, train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
+        mark_only_factors_trainable(model, also=left, bits=bits)
+        groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
+        callback = BLRCallback(train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
         history = train(
             model,
             windows,
