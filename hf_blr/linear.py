@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +9,17 @@ from torch import Tensor, nn
 
 from hf_blr import ops
 from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
-from hf_blr.formats import PLAIN, Bits, FactorInBits, Factors, Format
-from hf_blr.formats.values import check_fit, fault
+from hf_blr.formats import PLAIN, FactorInBits, Factors, Format
+from hf_blr.formats.values import check_fit
 from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.rules.bits import NUMBERS
 from hf_blr.ops.table import implementation_of
 from hf_blr.readonly import ReadOnly
-from hf_blr.structures import FACTOR, INDEX, BLRSpec, structure_named
+from hf_blr.stored import StoredFactors
+from hf_blr.structures import FACTOR, BLRSpec, structure_named
 
 
-class BLRLinear(nn.Module):
+class BLRLinear(StoredFactors):
     """A linear layer whose matrix is stored as block low-rank factors.
 
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
@@ -28,19 +28,9 @@ class BLRLinear(nn.Module):
     Factors that are kept in bits are read by kernels for bits where the rule in `ops.rules.bits` says so; else they
     become numbers of the input's dtype in each forward, whatever then multiplies them.
 
-    Args:
-        spec: the sizes; its type picks the subclass when built through `BLRLinear.from_spec`.
-        bias: whether there is a bias `[N]`.
-        transposed: the layer replaces a `Conv1D`, which stores its weight `[K, N]`.
-        device, dtype: of the factors; of those that are kept in bits, the dtype that they stand for.
-        storage: the format in which factors are kept.
+    Args: as of `StoredFactors`.
     """
 
-    spec_class: type[BLRSpec]
-    #: of most structures: parameters, or modules that hold them in bits; `tensors` is there for all
-    u: Any
-    v: Any
-    bias: nn.Parameter | None
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together
     group: tuple[Any, int] | None = None
     #: of `ops.activations.ACTIVATIONS`, applied to the output: where `hf_blr.fuse` made the last stage do it
@@ -49,37 +39,6 @@ class BLRLinear(nn.Module):
     masters: bool = False
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
     impl: str = ""
-
-    def __init__(
-        self,
-        spec: BLRSpec,
-        bias: bool = True,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        storage: Format = PLAIN,
-    ):
-        super().__init__()
-        if type(spec) is not self.spec_class:
-            raise TypeError(f"{type(self).__name__} needs a {self.spec_class.__name__} spec, got {spec}")
-        # now, since torch.compile traces no import
-        implementation_of(spec.structure)
-        self.spec, self.storage = spec, storage
-        self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.transposed = transposed
-        self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        for name, (shape, kind) in spec.tensors().items():
-            if isinstance(storage, Bits) and name in storage.in_bits(spec):
-                self.add_module(name, FactorInBits(storage, shape, device))
-                continue
-            value = torch.empty(shape, device=device, dtype=storage.dtype_of(kind, dtype))
-            if kind == FACTOR:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value)
-        bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", bias_value)
-        self.reset_parameters()
 
     @staticmethod
     def from_spec(spec: BLRSpec, **kwargs: Any) -> BLRLinear:
@@ -134,13 +93,6 @@ class BLRLinear(nn.Module):
         module = BLRLinear.from_factors(spec, stored, stored_bias(like), transposed, storage, dtype)
         return module.train(like.training)
 
-    def put(self, key: str, value: Tensor) -> None:
-        """Makes this the stored tensor or bias of that state-dict key."""
-        owner, _, name = key.rpartition(".")
-        holder = self.get_submodule(owner)
-        # what is kept in bits does not train
-        setattr(holder, name, nn.Parameter(value, requires_grad=not owner) if name in holder._parameters else value)
-
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`."""
         if self.group is not None:
@@ -171,11 +123,6 @@ class BLRLinear(nn.Module):
         """x `[..., K]` -> `[..., N]` by kernels that read codes and scales; cast: of x, where it is there already."""
         return ops.linear_in_bits(found, self.spec.structure, x, self.held(), self.bias, self.activation, cast)
 
-    def held(self) -> list[Tensor | ops.InBits]:
-        """Factors and indices in the ops' order; those in bits as codes and scales."""
-        parts = [getattr(self, name) for name in self.spec.names()]
-        return [part() if isinstance(part, FactorInBits) else part for part in parts]
-
     def train(self, mode: bool = True) -> BLRLinear:
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
         if mode:
@@ -189,58 +136,6 @@ class BLRLinear(nn.Module):
             self.group = None
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
-    def reset_parameters(self) -> None:
-        """Random factors whose product has the variance 1 / (3 K) of a fresh `nn.Linear`."""
-        if self.device.type == "meta":
-            return
-        for index in self.indices().values():
-            index.copy_(torch.arange(len(index)))
-        for name, std in self.initial_std().items():
-            held = getattr(self, name)
-            if isinstance(held, FactorInBits):
-                held.take(held.storage.nearest(torch.randn(held.shape, device=self.device) * std))
-            else:
-                nn.init.normal_(held, std=std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def initial_std(self) -> dict[str, float]:
-        """{factor: standard deviation}; each output sums `v.shape[-1] * u.shape[-1]` products."""
-        return {"u": (1 / (3 * self.u.shape[-1])) ** 0.5, "v": self.v.shape[-1] ** -0.5}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the factors; where all are kept in bits, the dtype that they stand for."""
-        return next((factor.dtype for factor in self.factors().values()), self._dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the stored tensors."""
-        return next(self.parameters()).device
-
-    def stored(self) -> dict[str, Tensor]:
-        """{state-dict key: tensor} of all that the layer keeps but its bias."""
-        found: dict[str, Tensor] = {}
-        for name in self.spec.names():
-            held = getattr(self, name)
-            in_bits = isinstance(held, nn.Module)
-            found |= {f"{name}.{leaf}": part for leaf, part in held.parts().items()} if in_bits else {name: held}
-        return found
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        """{"u", ("s",) "v"}: the factors that are parameters, in the order in which the ops take them; none in bits."""
-        in_bits = self.storage.in_bits(self.spec)
-        return {name: getattr(self, name) for name in self.spec.names(FACTOR) if name not in in_bits}
-
-    def indices(self) -> dict[str, Tensor]:
-        """The integers that belong to the factors, by name; most structures have none."""
-        return {name: getattr(self, name) for name in self.spec.names(INDEX)}
-
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Factors and indices: all that the ops take. Factors kept in bits come in `dtype`; None: in the layer's."""
-        held = {name: getattr(self, name) for name in self.spec.names()}
-        return {name: part(dtype or self.dtype) if isinstance(part, nn.Module) else part for name, part in held.items()}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix `[N, K]`, multiplied out in this dtype or else in the layer's; differentiable in factors."""
@@ -276,37 +171,12 @@ class BLRLinear(nn.Module):
         # what is kept in bits cannot say whether the matrix would train
         return dense.requires_grad_(next((factor.requires_grad for factor in self.factors().values()), True))
 
-    @property
-    def num_parameters(self) -> int:
-        """Numbers that the layer stands for, the bias included."""
-        return self.spec.num_parameters + (0 if self.bias is None else self.out_features)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.group is not None and not keep_vars:
             # files want tensors that are contiguous and share no memory
             for name in dict(self.named_parameters(recurse=False)):
                 destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        # here and not after the load, so that nothing wrong gets in
-        wrong = [
-            f"{prefix}{name}: {problem}"
-            for name, (_, kind) in self.storage.stored(self.spec).items()
-            if (value := state_dict.get(prefix + name)) is not None and (problem := fault(kind, value)) is not None
-        ]
-        if wrong:
-            lists[-1].extend(wrong)
-        else:
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BLRLinear:
-        # what a cast does to a number, it does to those that the factors in bits stand for
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        applied: Any = super()._apply(fn, recurse)
-        return applied
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it
