@@ -4,9 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from kernel_cases import assert_packed_within_budget, recorded_grids  # noqa: E402
+from kernel_cases import assert_packed_within_budget, layer_in_bits, recorded_grids  # noqa: E402
 
 from hf_blr.formats import format_named  # noqa: E402
+from hf_blr.ops.bits import codes_and_scales  # noqa: E402
+from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
@@ -81,3 +83,17 @@ def test_which_layers_are_read_packed():
     odd = make_spec("low_rank", 96, 100, rank=18)
     assert route(odd, 1, CodeForm(8, None, True), False, True) == NUMBERS
     assert route(make_spec("blast", 130, 130, rank=2, num_blocks=65), 1, CodeForm(4), False, True) == NUMBERS
+
+
+@pytest.mark.parametrize("structure", ["blast", "pivoted"])
+def test_opcheck(structure):
+    held, _ = layer_in_bits(structure, "int4", 16, (2, 1, 32, 6, 16), torch.float16)
+    parts = codes_and_scales(structure, held, torch.float16)
+    x = torch.randn(2, 64).half()
+    torch.library.opcheck(getattr(torch.ops.hf_blr, f"{structure}_packed"), (x, *parts, None, "silu"))
+    if structure == "blast":
+        grouped = getattr(torch.ops.hf_blr, op_name(structure))
+        torch.library.opcheck(grouped, (x, *(part * 2 for part in parts), [None, None], "", False))
+        torch.library.opcheck(grouped, (x[:1], *(part * 2 for part in parts), [None, None], "silu", True))
+    codes, scale, bits, length = held[0]
+    torch.library.opcheck(torch.ops.hf_blr.numbers, (codes, scale, bits, length, torch.float16))
