@@ -16,6 +16,8 @@ if torch.cuda.is_available():
     pytest.skip("vLLM is tried on the CPU here", allow_module_level=True)
 
 import vllm_cases
+from torch._dynamo.utils import counters
+from vllm.config import CompilationMode
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
@@ -68,6 +70,16 @@ def test_another_architecture(server, tmp_path):
     wanted = saved(tiny.tiny_qwen3(), BLRConfig("blast", ratio=0.6, num_blocks=4), tmp_path)
     config = vllm_cases.configured(tmp_path)
     torch.testing.assert_close(vllm_cases.logits(vllm_cases.loaded(config), config, IDS), wanted)
+
+
+def test_vllm_compiles_the_model_once(server, tmp_path):
+    wanted = saved(tiny.tiny_llama(), BLRConfig("low_rank", ratio=0.6, factor_format="int4"), tmp_path)
+    config = vllm_cases.configured(tmp_path, mode=CompilationMode.DYNAMO_TRACE_ONCE, backend="eager")
+    model = vllm_cases.loaded(config)
+    counters.clear()
+    for tokens in (12, 3, 7):
+        torch.testing.assert_close(vllm_cases.logits(model, config, IDS[:tokens]), wanted[:tokens])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.fixture(scope="module")

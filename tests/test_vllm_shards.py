@@ -111,9 +111,9 @@ def test_loaders_that_look_names_up_among_parameters_find_them():
     plans = {name: MERGED[name] for name in ("q_proj", "v_proj")}
     names = set(dict(held(plans, Division(0, (K, K), (80, (64, 16)))).named_parameters()))
     assert {"u", "c", "order", "s", "v"} <= names
-    in_bits = {"k_proj": MERGED["k_proj"]}
-    names = set(dict(held(in_bits, Division(0, (K, K), (16, (16,)))).named_parameters()))
-    assert {"u.weight_packed", "v.weight_scale", "v.weight_shape"} <= names
+    # beside k, which is in bits
+    names = set(dict(held(MERGED, Division(0, (K, K), (96, WIDTHS))).named_parameters()))
+    assert {"u", "v", "u.weight_packed", "v.weight_scale", "v.weight_shape"} <= names
 
 
 def test_factors_in_bits_take_their_bits():
@@ -169,11 +169,6 @@ def test_one_op_is_traced_for_any_number_of_tokens():
     spec = LowRank(K, 16, 8)
     layer = BLRLinear.from_spec(spec, bias=False).requires_grad_(False)
     tensors, bias = list(layer.tensors().values()), torch.randn(16)
-    torch.library.opcheck(
-        torch.ops.hf_blr.served_linear.default,
-        (spec.structure, torch.randn(2, 5, K), tensors, bias, 16),
-        test_utils=("test_schema", "test_faketensor"),
-    )
     graphs = []
 
     def seen(graph, inputs):

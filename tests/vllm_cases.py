@@ -10,10 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-os.environ.update(VLLM_TARGET_DEVICE="cpu", VLLM_LOGGING_LEVEL="WARNING")
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 import torch
 import torch.nn.functional as F
+from vllm import platforms
 from vllm.config import (
     CompilationConfig,
     DeviceConfig,
@@ -30,15 +31,19 @@ from vllm.distributed import (
 )
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.platforms.cpu import CpuPlatform
 
 from hf_blr.integration.vllm import method, register
+
+# a wheel for GPUs finds no platform on a machine without one
+platforms._current_platform = CpuPlatform()
 
 #: what the processes write into a checkpoint's folder
 OUT = "logits.pt"
 
 
-def configured(folder, size=1, load_format="auto"):
-    """vLLM's config for a checkpoint, served by so many processes."""
+def configured(folder, size=1, load_format="auto", **compilation):
+    """vLLM's config for a checkpoint, served by so many processes; eager unless there is more to say."""
     register()
     model = ModelConfig(
         model=str(folder),
@@ -46,14 +51,14 @@ def configured(folder, size=1, load_format="auto"):
         skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=64,
-        enforce_eager=True,
+        enforce_eager=not compilation,
     )
     return VllmConfig(
         model_config=model,
         device_config=DeviceConfig("cpu"),
         load_config=LoadConfig(load_format=load_format),
         parallel_config=ParallelConfig(tensor_parallel_size=size, distributed_executor_backend="external_launcher"),
-        compilation_config=CompilationConfig(custom_ops=["none"]),
+        compilation_config=CompilationConfig(custom_ops=["none"], **compilation),
     )
 
 

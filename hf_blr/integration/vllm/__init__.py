@@ -18,7 +18,7 @@ __all__ = ["OLDEST", "register"]
 logger = logging.getLogger(__name__)
 
 #: the oldest release that the tests have run with
-OLDEST = "0.33.0"
+OLDEST = "0.22.1"
 
 
 def register() -> None:

@@ -35,16 +35,19 @@ def add_slots(layer: nn.Module, shards: list[Shard]) -> None:
         held = shard.layer.stored()
         for key, (own, _) in shard.stored.items():
             dtypes.setdefault(key, held[own].dtype)
-    # modules first: a name that one shard has for a module and another for a tensor is the module's
+    # modules first: of a factor that one shard keeps in bits and another does not, they have to be there
     for key in sorted(dtypes, key=lambda key: "." not in key):
         factor, _, leaf = key.partition(".")
         slot = nn.Parameter(torch.empty(0, dtype=dtypes[key]), requires_grad=False)
         loader = loader_of(key, shards)
         slot.weight_loader = loader  # type: ignore[attr-defined]
-        if not leaf and isinstance(getattr(layer, factor, None), Slots):
-            getattr(layer, factor).weight_loader = loader
+        slots = getattr(layer, factor, None)
+        if not leaf and isinstance(slots, Slots):
+            # some loaders ask for the attribute, which is the module then; others look among the parameters
+            slots.weight_loader = loader
+            layer.__dict__[factor], layer._parameters[factor] = slots, slot
             continue
-        if leaf and not hasattr(layer, factor):
+        if leaf and slots is None:
             layer.add_module(factor, Slots())
         (getattr(layer, factor) if leaf else layer).register_parameter(leaf or factor, slot)
 
