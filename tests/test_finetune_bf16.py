@@ -16,7 +16,7 @@ from transformers import (
 
 import hf_blr
 from hf_blr import BLRConfig
-from hf_blr.finetune import BLRCallback, mark_only_factors_trainable
+from hf_blr.finetune import BLRCallback, WindowDataset, mark_only_factors_trainable
 from hf_blr.integration import blr_modules
 
 
@@ -43,7 +43,7 @@ def numbers(model):
     return torch.cat([f.detach().float().flatten() for module in modules for f in module.factors().values()])
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "monarch", "blast"])
+@pytest.mark.parametrize("structure", ["pivoted", "blast"])
 def test_factors_in_bfloat16_train_as_float32_numbers(structure, tmp_path):
     start = compressed(structure=structure).bfloat16()
 
@@ -83,9 +83,6 @@ def test_a_training_of_masters_resumes_from_its_checkpoint_and_saves_16_bits(tmp
 
 
 def test_a_callback_that_comes_late_widens_too(tmp_path):
-    model = compressed().bfloat16()
-    trainer = trainer_for(model, tmp_path, max_steps=1)
-    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not BLRCallback]
     seen = []
 
     class Late(BLRCallback):
@@ -93,11 +90,11 @@ def test_a_callback_that_comes_late_widens_too(tmp_path):
             super().on_step_begin(args, state, control, **kwargs)
             seen.append({module.dtype for module in blr_modules(kwargs["model"]).values()})
 
-    late = copy.deepcopy(compressed().bfloat16())
-    trainer = Trainer(late, arguments(tmp_path, max_steps=1), train_dataset=trainer.train_dataset)
+    model = compressed().bfloat16()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=WindowDataset(windows()))
     trainer.add_callback(Late())
     trainer.train()
-    assert seen == [{torch.float32}] and {p.dtype for p in late.parameters()} == {torch.bfloat16}
+    assert seen == [{torch.float32}] and {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 class Labelled(Dataset):

@@ -57,8 +57,7 @@ def test_a_model_that_reads_weights_finds_them(structure):
     assert plain.bias is None and (plain.in_features, plain.out_features) == (64, 64)
 
 
-@pytest.mark.parametrize("structure", structures())
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_vit], ids=["biases and Conv1D", "images"])
+@pytest.mark.parametrize("make, structure", [(tiny_gpt2, "low_rank"), (tiny_gpt2, "monarch"), (tiny_vit, "blast")])
 def test_outputs_differ_by_rounding_alone(make, structure):
     model = compressed(make, BLRConfig(structure, ratio=0.6))
     expected = tiny_logits(model)

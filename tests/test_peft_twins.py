@@ -59,11 +59,11 @@ def loss_and_gradients(model):
     return loss, dict(zip(names, found, strict=True))
 
 
+ADAPTERS = [("low_rank", "LoRA"), ("blast", "rsLoRA")]
 VARIANTS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
 
 
-@pytest.mark.parametrize("structure", structures())
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("structure, variant", [*((name, "DoRA") for name in structures()), *ADAPTERS])
 def test_adapters_compute_what_those_of_the_dense_model_do(structure, variant):
     ours, dense = twins(compressed(structure), **VARIANTS[variant])
     (loss, found), (expected, wanted) = loss_and_gradients(ours), loss_and_gradients(dense)
@@ -110,7 +110,7 @@ def test_dora_in_few_bits_follows_the_same_adapter_in_float32(dtype):
     assert (tiny_logits(model.to(dtype)) - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["rsLoRA", "DoRA"])
 def test_an_adapter_loads_on_the_model_that_was_saved(variant, tmp_path):
     model = compressed("monarch")
     model.save_pretrained(tmp_path / "base")
@@ -153,8 +153,7 @@ def test_refit_takes_an_adapter_in_where_the_rank_has_room():
     torch.testing.assert_close(tiny_logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("structure", structures())
+@pytest.mark.parametrize("structure, variant", [("pivoted", "LoRA"), ("monarch", "rsLoRA"), ("blast", "DoRA")])
 def test_refit_says_how_far_it_is_from_the_sum(structure, variant, tmp_path, caplog):
     model = compressed(structure, modules_to_not_convert=["k_proj"])
     targets = [*lora_targets(model), "k_proj"]
