@@ -50,6 +50,16 @@ def server(tmp_path_factory):
         yield
 
 
+def llama(**kw):
+    """With biases that are not zero."""
+    model = tiny.tiny_llama(attention_bias=True, **kw)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(generator=generator)
+    return model
+
+
 def saved(model, config, folder):
     """The checkpoint, and the compressed model's own logits."""
     compress(model, config, progress=False)
@@ -60,7 +70,7 @@ def saved(model, config, folder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(server, tmp_path, case):
-    wanted = saved(tiny.tiny_llama(attention_bias=True), CASES[case], tmp_path)
+    wanted = saved(llama(), CASES[case], tmp_path)
     config = vllm_cases.configured(tmp_path)
     assert config.model_config.quantization == "hf_blr"
     torch.testing.assert_close(vllm_cases.logits(vllm_cases.loaded(config), config, IDS), wanted)
@@ -86,9 +96,9 @@ def test_vllm_compiles_the_model_once(server, tmp_path):
 def shared(tmp_path_factory):
     """{case: (logits of the compressed model, (those of two processes, widths that low-rank layers summed))}."""
     folders, meeting = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("meeting")
-    wanted = {case: saved(tiny.tiny_llama(attention_bias=True), CASES[case], folders / case) for case in SPLIT}
+    wanted = {case: saved(llama(), CASES[case], folders / case) for case in SPLIT}
     # two processes hold the same k and v
-    one_head = tiny.tiny_llama(attention_bias=True, num_key_value_heads=1)
+    one_head = llama(num_key_value_heads=1)
     wanted["one head"] = saved(one_head, BLRConfig("blast", rank=8, num_blocks=2), folders / "one head")
     torch.save(IDS, meeting / "ids")
     program = [sys.executable, Path(vllm_cases.__file__), folders, meeting / "file", meeting / "ids"]
