@@ -120,7 +120,7 @@ class Layers:
                 self.fits[name, spec] = factorize(turned, spec, gram, options=fit_options).tensors
             tensors = self.fits[name, spec]
             if way is not None:
-                problem = ToRound(turned, damped(gram, fit_options.damping), None, layer.storage, config.seed)
+                problem = ToRound(turned, damped(gram, fit_options.damping), None, None, layer.storage, config.seed)
                 tensors = {key: numbers_of(t) for key, t in way(spec, tensors, problem).items()}
             weight.copy_(implementation_of(spec.structure).dense(**tensors) @ turn.T)
             stored_bits += 8 * storage.num_bytes(spec, torch.bfloat16)

@@ -120,17 +120,16 @@ def test_an_encoder_decoder_has_no_perplexity(dense, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]], ids=["default", "bfloat16"])
+def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_path, dtype):
+    out, tuned, file = tmp_path / "out", tmp_path / "tuned", tmp_path / "f.json"
     assert compress(dense, out, "--dtype", "bfloat16") == 0
-    after = {}
-    for dtype in (None, "bfloat16"):
-        tuned, file = tmp_path / f"tuned-{dtype}", tmp_path / "f.json"
-        train = ["--dataset", dense[1], "--steps", "20", "--seqlen", "32", "--lr", "3e-4", "--json", str(file)]
-        assert main(["finetune", str(out), str(tuned), *train, *([] if dtype is None else ["--dtype", dtype])]) == 0
-        after[dtype] = json.loads(file.read_text())["after"]["ppl"]
-        assert AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").dtype == torch.bfloat16
-    assert after[None] < 0.75 * after["bfloat16"]
+    train = ["--dataset", dense[1], "--steps", "20", "--seqlen", "32", "--lr", "3e-4", "--json", str(file)]
+    assert main(["finetune", str(out), str(tuned), *train, *dtype]) == 0
+    found = json.loads(file.read_text())
+    # factors that round each step to bfloat16 come to 0.65
+    assert found["after"]["ppl"] < 0.55 * found["before"]["ppl"]
+    assert AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").dtype == torch.bfloat16
 
 
 def test_weights_alone_need_no_text(dense, tmp_path):
