@@ -24,8 +24,8 @@ from hf_blr.text import load_text, load_windows, resolve_dataset, tokenize
 
 Row = dict[str, Any]
 
-#: windows in a batch of the fits, and in a step of the refinement: many small steps of little text. Smaller rates move no
-#: scale in bfloat16 in so few
+#: windows in a batch of the fits, and in a step of the refinement: many small steps of little text; smaller rates move
+#: no scale in bfloat16 in so few
 BATCH, STEP, RATE = 4, 1, 1e-3
 
 
