@@ -24,8 +24,9 @@ from hf_blr.text import load_text, load_windows, resolve_dataset, tokenize
 
 Row = dict[str, Any]
 
-#: windows in a batch of the fits, and in a step of the refinement: many small steps of little text
-BATCH, STEP = 4, 1
+#: windows in a batch of the fits, and in a step of the refinement: many small steps of little text; smaller rates move
+#: no scale in bfloat16 in so few
+BATCH, STEP, RATE = 4, 1, 1e-3
 
 
 class Demo:
@@ -94,7 +95,7 @@ class Demo:
         """Refines the model, with the dense one as teacher, and measures it again."""
         print(f"refining it on {self.args.epochs * self.calibration.numel()} tokens ...", flush=True)
         started = time.perf_counter()
-        refine(model, self.dense, self.calibration, epochs=self.args.epochs, batch_size=STEP)
+        refine(model, self.dense, self.calibration, epochs=self.args.epochs, batch_size=STEP, learning_rate=RATE)
         return self.row("the same, refined", model, time.perf_counter() - started)
 
     def row(self, name: str, model: PreTrainedModel, seconds: float | None = None) -> Row:
