@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Phi3Config, Phi3ForCausalLM
 
-from hf_blr import BLRConfig, compress
+from hf_blr import BLRConfig, LowRank, compress
+from hf_blr.plan import LayerPlan
 
 pytest.importorskip("vllm")
 if torch.cuda.is_available():
@@ -20,6 +22,7 @@ from torch._dynamo.utils import counters
 from vllm.config import CompilationMode
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.models.utils import WeightsMapper
 
 IDS = torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(1))
 #: k of the second block stays dense between q and v
@@ -78,6 +81,15 @@ def test_logits_are_those_of_transformers(server, tmp_path, case):
 
 def test_another_architecture(server, tmp_path):
     wanted = saved(tiny.tiny_qwen3(), BLRConfig("blast", ratio=0.6, num_blocks=4), tmp_path)
+    config = vllm_cases.configured(tmp_path)
+    torch.testing.assert_close(vllm_cases.logits(vllm_cases.loaded(config), config, IDS), wanted)
+
+
+def test_a_file_that_has_q_k_and_v_in_one_matrix(server, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 257}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 256}
+    model = tiny.build(Phi3ForCausalLM, Phi3Config(**sizes, **heads, initializer_range=0.1))
+    wanted = saved(model, BLRConfig("monarch", rank=4, num_blocks=4), tmp_path)
     config = vllm_cases.configured(tmp_path)
     torch.testing.assert_close(vllm_cases.logits(vllm_cases.loaded(config), config, IDS), wanted)
 
@@ -145,6 +157,13 @@ def test_a_server_without_weights_needs_none(server, tmp_path):
     saved(tiny.tiny_llama(), CASES["pivoted"], tmp_path)
     config = vllm_cases.configured(tmp_path, load_format="dummy")
     assert vllm_cases.logits(vllm_cases.loaded(config), config, IDS).isfinite().all()
+
+
+def test_a_plan_takes_the_names_of_vllms_model(server):
+    config = BLRConfig(layers={"model.a.q_proj": LayerPlan(LowRank(8, 8, 2), False, False).to_dict()})
+    served = get_quantization_config("hf_blr").from_config(config.to_dict())
+    served.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model."}))
+    assert list(served.plan) == ["language_model.a.q_proj"]
 
 
 def test_experts_are_refused(server, tmp_path):
