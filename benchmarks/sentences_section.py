@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conditions import RESULTS, table_of
-from text_ratio_sections import described, fitted_to
+from text_ratio_sections import described, fitted_to, thousands
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -27,6 +27,7 @@ def sentences_section(file: str = "sentences.json") -> str:
                 "layers": label_of(first),
                 "method": first["method"],
                 "fitted to": described(first),
+                "trained on": thousands(first["finetune_tokens"]) if first.get("finetune_tokens") else "",
                 **{f"cosine, {text}": f"{cosine:.4f}" for text, cosine in cosines.items()},
                 "commit": commits_of(of_method),
             }
