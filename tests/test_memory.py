@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from resume_cases import CASES, OPTIONS, inputs, same_bits, timeless
 from safetensors.torch import load_file
-from test_resume import CASES, OPTIONS, inputs, same_bits, timeless
 from tiny import batches_for, tiny_llama, tiny_logits, tiny_mixtral, tiny_tokenizer
 from transformers import LlamaForCausalLM
 

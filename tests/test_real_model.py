@@ -19,19 +19,14 @@ def test_from_pretrained_compresses_a_gguf_file_to_the_activations(folder, tmp_p
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    scores, evaluation = {}, {"dataset": "builtin", "seqlen": 256, "max_windows": 4}
+    text = {"dataset": "builtin", "num_samples": 8, "seqlen": 256}
+    # the plain fit: on 2048 tokens the regressions of a sequential one do not suit BLAST's freedom
+    plain = {"sequential": False, "fisher": False, "fit_rounds": 6}
     layers = r"model\.layers\.(0|15|29)\.mlp\.(up|down)_proj"
-    for structure in ("low_rank", "blast"):
-        text = {"dataset": "builtin", "num_samples": 8, "seqlen": 256}
-        # the plain fits: on 2048 tokens the regressions of sequential ones suit BLAST's freedom less than low-rank's
-        plain = {"sequential": False, "fisher": False, "fit_rounds": 6}
-        config = BLRConfig(structure, ratio=0.3, target_modules=layers, **text, **plain)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=GGUF_FILE, dtype=torch.float32, blr_config=config
-        )
-        scores[structure] = perplexity(model, tokenizer, **evaluation).ppl
-    # the dense model scores about 9 here, these six matrices at 30 % about 50; a wrong factor in one makes hundreds
-    assert scores["blast"] < scores["low_rank"] < 100
+    config = BLRConfig("blast", ratio=0.3, target_modules=layers, **text, **plain)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32, blr_config=config)
+    # the dense model scores about 9 here, these six matrices at 30 % about 45; a wrong factor in one makes hundreds
+    assert perplexity(model, tokenizer, dataset="builtin", seqlen=256, max_windows=4).ppl < 60
     model.save_pretrained(tmp_path, max_shard_size="200MB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(20).unsqueeze(0)

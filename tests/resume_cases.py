@@ -1,0 +1,37 @@
+"""Compressions that must end in the same bits, however they are run."""
+
+import torch
+from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
+
+
+def timeless(said):
+    """A report without how long things took."""
+    if isinstance(said, dict):
+        return {key: timeless(value) for key, value in said.items() if "seconds" not in key}
+    return [timeless(value) for value in said] if isinstance(said, list) else said
+
+
+def same_bits(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def inputs(model):
+    batches = batches_for(model)
+    if model.config.is_encoder_decoder:
+        return [{**batch, "decoder_input_ids": batch["input_ids"][:, :9]} for batch in batches]
+    return batches
+
+
+CASES = {
+    "conv1d": (tiny_gpt2, {"structure": "blast", "fit_rounds": 3}),
+    "refined": (tiny_llama, {"structure": "pivoted", "block_steps": 6}),
+    "experts": (tiny_mixtral, {"structure": "low_rank"}),
+    "one shot": (tiny_llama, {"structure": "monarch", "sequential": False, "fit_rounds": 3}),
+    "two chains": (tiny_t5, {"structure": "low_rank"}),
+    "bits": (tiny_gpt2, {"structure": "low_rank", "factor_format": "int8", "group_size": 16}),
+    "whole pass": (tiny_llama, {"structure": "low_rank", "fisher": False}),
+}
+
+
+OPTIONS = ["--structure", "low_rank", "--ratio", "0.6", "--num-samples", "4", "--seqlen", "64", "--dataset", "builtin"]
