@@ -185,6 +185,9 @@ def test_rows_of_no_kind_say_once_what_they_share():
     (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows})
     assert table.note == "In all rows: study s, sizes 4 x 16." and table.columns == ["ms", "other commit"]
     assert table.rows == [{"ms": 1.0, "other commit": ""}, {"ms": 2, "other commit": "bbbbbbb"}]
+    # a field that a later release added, with nothing in it
+    (table,) = tables("x", {"environment": ENVIRONMENT, "rows": [rows[0], {**rows[1], "group_size": None}]})
+    assert table.note == "In all rows: study s, sizes 4 x 16." and table.columns == ["ms", "other commit"]
     # one row alone shares nothing
     (table,) = tables("x", {"environment": ENVIRONMENT, "rows": rows[:1]})
     assert table.note == "" and table.columns == ["study", "ms", "sizes"]

@@ -132,7 +132,10 @@ def of_quality(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Par
 def of_others(name: str, rows: list[dict], peaks: Peaks | None) -> Iterator[Parts]:
     """Rows as they are, without what no cell can hold; what all rows share is said once."""
     lines = [{key: plain(value) for key, value in row.items() if not nested(value)} for row in rows]
-    columns = dict.fromkeys(key for line in lines for key in line if key != "commit")
+    # rows of older commits lack what is nothing in the others
+    columns = dict.fromkeys(
+        key for line in lines for key, value in line.items() if key != "commit" and value is not None
+    )
     shared = {key for key in columns if len({line.get(key) for line in lines}) == 1} if len(lines) > 1 else set()
     said = ", ".join(f"{key} {format_cell(lines[0][key])}" for key in columns if key in shared)
     varying = [key for key in columns if key not in shared] or list(columns)
