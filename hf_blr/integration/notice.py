@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.checkpoint.notice import NOTICE
+from hf_blr.integration.on_import import wrap_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,16 +14,12 @@ if TYPE_CHECKING:
 
 def pass_notice(modeling: Any) -> None:
     """Let transformers take the notice for no choice of an attention implementation. A second call changes nothing."""
-    original = modeling.PreTrainedModel._check_and_adjust_attn_implementation
-    if hasattr(original, "hf_blr_wrapper"):
-        return
 
-    @functools.wraps(original)
-    def checked(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        asked = None if attn_implementation == NOTICE else attn_implementation
-        chosen: str = original(self, asked, *args, **kwargs)
-        return chosen
+    def without_notice(original: Callable[..., str]) -> Callable[..., str]:
+        def checked(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+            asked = None if attn_implementation == NOTICE else attn_implementation
+            return original(self, asked, *args, **kwargs)
 
-    wrapper: Any = checked
-    wrapper.hf_blr_wrapper = True
-    modeling.PreTrainedModel._check_and_adjust_attn_implementation = wrapper
+        return checked
+
+    wrap_once(modeling.PreTrainedModel, "_check_and_adjust_attn_implementation", without_notice)

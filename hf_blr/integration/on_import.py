@@ -1,4 +1,4 @@
-"""Run a function when another package's module is imported.
+"""Reach into another package when its module is imported: run a function then, and wrap functions of it.
 
 `import hf_blr` must reach into transformers' loader and PEFT's config, but importing those itself would
 double the time that it takes, and bring in what a user may never need.
@@ -6,13 +6,18 @@ double the time that it takes, and bring in what a user may never need.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 Callback = Callable[[ModuleType], None]
+
+#: the mark of a function of another package that is wrapped by ours; others' wrappers around it carry it on
+WRAPPED = "hf_blr_wrapper"
 
 _waiting: dict[str, list[Callback]] = {}
 
@@ -27,6 +32,16 @@ def when_imported(name: str, callback: Callback) -> None:
         callbacks.append(callback)
     if not any(isinstance(finder, CallbackFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, CallbackFinder())
+
+
+def wrap_once(owner: Any, name: str, wrapper_of: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrapper_of(function)` in the place of `owner.name`; where that has been done already, nothing."""
+    original = getattr(owner, name)
+    if hasattr(original, WRAPPED):
+        return
+    wrapper = functools.wraps(original)(wrapper_of(original))
+    setattr(wrapper, WRAPPED, True)
+    setattr(owner, name, wrapper)
 
 
 class CallbackFinder(importlib.abc.MetaPathFinder):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_blr.checkpoint.files import naming_files
 from hf_blr.checkpoint.headers import check_folder
 from hf_blr.config import QUANT_METHOD, BLRConfig
-from hf_blr.integration.on_import import when_imported
+from hf_blr.integration.on_import import WRAPPED, when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
 from hf_blr.integration.source import dequantizing_config, is_compressed, load_tokenizer
 
@@ -47,7 +47,7 @@ def disable() -> None:
         pretrained = sys.modules[MODELING].PreTrainedModel
         current: Any = pretrained.__dict__["from_pretrained"].__func__
         # a wrapper made with functools.wraps carries our marks too, but they do not point to itself
-        mark: Any = getattr(current, "hf_blr_wrapper", None)
+        mark: Any = getattr(current, WRAPPED, None)
         if mark is current:
             pretrained.from_pretrained = current.hf_blr_original
 
@@ -56,7 +56,7 @@ def wrap(modeling: Any) -> None:
     """Replace `PreTrainedModel.from_pretrained`, where the Auto classes and all subclasses end up."""
     before = modeling.PreTrainedModel.__dict__["from_pretrained"]
     original = before.__func__
-    if not _enabled or hasattr(original, "hf_blr_wrapper"):
+    if not _enabled or hasattr(original, WRAPPED):
         return
 
     @functools.wraps(original)
@@ -74,7 +74,8 @@ def wrap(modeling: Any) -> None:
             return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
     wrapper: Any = from_pretrained
-    wrapper.hf_blr_wrapper = wrapper
+    # not `wrap_once`: `disable` must know ours from others' wrappers
+    setattr(wrapper, WRAPPED, wrapper)
     wrapper.hf_blr_original = before
     modeling.PreTrainedModel.from_pretrained = classmethod(wrapper)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from hf_blr.experts import ExpertsLinear
 from hf_blr.integration.dora import dora_variant
-from hf_blr.integration.on_import import when_imported
+from hf_blr.integration.on_import import when_imported, wrap_once
 from hf_blr.integration.refit import merge_by_refit
 from hf_blr.linear import BLRLinear, blr_modules
 
@@ -33,40 +34,34 @@ def enable_peft() -> None:
 
 def wrap_lora_config(lora_config: Any) -> None:
     """Add the entry for BLR modules at the end of `LoraConfig.__post_init__`; once."""
-    original = lora_config.LoraConfig.__post_init__
-    if hasattr(original, "hf_blr_wrapper"):
-        return
 
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:
-        original(self)
-        self._register_custom_module({ExpertsLinear: refuse_experts, BLRLinear: lora_class()})
+    def with_entry(original: Callable[..., None]) -> Callable[..., None]:
+        def __post_init__(self: Any) -> None:
+            original(self)
+            self._register_custom_module({ExpertsLinear: refuse_experts, BLRLinear: lora_class()})
 
-    wrapper: Any = __post_init__
-    wrapper.hf_blr_wrapper = True
-    lora_config.LoraConfig.__post_init__ = wrapper
+        return __post_init__
+
+    wrap_once(lora_config.LoraConfig, "__post_init__", with_entry)
 
 
 def wrap_all_linear(tuners: Any) -> None:
     """Let `target_modules="all-linear"` of LoRA mean BLR layers as well as dense ones; once."""
-    original = tuners._maybe_include_all_linear_layers
-    if hasattr(original, "hf_blr_wrapper"):
-        return
 
-    @functools.wraps(original)
-    def include_all(peft_config: Any, model: nn.Module) -> Any:
-        targets = getattr(peft_config, "target_modules", None)
-        wants_all = isinstance(targets, str) and targets.lower() == tuners.INCLUDE_LINEAR_LAYERS_SHORTHAND
-        peft_config = original(peft_config, model)
-        # of PEFT's methods, LoRA alone knows our layers
-        if wants_all and peft_config.peft_type == "LORA":
-            found = {name for name in linear_names(model) if not name.endswith(".base_layer")}
-            peft_config.target_modules = {*peft_config.target_modules, *found}
-        return peft_config
+    def with_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+        def include_all(peft_config: Any, model: nn.Module) -> Any:
+            targets = getattr(peft_config, "target_modules", None)
+            wants_all = isinstance(targets, str) and targets.lower() == tuners.INCLUDE_LINEAR_LAYERS_SHORTHAND
+            peft_config = original(peft_config, model)
+            # of PEFT's methods, LoRA alone knows our layers
+            if wants_all and peft_config.peft_type == "LORA":
+                found = {name for name in linear_names(model) if not name.endswith(".base_layer")}
+                peft_config.target_modules = {*peft_config.target_modules, *found}
+            return peft_config
 
-    wrapper: Any = include_all
-    wrapper.hf_blr_wrapper = True
-    tuners._maybe_include_all_linear_layers = wrapper
+        return include_all
+
+    wrap_once(tuners, "_maybe_include_all_linear_layers", with_ours)
 
 
 def linear_names(model: nn.Module) -> list[str]:
