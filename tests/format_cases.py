@@ -7,6 +7,16 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
 from hf_blr import BLRConfig
+from hf_blr.structures import Blast, Dense, LowRank, Monarch, Pivoted
+
+#: of every structure, small enough to round many times
+SMALL_SPECS = [
+    LowRank(48, 32, 16),
+    Pivoted(48, 32, 16),
+    Monarch(48, 32, 8, (2, 2)),
+    Blast(48, 32, 16, (2, 2)),
+    Dense(48, 32, 32),
+]
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

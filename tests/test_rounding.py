@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from format_cases import SMALL_SPECS
 from tiny import batches_for, divergence, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,16 +19,9 @@ from hf_blr.formats import Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.table import implementation_of
-from hf_blr.structures import Blast, Dense, LowRank, Monarch, Pivoted, structure_named
+from hf_blr.structures import Blast, LowRank, Pivoted, structure_named
 
 FORMATS = [("int8", None), ("int4", None), ("int4", 8), ("int3", 8), ("int2", 8), ("fp8", None)]
-SPECS = [
-    LowRank(48, 32, 16),
-    Pivoted(48, 32, 16),
-    Monarch(48, 32, 8, (2, 2)),
-    Blast(48, 32, 16, (2, 2)),
-    Dense(48, 32, 32),
-]
 OPTIONS = FitOptions(rounds=4, damping=1e-3)
 
 
@@ -232,7 +226,7 @@ def nearest_error(spec, storage, weight, gram, numbers):
 
 
 @pytest.mark.parametrize("name, size", FORMATS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
 def test_every_structure_loses_less_than_by_the_nearest_codes(spec, name, size):
     storage = format_named(name, size)
     # without weights of outputs, under which the error that is reported is not the one that is fitted
@@ -242,7 +236,7 @@ def test_every_structure_loses_less_than_by_the_nearest_codes(spec, name, size):
     assert found.rel_error < nearest_error(spec, storage, weight, gram, numbers)
 
 
-@pytest.mark.parametrize("spec", SPECS[:-1], ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("spec", SMALL_SPECS[:-1], ids=lambda spec: spec.structure)
 def test_fits_to_weights_alone_gain_too(spec):
     storage = format_named("int3", 8)
     weight = fitted(spec)[0]
@@ -251,7 +245,7 @@ def test_fits_to_weights_alone_gain_too(spec):
     assert found.rel_error < nearest_error(spec, storage, weight, None, numbers)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
 def test_the_error_that_is_reported_is_that_of_what_is_stored(spec):
     storage = format_named("int4", 8)
     weight, gram, output_gram, _ = fitted(spec)
@@ -263,7 +257,7 @@ def test_the_error_that_is_reported_is_that_of_what_is_stored(spec):
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_size_of_the_weight_does_not_matter(scale):
-    spec, storage = SPECS[0], format_named("int4", 8)
+    spec, storage = SMALL_SPECS[0], format_named("int4", 8)
     weight, gram, output_gram, _ = fitted(spec)
     found = factorize(weight * scale, spec, gram, output_gram, OPTIONS, storage)
     expected = factorize(weight, spec, gram, output_gram, OPTIONS, storage).rel_error
@@ -297,7 +291,7 @@ def test_each_step_helps(step, monkeypatch):
     assert errors[0] < 0.99 * errors[1]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
 def test_every_structure_rounds_in_the_metric_of_its_outputs(spec, monkeypatch):
     storage = format_named("int3", 8)
     weight, gram, output_gram, numbers = fitted(spec)
@@ -339,7 +333,7 @@ def test_blast_solves_s_in_the_metric_of_the_outputs():
 
 
 def test_a_structure_without_a_way_of_its_own_takes_the_nearest_codes(monkeypatch):
-    spec, storage = SPECS[0], format_named("int4", 8)
+    spec, storage = SMALL_SPECS[0], format_named("int4", 8)
     weight, gram, _, _ = fitted(spec)
     rounds_to_nearest(monkeypatch)
     found = factorize(weight, spec, gram, None, OPTIONS, storage)
@@ -357,7 +351,7 @@ def test_pivots_that_are_all_features_leave_nothing_but_u():
 
 def test_groups_that_do_not_divide_rows_are_refused():
     with pytest.raises(ValueError, match="which groups of 7 do not divide"):
-        factorize(torch.ones(32, 48), SPECS[0], storage=format_named("int4", 7))
+        factorize(torch.ones(32, 48), SMALL_SPECS[0], storage=format_named("int4", 7))
 
 
 CONFIGS = [

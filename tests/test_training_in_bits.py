@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from format_cases import same
+from format_cases import SMALL_SPECS, same
 from tiny import tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -16,18 +16,11 @@ from hf_blr.finetune import WindowDataset, close_bits, factor_parameter_groups, 
 from hf_blr.finetune.trainable import SCALES_RATE
 from hf_blr.formats import FactorInBits, FactorInTraining, format_named
 from hf_blr.linear import BLRLinear
-from hf_blr.structures import Blast, Dense, LowRank, Monarch, Pivoted
+from hf_blr.structures import LowRank
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
 FORMATS = [("int8", None), ("int4", 8), ("int3", None), ("int2", 8), ("fp8", None)]
-SPECS = [
-    LowRank(48, 32, 16),
-    Pivoted(48, 32, 16),
-    Monarch(48, 32, 8, (2, 2)),
-    Blast(48, 32, 16, (2, 2)),
-    Dense(48, 32, 32),
-]
 
 
 def held_in(name, size=None, shape=(6, 24)):
@@ -107,7 +100,7 @@ def test_scales_stay_finite_and_positive():
 
 
 @pytest.mark.parametrize("what", ["scales", "codes"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
 def test_layers_compute_and_save_the_same_while_they_train(spec, what):
     torch.manual_seed(0)
     layer = BLRLinear.from_spec(spec, storage=format_named("int4", 8))

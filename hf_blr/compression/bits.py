@@ -86,8 +86,9 @@ def share_bits(
             f"bits_per_weight={config.bits_per_weight:g} is less than the smallest options take together: give at "
             f"least {config.bits_per_weight + (least - rest) / numbers:.3f}, or a larger group_size"
         )
-    plans = [allocate(options, rest), *uniform(options, rest)]
-    if time is not None:
+    if time is None:
+        plans = [allocate(options, rest), *uniform(options, rest)]
+    else:
         options = {name: [time.predicted(o, free[name]) for o in of_layer] for name, of_layer in options.items()}
         seconds = time.seconds - sum(time.predict(layer.spec, layer.storage, False) for layer in fixed.values())
         plans = within_both(options, rest, seconds)

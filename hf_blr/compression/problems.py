@@ -51,6 +51,7 @@ def problem_groups(
     """
     reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
+    wanted = {*plan, *progress.layers}
     if batches:
         groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress, store)
     else:
@@ -61,8 +62,7 @@ def problem_groups(
             told = {name: problem for name, problem in group.items() if problem.gram is None or problem.gram.any()}
             for name in told:
                 waiting.pop(name, None)
-            kept = {*plan, *progress.layers}
-            yield {name: problem for name, problem in told.items() if name in kept or problem.target is not None}
+            yield {name: problem for name, problem in told.items() if name in wanted or problem.target is not None}
     if waiting:
         logger.warning(
             "no calibration input reached %s, or zeros alone; fitted to the weights alone", ", ".join(waiting)

@@ -102,8 +102,9 @@ class Distiller:
             # the model's own loss is a mean over nothing; a NaN of it would reach every factor
             return 0 * logits.sum()
         divergence = distillation_loss(logits, teacher_logits, mask, self.temperature, num_items)
-        items = mask.sum() if num_items is None else num_items
-        self.count(mask.sum(), divergence * items, loss * items)
+        count = mask.sum()
+        items = count if num_items is None else num_items
+        self.count(count, divergence * items, loss * items)
         return (1 - self.weight) * loss + self.weight * divergence
 
     def loss_of_features(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> torch.Tensor:
