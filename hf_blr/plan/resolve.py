@@ -137,4 +137,4 @@ def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -
 def whole_layer(module: nn.Module, storage: Format) -> LayerPlan:
     """A layer that keeps its whole matrix in this format of fewer bits."""
     k, n = feature_sizes(module)
-    return LayerPlan(Dense(k, n, min(k, n)), module.bias is not None, is_transposed(module), storage)
+    return LayerPlan(Dense.whole(k, n), module.bias is not None, is_transposed(module), storage)

@@ -10,8 +10,7 @@ import torch
 from hf_blr.formats import PLAIN
 from hf_blr.integration.vllm.shard import Shard
 from hf_blr.plan import LayerPlan
-from hf_blr.structures import BLRSpec
-from hf_blr.structures.dense import whole
+from hf_blr.structures import BLRSpec, Dense
 from hf_blr.structures.pieces import Piece
 
 
@@ -86,7 +85,7 @@ def shards_of(plans: Mapping[str, LayerPlan | None], division: Division, dtype: 
 def shard_of(name: str, plan: LayerPlan | None, division: Division, index: int, dtype: torch.dtype) -> Shard:
     """What this device holds of one matrix."""
     wanted = division.inputs[0], division.out_features(index)
-    spec: BLRSpec = whole(*wanted) if plan is None else plan.spec
+    spec: BLRSpec = Dense.whole(*wanted) if plan is None else plan.spec
     storage = PLAIN if plan is None else plan.storage
     if (spec.in_features, spec.out_features) != wanted:
         raise ValueError(

@@ -24,11 +24,16 @@ class Dense(BLRSpec):
     def sizes(self) -> dict[str, tuple[int, ...]]:
         return {"w": (self.out_features, self.in_features)}
 
+    @classmethod
+    def whole(cls, in_features: int, out_features: int) -> Dense:
+        """The sizes of a matrix of full rank."""
+        return cls(in_features, out_features, min(in_features, out_features))
+
     def outputs(self, start: int, stop: int) -> Piece:
-        return Piece(whole(self.in_features, stop - start), {"w": (slice(start, stop), WHOLE)})
+        return Piece(Dense.whole(self.in_features, stop - start), {"w": (slice(start, stop), WHOLE)})
 
     def inputs(self, start: int, stop: int) -> Piece:
-        return Piece(whole(stop - start, self.out_features), {"w": (WHOLE, slice(start, stop))})
+        return Piece(Dense.whole(stop - start, self.out_features), {"w": (WHOLE, slice(start, stop))})
 
     @classmethod
     def parameters_at(cls, rank: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
@@ -37,11 +42,6 @@ class Dense(BLRSpec):
     @classmethod
     def rank_within(cls, parameters: int, in_features: int, out_features: int, num_blocks: tuple[int, int]) -> int:
         return min(in_features, out_features) if parameters >= in_features * out_features else 0
-
-
-def whole(in_features: int, out_features: int) -> Dense:
-    """The sizes of a matrix of full rank."""
-    return Dense(in_features, out_features, min(in_features, out_features))
 
 
 RECORD = Structure(
