@@ -74,7 +74,7 @@ def make(
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
-        return baselines.aa_svd(dense, run.ratio, on.batches, on.seed), {}
+        return baselines.aa_svd(dense, run.ratio, on.batches, on.seed, **settings), {}
     elif run.kind == "modegpt":
         model, kept = baselines.modegpt(dense, run.ratio, on.statistics, on.batches, **settings)
         return model, {"kept": kept}

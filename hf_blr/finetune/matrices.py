@@ -70,8 +70,12 @@ class Matrices:
     def matrix(self, layer: nn.Module) -> Tensor:
         if isinstance(layer, BLRLinear):
             return layer.dense_weight(self.dtype)
-        weight = stored_weight(layer).to(self.dtype)
-        return weight.T if is_transposed(layer) else weight
+        weight = stored_weight(layer)
+        # a view, since compiled code tells parameters from other tensors, and those with gradients from those without
+        matrix = weight.view_as(weight).to(self.dtype)
+        if self.blocks and not matrix.requires_grad:
+            matrix = matrix.detach().requires_grad_()
+        return matrix.T if is_transposed(layer) else matrix
 
 
 @contextmanager
