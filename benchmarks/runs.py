@@ -73,7 +73,9 @@ class Run:
     def config(self, seed: int = 0) -> BLRConfig:
         sized = self.structure == "dense" or self.budget is not None
         ratio = None if sized else self.ratio
-        return BLRConfig(self.structure, ratio=ratio, num_blocks=self.blocks, seed=seed, **dict(self.settings))
+        # a baseline's settings are its own
+        settings = {} if self.kind == "aa_svd" else dict(self.settings)
+        return BLRConfig(self.structure, ratio=ratio, num_blocks=self.blocks, seed=seed, **settings)
 
     @property
     def family(self) -> tuple:
