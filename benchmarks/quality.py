@@ -45,8 +45,6 @@ from hf_blr.plan import resolve_plan
 DESCENT_STEPS = 100
 #: over the windows of the fit, unless there are others to train on
 EPOCHS = 8
-#: windows of a step of training: with fewer, a small model waits for the CPU
-TRAIN_BATCH = 16
 
 
 def too_small(bench: Bench, run: Run) -> str | None:
@@ -59,23 +57,20 @@ def too_small(bench: Bench, run: Run) -> str | None:
 
 
 def make(
-    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], train: tuple[int, float]
+    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], train_tokens: int
 ) -> tuple[torch.nn.Module, dict]:
-    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`.
-
-    train: tokens, and learning rate.
-    """
+    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        return model, trained(model, on, *train, **settings)
+        return model, trained(model, on, train_tokens, run.rate, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
-            model = make(replace(run, kind="compress"), on, {}, train)[0]
-        return model, trained(model, on, *train)
+            model = make(replace(run, kind="compress"), on, {}, train_tokens)[0]
+        return model, trained(model, on, train_tokens, run.rate)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -103,8 +98,8 @@ def trained(model: torch.nn.Module, on: Calibration, tokens: int, rate: float, *
     """
     epochs = max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
     # code that is compiled once serves all runs
-    how = {"batch_size": TRAIN_BATCH, "compiled": torch.cuda.is_available(), **settings}
-    refine(model, on.dense, on.training, epochs=epochs, learning_rate=rate, seed=on.seed, **how)
+    compiled = torch.cuda.is_available()
+    refine(model, on.dense, on.training, epochs=epochs, learning_rate=rate, compiled=compiled, seed=on.seed, **settings)
     trained = {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
     return {**trained, "learning_rate": rate}
 
@@ -141,7 +136,6 @@ def main(argv=None):
         "--train-windows", type=int, default=0, help="of the same mixture, to refine on; those of the fit if left out"
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of factors that are refined")
     parser.add_argument(
         "--turned", action="store_true", help="the dense model in another basis of its residual stream, before all else"
     )
@@ -203,7 +197,7 @@ def main(argv=None):
             fit = time.perf_counter()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            model, more = make(run, on, earlier, (args.train_tokens, args.learning_rate))
+            model, more = make(run, on, earlier, args.train_tokens)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 more["peak_memory"] = torch.cuda.max_memory_allocated()

@@ -15,6 +15,8 @@ BLOCK_JOINT_REFINED = "ours, block-joint, refined"
 #: the dense model trained like ours: the fair row beside every refined one. Which learning rate suits it, as a share of
 #: the factors', is not known beforehand
 DENSE_REFINED, DENSE_RATES = "dense, refined", (0.1, 0.03, 1.0)
+#: learning rates of refinements: what is nearly whole takes smaller steps
+RATE, RATES = 3e-4, {0.8: 2e-4, 0.9: 1e-4}
 OFF = {"sequential": False, "fisher": False, "allocation": "uniform"}
 ACTIVATIONS = "activations"
 RATIOS = (0.5, 0.8, 0.3, 0.9, 0.6, 0.7, 0.4)
@@ -59,6 +61,11 @@ class Run:
         size = f"{self.ratio:g}" if self.budget is None else f"{self.budget:g} bits"
         stored = "" if self.format in (PLAIN.name, CHOSEN) else f" in {self.format}"
         return f"{structure}{blocks}{size} {self.method}{stored}"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of a refinement."""
+        return RATES.get(self.ratio, RATE)
 
     @property
     def budget(self) -> float | None:
