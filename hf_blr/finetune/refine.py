@@ -25,8 +25,7 @@ from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
 from hf_blr.targets import remaining_targets
 
-#: from this many tokens a step the factors are multiplied out once a step and training runs on the dense matrices: that
-#: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
+#: from this many tokens a step training runs on matrices that are made once a step (`matrices`)
 DENSE_STEP_TOKENS = 8192
 
 #: what decides in which form a layer trains needs less text than a fit
@@ -113,6 +112,8 @@ def refine(
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
+        compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
+            their code, whatever their ranks. It costs some 20 seconds at first, and pays from a million tokens on.
 
     Raises:
         ValueError: if `held_out` holds no window.
