@@ -52,7 +52,7 @@ class Calibration:
     """Windows of a mixture that a seed has drawn, and what the dense model does on them.
 
     windows: token ids `[n, seqlen]`, in random order.
-    training: likewise, for what is trained: more of the same mixture where there is more.
+    training: likewise, for what is trained: more of the same mixture; a part with fewer than its share comes again.
     counts: {part: its windows}.
     """
 
@@ -83,13 +83,13 @@ class Calibration:
             seed: of the choice and of the order.
             limit: windows at most, of all parts.
             seqlen: tokens in a window.
-            training: windows to train on at most; 0 takes those of the fit.
+            training: windows to train on; 0 takes those of the fit.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
         """
         windows, counts = drawn(parts, mixture, seed, limit, seqlen)
-        more = drawn(parts, mixture, seed, training, seqlen)[0] if training else windows
+        more = drawn(parts, mixture, seed, training, seqlen, again=True)[0] if training else windows
         return cls(dense, mixture, seed, windows, more, counts)
 
     @cached_property
@@ -118,18 +118,23 @@ class Calibration:
 
 
 def drawn(
-    parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int
+    parts: dict[str, Tensor], mixture: Mixture, seed: int, limit: int, seqlen: int, again: bool = False
 ) -> tuple[Tensor, dict[str, int]]:
-    """The windows of a mixture, in whole batches, and how many come from each part; see `Calibration.draw`."""
+    """The windows of a mixture, in whole batches, and how many come from each part; see `Calibration.draw`.
+
+    again: whether a part with fewer than its share comes as often as that takes, whole before any of it comes again.
+    """
     generator = torch.Generator().manual_seed(seed)
     found, sources = [], []
     for name, share in mixture.shares:
         if name not in parts:
             raise ValueError(f"there is no calibration part {name!r}; there are {sorted(parts)}")
         windows = windows_of(name, parts[name], seqlen)
-        count = min(round(share * limit), len(windows))
-        found.append(windows[torch.randperm(len(windows), generator=generator)[:count]])
-        sources += [name] * count
+        count = round(share * limit) if again else min(round(share * limit), len(windows))
+        rounds = max(1, -(-count // max(1, len(windows))))
+        order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(rounds)])[:count]
+        found.append(windows[order])
+        sources += [name] * len(order)
     whole = len(sources) // protocol.BATCH * protocol.BATCH
     if not whole:
         raise ValueError(

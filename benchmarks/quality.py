@@ -65,16 +65,16 @@ def make(
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        return model, trained(model, on, train_tokens, **settings)
+        return model, trained(model, on, train_tokens, run.rate, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
             model = make(replace(run, kind="compress"), on, {}, train_tokens)[0]
-        return model, trained(model, on, train_tokens)
+        return model, trained(model, on, train_tokens, run.rate)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
-        return baselines.aa_svd(dense, run.ratio, on.batches, on.seed), {}
+        return baselines.aa_svd(dense, run.ratio, on.batches, on.seed, **settings), {}
     elif run.kind == "modegpt":
         model, kept = baselines.modegpt(dense, run.ratio, on.statistics, on.batches, **settings)
         return model, {"kept": kept}
@@ -91,14 +91,17 @@ def make(
         return model, more | ({"taken": dict(taken.most_common())} if taken else {})
 
 
-def trained(model: torch.nn.Module, on: Calibration, tokens: int, **settings) -> dict:
+def trained(model: torch.nn.Module, on: Calibration, tokens: int, rate: float, **settings) -> dict:
     """Refines the model in place, on some `tokens` in whole epochs where there is text besides that of the fit.
 
     Returns what its rows say of that.
     """
     epochs = max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
-    refine(model, on.dense, on.training, epochs=epochs, seed=on.seed, **settings)
-    return {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
+    # code that is compiled once serves all runs
+    compiled = torch.cuda.is_available()
+    refine(model, on.dense, on.training, epochs=epochs, learning_rate=rate, compiled=compiled, seed=on.seed, **settings)
+    trained = {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
+    return {**trained, "learning_rate": rate}
 
 
 def facts_of(run: Run, on: Calibration) -> dict:

@@ -23,7 +23,7 @@ def text_ratio_section(file: str = "quality_h200.json") -> str:
     rows = rows_of(result)
     texts = list(dict.fromkeys(row["dataset"] for row in rows))
     lines = ratio_lines(rows, texts)
-    columns = ["kept", "layers", "method", "fitted to", *texts, "mean", "worst", "of dense refined"]
+    columns = ["kept", "layers", "method", "fitted to", "trained on", *texts, "mean", "worst", "of dense refined"]
     table, where = table_of(lines, rows, result, columns)
     return f"{table}\n\n{conditions(result, rows)} {where}."
 
@@ -41,8 +41,8 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
     for runs in groups.values():
         row = runs[0][0]
         if row["method"].startswith(DENSE_REFINED):
-            fitted = fitted_to(row)
-            fair[fitted] = min(fair.get(fitted, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
+            text = trained_on(row)
+            fair[text] = min(fair.get(text, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
     lines = []
     for runs in groups.values():
         row = runs[0][0]
@@ -52,6 +52,7 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
             "layers": label_of(row),
             "method": row["method"],
             "fitted to": described(row),
+            "trained on": thousands(row["finetune_tokens"]) if row.get("finetune_tokens") else "",
             "mean": with_spread([mean_ratio(run) for run in runs]),
             "worst": f"{max(ratio(each) for run in runs for each in run):.3f}",
         }
@@ -60,8 +61,8 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
             line[text] = (
                 f"{score(geometric_mean([r['ppl'] for r in of_text]))} ({geometric_mean(map(ratio, of_text)):.2f}x)"
             )
-        if row.get("finetune_tokens") and fitted_to(row) in fair and row["structure"]:
-            line["of dense refined"] = f"{mean / fair[fitted_to(row)]:.3f}"
+        if row.get("finetune_tokens") and trained_on(row) in fair and row["structure"]:
+            line["of dense refined"] = f"{mean / fair[trained_on(row)]:.3f}"
         measured = [each for run in runs for each in run]
         lines.append((-row["ratio"], mean, {**line, "commit": commits_of(measured)}))
     return [line for *_, line in sorted(lines, key=lambda each: each[:2])]
@@ -82,8 +83,8 @@ def method_of(row: dict) -> tuple:
     return row_key({**row, "dataset": None, "seed": None})
 
 
-def fitted_to(row: dict) -> tuple:
-    return row["calibration"], row["calibration_tokens"]
+def trained_on(row: dict) -> tuple:
+    return row["calibration"], row["calibration_tokens"], row.get("finetune_tokens")
 
 
 def described(row: dict) -> str:

@@ -33,6 +33,7 @@ from hf_blr.ops.triton import (
     float8_low_rank,
     float8_monarch,
     float8_pivoted,
+    losses,
     low_rank,
     mix,
     monarch,
@@ -192,6 +193,13 @@ def call_float8(tokens, k, n, rank, b1, b2):
             module.forward(rows, x_scale, tensors, scales, x.new_empty(n, dtype=dtype), dtype, "")
 
 
+def call_losses(dtype, tokens, words):
+    student, teacher = torch.empty(tokens, words), torch.empty(tokens, words, dtype=dtype)
+    labels, logs, grads = torch.empty(tokens, dtype=torch.int64), torch.empty(3, tokens), torch.empty(2, tokens)
+    losses.losses(student, teacher, labels, 0.5)
+    losses.losses_backward(student, teacher, labels, logs, grads, 0.5)
+
+
 def call_attention(dtype, batch, heads, groups, length, d):
     q, k = torch.empty(batch, heads * groups, 1, d, dtype=dtype), torch.empty(batch, heads, length, d, dtype=dtype)
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
@@ -267,6 +275,7 @@ def call_plain(capability):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    call_losses(bf16, 2048, 49152)
 
 
 def main(capability: int):

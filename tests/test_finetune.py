@@ -16,6 +16,7 @@ from trainer_cases import (
     with_factors,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_blr.finetune import (
@@ -401,8 +402,31 @@ def test_each_log_entry_holds_the_losses_since_the_one_before(tmp_path):
     assert [entry["loss"] for entry in entries] == pytest.approx(mixed, abs=1e-4)
 
 
+def test_one_pass_over_the_logits_gives_what_the_models_own_loss_and_a_divergence_give(monkeypatch):
+    labels = windows(3)
+    labels[0, :5], labels[2] = -100, -100
+
+    def step(plain):
+        """(loss, what is logged, gradients) of a model whose own loss is known as the plain one, or is not."""
+        model, calls = compressed_llama().train(), []
+        model.loss_function = lambda **given: calls.append(1) or ForCausalLMLoss(**given)
+        if plain:
+            monkeypatch.setattr("hf_blr.finetune.distill.ForCausalLMLoss", model.loss_function)
+        distiller = Distiller(tiny_llama(), weight=0.3, temperature=2.0, shifts_labels=True)
+        distiller.attach(model)
+        loss = model(input_ids=windows(3), labels=labels, num_items_in_batch=torch.tensor(40)).loss
+        loss.backward()
+        assert len(calls) == (not plain)
+        return loss.item(), distiller.pop_metrics(), {n: p.grad for n, p in model.named_parameters()}
+
+    (wanted_loss, wanted, wanted_gradients), (loss, logged, gradients) = step(plain=False), step(plain=True)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert logged == pytest.approx(wanted, rel=1e-5)
+    assert_same_gradients(gradients, wanted_gradients)
+
+
 def test_the_divergence_is_right_in_chunks_and_by_its_gradient(monkeypatch):
-    monkeypatch.setattr("hf_blr.finetune.divergence.LOGITS_PER_CHUNK", 2 * 6)
+    monkeypatch.setattr("hf_blr.ops.losses.LOGITS_PER_CHUNK", 2 * 6)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(2, 5, 6, generator=generator, requires_grad=True)
     teacher = torch.randn(2, 5, 6, generator=generator)

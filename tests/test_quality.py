@@ -10,6 +10,7 @@ import quality
 import runs
 import runs_in_bits
 import torch
+from calibration_sets import Calibration, Mixture
 from tiny import tiny_llama, tiny_tokenizer
 
 WINDOWS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -82,6 +83,18 @@ def test_more_windows_to_train_on_than_to_fit_to(folder):
     assert {row["finetune_tokens"] for row in trained.values()} == {1536}
     assert len({row["finetune_sha256"] for row in trained.values()}) == 1
     assert trained.keys() == {runs.REFINED, "dense, refined at 0.1"}
+
+
+def test_a_part_with_less_than_its_share_is_trained_on_again():
+    parts = {"own": torch.arange(1000).view(100, 10), "code": 2000 + torch.arange(30).view(3, 10)}
+    mixture = Mixture.parse(["own=0.5", "code=0.5"])
+    found = Calibration.draw(None, parts, mixture, 0, 16, 10, 16)
+    assert len(found.windows) == 8 and found.counts["code"] <= 3
+    code = found.training[found.training[:, 0] >= 2000, 0]
+    # whole before any of it comes again
+    assert sorted(torch.bincount((code - 2000) // 10).tolist()) == [2, 3, 3]
+    own = found.training[found.training[:, 0] < 1000, 0]
+    assert len(own.unique()) == len(own) == 8
 
 
 def test_one_run_compares_calibration_sets_and_seeds(folder):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_blr.calibration.joint import Run, order
+from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.residual import counted
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
@@ -21,8 +22,6 @@ from hf_blr.plan import resolve_plan
 
 #: of the Gram matrices, as a fraction of their mean diagonal: enough for their roots to exist
 DAMPING = 1e-4
-#: passes over the calibration text for each block
-PASSES = 25
 LEARNING_RATE = 1e-4
 
 
@@ -41,7 +40,7 @@ class AnchoredChain(SequentialChain):
         return super().target(name, gram, cross, None, 1.0, damping)
 
 
-def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, passes: int = PASSES) -> nn.Module:
+def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, passes: int) -> nn.Module:
     """AA-SVD (arXiv 2604.02119), in a copy: every layer keeps the same share.
 
     The factors of a layer minimise ||W X - u v X~|| over the dense model's inputs X and those X~ of the model
@@ -53,7 +52,7 @@ def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, pas
         ratio: of the parameters of the targets to keep.
         batches: token ids `[B, T]`.
         seed: of the order of the batches.
-        passes: over the batches, for each block; 0 leaves the closed form.
+        passes: over the batches, for each block, 25 in the authors' code; 0 leaves the closed form.
     """
     model = copy.deepcopy(dense)
     config = BLRConfig("low_rank", ratio=ratio)
@@ -83,7 +82,8 @@ def train_block(
     for i in order(len(entered), steps, seed):
         with torch.enable_grad():
             loss = nn.functional.mse_loss(run(block, entered[i], i), wanted[i])
-        loss.backward()
+        with tf32():
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-#: logits compared at a time (64 MiB as float32)
-LOGITS_PER_CHUNK = 1 << 24
+from hf_blr.ops.losses import losses
 
 
 def distillation_loss(
@@ -19,8 +16,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """temperature^2 * KL(teacher || student), summed over positions and divided by `num_items`.
 
-    Source: arXiv 1503.02531. Computed in float32 a few rows at a time, and once more in the backward pass, so
-    that memory holds no float32 copy of the logits.
+    Source: arXiv 1503.02531. Computed in float32, of which memory holds no copy as large as the logits.
 
     Args:
         student_logits, teacher_logits: `[..., vocabulary]`.
@@ -31,33 +27,48 @@ def distillation_loss(
     Raises:
         ValueError: if the shapes differ.
     """
+    if mask is None:
+        mask = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
+    labels = torch.full(mask.shape, -100, device=student_logits.device)
+    total, _ = sums(student_logits, teacher_logits, labels, mask, temperature)
+    # where nothing counts, the sum is zero whatever divides it
+    items = torch.as_tensor(mask.sum() if num_items is None else num_items, device=total.device)
+    return total / items.clamp_min(1)
+
+
+def sums(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(temperature^2 * KL(teacher || student), cross-entropy with the labels), summed over positions that count.
+
+    Args:
+        student_logits, teacher_logits: `[..., vocabulary]`.
+        labels: `[...]`; a negative one adds nothing to the second.
+        mask: `[...]`, true at the positions that count.
+        temperature: softens both distributions in the first.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"teacher and student must give logits of one shape, got {list(teacher_logits.shape)} and "
             f"{list(student_logits.shape)}: they need the same tokenizer and vocabulary"
         )
-    if mask is None:
-        mask = torch.ones(student_logits.shape[:-1], dtype=torch.bool, device=student_logits.device)
-    rows = max(1, LOGITS_PER_CHUNK // student_logits.shape[-1])
-    flat = (
+    own, divergence = losses(
         student_logits.flatten(0, -2),
         teacher_logits.to(student_logits.device).flatten(0, -2),
-        mask.flatten(),
+        labels.flatten(),
+        temperature,
     )
-    total = torch.zeros((), device=student_logits.device)
-    for student, teacher, counts in zip(*(tensor.split(rows) for tensor in flat), strict=True):
-        divergence = checkpoint(kl_divergence, student, teacher, temperature, use_reentrant=False)
-        total = total + divergence[counts].sum()
-    # where nothing counts, the sum is zero whatever divides it
-    items = torch.as_tensor(mask.sum() if num_items is None else num_items, device=total.device)
-    return temperature**2 * total / items.clamp_min(1)
-
-
-def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of each row `[T]`, in float32."""
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    # chosen and not multiplied, since a position that does not count may hold anything; without waiting for a count
+    counts = mask.flatten()
+    own, divergence = (torch.where(counts, each, 0).sum() for each in (own, divergence))
+    return temperature**2 * divergence, own
 
 
 def feature_loss(

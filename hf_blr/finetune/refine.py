@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.dataset import BatchDataset, WindowDataset
+from hf_blr.finetune.matrices import on_matrices
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
 from hf_blr.targets import remaining_targets
 
-#: from this many tokens a step the factors are multiplied out once a step and training runs on the dense matrices: that
-#: costs as much as a forward over as many tokens as the rank, and needs no kernel for each rank that occurs
+#: from this many tokens a step training runs on matrices that are made once a step (`matrices`)
 DENSE_STEP_TOKENS = 8192
 
 #: what decides in which form a layer trains needs less text than a fit
@@ -49,6 +50,8 @@ def train(
         # decaying two factors is not decaying their product
         "weight_decay": 0.0,
         "logging_steps": max(1, arguments["max_steps"] // 10),
+        # asks the GPU after each step
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "report_to": "none",
     }
@@ -81,6 +84,7 @@ def refine(
     dense_rate: float = 0.0,
     bits: str = SCALES,
     held_out: Tensor | None = None,
+    compiled: bool = False,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
@@ -108,17 +112,29 @@ def refine(
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
+        compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
+            their code, whatever their ranks. It costs some 20 seconds at first, and pays from a million tokens on.
 
     Raises:
         ValueError: if `held_out` holds no window.
     """
     on_gpu = next(model.parameters()).is_cuda
+    bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokens, steps = step_size(windows, batch_size)
     dense = tokens >= DENSE_STEP_TOKENS
     impl = use_impl("dense" if dense else current_impl())
     best = KeepBest(teacher, held_out) if held_out is not None else None
     forms = with_stand_ins(model, statistics_for(model, windows)), training_form(model, bits)
-    with tempfile.TemporaryDirectory() as folder, forms[0], forms[1], impl, without_dropout(model):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        forms[0],
+        forms[1],
+        impl,
+        without_dropout(model),
+        ExitStack() as stack,
+    ):
+        if dense:
+            stack.enter_context(on_matrices(model, teacher, torch.bfloat16 if bf16 else torch.float32, compiled))
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, also=left, bits=bits)
         groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
@@ -132,7 +148,7 @@ def refine(
             max_steps=epochs * steps,
             per_device_train_batch_size=batch_size,
             max_grad_norm=1.0,
-            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            bf16=bf16,
             use_cpu=not on_gpu,
             seed=seed,
             disable_tqdm=True,
