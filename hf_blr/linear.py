@@ -95,6 +95,7 @@ class BLRLinear(StoredFactors):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`."""
+        self.look_at_indices()
         if self.group is not None:
             group, index = self.group
             out = group.output(index, x)
@@ -104,6 +105,11 @@ class BLRLinear(StoredFactors):
         if found != NUMBERS:
             return self.run_in_bits(found, x)
         return ops.linear(self.spec.structure, x, self.operands(x), self.bias, self.impl or None, self.activation)
+
+    def look_at_indices(self) -> None:
+        """Before they are used: settles indices that were written to since they were last looked at."""
+        if not torch.compiler.is_compiling() and self.guard.written(self):
+            self.settle_indices()
 
     def operands(self, x: Tensor) -> list[Tensor]:
         """The tensors that the ops take, for inputs of x's dtype."""
@@ -127,6 +133,7 @@ class BLRLinear(StoredFactors):
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
         if mode:
             self.stand_alone()
+        self.settle_indices()
         return super().train(mode)
 
     def stand_alone(self) -> None:

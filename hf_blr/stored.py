@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_blr import ops
 from hf_blr.formats import PLAIN, Bits, FactorInBits, Format
+from hf_blr.formats.indices import IndexGuard, is_average
 from hf_blr.formats.values import fault
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, INDEX, BLRSpec
@@ -64,7 +65,9 @@ class StoredFactors(nn.Module):
                 self.register_buffer(name, value)
         bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", bias_value)
+        self.guard = IndexGuard()
         self.reset_parameters()
+        self.settle_indices()
 
     def put(self, key: str, value: Tensor) -> None:
         """Makes this the stored tensor or bias of that state-dict key."""
@@ -135,9 +138,22 @@ class StoredFactors(nn.Module):
         parts = [getattr(self, name) for name in self.spec.names()]
         return [part() if isinstance(part, FactorInBits) else part for part in parts]
 
+    def settle_indices(self) -> None:
+        """Puts right what a moving average has made of the indices; raises as `IndexGuard.settle`."""
+        self.guard.settle(self.indices())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.settle_indices()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
+        self.settle_indices()
+        for name, index in self.indices().items():
+            value = state_dict.get(prefix + name)
+            if value is not None and fault(INDEX, value) is not None and is_average(value, index):
+                state_dict[prefix + name] = index
         # here and not after the load, so that nothing wrong gets in
         wrong = [
             f"{prefix}{name}: {problem}"
@@ -148,6 +164,7 @@ class StoredFactors(nn.Module):
             lists[-1].extend(wrong)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+            self.settle_indices()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # what a cast does to a number, it does to those that the factors in bits stand for

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import tiny_llama
-from transformers import LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from hf_blr import BLRConfig, compress
@@ -120,7 +120,7 @@ def test_a_tensor_in_two_files_is_refused_and_both_are_named(tmp_path):
         list(stored_tensors([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]))
 
 
-@pytest.mark.parametrize("door", ["class", "command line"])
+@pytest.mark.parametrize("door", ["class", "auto", "config", "command line"])
 def test_a_plan_of_far_too_many_modules_is_refused_before_transformers_copies_it(door, tmp_path, monkeypatch, capsys):
     compress(model := tiny_llama(), BLRConfig("low_rank", ratio=0.6), progress=False)
     model.save_pretrained(tmp_path)
@@ -130,12 +130,13 @@ def test_a_plan_of_far_too_many_modules_is_refused_before_transformers_copies_it
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def read(*args, **kwargs):
-        pytest.fail("Transformers reads the config")
+        pytest.fail("Transformers copies the config")
 
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", read)
-    if door == "class":
+    monkeypatch.setattr(PreTrainedConfig, "from_dict", read)
+    doors = {"class": LlamaForCausalLM, "auto": AutoModelForCausalLM, "config": AutoConfig}
+    if door in doors:
         with pytest.raises(ValueError, match="list 10014 modules, but the checkpoint's files have 35 tensors"):
-            LlamaForCausalLM.from_pretrained(tmp_path)
+            doors[door].from_pretrained(tmp_path)
     else:
         assert main(["evaluate", str(tmp_path)]) == 2
         assert "list 10014 modules, but the checkpoint's files have 35 tensors" in capsys.readouterr().err

@@ -210,18 +210,66 @@ def test_it_trains():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_a_moving_average_keeps_the_order_and_one_over_buffers_does_not_load():
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+def plain_average(average, now):
+    """Of everything in the state dict, into the average's own tensors."""
+    for name, value in average.state_dict().items():
+        value.copy_(0.9 * value + (1 - 0.9) * now.state_dict()[name])
 
-    model = nn.Sequential(BLRLinear.from_spec(Pivoted(96, 64, 20)))
-    right, wrong = (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=b) for b in (False, True))
-    for average in (right, wrong):
-        # the first update copies
+
+def average_past_the_version(average, now):
+    for old, new in zip(average.buffers(), now.buffers(), strict=True):
+        old.data.copy_(0.9 * old.data + (1 - 0.9) * new.data)
+    average.eval()
+
+
+def average_in_a_dictionary(average, now):
+    state = {name: value.float() for name, value in average.state_dict().items()}
+    for name, value in now.state_dict().items():
+        state[name] = 0.9 * state[name] + (1 - 0.9) * value
+    average.load_state_dict(state)
+
+
+@pytest.mark.parametrize("average", [plain_average, average_past_the_version, average_in_a_dictionary])
+def test_an_average_written_by_hand_keeps_the_order(average):
+    now = nn.Sequential(BLRLinear.from_spec(Pivoted(96, 64, 20)))
+    smooth, x = copy.deepcopy(now), torch.randn(3, 96)
+    # the numbers are such that cutting off changes some
+    assert not torch.equal((0.9 * now[0].order + (1 - 0.9) * now[0].order).int(), now[0].order)
+    for _ in range(3):
+        average(smooth, now)
+    torch.testing.assert_close(smooth(x), now(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(smooth[0].order, now[0].order) and smooth[0].order.dtype == torch.int32
+    now.load_state_dict(smooth.state_dict())
+
+
+def test_an_averaged_model_with_its_buffers_keeps_the_order():
+    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+    model, x = nn.Sequential(BLRLinear.from_spec(Pivoted(96, 64, 20))), torch.randn(3, 96)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    for _ in range(4):
         average.update_parameters(model)
-        average.update_parameters(model)
-    assert torch.equal(right.module[0].order, model[0].order)
+    # cut off by the update, put right before it is used
+    assert not torch.equal(average.module[0].order, model[0].order)
+    torch.testing.assert_close(average(x), model(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(average.module[0].order, model[0].order)
+    average.update_parameters(model)
+    model.load_state_dict(average.module.state_dict())
+
+
+def test_another_order_is_taken_and_an_average_of_two_is_refused():
+    model, other = (BLRLinear.from_spec(Pivoted(96, 64, 20)) for _ in range(2))
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1)).int()
+    other.order.copy_(order)
+    assert torch.equal(other.state_dict()["order"], order)
+    mean = (other.order + model.order) // 2
+    other.order.copy_(mean)
+    with pytest.raises(ValueError, match="order: expected each integer of 0 to 95 once.*copy integers"):
+        other(torch.randn(3, 96))
     with pytest.raises(RuntimeError, match="order: expected each integer of 0 to 95 once"):
-        model.load_state_dict(wrong.module.state_dict())
+        model.load_state_dict({**model.state_dict(), "order": mean})
+    with pytest.raises(RuntimeError, match="order: expected integers, got torch.float32"):
+        model.load_state_dict({**model.state_dict(), "order": mean.float()})
 
 
 def test_layers_are_pairs_while_they_are_trained():

@@ -132,11 +132,9 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_d
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from hf_blr.checkpoint.headers import check_folder
     from hf_blr.integration.loading import class_named
     from hf_blr.integration.patch import dequantizing_config
 
-    check_folder(Path(path))
     own, source, quantization = None, {}, {}
     if args.gguf_file:
         source["gguf_file"] = args.gguf_file

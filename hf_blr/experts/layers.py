@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_blr import ops
 from hf_blr.formats import PLAIN, Format
+from hf_blr.formats.indices import IndexGuard
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
@@ -47,7 +48,9 @@ class ExpertsLinear(BLRLinear):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
+        self.guard = IndexGuard()
         self.reset_parameters()
+        self.settle_indices()
 
     @staticmethod
     def stacked(layers: list[BLRLinear], transposed: bool) -> ExpertsLinear:
@@ -61,6 +64,7 @@ class ExpertsLinear(BLRLinear):
 
     def forward(self, x: Tensor, expert: int) -> Tensor:  # type: ignore[override]
         """x `[T, K]` -> `[T, N]`, by the factors of one expert."""
+        self.look_at_indices()
         tensors = [tensor[expert] for tensor in self.operands(x)]
         return ops.linear(self.spec.structure, x, tensors, None, self.impl or None, "")
 

@@ -38,6 +38,8 @@ __all__ = [
 
 #: where transformers keeps its quantizers by name
 QUANTIZERS = "transformers.quantizers.auto"
+#: where its configs are read
+CONFIGS = "transformers.configuration_utils"
 #: where diffusers does
 DIFFUSERS_QUANTIZERS = "diffusers.quantizers.auto"
 
@@ -46,6 +48,7 @@ def register() -> None:
     """Make transformers and PEFT know BLR models. A second call changes nothing."""
     # before the model loader is: programs ask the quantizers alone what a checkpoint's config means
     when_imported(QUANTIZERS, register_quantizer)
+    when_imported(CONFIGS, register_configs)
     when_imported(MODELING, register_models)
     when_imported(DIFFUSERS_QUANTIZERS, register_with_diffusers)
     when_imported("torch.utils.flop_counter", register_flops)
@@ -58,6 +61,13 @@ def register_with_diffusers(auto: ModuleType) -> None:
     from hf_blr.integration.diffusers import register_diffusers
 
     register_diffusers(auto)
+
+
+def register_configs(configs: ModuleType) -> None:
+    """Let no plan that cannot be get as far as transformers' configs."""
+    from hf_blr.integration.large_plans import refuse_large_plans
+
+    refuse_large_plans(configs)
 
 
 def register_flops(counter: ModuleType) -> None:

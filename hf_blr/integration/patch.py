@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.checkpoint.files import naming_files
-from hf_blr.checkpoint.headers import check_folder
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import WRAPPED, when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
@@ -67,10 +66,7 @@ def wrap(modeling: Any) -> None:
         write_out_stored(kwargs)
         config = take_config(kwargs)
         path: Any = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        local = path is not None and os.path.isdir(path)
-        if local:
-            check_folder(Path(path))
-        with naming_files(Path(path)) if local else nullcontext():
+        with naming_files(Path(path)) if path is not None and os.path.isdir(path) else nullcontext():
             return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
     wrapper: Any = from_pretrained
