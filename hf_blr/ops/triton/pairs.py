@@ -1,0 +1,90 @@
+"""Numbers of 16 bits from words in bits, two at a time: what Triton has no operations for, in assembler.
+
+Two neighbours of a word share a register. An instruction then serves two numbers, where float32 takes one each and one
+more to round.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+#: the interpreter has no assembler
+ASSEMBLES = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+
+def int4_pairs(kind: str, one: int, magic: int, offset: int) -> str:
+    """Numbers 0 to 7 of the word $8: four bits go into the mantissa of `magic`, of which `offset` is taken off.
+
+    Args:
+        kind: of the numbers in PTX.
+        one, magic, offset: the bits of 1, of a power of two whose last place is 1, and of -(magic + 8), each twice.
+    """
+    lines = [
+        f".reg .b32 next, t, one, offset; mov.b32 one, {one:#x}; mov.b32 offset, {offset:#x}; shr.b32 next, $8, 4;"
+    ]
+    for i in range(4):
+        # byte i, and what stands four bits higher; then (t & mask) | magic
+        lines.append(f"prmt.b32 t, $8, next, {0x0400 | i | i << 8:#x}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;")
+        lines.append(f"fma.rn.{kind} t, t, one, offset; mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;")
+    return "{ " + " ".join(lines) + " }"
+
+
+def float8_pairs(kind: str, shift: int, mask: int, factor: int) -> str:
+    """Numbers 0 to 3 of the word $4: the bits of e4m3 as a wider number's, times what the exponents differ by.
+
+    Args:
+        kind: of the numbers in PTX.
+        shift: by which the bits below the sign come to their place.
+        mask: of those bits, twice.
+        factor: the bits of the power of two, twice.
+    """
+    lines = [f".reg .b32 t, m, factor, zero; mov.b32 factor, {factor:#x}; mov.b32 zero, 0x80008000;"]
+    for i in range(2):
+        # bytes 2i and 2i + 1, each above one that the masks drop; then (t & sign) | m
+        lines.append(f"prmt.b32 t, $4, 0, {0x1000 * (2 * i + 1) | 0x10 * (2 * i):#x};")
+        lines.append(f"shr.b32 m, t, {shift}; and.b32 m, m, {mask:#x}; lop3.b32 t, t, 0x80008000, m, 0xEA;")
+        lines.append(f"fma.rn.{kind} t, t, factor, zero; mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;")
+    return "{ " + " ".join(lines) + " }"
+
+
+INT4_BF16 = tl.constexpr(int4_pairs("bf16x2", 0x3F803F80, 0x43004300, 0xC308C308))
+INT4_FP16 = tl.constexpr(int4_pairs("f16x2", 0x3C003C00, 0x64006400, 0xE408E408))
+FLOAT8_BF16 = tl.constexpr(float8_pairs("bf16x2", 4, 0x07F007F0, 0x7B807B80))
+FLOAT8_FP16 = tl.constexpr(float8_pairs("f16x2", 1, 0x3F803F80, 0x5C005C00))
+
+
+@triton.jit
+def int4_places(b_w, DTYPE: tl.constexpr):
+    """Eight tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
+    ASM: tl.constexpr = INT4_BF16 if DTYPE == tl.bfloat16 else INT4_FP16
+    b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
+        ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r", [b_w], [tl.int16] * 8, is_pure=True, pack=1
+    )
+    return (
+        b_0.to(DTYPE, bitcast=True),
+        b_1.to(DTYPE, bitcast=True),
+        b_2.to(DTYPE, bitcast=True),
+        b_3.to(DTYPE, bitcast=True),
+        b_4.to(DTYPE, bitcast=True),
+        b_5.to(DTYPE, bitcast=True),
+        b_6.to(DTYPE, bitcast=True),
+        b_7.to(DTYPE, bitcast=True),
+    )
+
+
+@triton.jit
+def float8_places(b_w, DTYPE: tl.constexpr):
+    """Four tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
+    ASM: tl.constexpr = FLOAT8_BF16 if DTYPE == tl.bfloat16 else FLOAT8_FP16
+    b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(
+        ASM, "=h,=h,=h,=h,r", [b_w], [tl.int16] * 4, is_pure=True, pack=1
+    )
+    return (
+        b_0.to(DTYPE, bitcast=True),
+        b_1.to(DTYPE, bitcast=True),
+        b_2.to(DTYPE, bitcast=True),
+        b_3.to(DTYPE, bitcast=True),
+    )
