@@ -39,6 +39,7 @@ from hf_blr.ops.triton import (
     numbers,
     packed,
     pivoted,
+    rounding,
     swap,
 )
 
@@ -267,6 +268,10 @@ def call_plain(capability):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    # all columns of a block of updates, and those of one group
+    for count, limits in ((128, (-8, 7, False)), (64, (-448.0, 448.0, True))):
+        held = torch.empty(8, 72, count)
+        rounding.round_columns(held, torch.empty(8, count, count), *limits)
 
 
 def main(capability: int):
