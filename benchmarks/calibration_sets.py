@@ -52,7 +52,8 @@ class Calibration:
     """Windows of a mixture that a seed has drawn, and what the dense model does on them.
 
     windows: token ids `[n, seqlen]`, in random order.
-    training: likewise, for what is trained: more of the same mixture; a part with fewer than its share comes again.
+    training: likewise, for what is trained: more of the same mixture or of another; a part with fewer than its share
+        comes again.
     counts: {part: its windows}.
     """
 
@@ -73,6 +74,7 @@ class Calibration:
         limit: int,
         seqlen: int,
         training: int = 0,
+        trained_on: Mixture | None = None,
     ) -> Calibration:
         """Draws windows; a part with fewer than its share gives all that it has.
 
@@ -84,12 +86,13 @@ class Calibration:
             limit: windows at most, of all parts.
             seqlen: tokens in a window.
             training: windows to train on; 0 takes those of the fit.
+            trained_on: the mixture of these; None: that of the fit.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
         """
         windows, counts = drawn(parts, mixture, seed, limit, seqlen)
-        more = drawn(parts, mixture, seed, training, seqlen, again=True)[0] if training else windows
+        more = drawn(parts, trained_on or mixture, seed, training, seqlen, again=True)[0] if training else windows
         return cls(dense, mixture, seed, windows, more, counts)
 
     @cached_property

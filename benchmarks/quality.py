@@ -132,8 +132,9 @@ def main(argv=None):
         "--seeds", type=int, nargs="+", default=[0], help="of the windows drawn, the fits and the training"
     )
     parser.add_argument("--windows", type=int, default=protocol.WINDOWS, help="of a calibration set, at most")
+    parser.add_argument("--train-windows", type=int, default=0, help="to refine on; those of the fit if left out")
     parser.add_argument(
-        "--train-windows", type=int, default=0, help="of the same mixture, to refine on; those of the fit if left out"
+        "--train-mixture", nargs="+", metavar="PART=SHARE", help="of these windows; that of the fit if left out"
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
     parser.add_argument(
@@ -160,6 +161,7 @@ def main(argv=None):
     print(f"[{time.perf_counter() - started:.0f} s] dense {bench.dense_ppl}", flush=True)
     parts = read_ids(args.parts, tokenizer)
     mixtures = [Mixture.parse(items) for items in args.calibration]
+    trained_on = Mixture.parse(args.train_mixture) if args.train_mixture else None
     machine = environment()
     commit = args.commit or machine["commit"]
     file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
@@ -178,7 +180,9 @@ def main(argv=None):
     wanted = dict.fromkeys(run for pattern in args.only for run in every if fnmatch(run.label, pattern))
     chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
-        on = Calibration.draw(bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows)
+        on = Calibration.draw(
+            bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows, trained_on
+        )
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:

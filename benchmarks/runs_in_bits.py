@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from runs import OURS, Run
 
 #: the method of whole matrices in bits: in a model that is turned, the strongest of simple rivals
 GPTQ = "GPTQ"
+#: the same without feedback between rows
+COLUMNS = f"{GPTQ}, columns alone"
 #: numbers that share a scale; blocks of the small model's rows are divided by no power of two that large
 GROUP, GROUP_IN_BLOCKS = 64, 48
 BLOCKED = {"blast": (4, 4), "monarch": (4, 4)}
@@ -21,6 +25,10 @@ def runs_in_bits() -> list[Run]:
     def whole(name: str) -> Run:
         return Run(GPTQ, "dense", 1.0, settings=tuple(stored(name, GROUP).items()))
 
+    def of_columns(name: str) -> Run:
+        """Without Fisher information, rows know nothing of each other."""
+        return replace(whole(name), method=COLUMNS, settings=(*stored(name, GROUP).items(), ("fisher", False)))
+
     def factors(structure: str, ratio: float, name: str) -> Run:
         blocks = BLOCKED.get(structure)
         settings = {"factor_format": name, **stored(name, GROUP_IN_BLOCKS if blocks else GROUP)}
@@ -30,11 +38,15 @@ def runs_in_bits() -> list[Run]:
         settings = {"bits_per_weight": bits, "group_size": group}
         return Run(method, "auto", 1.0, settings=tuple(settings.items()))
 
+    def with_refined(run: Run) -> list[Run]:
+        return [run, replace(run, method=f"{run.method}, refined", kind="refine")]
+
     return [
-        whole("int4"),
-        whole("int3"),
-        *(shared(bits, GROUP) for bits in BUDGETS),
-        factors("low_rank", 0.8, "int4"),
+        *with_refined(whole("int4")),
+        *with_refined(whole("int3")),
+        *(run for bits in BUDGETS for run in with_refined(shared(bits, GROUP))),
+        *with_refined(factors("low_rank", 0.8, "int4")),
+        *(of_columns(name) for name in ("int4", "int3")),
         *(whole(name) for name in ("int8", "fp8", "int2")),
         *(factors("low_rank", 0.8, name) for name in ("int8", "fp8", "int3")),
         *(factors("low_rank", 0.5, name) for name in ("int8", "int4", "fp8")),

@@ -40,6 +40,7 @@ from hf_blr.ops.triton import (
     numbers,
     packed,
     pivoted,
+    rounding,
     swap,
 )
 
@@ -276,6 +277,10 @@ def call_plain(capability):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
     call_losses(bf16, 2048, 49152)
+    # all columns of a block of updates, and those of one group
+    for count, limits in ((128, (-8, 7, False)), (64, (-448.0, 448.0, True))):
+        held = torch.empty(8, 72, count)
+        rounding.round_columns(held, torch.empty(8, count, count), *limits)
 
 
 def main(capability: int):

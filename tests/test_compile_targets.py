@@ -38,6 +38,7 @@ def test_kernels_build_and_fit(capability):
         "swap_blocks_kernel",
         "columns_kernel",
         "pivoted_project_kernel",
+        "round_columns_kernel",
     }
     assert names == float8 | ({"blast_mix_kernel", "columns_kernel"} if capability == 89 else plain)
     for row in rows:

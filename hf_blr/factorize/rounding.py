@@ -15,13 +15,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_blr.factorize.columns import STRIDE, round_columns, runs_kernel
 from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, moves_of, split, upper_root
 from hf_blr.formats import Bits, Codes
 
 #: columns between two updates of all columns behind them
 BLOCK = 128
-#: columns between two updates of the columns behind them in a block
-STRIDE = 32
 
 
 def rounded_in_metric(factor: Tensor, gram: Tensor | None, storage: Bits, rows: Tensor | None = None) -> Codes:
@@ -90,7 +89,8 @@ class Sweep:
         scales: list[Tensor] = []
         scale = None if starts[:1] == [0] else torch.stack([self.scales[b][-1] for b in at])
         errors = part.new_empty(*part.shape[:-1], width)
-        for begin, end in pairwise(sorted({*range(0, width, STRIDE), *starts, width})):
+        stride = BLOCK if runs_kernel(part) else STRIDE
+        for begin, end in pairwise(sorted({*range(0, width, stride), *starts, width})):
             if begin in starts:
                 group = part[..., begin : begin + self.size].clone()
                 # it has not seen the errors inside this block yet where it goes on beyond
@@ -116,21 +116,6 @@ class Sweep:
         moved = (self.moves[b] @ lost).unflatten(-2, (-1, lost.shape[-2])).movedim(-3, 0)
         self.target[b + 1 :, ..., columns] += moved
         self.left[b + 1 :, ..., columns] += moved
-
-
-def round_columns(columns: Tensor, upper: Tensor, storage: Bits) -> Tensor:
-    """Rounds columns `[..., n, m]`, in units of their scale, one after the other; returns what each is off its code by.
-
-    A column is rounded when it has been moved for the columns before it, by their rows of `upper` `[..., m, m]`. As few
-    operations as can be, since a GPU takes longer to start one than to run it.
-    """
-    left = columns.mT.contiguous()
-    errors = torch.empty_like(left)
-    behind = upper.unsqueeze(-1)
-    for i, (column, error) in enumerate(zip(left.split(1, -2), errors.split(1, -2), strict=True)):
-        torch.sub(column, storage.clamped(column), out=error)
-        left[..., i + 1 :, :].addcmul_(behind[..., i, i + 1 :, :], error, value=-1)
-    return errors.mT
 
 
 def by_diagonal(upper: Tensor) -> Tensor:

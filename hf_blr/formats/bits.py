@@ -57,6 +57,11 @@ class Bits(Format):
     def settings(self) -> dict[str, int]:
         return {} if self.group_size is None else {"group_size": self.group_size}
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest code."""
+        raise NotImplementedError
+
     def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
         shapes = spec.shapes(FACTOR).items()
         return {name: shape for name, shape in shapes if name not in spec.elementwise and 0 not in shape}

@@ -28,6 +28,10 @@ class Float8(Bits):
     # from 128 to 256
     spacing = 16.0
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        return -LARGEST, LARGEST
+
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         return {"weight": StoredTensor(shape, CODES), "weight_scale": StoredTensor(self.scale_shape(shape), SCALE)}
 

@@ -36,6 +36,10 @@ class Integer(Bits):
         }
 
     @property
+    def limits(self) -> tuple[float, float]:
+        return self.lowest, self.highest
+
+    @property
     def lowest(self) -> int:
         return -(1 << (self.bits - 1))
 

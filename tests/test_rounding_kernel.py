@@ -1,0 +1,57 @@
+"""The kernel that rounds columns one after the other, against the plain form."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from hf_blr.factorize.columns import plain_round_columns
+from hf_blr.formats import format_named
+from hf_blr.ops.triton.rounding import nearest_code, round_columns
+
+
+def problem(*shape, size, seed=0):
+    """Columns `[..., n, m]` in units of their scale, and an upper triangle for them."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = size * torch.randn(*shape, generator=generator)
+    upper = 0.3 * torch.randn(*shape[:-2], shape[-1], shape[-1], generator=generator).triu(1)
+    return columns, upper + torch.eye(shape[-1])
+
+
+@pytest.mark.parametrize("name, size", [("int8", 50.0), ("int4", 3.0), ("int3", 1.5), ("int2", 1.0), ("fp8", 150.0)])
+def test_it_rounds_as_the_plain_form_does(name, size):
+    storage = format_named(name)
+    # rows that no program's divide, columns that are no power of two, and a batch
+    for shape in ((13, 32), (2, 3, 9, 19), (1, 1)):
+        columns, upper = problem(*shape, size=size)
+        expected = plain_round_columns(columns, upper, storage)
+        found = round_columns(columns, upper, *storage.limits, storage.form.float8)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4 * size)
+        # a number beside the middle between two codes goes to one of them for good: none may lie there
+        assert expected.abs().max() > 0
+
+
+@triton.jit
+def codes_kernel(x_ptr, out_ptr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out_ptr + o, nearest_code(tl.load(x_ptr + o), LOWEST, HIGHEST, FLOAT8))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "fp8"])
+def test_codes_are_those_of_the_format(name):
+    storage = format_named(name)
+    # all of float8's scales, the middles of integers, and far outside
+    exponents = torch.logspace(-12, 10, 4000, base=2.0)
+    middles = torch.arange(-150, 150) / 2
+    x = torch.cat([exponents, -exponents, middles, torch.tensor([0.0])])
+    x = torch.nn.functional.pad(x, (0, 16384 - len(x)))
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()].sort().values
+    between = (grid[1:] + grid[:-1]) / 2
+    x[-len(between) :] = between
+    found = torch.empty_like(x)
+    codes_kernel[(1,)](x, found, *map(float, storage.limits), storage.form.float8, len(x))
+    assert torch.equal(found, storage.clamped(x.clone()))
