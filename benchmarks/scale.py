@@ -2,11 +2,11 @@
 
     python benchmarks/scale.py --model Llama-3.2-1B --blocks 2 4 --sequences 4 --length 256
 
-Each run is a process of its own, so that its peaks are its own: the largest resident set; the most of it that the system
-cannot take back, which leaves out the pages of mapped files; and the most that PyTorch held on the GPU. Writing the random checkpoint is another
-process, and no part of the time. With `--kill` a run with a journal is killed when half of its layers are finished, and
-the same command goes on; its files are compared with those of the run that nobody killed. Time and memory depend on how
-much text there is and not on which.
+Each run is a process of its own, so that its peaks are its own: the largest resident set; the most of it that the
+system cannot take back, which leaves out the pages of mapped files; and the most that PyTorch held on the GPU. Writing
+the random checkpoint is another process, and no part of the time. With `--kill` a run with a journal is killed when
+half of its layers are finished, and the same command goes on; its files are compared with those of the run that nobody
+killed. Time and memory depend on how much text there is and not on which.
 """
 
 from __future__ import annotations

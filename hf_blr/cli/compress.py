@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
-        help="finished layers are written and leave memory whenever they take so much; OUT is there when all is written",
+        help="finished layers are written and leave memory when they take so much; OUT appears when all are written",
     )
     parser.add_argument(
         "--status",
