@@ -42,8 +42,8 @@ def scale_section(name: str = "scale.json") -> str:
     ]
     return (
         f"{format_table(lines)}\n\n{''.join(kills)}"
-        "Computed: on the straight line through the sizes above it. Without a limit no peak, since statistics make that "
-        "of a larger model. "
+        "Computed: on the straight line through the sizes above it. Without a limit no peak, since statistics make it "
+        "in a larger model. "
         f"`benchmarks/scale.py`; {conditions.machine(result['environment'])}, transformers "
         f"{result['environment']['transformers']}."
     )
