@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 
-.PHONY: install test test-quick test-long lint docs demo clean
+.PHONY: install test test-quick test-long lint audit docs demo clean
 
 install: $(READY)
 
@@ -33,6 +33,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+# known vulnerabilities of what is installed. Strict: a package that nobody knows anything of ends it
+audit: $(READY)
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install pip-audit; }
+	.venv-audit/bin/pip-audit --strict --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 # strict: a broken link, an anchor that is not there or a name without a docstring's module ends it
 docs: $(READY)

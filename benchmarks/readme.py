@@ -19,6 +19,7 @@ import packed_section
 import quality_sections
 import robustness_section
 import rounding_section
+import scale_section
 import sentences_section
 import text_ratio_sections
 import zoo_section
@@ -68,6 +69,8 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "trust.md": {
         "robustness": robustness_section.robustness_section,
+        "scale": scale_section.cpu_section,
+        "scale-gpu": scale_section.gpu_section,
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,

@@ -2,11 +2,11 @@
 
     python benchmarks/scale.py --model Llama-3.2-1B --blocks 2 4 --sequences 4 --length 256
 
-Each run is a process of its own, so that its peak is its own: the largest resident set, which has the pages of the
-checkpoint's files that were mapped, and the most that PyTorch held on the GPU. Writing the random checkpoint is another
-process, and no part of the time. With `--kill` a run with a journal is killed when half of its layers are finished, and
-the same command goes on; its files are compared with those of the run that nobody killed. Time and memory depend on how
-much text there is and not on which.
+Each run is a process of its own, so that its peaks are its own: the largest resident set; the most of it that the
+system cannot take back, which leaves out the pages of mapped files; and the most that PyTorch held on the GPU. Writing
+the random checkpoint is another process, and no part of the time. With `--kill` a run with a journal is killed when
+half of its layers are finished, and the same command goes on; its files are compared with those of the run that nobody
+killed. Time and memory depend on how much text there is and not on which.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,8 @@ RESULTS = Path(__file__).parent / "results"
 TOKENS_PER_FORWARD = 16384
 #: bytes of a unit of `ru_maxrss`
 KIB = 1024
+#: seconds between two looks at what a process holds
+INTERVAL = 0.02
 #: what a run says before its numbers
 MARK = "measured: "
 
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    watch = Anonymous()
     clock = [now()]
     place = {"": "disk" if args.offload_weights else args.device}
     model = AutoModelForCausalLM.from_pretrained(
@@ -160,9 +164,25 @@ def run(args: argparse.Namespace) -> None:
         **seconds,
         "fit_seconds": sum(layer.seconds for layer in report.layers),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
+        "peak_anonymous_bytes": watch.peak,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else None,
     }
     print(MARK + json.dumps(numbers))
+
+
+class Anonymous:
+    """The most memory without a file behind it that this process has had since, on Linux; seen by looking often."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            held = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+            self.peak = max(self.peak, held * KIB)
+            time.sleep(INTERVAL)
 
 
 def now() -> float:

@@ -1,5 +1,8 @@
 """Compressions that must end in the same bits, however they are run."""
 
+import os
+from pathlib import Path
+
 import torch
 from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_t5
 
@@ -35,3 +38,24 @@ CASES = {
 
 
 OPTIONS = ["--structure", "low_rank", "--ratio", "0.6", "--num-samples", "4", "--seqlen", "64", "--dataset", "builtin"]
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+def killed_at(monkeypatch, write, before=False):
+    """From now on, the process dies with its `write`-th file of a layer or block, before or after that has its name."""
+    rename, left = os.replace, [write]
+
+    def dying(scratch, path):
+        left[0] -= Path(path).parent.name in ("layers", "blocks")
+        if left[0] == 0 and before:
+            # what a killed process cannot take away stays
+            os.link(scratch, f"{scratch}"[:-32] + 32 * "0")
+            raise Killed
+        rename(scratch, path)
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", dying)

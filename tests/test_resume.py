@@ -1,7 +1,6 @@
 """A compression that is stopped or killed and begun again: the same to the last bit, and no layer fitted twice."""
 
 import copy
-import os
 import random
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import CASES, OPTIONS, inputs, same_bits, timeless
+from resume_cases import CASES, OPTIONS, Killed, inputs, killed_at, same_bits, timeless
 from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from hf_blr import BLRConfig, Statistics, collect_statistics, compress
@@ -24,27 +23,6 @@ from hf_blr.compression.journal import files, status_of
 from hf_blr.compression.journal.files import write_tensors
 from hf_blr.compression.start import Start
 from hf_blr.plan import resolve_plan
-
-
-class Killed(BaseException):
-    """What no code of ours catches."""
-
-
-def killed_at(monkeypatch, write, before=False):
-    """From now on, the process dies with its `write`-th file of a layer or block, before or after that has its name."""
-    rename, left = os.replace, [write]
-
-    def dying(scratch, path):
-        left[0] -= Path(path).parent.name in ("layers", "blocks")
-        if left[0] == 0 and before:
-            # what a killed process cannot take away stays
-            os.link(scratch, f"{scratch}"[:-32] + 32 * "0")
-            raise Killed
-        rename(scratch, path)
-        if left[0] == 0:
-            raise Killed
-
-    monkeypatch.setattr(os, "replace", dying)
 
 
 def counted_fits(monkeypatch):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_blr.cli import options
 from hf_blr.cli.plan import read_plan
+from hf_blr.folders import replacing_folder
 from hf_blr.markdown import format_table
 from hf_blr.plan.rows import by_kind, rows_by_kind
 
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset: a model writes text of its own very slowly so",
     )
     parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="finished layers are written and leave memory when they take so much; OUT appears when all are written",
+    )
+    parser.add_argument(
         "--status",
         action=Status,
         type=Path,
@@ -86,7 +93,7 @@ class Status(argparse.Action):
 
 def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin
-    from hf_blr.compression import Journal, compress
+    from hf_blr.compression import Journal, Shards, compress
 
     options.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
@@ -95,13 +102,14 @@ def run(args: argparse.Namespace) -> None:
     journal = None if args.resume is None else Journal(args.resume)
     model, tokenizer = options.load_model(args.model, args, on_disk=args.offload_weights)
     # what took hours is kept until it is saved
-    with journal or nullcontext():
+    with journal or nullcontext(), replacing_folder(args.output) as new:
+        shards = Shards(new, args.max_shard_size)
         limits = {"max_memory": args.max_memory, "offload_folder": args.offload_folder}
-        report = compress(model, config, tokenizer=tokenizer, resume=journal, **limits)
+        report = compress(model, config, tokenizer=tokenizer, resume=journal, shards=shards, **limits)
         record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)
-        options.save(model, tokenizer, args.output)
+        options.save(model, tokenizer, args.output, shards)
         options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 

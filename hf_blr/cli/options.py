@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from hf_blr.text import can_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_blr.compression import Shards
 
 
 DTYPE = "of the loaded weights: float32, bfloat16, float16, auto"
@@ -206,8 +209,13 @@ def check_folder(folder: Path, result: Path) -> None:
         raise ValueError(f"{result} cannot be written ({why}); name a place that can be") from None
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shards: Shards | None = None
+) -> None:
     """Writes the model so that `from_pretrained(folder)` reads it, whole or not at all, and says how.
+
+    Args:
+        shards: hold a part of the model already, in a folder that the caller puts in the place of `folder`.
 
     Raises:
         OSError: naming the folder, if it cannot be written; what was in it stays.
@@ -218,11 +226,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     from hf_blr.finetune.callback import is_causal_lm
 
     try:
-        with replacing_folder(folder) as new:
+        with replacing_folder(folder) if shards is None else nullcontext(shards.folder) as new:
             if (folder / CARD).exists():
                 # what somebody wrote into it stays
                 shutil.copy(folder / CARD, new)
-            model.save_pretrained(new)
+            model.save_pretrained(new) if shards is None else shards.save(model)
             write_card(new, model.config, folder.name)
             tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:

@@ -3,5 +3,6 @@
 from hf_blr.compression.journal import Journal
 from hf_blr.compression.pipeline import compress, parameter_sizes
 from hf_blr.compression.report import CompressionReport, LayerReport
+from hf_blr.compression.shards import Shards
 
-__all__ = ["CompressionReport", "Journal", "LayerReport", "compress", "parameter_sizes"]
+__all__ = ["CompressionReport", "Journal", "LayerReport", "Shards", "compress", "parameter_sizes"]

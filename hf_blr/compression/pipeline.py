@@ -28,6 +28,7 @@ from hf_blr.compression.journal import Journal, Unkept
 from hf_blr.compression.problems import problem_groups
 from hf_blr.compression.replace import move_layer, replace_layer
 from hf_blr.compression.report import CompressionReport, LayerReport
+from hf_blr.compression.shards import Shards
 from hf_blr.compression.start import Start, start_of
 from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
@@ -50,6 +51,7 @@ def compress(
     resume: str | Path | Journal | None = None,
     max_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
+    shards: Shards | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
@@ -79,6 +81,8 @@ def compress(
             work: bytes, or "6GB". The rest lies in files, the statistics are gathered in as many passes as that takes,
             and the activations of blocks are computed again in the backward. The result is the same.
         offload_folder: where these files are, for as long as the call; None: where the system keeps temporary ones.
+        shards: where finished layers are written as they come, instead of being kept in memory; the model is then to be
+            saved by it. Experts, which are fitted one by one, stay in memory.
         progress: show progress bars.
 
     Returns:
@@ -90,7 +94,7 @@ def compress(
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
             none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), or the
             folder of `resume` is about another model, config or text.
-        OSError: if the journal cannot be written; what it holds stays.
+        OSError: if the journal or a shard cannot be written; what the journal holds stays.
     """
     started = time.perf_counter()
     model = unwrapped(model)
@@ -121,7 +125,7 @@ def compress(
     with Store(max_memory, offload_folder) as store:
         start = journal.start(partial(start_of, model, plan, batches, statistics, config, store))
         held_out = HeldOut(model, apart, store)
-        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, progress)
+        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, progress)
         divergence = held_out.divergence(model)
     after = parameter_sizes(model)
     report = CompressionReport(
@@ -161,6 +165,7 @@ def fit_layers(
     config: BLRConfig,
     journal: Unkept,
     store: Store,
+    shards: Shards | None,
     progress: bool,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
     """Fits the layers of `start.plan` and puts them in place; their reports, in the model's order, and those of blocks.
@@ -185,6 +190,8 @@ def fit_layers(
                 output_gram = start.output_grams.get(origin[name])
                 report = replace_layer(model, name, fits[name], problem, output_gram, config, journal)
                 layers[name] = replace(report, choice=start.choices.get(name))
+                if shards is not None and name in start.plan:
+                    shards.add(model, name)
                 bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)
                 bar.update()
     # where the budget left all layers dense, nothing was recorded
