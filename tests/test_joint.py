@@ -85,10 +85,11 @@ def test_reported_errors_are_those_of_the_block(number):
     assert "2 blocks refined" in str(report)
 
 
-def test_a_step_too_far_is_taken_back(monkeypatch):
-    plain, *_ = compressed(tiny_llama, 0)
+@pytest.mark.parametrize("more", [{}, {"factor_format": "int4", "allocation": "uniform"}])
+def test_a_step_too_far_is_taken_back(more, monkeypatch):
+    plain, *_ = compressed(tiny_llama, 0, **more)
     monkeypatch.setattr(joint, "LEARNING_RATE", 10.0)
-    model, report, _ = compressed(tiny_llama, 3)
+    model, report, _ = compressed(tiny_llama, 3, **more)
     assert all(block.error_after == block.error_before for block in report.blocks)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name
