@@ -7,6 +7,7 @@ from typing import Any
 
 from conditions import RESULTS, table_of
 from protocol import TURNED
+from runs_in_bits import COLUMNS
 from text_ratio_sections import complete, conditions, described, mean_ratio, method_of, ratio
 
 from hf_blr.bench.report.commits import commits_of, rows_of
@@ -49,19 +50,21 @@ def goals_section() -> str:
     rows = [row for row in read_result(RESULTS / FILE)["rows"] if turned(row) and row["dataset"] == "wikitext2"]
     found: dict[tuple, float] = {}
     for row in rows:
-        if row["calibration"] == "valid":
-            found[row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"]] = row["ppl"]
+        if row["calibration"] == "valid" and row["method"] != COLUMNS:
+            trained = row.get("finetune_tokens", 0) > 0
+            found[row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"], trained] = row["ppl"]
     whole = {4.25: "int4", 3.25: "int3"}
     table = []
-    for bits, (fitted, refined) in BUDGETS.items():
-        rival = found.get(("dense", 1.0, whole.get(bits)))
-        beside = f" (GPTQ {score(rival)})" if rival else ""
-        measured = found.get(("auto", 1.0, bits))
-        table.append((f"auto, {bits:g} bits", f"{fitted:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
-        table.append((f"auto, {bits:g} bits, refined", f"{refined:g}", UNKNOWN))
-    plain = found.get(("low_rank", 0.8, "plain"))
+    for bits, goals in BUDGETS.items():
+        for goal, trained in zip(goals, (False, True), strict=True):
+            rival = found.get(("dense", 1.0, whole.get(bits), trained))
+            beside = f" (GPTQ{', refined' * trained} {score(rival)})" if rival else ""
+            measured = found.get(("auto", 1.0, bits, trained))
+            name = f"auto, {bits:g} bits{', refined' * trained}"
+            table.append((name, f"{goal:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
+    plain = found.get(("low_rank", 0.8, "plain", False))
     for name, most in FACTORS.items():
-        measured = found.get(("low_rank", 0.8, name))
+        measured = found.get(("low_rank", 0.8, name, False))
         known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
         table.append((f"low-rank 80 % in {name}, over plain", f"at most {most:g} %", known))
     return format_table([dict(zip(("perplexity", "goal", "measured"), row, strict=True)) for row in table])

@@ -238,7 +238,6 @@ def test_fewer_bits_than_the_smallest_options_take_are_refused():
         ({"dense_format": "int4"}, "chooses formats"),
         ({"fisher": False}, "leave fisher and allocation"),
         ({"allocation": "uniform"}, "leave fisher and allocation"),
-        ({"block_steps": 4}, "set block_steps=0"),
         ({"bits_per_weight": 0}, "a positive number of bits"),
         ({"bits_per_weight": "4"}, "a positive number of bits"),
     ],

@@ -104,7 +104,6 @@ def test_broken_bits_on_disk_are_refused_too(folder, tmp_path):
         (dict(structure="dense", ratio=0.5, dense_format="int4"), "keeps the whole matrix: leave ratio"),
         (dict(ratio=0.5, overrides={"q": {"structure": "dense", "rank": 4}}), r"overrides\['q'\].*keeps the whole"),
         (dict(ratio=0.5, overrides={"q": {"factor_format": "int5"}}), r"overrides\['q'\]: factor_format must be"),
-        (dict(ratio=0.5, factor_format="int4", block_steps=5, dataset="c4"), "block_steps refine"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

@@ -21,6 +21,7 @@ from tiny import tiny_inputs, tiny_llama
 import hf_blr
 from hf_blr import ops
 from hf_blr.calibration.precision import calibrating
+from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.formats import FactorInBits, format_named
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.ops.activations import ACTIVATIONS
@@ -280,3 +281,16 @@ def test_calibration_multiplies_in_tf32_and_leaves_the_process_as_it_was():
     with calibrating(layer):
         assert 1e-5 < error(layer(x)) < 1e-3
     assert error(layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name, size", [("int8", 50.0), ("int4", 3.0), ("int2", 1.0), ("fp8", 150.0)])
+def test_columns_are_rounded_as_the_plain_form_does(name, size):
+    storage = format_named(name)
+    for shape in ((72, 64), (3, 5, 33, 128), (13, 19)):
+        columns = size * torch.randn(*shape, device="cuda")
+        upper = 0.1 * torch.randn(*shape[:-2], shape[-1], shape[-1], device="cuda").triu(1)
+        assert runs_kernel(columns)
+        found, expected = (form(columns, upper, storage) for form in (round_columns, plain_round_columns))
+        # sums in another order may take a number over the middle between two codes
+        same = ((found - expected).abs() < 1e-3 * size).all(-1)
+        assert same.float().mean() > 0.99

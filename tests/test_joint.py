@@ -8,6 +8,7 @@ from tiny import batches_for, divergence, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration import joint, sequential
+from hf_blr.formats import FactorInBits
 
 SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
 
@@ -34,6 +35,25 @@ def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks, monkeypa
     assert all(block.error_after < block.error_before for block in report.blocks)
     assert sum(b.error_after for b in report.blocks) < 0.97 * sum(b.error_before for b in report.blocks)
     dense = build()
+    assert divergence(dense, model, batches) < divergence(dense, plain, batches)
+
+
+@pytest.mark.parametrize("structure, stored", [("low_rank", "int3"), ("pivoted", "fp8"), ("dense", "int2")])
+def test_blocks_in_bits_come_closer_by_their_scales(structure, stored, monkeypatch):
+    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    whole = structure == "dense"
+    more = {"dense_format": stored} | ({"ratio": None} if whole else {"factor_format": stored, "allocation": "uniform"})
+    plain, _, batches = compressed(tiny_llama, 0, structure, None, **more)
+    model, report, _ = compressed(tiny_llama, 30, structure, None, **more)
+    # that of the first block, whose inputs are the same
+    name = "model.layers.0.mlp.down_proj." + ("w" if whole else "u")
+    before, after = plain.get_submodule(name), model.get_submodule(name)
+    assert isinstance(after, FactorInBits) and not torch.equal(after.weight_scale, before.weight_scale)
+    part = before.storage.code_part
+    assert torch.equal(getattr(after, part).view(torch.uint8), getattr(before, part).view(torch.uint8))
+    assert len(report.blocks) == 2
+    assert all(block.error_after < block.error_before for block in report.blocks)
+    dense = tiny_llama()
     assert divergence(dense, model, batches) < divergence(dense, plain, batches)
 
 
@@ -65,10 +85,11 @@ def test_reported_errors_are_those_of_the_block(number):
     assert "2 blocks refined" in str(report)
 
 
-def test_a_step_too_far_is_taken_back(monkeypatch):
-    plain, *_ = compressed(tiny_llama, 0)
+@pytest.mark.parametrize("more", [{}, {"factor_format": "int4", "allocation": "uniform"}])
+def test_a_step_too_far_is_taken_back(more, monkeypatch):
+    plain, *_ = compressed(tiny_llama, 0, **more)
     monkeypatch.setattr(joint, "LEARNING_RATE", 10.0)
-    model, report, _ = compressed(tiny_llama, 3)
+    model, report, _ = compressed(tiny_llama, 3, **more)
     assert all(block.error_after == block.error_before for block in report.blocks)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name

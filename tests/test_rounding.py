@@ -10,11 +10,11 @@ from tiny import batches_for, divergence, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blr import BLRConfig, compress, structures
-from hf_blr.factorize import FitOptions, factorize, relative_error
+from hf_blr.factorize import FitOptions, factorize, relative_error, roots, with_codes
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.rounding import rounded_in_metric
-from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
+from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS, upper_root
 from hf_blr.formats import Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
@@ -178,6 +178,32 @@ def test_weights_of_rows_change_nothing():
     weights = torch.tensor([1.0, 2.0, 4.0, 8.0] * 2).unsqueeze(1)
     plain, weighed = (rounded_in_metric(f, gram, storage) for f in (factor, factor * weights))
     assert torch.equal(plain.values, weighed.values)
+
+
+@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
+def test_roots_of_one_layer_are_found_once_and_change_no_code(spec, monkeypatch):
+    weight, gram, output_gram, numbers = fitted(spec)
+    gram, taken = damped(gram, OPTIONS.damping), []
+    coupling = coupling_of(output_gram, spec.num_blocks[1], OPTIONS.damping, spec.in_features)
+
+    def counted(matrix):
+        taken.append(matrix.shape)
+        return upper_root(matrix)
+
+    monkeypatch.setattr(roots, "upper_root", counted)
+    found, known = [], roots.Roots()
+    for name in ("int4", "int3"):
+        for shared in (known, roots.Roots()):
+            problem = ToRound(weight, gram, None, coupling, format_named(name, 8), OPTIONS.seed, shared)
+            found.append(with_codes(numbers, spec, problem).tensors)
+            taken.append(None)
+    for with_it, alone in (found[:2], found[2:]):
+        for key, codes in with_it.items():
+            assert all(torch.equal(a, b) for a, b in zip(codes, alone[key], strict=True))
+    # of the inputs, where the whole Gram is that of a factor
+    counts = [taken[: taken.index(None)].count(gram.shape), taken.count(gram.shape)]
+    whole = spec.structure in ("dense", "low_rank")
+    assert counts == ([1, 3] if whole else [0, 0])
 
 
 def test_a_direction_without_inputs_is_no_obstacle():

@@ -30,8 +30,6 @@ def test_it_rounds_as_the_plain_form_does(name, size):
         expected = plain_round_columns(columns, upper, storage)
         found = round_columns(columns, upper, *storage.limits, storage.form.float8)
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4 * size)
-        # a number beside the middle between two codes goes to one of them for good: none may lie there
-        assert expected.abs().max() > 0
 
 
 @triton.jit

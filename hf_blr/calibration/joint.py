@@ -17,9 +17,11 @@ from torch.func import functional_call
 
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.stand_ins import with_stand_ins
+from hf_blr.calibration.training_form import SCALES, forms_in, training_form
 from hf_blr.linear import blr_modules
 
-#: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size
+#: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size. Scales of
+#: bits train as logarithms, whose steps are relative as they are
 LEARNING_RATE = 3e-3
 
 #: (block or a function in its place, hidden states that enter, number of the batch) -> hidden states that leave
@@ -46,6 +48,8 @@ def refine_block(
 ) -> BlockReport | None:
     """Refines the factors of the block's compressed layers, in place; None if it has none.
 
+    Of factors in bits the scales train and the codes stay.
+
     The loss is the squared error of each token's output over the squared size of what is wanted, so that the few tokens
     on which a model stores its largest activations weigh like all others: what reads the stream normalises it. Works on
     float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better.
@@ -60,7 +64,7 @@ def refine_block(
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
         seed: of the order of the batches.
     """
-    with with_stand_ins(block):
+    with with_stand_ins(block), training_form(block, SCALES):
         return refine_factors(name, block, run, entered, wanted, steps, seed)
 
 
@@ -73,13 +77,16 @@ def refine_factors(
         for path, module in blr_modules(block).items()
         for factor, parameter in module.factors().items()
     }
+    scales = {f"{name}.log_scale": form.log_scale for name, form in forms_in(block).items()}
+    factors |= scales
     if not factors:
         return None
     before = mean_error(block, run, entered, wanted)
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
-    sizes = [{"params": [p], "lr": LEARNING_RATE * p.detach().square().mean().sqrt().item()} for p in copies.values()]
-    optimizer = torch.optim.Adam(sizes, betas=(0.9, 0.95))
+    sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
+    groups = [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     for i in order(len(entered), steps, seed):
         with torch.enable_grad():

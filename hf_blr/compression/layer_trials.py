@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,10 @@ from hf_blr.compression.shapes import at_ratio
 from hf_blr.config import BLRConfig
 from hf_blr.dense import at_hand, dense_weight, feature_sizes
 from hf_blr.experts import layer_named
-from hf_blr.factorize import Factors, FitOptions, factorize, in_bits, metric_of, unit_gram
+from hf_blr.factorize import Factors, FitOptions, factorize, metric_of, unit_gram, with_codes
 from hf_blr.factorize.bits import ToRound, coupling_of
 from hf_blr.factorize.gram import damped
+from hf_blr.factorize.roots import Roots
 from hf_blr.formats import Bits
 from hf_blr.structures import BLRSpec, structure_named
 
@@ -92,13 +94,17 @@ class Layer:
         weight, gram, output_gram = self.matrices()
         return factorize(weight, spec, gram, output_gram, self.options)
 
-    def rounded(self, fitted: Factors, spec: BLRSpec, storage: Bits) -> Factors:
-        """The fit with codes in the place of factors."""
+    def rounded_losses(self, fitted: Factors, spec: BLRSpec, formats: Sequence[Bits]) -> dict[str, float]:
+        """{format: the predicted loss of the fit with codes in the place of factors}."""
         weight, gram, output_gram = self.matrices()
-        gram = unit_gram(gram, self.options.damping)
-        metric = metric_of(spec, output_gram, weight.device)
-        coupling = coupling_of(output_gram, spec.num_blocks[1], self.options.damping, spec.in_features)
-        return in_bits(fitted, spec, ToRound(weight, gram, metric, coupling, storage, self.options.seed))
+        damping, metric = self.options.damping, metric_of(spec, output_gram, weight.device)
+        coupling = coupling_of(output_gram, spec.num_blocks[1], damping, spec.in_features)
+        gram, roots = unit_gram(gram, damping), Roots()
+        found = {}
+        for storage in formats:
+            problem = ToRound(weight, gram, metric, coupling, storage, self.options.seed, roots)
+            found[storage.name] = self.loss(with_codes(fitted, spec, problem).matrix(spec))
+        return found
 
     def loss(self, matrix: Tensor) -> float:
         """The predicted loss of another matrix `[N, K]` in the place of W."""

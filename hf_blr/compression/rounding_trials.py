@@ -111,9 +111,9 @@ def trial_of(layer: Layer, spec: BLRSpec, curve: Tensor, scale: float, formats: 
     fitted = layer.fit(spec)
     cut = layer.loss(fitted.matrix(spec))
     low_rank = interpolate(curve, spec.equivalent_rank)
-    rounding = {}
-    for storage in storable(spec, formats):
-        total = layer.loss(layer.rounded(fitted, spec, storage).matrix(spec))
-        # the refit of other factors can gain what rounding costs; a matrix of zeros loses nothing
-        rounding[storage.name] = max(total - cut, 1e-30) / scale if scale > 0 else 0.0
+    # the refit of other factors can gain what rounding costs; a matrix of zeros loses nothing
+    rounding = {
+        name: max(total - cut, 1e-30) / scale if scale > 0 else 0.0
+        for name, total in layer.rounded_losses(fitted, spec, storable(spec, formats)).items()
+    }
     return Trial(spec.ratio, max(cut, 1e-30) / low_rank if low_rank > 0 else 1.0, rounding)

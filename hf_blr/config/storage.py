@@ -104,11 +104,6 @@ def check_storage(config: BLRConfig) -> None:
             f"group_size={config.group_size} is of formats of integers, and no layer has one: set factor_format or "
             "dense_format"
         )
-    if config.block_steps and config.factor_format != PLAIN.name:
-        raise ValueError(
-            f"block_steps refine factors by gradient steps, which do not move codes of {config.factor_format}: set "
-            'factor_format="plain" or block_steps=0'
-        )
 
 
 def check_bits(config: BLRConfig) -> None:
@@ -132,5 +127,3 @@ def check_bits(config: BLRConfig) -> None:
         return
     if not config.fisher or config.allocation == "uniform":
         raise ValueError(f"{where} is shared out by Fisher information: leave fisher and allocation as they are")
-    if config.block_steps:
-        raise ValueError(f"{where} may store factors in bits, which gradient steps do not move: set block_steps=0")

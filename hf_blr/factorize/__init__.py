@@ -95,13 +95,18 @@ def factorize(
 
 
 def in_bits(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:
-    """The same fit with codes in the place of factors, and the error that comes of them.
+    """The same fit with codes in the place of factors, and the error that comes of them."""
+    rounded = with_codes(fitted, spec, problem)
+    return replace(rounded, rel_error=relative_error(problem.weight, rounded.matrix(spec), problem.gram))
+
+
+def with_codes(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:
+    """The same fit, and its error, with codes in the place of factors.
 
     They are chosen as the structure's record says, or are the nearest where it says nothing.
     """
     choose = structure_named(spec.structure).load("rounding") or nearest
-    rounded = replace(fitted, tensors=choose(spec, dict(fitted.tensors), problem))
-    return replace(rounded, rel_error=relative_error(problem.weight, rounded.matrix(spec), problem.gram))
+    return replace(fitted, tensors=choose(spec, dict(fitted.tensors), problem))
 
 
 def nearest(spec: BLRSpec, tensors: Mapping[str, Any], problem: ToRound) -> dict[str, Tensor | Codes]:

@@ -8,13 +8,14 @@ suits them. And once v is rounded, the best u for it is a linear solve: u makes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_blr.factorize.gram import solve_psd
 from hf_blr.factorize.metric import OutputMetric, regroup
+from hf_blr.factorize.roots import Roots
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import Bits, Codes
 
@@ -26,6 +27,7 @@ class ToRound:
     weight: W `[N, K]`, float32. gram: H `[K, K]`, damped, or None for inputs that weigh alike. metric: of the outputs,
     as the fit had it, for structures that it weighs; the best u for given v is the same in any. coupling: G in blocks
     `[B2, Q, Q]`, of `coupling_of`, or None for outputs that weigh alike. storage: the format. seed: of rotations.
+    roots: of these metrics, which problems of other formats may share.
     """
 
     weight: Tensor
@@ -34,6 +36,7 @@ class ToRound:
     coupling: Tensor | None
     storage: Bits
     seed: int
+    roots: Roots = field(default_factory=Roots)
 
     @property
     def input_gram(self) -> Tensor:
@@ -45,9 +48,10 @@ class ToRound:
     def round(self, factor: Tensor, gram: Tensor | None, rows: Tensor | None = None) -> Codes:
         """The codes of a factor `[..., n, k]` that multiplies what has the Gram matrix `[..., k, k]`.
 
-        rows: the metric `[..., n, n]` of what it puts out; None where that weighs alike.
+        rows: the metric `[..., n, n]` of what it puts out, of a single factor also `[1, n, n]`; None where that weighs
+            alike.
         """
-        return rounded_in_metric(factor, gram, self.storage, rows)
+        return rounded_in_metric(factor, gram, self.storage, rows, self.roots)
 
     def behind(self, u: Tensor) -> Tensor:
         """The metric `[B2, R, R]` of what u `[B2, Q, R]` multiplies: u^T G u."""

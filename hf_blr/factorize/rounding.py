@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from hf_blr.factorize.columns import STRIDE, round_columns, runs_kernel
-from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, moves_of, split, upper_root
+from hf_blr.factorize.roots import Roots
+from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, split
 from hf_blr.formats import Bits, Codes
 
 #: columns between two updates of all columns behind them
 BLOCK = 128
 
 
-def rounded_in_metric(factor: Tensor, gram: Tensor | None, storage: Bits, rows: Tensor | None = None) -> Codes:
+def rounded_in_metric(
+    factor: Tensor, gram: Tensor | None, storage: Bits, rows: Tensor | None = None, roots: Roots | None = None
+) -> Codes:
     """The codes of a factor `[..., n, k]`, chosen column by column in the metrics of both of its sides.
 
     Scales are chosen when the first column of their group is reached, for the numbers that then stand there. Without a
@@ -33,11 +36,13 @@ def rounded_in_metric(factor: Tensor, gram: Tensor | None, storage: Bits, rows: 
         factor: f.
         gram: H `[..., k, k]`.
         storage: the format.
-        rows: M `[..., n, n]`; None is the identity, in which rows have nothing to do with each other.
+        rows: M `[..., n, n]`, also `[1, n, n]` of a single factor; None is the identity, in which rows have nothing to
+            do with each other.
+        roots: what remembers the roots of these metrics.
     """
     if gram is None:
         return storage.nearest(factor.float())
-    sweep = Sweep(factor, gram, storage, rows)
+    sweep = Sweep(factor, gram, storage, rows, roots or Roots())
     blocks, columns = len(sweep.left), -(-factor.shape[-1] // BLOCK)
     for step in range(columns + blocks - 1):
         # a block of rows is one block of columns behind the one before it, so that they can go on together
@@ -59,16 +64,16 @@ class Sweep:
     target: the same before the feedback between columns.
     """
 
-    def __init__(self, factor: Tensor, gram: Tensor, storage: Bits, rows: Tensor | None):
+    def __init__(self, factor: Tensor, gram: Tensor, storage: Bits, rows: Tensor | None, roots: Roots):
         self.storage, self.k = storage, factor.shape[-1]
         self.size = storage.group_size or self.k
-        # row i says how columns behind i make up for an error in i
-        self.upper = by_diagonal(upper_root(gram)).to(factor.dtype)
+        self.upper = roots.upper(gram).to(factor.dtype)
         count = 1 if rows is None else ROW_BLOCKS
         self.left = split(factor, count)
         self.target = self.left.clone()
         self.scales: list[list[Tensor]] = [[] for _ in range(count)]
-        self.moves = [] if rows is None else [m.to(factor.dtype) for m in moves_of(rows, self.left.shape[-2])]
+        moves = [] if rows is None else roots.moves(rows, self.left.shape[-2])
+        self.moves = [move.to(factor.dtype).view(*factor.shape[:-2], *move.shape[-2:]) for move in moves]
 
     def starts(self, first: int) -> list[int]:
         """The columns of this block with which groups begin, counted from its first."""
@@ -116,7 +121,3 @@ class Sweep:
         moved = (self.moves[b] @ lost).unflatten(-2, (-1, lost.shape[-2])).movedim(-3, 0)
         self.target[b + 1 :, ..., columns] += moved
         self.left[b + 1 :, ..., columns] += moved
-
-
-def by_diagonal(upper: Tensor) -> Tensor:
-    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)

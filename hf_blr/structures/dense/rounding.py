@@ -11,4 +11,4 @@ from hf_blr.structures.spec import BLRSpec
 
 def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict[str, Tensor | Codes]:
     """The codes of w `[N, K]`, in the metrics of inputs and outputs."""
-    return {"w": problem.round(tensors["w"], problem.gram, None if problem.coupling is None else problem.coupling[0])}
+    return {"w": problem.round(tensors["w"], problem.gram, problem.coupling)}

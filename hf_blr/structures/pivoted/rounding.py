@@ -22,10 +22,9 @@ def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict
     numbers = tensors["c"]
     if len(others):
         own = None if problem.gram is None else problem.gram[others][:, others]
-        c = problem.round(numbers, own, problem.behind(tensors["u"][None])[0])
+        c = problem.round(numbers, own, problem.behind(tensors["u"][None]))
         numbers = c.numbers(problem.weight.dtype)
     # what u multiplies: the pivots as they are, and c's sums of the others
     rows = pivoted_dense(torch.eye(spec.rank, dtype=numbers.dtype, device=numbers.device), numbers, order)
     u, gram = refitted(problem.weight, rows, problem.input_gram)
-    coupling = None if problem.coupling is None else problem.coupling[0]
-    return {"u": problem.round(u, gram, coupling), "c": c, "order": tensors["order"]}
+    return {"u": problem.round(u, gram, problem.coupling), "c": c, "order": tensors["order"]}
