@@ -1,7 +1,7 @@
 """Numbers of 16 bits from words in bits, two at a time: what Triton has no operations for, in assembler.
 
-Two neighbours of a word share a register. An instruction then serves two numbers, where float32 takes one each and one
-more to round.
+Numbers of one place of two words share a register. An instruction then serves two numbers, where float32 takes one each
+and one more to round.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ ASSEMBLES = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 def int4_pairs(kind: str, one: int, magic: int, offset: int) -> str:
-    """Numbers 0 to 7 of the word $8: four bits go into the mantissa of `magic`, of which `offset` is taken off.
+    """Numbers 0 to 7 of words $8 and $9: four bits go into the mantissa of `magic`, of which `offset` is taken off.
 
     Args:
         kind: of the numbers in PTX.
         one, magic, offset: the bits of 1, of a power of two whose last place is 1, and of -(magic + 8), each twice.
     """
     lines = [
-        f".reg .b32 next, t, one, offset; mov.b32 one, {one:#x}; mov.b32 offset, {offset:#x}; shr.b32 next, $8, 4;"
+        f".reg .b32 low, high, t, one, offset; mov.b32 one, {one:#x}; mov.b32 offset, {offset:#x};",
+        "prmt.b32 low, $8, $9, 0x5410; prmt.b32 high, $8, $9, 0x7632;",
     ]
-    for i in range(4):
-        # byte i, and what stands four bits higher; then (t & mask) | magic
-        lines.append(f"prmt.b32 t, $8, next, {0x0400 | i | i << 8:#x}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;")
-        lines.append(f"fma.rn.{kind} t, t, one, offset; mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;")
+    for j in range(8):
+        half, shift = "high" if j >= 4 else "low", 4 * (j % 4)
+        # (bits & mask) | magic
+        lines.append(f"shr.b32 t, {half}, {shift}; lop3.b32 t, t, 0x000F000F, {magic:#x}, 0xEA;")
+        lines.append(f"fma.rn.{kind} ${j}, t, one, offset;")
     return "{ " + " ".join(lines) + " }"
 
 
 def float8_pairs(kind: str, shift: int, mask: int, factor: int) -> str:
-    """Numbers 0 to 3 of the word $4: the bits of e4m3 as a wider number's, times what the exponents differ by.
+    """Numbers 0 to 3 of words $4 and $5: the bits of e4m3 as a wider number's, times what the exponents differ by.
 
     Args:
         kind: of the numbers in PTX.
@@ -42,11 +44,11 @@ def float8_pairs(kind: str, shift: int, mask: int, factor: int) -> str:
         factor: the bits of the power of two, twice.
     """
     lines = [f".reg .b32 t, m, factor, zero; mov.b32 factor, {factor:#x}; mov.b32 zero, 0x80008000;"]
-    for i in range(2):
-        # bytes 2i and 2i + 1, each above one that the masks drop; then (t & sign) | m
-        lines.append(f"prmt.b32 t, $4, 0, {0x1000 * (2 * i + 1) | 0x10 * (2 * i):#x};")
+    for j in range(4):
+        # byte j of both words, each above one that the masks drop; then (t & sign) | m
+        lines.append(f"prmt.b32 t, $4, $5, {0x1000 * (4 + j) | 0x10 * j:#x};")
         lines.append(f"shr.b32 m, t, {shift}; and.b32 m, m, {mask:#x}; lop3.b32 t, t, 0x80008000, m, 0xEA;")
-        lines.append(f"fma.rn.{kind} t, t, factor, zero; mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;")
+        lines.append(f"fma.rn.{kind} ${j}, t, factor, zero;")
     return "{ " + " ".join(lines) + " }"
 
 
@@ -61,7 +63,7 @@ def int4_places(b_w, DTYPE: tl.constexpr):
     """Eight tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
     ASM: tl.constexpr = INT4_BF16 if DTYPE == tl.bfloat16 else INT4_FP16
     b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
-        ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r", [b_w], [tl.int16] * 8, is_pure=True, pack=1
+        ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [b_w], [tl.int16] * 8, is_pure=True, pack=2
     )
     return (
         b_0.to(DTYPE, bitcast=True),
@@ -79,9 +81,7 @@ def int4_places(b_w, DTYPE: tl.constexpr):
 def float8_places(b_w, DTYPE: tl.constexpr):
     """Four tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
     ASM: tl.constexpr = FLOAT8_BF16 if DTYPE == tl.bfloat16 else FLOAT8_FP16
-    b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(
-        ASM, "=h,=h,=h,=h,r", [b_w], [tl.int16] * 4, is_pure=True, pack=1
-    )
+    b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r", [b_w], [tl.int16] * 4, is_pure=True, pack=2)
     return (
         b_0.to(DTYPE, bitcast=True),
         b_1.to(DTYPE, bitcast=True),
