@@ -1,4 +1,4 @@
-"""2 to 32 tokens on weights in bits, multiplied place by place: no number of the weights leaves the thread that unpacks it.
+"""2 to 32 tokens on weights in bits, multiplied place by place: their numbers stay in the thread that unpacks them.
 
 A word holds numbers of several places, 0 to 7 of int4. Tensor cores take the numbers of one place of sixteen words with
 the inputs that meet them. Inputs are put into that order once, since neighbours in a row of weights are not neighbours
@@ -62,9 +62,9 @@ def decode_places_kernel(
 ):
     """out[t, n] = activation(sum over j and c of x[t, j, c] * number j of w[n, c], plus bias[n]), with w `[N, C]`.
 
-    C comes / VEC. A scale of ws is that of SCALED numbers, which steps of BC words divide, or of a row. TO_PLACES stores
-    number n at place n % PER and column n // PER. The grid's second axis has parts of STEPS steps of the sum, whose out lie
-    stride_os apart.
+    C comes / VEC. A scale of ws is that of SCALED numbers, which steps of BC words divide, or of a row. TO_PLACES puts
+    number n at place n % PER and column n // PER. The grid's second axis has parts of the sum, of STEPS steps each, and
+    stride_os lies between their out.
     """
     i_s, o_n = tl.program_id(1), tl.program_id(0) * BN + tl.arange(0, BN)
     o_t, o_b = tl.arange(0, BT), tl.arange(0, BC)
@@ -122,7 +122,7 @@ def to_places(x: Tensor, per: int) -> Tensor:
 
 
 def project(x: Tensor, w: Weights, y: Tensor):
-    """y `[T, N]` in the order of places, from x `[T, PER, C]` and w `[N, R]`: few rows, so the sum is cut into parts."""
+    """y `[T, N]` in the order of places, from x `[T, PER, C]` and w `[N, R]`; of few rows the sum is cut into parts."""
     device, (tokens, n) = device_of(x), y.shape
     parts = parts_of(w.shape[0], w.shape[1], w.per, device)
     if parts == 1:
@@ -135,7 +135,7 @@ def project(x: Tensor, w: Weights, y: Tensor):
 
 
 def multiply(x: Tensor, w: Weights, bias: Tensor | None, out: Tensor, activation: str = "", to_places: bool = False):
-    """out `[PARTS, T, N]`, of a sum in so many parts, from x `[T, PER, C]`, which `to_places` has made, and w `[N, R]`."""
+    """out `[PARTS, T, N]`, a sum in so many parts, from x `[T, PER, C]`, as `to_places` makes it, and w `[N, R]`."""
     (n, r), tokens, device = w.shape, len(x), device_of(x)
     columns = r // w.per
     vec, bt = vector_width(columns), decode_rows(tokens)

@@ -61,7 +61,7 @@ FLOAT8_FP16 = tl.constexpr(float8_pairs("f16x2", 1, 0x3F803F80, 0x5C005C00))
 @triton.jit
 def int4_places(b_w, DTYPE: tl.constexpr):
     """Eight tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
-    ASM: tl.constexpr = INT4_BF16 if DTYPE == tl.bfloat16 else INT4_FP16
+    ASM: tl.constexpr = INT4_BF16 if tl.bfloat16 == DTYPE else INT4_FP16
     b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
         ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [b_w], [tl.int16] * 8, is_pure=True, pack=2
     )
@@ -80,7 +80,7 @@ def int4_places(b_w, DTYPE: tl.constexpr):
 @triton.jit
 def float8_places(b_w, DTYPE: tl.constexpr):
     """Four tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
-    ASM: tl.constexpr = FLOAT8_BF16 if DTYPE == tl.bfloat16 else FLOAT8_FP16
+    ASM: tl.constexpr = FLOAT8_BF16 if tl.bfloat16 == DTYPE else FLOAT8_FP16
     b_0, b_1, b_2, b_3 = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r", [b_w], [tl.int16] * 4, is_pure=True, pack=2)
     return (
         b_0.to(DTYPE, bitcast=True),
