@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bits_section
 import config_section
 import float8_section
-import formats_section
 import front_section
 import goals
 import inventory_section
@@ -51,7 +50,6 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": goals.counters,
         "float8": float8_section.float8_section,
-        "formats": formats_section.formats_section,
         "one-token": layer_sections.one_token_section,
         "packed-decode": packed_section.packed_decode_section,
         "packed-settings": packed_section.packed_settings_section,

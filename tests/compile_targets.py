@@ -8,7 +8,6 @@ uninitialised CPU tensors, so that what is compiled is what the launchers really
 import json
 import re
 import sys
-from functools import partial
 
 import torch
 import triton
@@ -198,22 +197,6 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
-def in_bits(bits, group, *shape):
-    """A factor as `ops.InBits`; float8 where bits is 0."""
-    if not bits:
-        codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
-    else:
-        codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
-    scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
-    return codes, scale, bits or 8, shape[-1]
-
-
-def call_places(dtype, tokens, bits, group, k, n, rank):
-    """A low-rank layer multiplied place by place, its first stage in parts."""
-    x, tensors = torch.empty(tokens, k, dtype=dtype), (in_bits(bits, group, n, rank), in_bits(bits, group, rank, k))
-    packed.low_rank(x, *map(list, zip(*tensors, strict=True)), None, "gelu")
-
-
 #: each card has its own tokens, bits and group: what they share is compiled once
 PACKED = {
     80: (torch.float16, 1, 8, None, 764, 2304, 192, 4, 16),
@@ -225,7 +208,15 @@ PACKED = {
 
 def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
-    factor = partial(in_bits, bits, group)
+
+    def factor(*shape):
+        if not bits:
+            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        else:
+            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+        return codes, scale, bits or 8, shape[-1]
+
     p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
     s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
     for run, tensors in (
@@ -289,7 +280,6 @@ def main(capability: int):
     if capability != 89:
         call_plain(capability)
         call_packed(*PACKED[capability])
-        call_places(torch.float16 if capability == 80 else torch.bfloat16, 16, 4, 128, 4096, 4096, 256)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

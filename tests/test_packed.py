@@ -12,8 +12,7 @@ from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.rules.packed import multiplies_by_places  # noqa: E402
-from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_project, decode_stack  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -62,28 +61,6 @@ def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
     monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
     assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
     assert len(grids) == 2
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("form, group", [("int4", 128), ("int4", None), ("int8", 64), ("fp8", None)])
-def test_place_by_place(form, group, parts, monkeypatch):
-    grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
-    monkeypatch.setattr(decode_places, "parts_of", lambda *sizes: parts)
-    # one step in the last stage, five in the first
-    sizes = (1, 1, 640, 40, 128)
-    assert_packed_within_budget("low_rank", form, group, 3, sizes, torch.float16, activation="gelu")
-    assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16, bias=False)
-    assert [grid[1] for grid in grids] == [parts, 1] * 2
-
-
-def test_what_is_multiplied_place_by_place():
-    for row, group, per, wanted in (
-        (1024, 128, 8, True),
-        (1024, 64, 8, False),
-        (1024, 64, 4, True),
-        (1028, 0, 8, False),
-    ):
-        assert multiplies_by_places(row, group, per) == wanted
 
 
 def test_steps_lie_in_one_group(monkeypatch):

@@ -96,22 +96,3 @@ def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Devic
 def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
     """The setting with the longest steps, of its length at most, each of which lies in one group; 0: no groups."""
     return replace(config, length=min(config.length, largest_power_of_two(group))) if group else config
-
-
-def multiplies_by_places(row: int, group: int, per: int) -> bool:
-    """Whether `decode_places_kernel` takes a row of `row` weights: tensor cores take sixteen words at a time."""
-    return row % per == 0 and group % (16 * per) == 0
-
-
-def places_config(outputs: int, tokens: int, per: int, device: Device) -> DecodeConfig:
-    """For `decode_places_kernel`; lengths are of numbers."""
-    if device == INTERPRETER:
-        return DecodeConfig(16, 16 * per, 4, 1)
-    return DecodeConfig(32 if outputs <= 64 * device.sms else 64, 16 * per, 4, 4)
-
-
-def parts_of(rows: int, row: int, per: int, device: Device) -> int:
-    """Into how many parts the sums of a first stage by `decode_places_kernel` are cut."""
-    if device == INTERPRETER:
-        return 2
-    return max(1, min(8, 2 * device.sms // -(-rows // 32), row // (64 * per)))

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blr.ops.rules.packed import PER_WORD
-from hf_blr.ops.triton.pairs import ASSEMBLES, float8_places, int4_places
 
 
 class Weights(NamedTuple):
@@ -105,20 +104,6 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
         b = (b_n & -2147483648) | ((b_n >> 4) & 0x07F00000)
         b_n = b.to(tl.float32, bitcast=True) * (2.0**120)
     return b_n
-
-
-@triton.jit
-def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
-    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
-    if ASSEMBLES and FORM == "int4" and tl.float32 != DTYPE:
-        tiles = int4_places(b_w, DTYPE)
-    elif ASSEMBLES and FORM == "fp8" and tl.float32 != DTYPE:
-        tiles = float8_places(b_w, DTYPE)
-    else:
-        tiles = ()
-        for j in tl.static_range(PER):
-            tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)
-    return tiles
 
 
 @triton.jit

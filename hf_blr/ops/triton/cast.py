@@ -8,7 +8,6 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import cast_config
-from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -23,12 +22,10 @@ def cast_rows_kernel(
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
     TILES: tl.constexpr,
-    PDL: tl.constexpr,
     BK: tl.constexpr,
 ):
     """rows[t] = x[t] / scale[t] in float8, with scale[t] = ||x[t]|| / LARGEST; one token a program."""
     i_t = tl.program_id(0).to(tl.int64)
-    wait_for_previous(PDL)
     x_ptr += i_t * stride_xt
     rows_ptr += i_t * stride_rt
     b_xs = ()
@@ -53,7 +50,6 @@ def cast_rows(x, largest, smallest_norm):
     rows, scale = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
     if not x.numel():
         return rows, scale
-    device = device_of(x)
 
     def run(config):
         cast_rows_kernel[(tokens,)](
@@ -67,10 +63,8 @@ def cast_rows(x, largest, smallest_norm):
             SMALLEST_NORM=smallest_norm,
             TILES=triton.cdiv(k, config.bc),
             BK=config.bc,
-            PDL=device.has_pdl,
             num_warps=config.warps,
-            **device.launch_options,
         )
 
-    launch(run, "cast_rows", cast_config(k, device), tokens, (k,), x)
+    launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
     return rows, scale

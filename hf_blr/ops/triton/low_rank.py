@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from hf_blr.ops.rules.low_rank import runs_few
-from hf_blr.ops.rules.packed import multiplies_by_places
 from hf_blr.ops.triton.bits import Weights, weights_of
 from hf_blr.ops.triton.block_gemm import block_gemm
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.decode_places import low_rank_by_places
 from hf_blr.ops.triton.decode_project import decode_project
 
 
@@ -28,17 +26,10 @@ def forward(x, u, v, bias, keep=False, activation=""):
 def decode(x, u: Weights, v: Weights, bias, activation=""):
     """`[T, N]` at few tokens."""
     tokens, (n, r) = x.shape[0], u.shape
-    if tokens > 1 and by_places(u, v):
-        return low_rank_by_places(x, u, v, bias, activation)
     z, out = x.new_empty(1, tokens, r), x.new_empty(tokens, n)
     decode_project(x, v.stacked(), None, z)
     decode_expand(z, u.stacked(), bias, out, activation)
     return out
-
-
-def by_places(u: Weights, v: Weights) -> bool:
-    """Whether both factors are multiplied place by place."""
-    return u.form == v.form != "plain" and all(multiplies_by_places(w.length, w.group, w.per) for w in (u, v))
 
 
 def finish(y, u, bias, activation=""):
