@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,21 @@ def bench_layers(args: argparse.Namespace) -> None:
 def compile_kernels(todo: list[cases.Case], args: argparse.Namespace, dtype: torch.dtype) -> list[layers.FirstCalls]:
     """Each case's first-call seconds, measured in several processes, which leave the kernels for this one."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    each = [
+        (i, replace(case, specs=(spec,)), name)
+        for i, case in enumerate(todo)
+        for spec in case.specs
+        for name in args.formats
+    ]
+    found: list[layers.FirstCalls] = [{} for _ in todo]
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(layers.first_call_seconds, c, args.device, dtype, cache, args.formats) for c in todo]
-        return [job.result() for job in jobs]
+        jobs = [
+            (i, pool.submit(layers.first_call_seconds, case, args.device, dtype, cache, [name]))
+            for i, case, name in each
+        ]
+        for i, job in jobs:
+            found[i] |= job.result()
+    return found
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

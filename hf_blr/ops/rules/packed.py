@@ -77,16 +77,6 @@ def packed_project_config(parts: int, row: int, rows: int, tokens: int, itemsize
     return DecodeConfig(tile, length, 4, max(1, min(4, device.shared_memory // stage)))
 
 
-def packed_rows_config(row: int, rows: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
-    """For `decode_packed_kernel`: `rows` of `row` weights in all blocks."""
-    if device == INTERPRETER:
-        return DecodeConfig(8, 16, 4, 1)
-    warps = 8 if row > 2048 else 4
-    config = DecodeConfig(8, 128, warps, 3)
-    stage = warps * config.length * (8 + decode_rows(tokens)) * itemsize
-    return replace(config, stages=max(1, min(config.stages, device.shared_memory // stage)))
-
-
 def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Device) -> DecodeConfig:
     """As `few_tokens.expand_config` with a matrix in bits.
 

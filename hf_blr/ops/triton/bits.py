@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blr.ops.rules.packed import PER_WORD
-from hf_blr.ops.triton.pairs import ASSEMBLES, float8_places, int4_places
 
 
 class Weights(NamedTuple):
@@ -108,33 +107,21 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
-    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
-    if ASSEMBLES and FORM == "int4" and DTYPE != tl.float32:
-        tiles = int4_places(b_w, DTYPE)
-    elif ASSEMBLES and FORM == "fp8" and DTYPE != tl.float32:
-        tiles = float8_places(b_w, DTYPE)
-    else:
-        tiles = ()
-        for j in tl.static_range(PER):
-            tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)
-    return tiles
-
-
-@triton.jit
 def numbers_of(b_w, FORM: tl.constexpr, DTYPE: tl.constexpr):
     """The numbers `[..., C * numbers of a word]` of words `[..., C]`, without scales; plain ones as they are."""
     if FORM == "plain":
         b = b_w
     elif FORM == "int4":
-        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = places_of(b_w, FORM, 8, DTYPE)
         # the axis that a join adds is the fastest: the lowest bit of a number's place comes last
-        b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
-        b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
-        b = flattened(tl.join(b_even, b_odd), b_w, 8)
+        b_04 = tl.join(number_at(b_w, 0, FORM).to(DTYPE), number_at(b_w, 4, FORM).to(DTYPE))
+        b_26 = tl.join(number_at(b_w, 2, FORM).to(DTYPE), number_at(b_w, 6, FORM).to(DTYPE))
+        b_15 = tl.join(number_at(b_w, 1, FORM).to(DTYPE), number_at(b_w, 5, FORM).to(DTYPE))
+        b_37 = tl.join(number_at(b_w, 3, FORM).to(DTYPE), number_at(b_w, 7, FORM).to(DTYPE))
+        b = flattened(tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37)), b_w, 8)
     else:
-        b_0, b_1, b_2, b_3 = places_of(b_w, FORM, 4, DTYPE)
-        b = flattened(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), b_w, 4)
+        b_02 = tl.join(number_at(b_w, 0, FORM).to(DTYPE), number_at(b_w, 2, FORM).to(DTYPE))
+        b_13 = tl.join(number_at(b_w, 1, FORM).to(DTYPE), number_at(b_w, 3, FORM).to(DTYPE))
+        b = flattened(tl.join(b_02, b_13), b_w, 4)
     return b
 
 

@@ -15,7 +15,6 @@ from hf_blr.ops.rules.packed import packed_project_config, within_groups
 from hf_blr.ops.triton.bits import numbers_of, weights_of
 from hf_blr.ops.triton.decode_one import project_one
 from hf_blr.ops.triton.decode_one_mix import project_mixed_one
-from hf_blr.ops.triton.decode_packed import project_packed
 from hf_blr.ops.triton.tiles import in_part, mix_of, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -150,8 +149,6 @@ def decode_project(x, v, s, z, add=False):
     device, mix = device_of(x), s is not None
     if tokens == 1 and not add:
         return project_mixed_one(x, v, s, z) if mix else project_one(x, v, z)
-    if v.form != "plain" and not mix:
-        return project_packed(x, v, z, add)
     b2 = z.shape[0]
     parts = b1 if mix else 4
     if v.form == "plain":
