@@ -92,8 +92,8 @@ class Distiller:
         if loss is None or logits is None:
             raise ValueError(
                 f"distillation needs the loss and the logits of {type(model).__name__}: have labels in the "
-                "dataset, and give the Trainer neither label_smoothing_factor nor compute_loss_func, which "
-                "keep the labels from the model"
+                "dataset, give the Trainer neither label_smoothing_factor nor compute_loss_func, which keep the "
+                'labels from the model, and TRL\'s SFTConfig loss_type="nll", as its other losses do without the logits'
             )
         teacher_logits = self.teacher_output(args, kwargs, logits.device).logits
         mask = self.scored_positions(kwargs, logits)
