@@ -4,8 +4,12 @@ VENV ?= .venv
 TRANSFORMERS ?= transformers
 # the version the project is tested with; used only where the environment has no torch yet
 TORCH ?= torch==2.13.0
+# tests run in so many processes; 0 is this one alone
+WORKERS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+# files stay whole, as their tests share fixtures; models are too small for more than one thread each
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: install test test-quick test-long lint audit docs demo clean
 
@@ -18,15 +22,15 @@ $(READY): setup.cfg pyproject.toml
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# what a change is checked with many times a day; minutes where `test` takes a quarter of an hour
+# what a change is checked with many times a day; a few minutes where `test` takes ten
 test-quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 # thousands of damaged checkpoints; minutes
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .

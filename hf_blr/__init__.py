@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hf_blr.linear import BLRLinear
     from hf_blr.structures import Blast, LowRank, Monarch, Pivoted
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "BLRCallback": "hf_blr.finetune",

@@ -1,6 +1,8 @@
 """The examples run, on tiny models in folders."""
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,12 +11,14 @@ import torch
 from tiny import tiny_bert, tiny_llama, tiny_mixtral, tiny_tokenizer, tiny_vit
 from transformers import BertModel, ViTImageProcessorPil
 
+import hf_blr
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-# PEFT asks transformers for it, not this project
+# PEFT and TRL ask transformers for it, not this project
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
 ]
 
 
@@ -36,16 +40,41 @@ LM = [
     ("finetune_trainer.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "train_loss"),
     ("mixture.py", tiny_mixtral, ["--seqlen", "64"], "tensors of experts are factored"),
     ("lora_int4.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "train_loss"),
+    ("sft_trl.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "distill_loss"),
+    ("sft_trl.py", tiny_llama, ["--steps", "2", "--seqlen", "64", "--lora"], "distill_loss"),
 ]
 
 
-@pytest.mark.parametrize("name, make, arguments, shown", LM, ids=[name for name, *_ in LM])
+@pytest.mark.parametrize(
+    "name, make, arguments, shown", LM, ids=[" ".join([name, *more[4:]]) for name, _, more, _ in LM]
+)
 def test_examples_with_language_models(name, make, arguments, shown, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if name == "sft_trl.py":
+        pytest.importorskip("trl")
     place = folder_of(make(max_position_embeddings=2048), tmp_path)
     if name == "quickstart.py":
         place = place[:2]
     assert shown in run(name, monkeypatch, capsys, *place, *arguments)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_the_example_with_several_processes(tmp_path):
+    model = tiny_llama(max_position_embeddings=2048)
+    dense, output = folder_of(model, tmp_path)[1::2]
+    hf_blr.compress(model, hf_blr.BLRConfig("blast", ratio=0.7, fit_rounds=2), progress=False)
+    model.save_pretrained(tmp_path / "smaller")
+    tiny_tokenizer().save_pretrained(tmp_path / "smaller")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = [EXAMPLES / "finetune_gpus.py", tmp_path / "smaller", "--teacher", dense, "--output", output]
+    # the loopback device, whatever name this machine has for itself
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sizes = ["--steps", "2", "--seqlen", "64"]
+    done = subprocess.run([*launch, *example, *sizes], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 processes: " in done.stdout, done.stderr[-3000:]
+    tuned = type(model).from_pretrained(output)
+    before, after = model.state_dict(), tuned.state_dict()
+    assert {name.split(".")[-1] for name in before if not torch.equal(before[name], after[name])} == {"u", "s", "v"}
 
 
 def test_the_example_with_a_sentence_encoder(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints written by commit 0d2265a keep loading, and fits keep giving the factors of commit d17df46."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_a_golden_checkpoint_loads_bit_for_bit(name):
     # another CPU may round products otherwise
     tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(logits, expected["logits"], rtol=tolerance, atol=tolerance)
+
+
+def test_the_version_of_a_checkpoint_is_that_of_its_format(tmp_path):
+    """Not of the package: what 0.1 wrote is what 0.2 writes, and what a later format wrote is refused."""
+    written = json.loads((GOLDEN / "low_rank" / "config.json").read_text())
+    assert written["quantization_config"]["version"] == 1
+    AutoModelForCausalLM.from_pretrained(GOLDEN / "low_rank").save_pretrained(tmp_path)
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert again["quantization_config"]["version"] == 1
+    assert again["quantization_config"]["layers"] == written["quantization_config"]["layers"]
+    again["quantization_config"]["version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    with pytest.raises(ValueError, match="format version 2, this hf_blr reads up to 1.*upgrade hf_blr"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", FITTED)

@@ -13,13 +13,15 @@ import torch
 from calibration_sets import Calibration, Mixture
 from tiny import tiny_llama, tiny_tokenizer
 
+#: one block, as runs are many
+SIZE = {"num_hidden_layers": 1}
 WINDOWS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
 TEXTS = ("wikitext2", "ptb", "c4", "code")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_llama(**SIZE).save_pretrained(tmp_path / "model")
     texts = {name: WINDOWS.flatten()[10 * i : 100 + 10 * i].int() for i, name in enumerate(TEXTS)}
     torch.save(texts, tmp_path / "texts.pt")
     torch.save({"valid": WINDOWS.flatten().int(), "own": WINDOWS.flip(0).int()}, tmp_path / "parts.pt")
@@ -132,11 +134,11 @@ def test_rows_in_bits_say_what_is_stored(folder, capsys):
         row = found["low_rank", form]
         assert row["bits"] == pytest.approx(each * row["kept"], rel=0.01) and row["kept"] <= 0.8
     shared = found["auto", "chosen"]
-    assert 4 < shared["bits"] <= 4.25 == shared["bits_per_weight"] and sum(shared["taken"].values()) <= 14
+    assert 4 < shared["bits"] <= 4.25 == shared["bits_per_weight"] and sum(shared["taken"].values()) <= 7
     dense = next(row for row in rows if row["method"] == "dense")
     assert dense["bits"] == 16
     saved = dense["bytes"] - found["dense", "int4"]["bytes"]
-    numbers = sum(protocol.Bench("m", tiny_llama(), {}).targets.values())
+    numbers = sum(protocol.Bench("m", tiny_llama(**SIZE), {}).targets.values())
     assert 8 * saved == pytest.approx((16 - found["dense", "int4"]["bits"]) * numbers)
     capsys.readouterr()
     assert measure(folder, *only, "--turned") == rows and "ours in int8" not in capsys.readouterr().out

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import hf_blr.integration.vllm as plugin
-from hf_blr.formats import format_named
+from hf_blr.formats import PLAIN, format_named
+from hf_blr.integration.vllm import op
 from hf_blr.integration.vllm.division import Division, shards_of
-from hf_blr.integration.vllm.op import served_linear
+from hf_blr.integration.vllm.op import described, served_linear
 from hf_blr.integration.vllm.slots import add_slots
 from hf_blr.linear import BLRLinear
 from hf_blr.plan import LayerPlan
@@ -165,23 +166,42 @@ def test_a_tensor_of_several_matrices_is_refused(shard_id):
         layer.order.weight_loader(layer.order, torch.arange(K), shard_id)
 
 
-def test_one_op_is_traced_for_any_number_of_tokens():
+@pytest.mark.parametrize("storage", [PLAIN, format_named("int4", 4), format_named("fp8")], ids=lambda s: s.name)
+def test_one_op_is_traced_for_any_number_of_tokens(storage):
     spec = LowRank(K, 16, 8)
-    layer = BLRLinear.from_spec(spec, bias=False).requires_grad_(False)
-    tensors, bias = list(layer.tensors().values()), torch.randn(16)
-    graphs = []
+    layer = BLRLinear.from_spec(spec, bias=False, storage=storage).requires_grad_(False)
+    stored, bias, graphs = list(layer.stored().values()), torch.randn(16), []
 
     def seen(graph, inputs):
         graphs.append(graph)
         return graph
 
+    named = described(spec, storage)
     compiled = torch.compile(
-        lambda x: served_linear(spec, x, tensors, bias), backend=seen, fullgraph=True, dynamic=True
+        lambda x: served_linear(named, x, stored, bias, 16), backend=seen, fullgraph=True, dynamic=True
     )
     for tokens in (64, 3):
         x = torch.randn(tokens, K)
         torch.testing.assert_close(compiled(x), layer(x) + bias)
-    assert len(graphs) == 1
+    (graph,) = graphs
+    # no factor is made of codes in what is traced
+    assert [node.name for node in graph.graph.nodes if node.op == "call_function"] == ["served_linear"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("spec", [LowRank(K, 16, 16), Monarch(K, 16, 8, (2, 2)), Blast(K, 16, 16, (2, 2))], ids=str)
+def test_few_tokens_read_codes_and_many_read_numbers(spec, name, monkeypatch):
+    pytest.importorskip("triton")
+    storage, found = format_named(name), []
+    layer = BLRLinear.from_spec(spec, storage=storage).requires_grad_(False)
+    stored, linear_in_bits = list(layer.stored().values()), op.ops.linear_in_bits
+    monkeypatch.setattr(op.ops, "linear_in_bits", lambda *a: found.append(a[2].shape[0]) or linear_in_bits(*a))
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, K)
+        with op.ops.use_impl("triton"):
+            out = served_linear(described(spec, storage), x, stored, layer.bias, 16)
+        torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-4)
+    assert found == [1, 5]
 
 
 def test_the_plugin_is_the_one_that_the_package_names():

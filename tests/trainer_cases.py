@@ -36,7 +36,7 @@ def windows(count=12, seqlen=16):
     return starts + torch.arange(seqlen)
 
 
-def arguments(path, **kw):
+def arguments(path, kind=TrainingArguments, **kw):
     settings = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -48,7 +48,7 @@ def arguments(path, **kw):
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(output_dir=str(path), **{**settings, **kw})
+    return kind(output_dir=str(path), **{**settings, **kw})
 
 
 def trainer_for(model, path, callback=None, **kw):

@@ -108,8 +108,8 @@ class Distiller:
         if labels is None or logits is None or (loss is None and not self.shifts_labels):
             raise ValueError(
                 f"distillation needs the loss and the logits of {type(model).__name__}: have labels in the "
-                "dataset, and give the Trainer neither label_smoothing_factor nor compute_loss_func, which "
-                "keep the labels from the model"
+                "dataset, give the Trainer neither label_smoothing_factor nor compute_loss_func, which keep the "
+                'labels from the model, and TRL\'s SFTConfig loss_type="nll", as its other losses do without the logits'
             )
         if labels.shape != logits.shape[:-1]:
             raise NotImplementedError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_blr.formats.codes import Codes
 from hf_blr.formats.plain import Factors, Format
+from hf_blr.ops import InBits, numbers_in_bits
 from hf_blr.ops.rules.bits import CodeForm
 from hf_blr.structures import CODES, FACTOR, SCALE, SHAPE, BLRSpec, StoredTensor
 from hf_blr.structures.spec import divisors
@@ -92,6 +93,15 @@ class Bits(Format):
     def codes(self, parts: Parts, shape: tuple[int, ...]) -> Codes:
         """The codes that tensors hold for a factor of this shape."""
         raise NotImplementedError
+
+    def held(self, parts: Parts, shape: tuple[int, ...]) -> InBits:
+        """What kernels read of a factor of this shape."""
+        return InBits(parts[self.code_part], parts["weight_scale"], self.bits, shape[-1])
+
+    def numbers(self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The factor `[..., n, k]` that tensors hold, in this dtype."""
+        numbers = numbers_in_bits(self.held(parts, shape), dtype)
+        return self.codes(parts, shape).numbers(dtype) if numbers is None else numbers
 
     def fault(self, parts: Parts, shape: tuple[int, ...]) -> str | None:
         """What is wrong with the values of these tensors, which have the right shapes and dtypes; None if nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_blr.formats.bits import Bits
 from hf_blr.formats.codes import Codes
-from hf_blr.ops import InBits, numbers_in_bits
+from hf_blr.ops import InBits
 
 
 class NeverCast(nn.Module):
@@ -42,12 +42,9 @@ class FactorInBits(NeverCast):
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
         """The factor `[..., n, k]` in this dtype; None: codes and scales."""
-        parts = self.parts()
-        factor = InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
         if dtype is None:
-            return factor
-        numbers = numbers_in_bits(factor, dtype)
-        return self.storage.codes(parts, self.shape).numbers(dtype) if numbers is None else numbers
+            return self.storage.held(self.parts(), self.shape)
+        return self.storage.numbers(self.parts(), self.shape, dtype)
 
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}

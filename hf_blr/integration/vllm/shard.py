@@ -42,6 +42,7 @@ class Shard(nn.Module):
         if problem is not None:
             raise ValueError(f"{name}: a device's part of it cannot be stored: {problem}")
         self.name, self.whole, self.storage, self.piece = name, spec, storage, piece
+        self.described = op.described(piece.spec, storage)
         stored = storage.stored(spec)
         own_keys = keys or {key: key for key in stored}
         #: {key in the checkpoint: (state-dict key, its shape and kind in the whole layer)}
@@ -95,5 +96,5 @@ class Shard(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x `[..., K]` -> `[..., N]` of the piece."""
-        tensors = list(self.layer.tensors(x.dtype).values())
-        return op.served_linear(self.piece.spec, x, tensors, bias)
+        stored = list(self.layer.stored().values())
+        return op.served_linear(self.described, x, stored, bias, self.piece.spec.out_features)
