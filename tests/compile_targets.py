@@ -28,6 +28,7 @@ from hf_blr.ops.triton import (
     decode_expand,
     decode_one,
     decode_wide,
+    expert_rows,
     float8_blast,
     float8_dense,
     float8_low_rank,
@@ -197,6 +198,11 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
+def call_experts(dtype, rows, b, q, p, transposed=False):
+    w = torch.empty(8, b, p, q, dtype=dtype).mT if transposed else torch.empty(8, b, q, p, dtype=dtype)
+    expert_rows.expert_rows(torch.empty(rows, b, p, dtype=dtype), w, torch.zeros(rows, dtype=torch.int64))
+
+
 #: each card has its own tokens, bits and group: what they share is compiled once
 PACKED = {
     80: (torch.float16, 1, 8, None, 764, 2304, 192, 4, 16),
@@ -267,6 +273,8 @@ def call_plain(capability):
     for sizes in ((1, 32, 1, 192, 128), (8, 8, 4, 1024, 128), (2, 1, 32, 4096, 80), (1, 12, 1, 50, 64)):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
+    call_experts(bf16, 8, 1, 438, 2048)
+    call_experts(fp16, 128, 4, 384, 100, transposed=True)
 
 
 def main(capability: int):

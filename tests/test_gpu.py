@@ -1,7 +1,10 @@
 """The kernels at real sizes on a GPU, in bfloat16 and the other dtypes."""
 
+import copy
+
 import pytest
 import torch
+from expert_cases import STRUCTURES, make_experts, make_tokens
 from kernel_cases import (
     FUNCTIONS,
     GROUPED,
@@ -18,6 +21,7 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
+from hf_blr.bench.timing import Timer
 from hf_blr.calibration.precision import calibrating
 from hf_blr.formats import FactorInBits, format_named
 from hf_blr.inference.grouped import ProjectionGroup
@@ -277,3 +281,48 @@ def test_calibration_multiplies_in_tf32_and_leaves_the_process_as_it_was():
     with calibrating(layer):
         assert 1e-5 < error(layer(x)) < 1e-3
     assert error(layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 16, 300])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_give_what_the_loop_gives_in_float64(structure, tokens):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16)
+    given = make_tokens(experts, tokens, 4, last=2)
+    wide = [t.double() if t.is_floating_point() else t for t in given]
+    with torch.no_grad():
+        wanted = copy.deepcopy(experts).double().one_by_one(*wide)
+        for impl in ("auto", "triton", "reference"):
+            with ops.use_impl(impl):
+                found = experts(*given)
+            assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2, impl
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_run_in_a_cuda_graph_and_compile(structure, tokens):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16).requires_grad_(False)
+    given, later = make_tokens(experts, tokens, 4), make_tokens(experts, tokens, 4)
+    run = Timer("cuda").captured(lambda: given[0].copy_(experts(*given)))
+    for kept, new in zip(given, later, strict=True):
+        kept.copy_(new)
+    wanted = experts(*later)
+    run()
+    torch.testing.assert_close(given[0], wanted, rtol=0, atol=0)
+    compiled = torch.compile(experts, fullgraph=True)(*later)
+    assert ((compiled - wanted).norm() / wanted.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_of_experts(structure):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16)
+    x, choice, weights = make_tokens(experts, 200, 4, last=2)
+    exact, found = copy.deepcopy(experts).double(), []
+    for module, run in ((exact, exact.one_by_one), (experts, experts)):
+        given = x.to(module.down_proj.dtype).requires_grad_()
+        out = run(given, choice, weights.to(given))
+        (out * torch.linspace(0, 1, out.shape[1], device="cuda", dtype=out.dtype)).sum().backward()
+        found.append([given.grad, *(p.grad for p in module.parameters())])
+        x = x.detach()
+    for actual, wanted in zip(found[1], found[0], strict=True):
+        assert ((actual - wanted).norm() / wanted.norm()).item() < 2e-2
+    assert not any(p.grad[-1].any() for p in experts.parameters())

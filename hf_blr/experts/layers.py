@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.formats import PLAIN, Format
 from hf_blr.linear import BLRLinear
+from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
 
@@ -63,6 +64,19 @@ class ExpertsLinear(BLRLinear):
         """x `[T, K]` -> `[T, N]`, by the factors of one expert."""
         tensors = [tensor[expert] for tensor in self.operands(x)]
         return ops.linear(self.spec.structure, x, tensors, None, self.impl or None, "")
+
+    @property
+    def alone(self) -> bool:
+        """Whether one expert must run after the other, since the structure has no form for rows of many."""
+        return implementation_of(self.spec.structure).experts is None
+
+    def of_rows(self, x: Tensor, rows: ops.Routed) -> Tensor:
+        """x `[S, K]` -> `[S, N]`, each row by the factors of its expert."""
+        if ops.current_impl() == "dense":
+            return rows.product(x, self.dense_weight(compute_dtype(x)))
+        form: Any = implementation_of(self.spec.structure).experts
+        out: Tensor = form(rows, x, *self.operands(x))
+        return out
 
     def reset_parameters(self) -> None:
         """Each expert as a fresh layer of its structure."""

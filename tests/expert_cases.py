@@ -1,0 +1,54 @@
+"""Random experts and the loop that says what they give."""
+
+import torch
+from torch import nn
+
+from hf_blr.experts import Experts, ExpertsLinear, put_layer
+from hf_blr.structures import make_spec, structure_named
+
+#: {structure: blocks}
+STRUCTURES = {"low_rank": None, "pivoted": None, "monarch": (2, 4), "blast": (2, 4)}
+
+
+class Dense(nn.Module):
+    """E gated MLPs in 3-D parameters, with the attributes that Transformers' experts have."""
+
+    def __init__(self, num_experts, hidden, inner, device="cpu", dtype=torch.float32):
+        super().__init__()
+        self.num_experts, self.act_fn = num_experts, nn.functional.silu
+        # of each module, as Transformers sets them, and not of the class
+        self.has_bias, self.is_transposed, self.has_gate = False, False, True
+        for key, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+            weight = torch.randn(num_experts, *shape, device=device) * shape[1] ** -0.5
+            self.register_parameter(key, nn.Parameter(weight.to(dtype)))
+
+    def _apply_gate(self, inner):
+        gate, up = inner.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+def make_experts(structure, num_experts=5, hidden=32, inner=48, rank=8, device="cpu", dtype=torch.float32):
+    """An `Experts` of random factors of one structure."""
+    model = nn.Module()
+    model.experts = Dense(num_experts, hidden, inner, device, dtype)
+    for key, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
+        blocks = STRUCTURES[structure]
+        # of Monarch the rank of a pair of blocks
+        spec = make_spec(structure, *sizes, rank=rank // 2 if structure == "monarch" else rank, num_blocks=blocks)
+        layer = ExpertsLinear(spec, num_experts, device=device, dtype=dtype)
+        record = structure_named(structure)
+        for expert in range(num_experts if record.typical_indices else 0):
+            for name, index in record.load("typical_indices")(spec, device).items():
+                getattr(layer, name)[expert] = index
+        put_layer(model, f"experts.{key}", layer)
+    assert isinstance(model.experts, Experts)
+    return model.experts
+
+
+def make_tokens(experts, tokens, each=2, last=0):
+    """(hidden states, experts, weights) of a forward; the last so many experts get no token."""
+    weight = experts.down_proj
+    device, dtype, hidden = weight.device, weight.dtype, weight.out_features
+    x = torch.randn(tokens, hidden, device=device).to(dtype)
+    choice = torch.rand(tokens, experts.num_experts - last, device=device).argsort(1)[:, :each]
+    return x, choice, torch.rand(tokens, each, device=device).to(dtype)
