@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from hf_blr.experts import Experts, ExpertsLinear, put_layer
+from hf_blr.formats import PLAIN
 from hf_blr.structures import make_spec, structure_named
 
 #: {structure: blocks}
@@ -27,7 +28,9 @@ class Dense(nn.Module):
         return self.act_fn(gate) * up
 
 
-def make_experts(structure, num_experts=5, hidden=32, inner=48, rank=8, device="cpu", dtype=torch.float32):
+def make_experts(
+    structure, num_experts=5, hidden=32, inner=48, rank=8, device="cpu", dtype=torch.float32, storage=PLAIN
+):
     """An `Experts` of random factors of one structure."""
     model = nn.Module()
     model.experts = Dense(num_experts, hidden, inner, device, dtype)
@@ -35,7 +38,7 @@ def make_experts(structure, num_experts=5, hidden=32, inner=48, rank=8, device="
         blocks = STRUCTURES[structure]
         # of Monarch the rank of a pair of blocks
         spec = make_spec(structure, *sizes, rank=rank // 2 if structure == "monarch" else rank, num_blocks=blocks)
-        layer = ExpertsLinear(spec, num_experts, device=device, dtype=dtype)
+        layer = ExpertsLinear(spec, num_experts, device=device, dtype=dtype, storage=storage)
         record = structure_named(structure)
         for expert in range(num_experts if record.typical_indices else 0):
             for name, index in record.load("typical_indices")(spec, device).items():

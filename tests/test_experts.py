@@ -18,7 +18,7 @@ from transformers import (
 )
 from zoo_inputs import plain_grams
 
-from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense, to_format
+from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense
 from hf_blr.calibration.problem import Problem
 from hf_blr.calibration.routed import pooled
 from hf_blr.cli import main
@@ -252,20 +252,6 @@ def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_pa
     assert type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
     model.save_pretrained(tmp_path)
     assert torch.equal(tiny_logits(type(model).from_pretrained(tmp_path)), tiny_logits(model))
-
-
-def test_bits_are_for_linear_layers_and_a_warning_says_so(caplog):
-    model = tiny_mixtral()
-    compress(model, BLRConfig("low_rank", ratio=0.5, factor_format="int8"), progress=False)
-    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
-    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
-    assert {formats[name] for name in formats if "experts" not in name} == {"int8"}
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("4 tensors of experts keep their factors in the plain format")
-    to_format(model, "int4")
-    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
-    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
-    assert {formats[name] for name in formats if "experts" not in name} == {"int4"}
 
 
 def test_inspect_counts_every_expert(tmp_path, capsys):

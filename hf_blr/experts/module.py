@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Experts(nn.Module):
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
         numbers = [t for p in layers for t in (p.factors().values() if isinstance(p, ExpertsLinear) else [p])]
         rows = ops.route_rows(hidden_states, top_k_index, own.num_experts, numbers)
-        result = self.mlp(rows.enter(hidden_states, top_k_index.shape[-1]), lambda key, x: self.of_rows(key, x, rows))
+        result = self.mlp(rows.enter(hidden_states, top_k_index.shape[-1]), partial(self.of_rows, rows))
         return rows.leave(result, top_k_weights).to(hidden_states.dtype)
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Experts(nn.Module):
             if expert >= own.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
-            result = self.mlp(hidden_states[token], lambda key, x, expert=expert: self.project(key, x, expert))
+            result = self.mlp(hidden_states[token], partial(self.project, expert))
             result = result * top_k_weights[token, place, None]
             out.index_add_(0, token, result.to(out.dtype))
         return out
@@ -68,7 +69,7 @@ class Experts(nn.Module):
         result = multiply(last, inner)
         return own.post_expert_norm(result) if getattr(self, "has_post_expert_norm", False) else result
 
-    def of_rows(self, key: str, x: Tensor, rows: Routed) -> Tensor:
+    def of_rows(self, rows: Routed, key: str, x: Tensor) -> Tensor:
         """x `[S, K]` -> `[S, N]`, by one projection of each row's expert."""
         own: Any = self
         layer = getattr(self, key)
@@ -84,7 +85,7 @@ class Experts(nn.Module):
         gated: Tensor = gate._apply_gate(self, inner)
         return gated
 
-    def project(self, key: str, x: Tensor, expert: int) -> Tensor:
+    def project(self, expert: int, key: str, x: Tensor) -> Tensor:
         """x `[T, K]` -> `[T, N]`, by one projection of one expert."""
         own: Any = self
         layer = getattr(self, key)

@@ -40,9 +40,15 @@ class FactorInBits(NeverCast):
             value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
-        """The factor `[..., n, k]` in this dtype; None: codes and scales."""
+    def forward(self, dtype: torch.dtype | None = None, chosen: Tensor | None = None) -> Tensor | InBits:
+        """The factor `[..., n, k]` in this dtype; None: codes and scales.
+
+        chosen: of factors of experts `[E, n, k]`, those that are wanted, in this order.
+        """
         parts = self.parts()
+        if chosen is not None:
+            own = (self.storage.code_part, "weight_scale")
+            parts |= {name: parts[name].index_select(0, chosen) for name in own}
         factor = InBits(parts[self.storage.code_part], parts["weight_scale"], self.storage.bits, self.shape[-1])
         if dtype is None:
             return factor

@@ -49,6 +49,11 @@ class Routed(NamedTuple):
         """What belongs to each row's expert, of t `[E, ...]` -> `[S, ...]`."""
         return t.index_select(0, self.experts)
 
+    def each_its_own(self) -> Routed:
+        """The same rows, each of which is the only one of an expert of its own."""
+        number = torch.arange(len(self.experts), device=self.experts.device)
+        return self._replace(experts=number, offsets=None if self.offsets is None else (number + 1).int())
+
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         """Each row of x `[S, K]` times its expert's matrix, of w `[E, N, K]` -> `[S, N]`."""
         dtype = compute_dtype(x)

@@ -25,7 +25,9 @@ def blast_experts(rows: Routed, x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> T
     _, b1, _, p = v.shape
     y = rows.blocks(x.unflatten(1, (b1, p)), v)
     # one input block at a time: s of each row, all at once, is B1 times as large as z
-    z = sum(rows.own(s[:, :, j]).to(y.dtype) * y[:, j, None] for j in range(b1))
+    z = torch.zeros((), dtype=y.dtype, device=y.device)
+    for j in range(b1):
+        z = z + rows.own(s[:, :, j]).to(y.dtype) * y[:, j, None]
     return rows.blocks(z, u).flatten(1)
 
 
