@@ -42,6 +42,7 @@ from hf_blr.ops.triton import (
     pivoted,
     swap,
 )
+from hf_blr.ops.triton.bits import weights_in_bits
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -198,8 +199,10 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
-def call_experts(dtype, rows, b, q, p, transposed=False):
+def call_experts(dtype, rows, b, q, p, transposed=False, bits=None, group=None):
     w = torch.empty(8, b, p, q, dtype=dtype).mT if transposed else torch.empty(8, b, q, p, dtype=dtype)
+    if bits is not None:
+        w = weights_in_bits(*codes_of((8, b, q, p), bits, group))
     expert_rows.expert_rows(torch.empty(rows, b, p, dtype=dtype), w, torch.zeros(rows, dtype=torch.int64))
 
 
@@ -212,16 +215,21 @@ PACKED = {
 }
 
 
+def codes_of(shape, bits, group):
+    """(codes, scale, bits, length) of a factor, float8 where bits is 0."""
+    if not bits:
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    else:
+        codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+    scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+    return codes, scale, bits or 8, shape[-1]
+
+
 def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
 
     def factor(*shape):
-        if not bits:
-            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
-        else:
-            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
-        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
-        return codes, scale, bits or 8, shape[-1]
+        return codes_of(shape, bits, group)
 
     p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
     s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
@@ -288,6 +296,8 @@ def main(capability: int):
     if capability != 89:
         call_plain(capability)
         call_packed(*PACKED[capability])
+        dtype, tokens, bits, group, *_ = PACKED[capability]
+        call_experts(dtype, 8 * tokens, 1, 768, 2048, bits=bits, group=group)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -37,7 +37,7 @@ def make_experts(
     for key, sizes in (("gate_up_proj", (hidden, 2 * inner)), ("down_proj", (inner, hidden))):
         blocks = STRUCTURES[structure]
         # of Monarch the rank of a pair of blocks
-        spec = make_spec(structure, *sizes, rank=rank // 2 if structure == "monarch" else rank, num_blocks=blocks)
+        spec = make_spec(structure, *sizes, rank=rank // 4 if structure == "monarch" else rank, num_blocks=blocks)
         layer = ExpertsLinear(spec, num_experts, device=device, dtype=dtype, storage=storage)
         record = structure_named(structure)
         for expert in range(num_experts if record.typical_indices else 0):

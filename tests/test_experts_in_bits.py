@@ -16,8 +16,10 @@ from hf_blr.cli import main
 from hf_blr.compression import pipeline
 from hf_blr.experts import ExpertsLinear
 from hf_blr.factorize import factorize
-from hf_blr.formats import FORMATS, FactorInBits
+from hf_blr.formats import FORMATS, FactorInBits, format_named
 from hf_blr.linear import blr_modules
+from hf_blr.ops import use_impl
+from hf_blr.ops.dispatch import triton_problem
 
 FORMATS_OF_BITS = ("int8", "int4", "fp8")
 
@@ -168,3 +170,21 @@ def test_codes_and_scales_train(what):
     assert held.log_scale.grad.abs().sum() > 0 and (held.latent.grad is not None) == (what == "codes")
     close_bits(model)
     assert torch.equal(tiny_logits(model), before)
+
+
+@pytest.mark.skipif(triton_problem() is not None, reason="needs Triton")
+@pytest.mark.parametrize("form, group", [("int8", None), ("int4", 16), ("int4", None), ("fp8", None)])
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "monarch", "blast"])
+def test_the_kernel_for_few_rows_reads_codes(structure, form, group, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"num_experts": 5, "hidden": 64, "inner": 96, "rank": 32}
+    experts = make_experts(structure, **sizes, storage=format_named(form, group))
+    given = make_tokens(experts, 3)
+    wanted = experts.one_by_one(*given)
+    numbers = []
+    forward = FactorInBits.forward
+    monkeypatch.setattr(FactorInBits, "forward", lambda held, *args: numbers.extend(args) or forward(held, *args))
+    with torch.no_grad(), use_impl("triton"):
+        found = experts(*given)
+    assert not numbers
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

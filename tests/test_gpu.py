@@ -297,6 +297,20 @@ def test_experts_give_what_the_loop_gives_in_float64(structure, tokens):
             assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2, impl
 
 
+@pytest.mark.parametrize("form, group", [("int4", 32), ("int8", None), ("fp8", None)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_in_bits_give_what_the_loop_gives_in_float64(structure, form, group):
+    storage = format_named(form, group)
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16, storage)
+    for tokens in (1, 9, 300):
+        given = make_tokens(experts, tokens, 4, last=2)
+        wide = [t.double() if t.is_floating_point() else t for t in given]
+        with torch.no_grad():
+            wanted = copy.deepcopy(experts).double().one_by_one(*wide)
+            found = experts(*given)
+        assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2, tokens
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 300])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_experts_run_in_a_cuda_graph_and_compile(structure, tokens):

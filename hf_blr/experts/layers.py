@@ -12,6 +12,7 @@ from hf_blr.formats import PLAIN, Codes, FactorInBits, Factors, Format
 from hf_blr.formats.values import check_fit
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.dispatch import compute_dtype
+from hf_blr.ops.rules.packed import reads_packed
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
 
@@ -103,13 +104,26 @@ class ExpertsLinear(BLRLinear):
         """x `[S, K]` -> `[S, N]`, each row by the factors of its expert."""
         if ops.current_impl() == "dense":
             return rows.product(x, self.dense_weight(compute_dtype(x)))
-        chosen = None
-        if self.storage.form is not None and len(x) < self.num_experts:
+        run: Any = implementation_of(self.spec.structure).experts
+        form, chosen = self.storage.form, None
+        out: Tensor
+        if form is not None and rows.offsets is None and reads_packed(self.spec, form) and not self.in_training:
+            out = run(rows, x, *self.held())
+            return out
+        if form is not None and len(x) < self.num_experts:
             # of few rows each gets numbers of its own, and no other expert's codes are read
             chosen, rows = rows.experts, rows.each_its_own()
-        form: Any = implementation_of(self.spec.structure).experts
-        out: Tensor = form(rows, x, *self.operands(x, chosen))
+        out = run(rows, x, *self.operands(x, chosen))
         return out
+
+    @property
+    def in_training(self) -> bool:
+        """Whether factors in bits are in the form that trains, without codes."""
+        return not all(isinstance(held, FactorInBits) for held in self.children())
+
+    def trained(self) -> list[Tensor]:
+        """What a gradient may be wanted of, and what rows are multiplied by as numbers."""
+        return [*self.factors().values(), *(p for p in self.parameters() if p.requires_grad)]
 
     def reset_parameters(self) -> None:
         """Each expert as a fresh layer of its structure."""

@@ -37,7 +37,7 @@ class Experts(nn.Module):
         eager = getattr(getattr(self, "config", None), "_experts_implementation", None) == "eager"
         if alone or eager or getattr(self, "_is_expert_parallel", False):
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
-        numbers = [t for p in layers for t in (p.factors().values() if isinstance(p, ExpertsLinear) else [p])]
+        numbers = [t for p in layers for t in (p.trained() if isinstance(p, ExpertsLinear) else [p])]
         rows = ops.route_rows(hidden_states, top_k_index, own.num_experts, numbers)
         result = self.mlp(rows.enter(hidden_states, top_k_index.shape[-1]), partial(self.of_rows, rows))
         return rows.leave(result, top_k_weights).to(hidden_states.dtype)

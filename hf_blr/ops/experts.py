@@ -8,11 +8,12 @@ own. Neither asks for counts on the host, so that both run in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_blr.ops.bits import InBits
 from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
 from hf_blr.ops.expert_products import product
 from hf_blr.ops.library import contiguous_rows, define_op
@@ -54,20 +55,19 @@ class Routed(NamedTuple):
         number = torch.arange(len(self.experts), device=self.experts.device)
         return self._replace(experts=number, offsets=None if self.offsets is None else (number + 1).int())
 
-    def product(self, x: Tensor, w: Tensor) -> Tensor:
+    def product(self, x: Tensor, w: Tensor | InBits) -> Tensor:
         """Each row of x `[S, K]` times its expert's matrix, of w `[E, N, K]` -> `[S, N]`."""
-        dtype = compute_dtype(x)
-        x, w = contiguous_rows(x, dtype), w.to(dtype)
         if self.offsets is None:
-            return torch.ops.hf_blr.expert_rows(x[:, None], w[:, None], self.experts)[:, 0]
-        return product(x, w, self.offsets, self.plain)
+            return self.by_kernel(x[:, None], one_block(w))[:, 0]
+        dtype = compute_dtype(x)
+        return product(contiguous_rows(x, dtype), numbers_of(w, dtype), self.offsets, self.plain)
 
-    def blocks(self, x: Tensor, w: Tensor) -> Tensor:
+    def blocks(self, x: Tensor, w: Tensor | InBits) -> Tensor:
         """Each block of x `[S, B, P]` times that of its row's expert, of w `[E, B, Q, P]` -> `[S, B, Q]`."""
-        dtype = compute_dtype(x)
-        x, w = contiguous_rows(x, dtype), w.to(dtype)
         if self.offsets is None:
-            return torch.ops.hf_blr.expert_rows(x, w, self.experts)
+            return self.by_kernel(x, w)
+        dtype = compute_dtype(x)
+        x, w = contiguous_rows(x, dtype), numbers_of(w, dtype)
         # one product for each block of each expert, whose rows lie side by side: block after block in each expert
         rows, count, length = x.shape
         stops = self.offsets.long()
@@ -80,6 +80,29 @@ class Routed(NamedTuple):
         moved = x.reshape(rows * count, length).index_select(0, inverse(places))
         out = product(moved, w.flatten(0, 1), ends, self.plain)
         return out.index_select(0, places).view(rows, count, out.shape[-1])
+
+    def by_kernel(self, x: Tensor, w: Tensor | InBits) -> Tensor:
+        """`blocks` by the kernel that reads for each row."""
+        dtype = compute_dtype(x)
+        x = contiguous_rows(x, dtype)
+        found: Tensor
+        if isinstance(w, InBits):
+            found = torch.ops.hf_blr.expert_rows_in_bits(x, w.codes, w.scale, self.experts, w.bits, w.length)
+        else:
+            found = torch.ops.hf_blr.expert_rows(x, w.to(dtype), self.experts)
+        return found
+
+
+def one_block(w: Tensor | InBits) -> Tensor | InBits:
+    """A factor `[E, N, K]` as one block `[E, 1, N, K]`."""
+    return w._replace(codes=w.codes[:, None], scale=w.scale[:, None]) if isinstance(w, InBits) else w[:, None]
+
+
+def numbers_of(w: Tensor | InBits, dtype: torch.dtype) -> Tensor:
+    """A factor in this dtype. Raises TypeError for one in bits, which the kernel for few rows alone takes."""
+    if isinstance(w, InBits):
+        raise TypeError("sorted rows are multiplied by numbers, got codes; hand in the factor in a dtype")
+    return w.to(dtype)
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -128,8 +151,21 @@ def _rows(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
     return found
 
 
+def _rows_in_bits(x: Tensor, codes: Tensor, scale: Tensor, experts: Tensor, bits: int, length: int) -> Tensor:
+    from hf_blr.ops.triton.bits import weights_in_bits
+    from hf_blr.ops.triton.expert_rows import expert_rows
+
+    found: Tensor = expert_rows(x, weights_in_bits(codes, scale, bits, length), experts)
+    return found
+
+
+def _rows_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], w.shape[2])
+
+
+define_op("expert_rows(Tensor x, Tensor w, Tensor experts) -> Tensor", _rows, _rows_fake)
 define_op(
-    "expert_rows(Tensor x, Tensor w, Tensor experts) -> Tensor",
-    _rows,
-    lambda x, w, experts: x.new_empty(x.shape[0], x.shape[1], w.shape[2]),
+    "expert_rows_in_bits(Tensor x, Tensor codes, Tensor scale, Tensor experts, int bits, int length) -> Tensor",
+    _rows_in_bits,
+    _rows_fake,
 )
