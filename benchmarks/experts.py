@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,11 +103,8 @@ def forward_of(experts: torch.nn.Module, how: str) -> Callable:
 def variants(structures: list[str], device: str, dtype: torch.dtype) -> Iterator[tuple[dict, torch.nn.Module, tuple]]:
     """(what rows say of it, experts, how they run) of all that is measured."""
     if "dense" in structures:
-        yield (
-            {"structure": "dense", "blocks": None, "ranks": None, "format": "plain"},
-            dense_experts(device, dtype),
-            DENSE,
-        )
+        said = {"structure": "dense", "blocks": None, "ranks": None, "format": "plain"}
+        yield said, dense_experts(device, dtype), DENSE
     for structure, blocks in FORMS:
         if structure in structures:
             experts, ranks = factored_experts(structure, blocks, device, dtype)
@@ -146,10 +144,17 @@ def main() -> None:
                 error = relative_error(forward(calls[tokens][0]), exact)
                 flush = len(calls[tokens]) == 1
                 if how == "eager":
-                    us = timer.median(lambda: forward(calls[tokens][0]), flush) * 1e6  # noqa: B023 (called at once)
+                    us = timer.median(partial(forward, calls[tokens][0]), flush) * 1e6
                 else:
                     us = timer(forward, calls[tokens], flush)
-                row = {"tokens": tokens, **said, "how": how, "us": us, "rel_error": error, "graph": how != "eager"}
+                row = {
+                    "tokens": tokens,
+                    **said,
+                    "how": how,
+                    "us": us,
+                    "rel_error": error,
+                    "graph": timer.on_gpu and how != "eager",
+                }
                 file.add([row])
                 print(row, flush=True)
 
