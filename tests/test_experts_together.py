@@ -3,6 +3,7 @@
 import pytest
 import torch
 from expert_cases import STRUCTURES, make_experts, make_tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blr import ops
 from hf_blr.ops.dispatch import triton_problem
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_the_loop(structure):
     assert not any(p.grad[-1].any() for p in experts.parameters())
 
 
-@each
+@pytest.mark.parametrize("structure", ["low_rank", "monarch"])
 def test_it_compiles_as_one_graph(structure):
     torch.manual_seed(0)
     experts = make_experts(structure)
@@ -83,6 +84,20 @@ def test_it_compiles_as_one_graph(structure):
     assert_close(compiled(*more), experts.one_by_one(*more))
     compiled(*more).sum().backward()
     assert all(p.grad is not None for p in experts.parameters())
+
+
+@pytest.mark.skipif(triton_problem() is not None, reason="needs Triton")
+@pytest.mark.parametrize("structure", ["low_rank", "monarch"])
+def test_each_number_of_an_expert_meets_each_of_its_rows(structure):
+    experts = make_experts(structure)
+    given = make_tokens(experts, 6)
+    numbers = experts.gate_up_proj.spec.num_parameters + experts.down_proj.spec.num_parameters
+    for impl, times in (("reference", 3), ("triton", 1)):
+        with FlopCounterMode(display=False) as mode, ops.use_impl(impl), torch.set_grad_enabled(impl == "reference"):
+            out = experts(given[0].requires_grad_(impl == "reference"), *given[1:])
+            if impl == "reference":
+                out.sum().backward()
+        assert mode.get_total_flops() == 2 * 12 * numbers * times
 
 
 def test_who_asks_for_the_loop_gets_it(monkeypatch):
