@@ -1,11 +1,26 @@
-"""Random experts and the loop that says what they give."""
+"""Random experts, and small models with experts."""
 
 import torch
+from tiny import build
 from torch import nn
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_blr.experts import Experts, ExpertsLinear, put_layer
 from hf_blr.formats import PLAIN
 from hf_blr.structures import make_spec, structure_named
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 257}
+SIZES["initializer_range"] = 0.1
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 #: {structure: blocks}
 STRUCTURES = {"low_rank": None, "pivoted": None, "monarch": (2, 4), "blast": (2, 4)}
@@ -55,3 +70,26 @@ def make_tokens(experts, tokens, each=2, last=0):
     x = torch.randn(tokens, hidden, device=device).to(dtype)
     choice = torch.rand(tokens, experts.num_experts - last, device=device).argsort(1)[:, :each]
     return x, choice, torch.rand(tokens, each, device=device).to(dtype)
+
+
+def qwen2_moe():
+    many = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "shared_expert_intermediate_size": 48}
+    return build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **heads, **many))
+
+
+def qwen3_moe():
+    many = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **HEADS, **many))
+
+
+def deepseek_v3():
+    many = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+    heads = {"num_attention_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+    more = {"qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
+    return build(DeepseekV3ForCausalLM, DeepseekV3Config(**SIZES, **many, **heads, **more))
+
+
+def gpt_oss():
+    many = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+    return build(GptOssForCausalLM, GptOssConfig(**SIZES, **HEADS, **many, layer_types=["full_attention"] * 2))

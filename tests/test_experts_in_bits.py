@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from expert_cases import make_experts, make_tokens
+from expert_cases import gpt_oss, make_experts, make_tokens, qwen3_moe
 from safetensors.torch import load_file, save_file
-from test_experts import gpt_oss, qwen3_moe
 from tiny import batches_for, tiny_inputs, tiny_logits, tiny_mixtral
 
 from hf_blr import BLRConfig, compress, to_dense, to_format
