@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
 import config_section
+import experts_section
 import float8_section
 import front_section
 import goals
@@ -41,6 +42,7 @@ DOCUMENTS = {
         "quality-rows": quality_sections.quality_rows_section,
         "speed": layer_sections.speed_section,
         "groups": layer_sections.groups_section,
+        "experts": experts_section.experts_section,
         "layer-goals": goals.layer_goals,
         "roofline": layer_sections.roofline_section,
         "models": model_sections.models_section,

@@ -50,11 +50,27 @@ class StoredFactors(nn.Module):
             raise TypeError(f"{type(self).__name__} needs a {self.spec_class.__name__} spec, got {spec}")
         # now, since torch.compile traces no import
         implementation_of(spec.structure)
+        self.transposed = transposed
+        self.make(spec, storage, device, dtype)
+        bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", bias_value)
+        self.reset_parameters()
+        self.settle_indices()
+
+    def make(
+        self,
+        spec: BLRSpec,
+        storage: Format,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        leading: tuple[int, ...] = (),
+    ) -> None:
+        """Makes room for factors and indices; leading: axes before those of the spec."""
         self.spec, self.storage = spec, storage
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.transposed = transposed
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         for name, (shape, kind) in spec.tensors().items():
+            shape = (*leading, *shape)
             if isinstance(storage, Bits) and name in storage.in_bits(spec):
                 self.add_module(name, FactorInBits(storage, shape, device))
                 continue
@@ -63,11 +79,7 @@ class StoredFactors(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        bias_value = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", bias_value)
         self.guard = IndexGuard()
-        self.reset_parameters()
-        self.settle_indices()
 
     def put(self, key: str, value: Tensor) -> None:
         """Makes this the stored tensor or bias of that state-dict key."""

@@ -28,6 +28,7 @@ from hf_blr.ops.triton import (
     decode_expand,
     decode_one,
     decode_wide,
+    expert_rows,
     float8_blast,
     float8_dense,
     float8_low_rank,
@@ -43,6 +44,7 @@ from hf_blr.ops.triton import (
     rounding,
     swap,
 )
+from hf_blr.ops.triton.bits import weights_in_bits
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -206,6 +208,13 @@ def call_attention(dtype, batch, heads, groups, length, d):
     attend.attend(q, k, k, torch.empty(batch, length, dtype=torch.uint8), 0.1)
 
 
+def call_experts(dtype, rows, b, q, p, transposed=False, bits=None, group=None):
+    w = torch.empty(8, b, p, q, dtype=dtype).mT if transposed else torch.empty(8, b, q, p, dtype=dtype)
+    if bits is not None:
+        w = weights_in_bits(*codes_of((8, b, q, p), bits, group))
+    expert_rows.expert_rows(torch.empty(rows, b, p, dtype=dtype), w, torch.zeros(rows, dtype=torch.int64))
+
+
 #: each card has its own tokens, bits and group: what they share is compiled once
 PACKED = {
     80: (torch.float16, 1, 8, None, 764, 2304, 192, 4, 16),
@@ -215,16 +224,21 @@ PACKED = {
 }
 
 
+def codes_of(shape, bits, group):
+    """(codes, scale, bits, length) of a factor, float8 where bits is 0."""
+    if not bits:
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    else:
+        codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
+    scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
+    return codes, scale, bits or 8, shape[-1]
+
+
 def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     """All that layers in bits launch at few tokens, and the way to numbers; float8 where bits is 0."""
 
     def factor(*shape):
-        if not bits:
-            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
-        else:
-            codes = torch.empty(*shape[:-1], -(-shape[-1] * bits // 32), dtype=torch.int32)
-        scale = torch.empty(*shape[:-1], shape[-1] // group if group else 1, dtype=torch.bfloat16)
-        return codes, scale, bits or 8, shape[-1]
+        return codes_of(shape, bits, group)
 
     p, q, r, x = k // b1, n // b2, rank // b1, torch.empty(tokens, k, dtype=dtype)
     s, order = torch.empty(b2, b1, rank, dtype=dtype), torch.arange(k, dtype=torch.int32)
@@ -281,6 +295,8 @@ def call_plain(capability):
     for count, limits in ((128, (-8, 7, False)), (64, (-448.0, 448.0, True))):
         held = torch.empty(8, 72, count)
         rounding.round_columns(held, torch.empty(8, count, count), *limits)
+    call_experts(bf16, 8, 1, 438, 2048)
+    call_experts(fp16, 128, 4, 384, 100, transposed=True)
 
 
 def main(capability: int):
@@ -294,6 +310,8 @@ def main(capability: int):
     if capability != 89:
         call_plain(capability)
         call_packed(*PACKED[capability])
+        dtype, tokens, bits, group, *_ = PACKED[capability]
+        call_experts(dtype, 8 * tokens, 1, 768, 2048, bits=bits, group=group)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

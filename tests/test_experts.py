@@ -5,20 +5,11 @@ import json
 
 import pytest
 import torch
-from tiny import batches_for, build, divergence, tiny_inputs, tiny_logits, tiny_mixtral, tiny_tokenizer
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from expert_cases import deepseek_v3, gpt_oss, qwen2_moe, qwen3_moe
+from tiny import batches_for, divergence, tiny_inputs, tiny_logits, tiny_mixtral, tiny_tokenizer
 from zoo_inputs import plain_grams
 
-from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense, to_format
+from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense
 from hf_blr.calibration.problem import Problem
 from hf_blr.calibration.routed import pooled
 from hf_blr.cli import main
@@ -33,33 +24,7 @@ from hf_blr.integration import blr_modules, lora_targets
 from hf_blr.plan import resolve_plan
 from hf_blr.targets import find_targets
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 257}
-SIZES["initializer_range"] = 0.1
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CONFIG = BLRConfig("low_rank", ratio=0.5)
-
-
-def qwen2_moe():
-    many = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "shared_expert_intermediate_size": 48}
-    return build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **heads, **many))
-
-
-def qwen3_moe():
-    many = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **HEADS, **many))
-
-
-def deepseek_v3():
-    many = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
-    heads = {"num_attention_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
-    more = {"qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4}
-    return build(DeepseekV3ForCausalLM, DeepseekV3Config(**SIZES, **many, **heads, **more))
-
-
-def gpt_oss():
-    many = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
-    return build(GptOssForCausalLM, GptOssConfig(**SIZES, **HEADS, **many, layer_types=["full_attention"] * 2))
 
 
 MODELS = {f.__name__: f for f in (tiny_mixtral, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss)}
@@ -254,20 +219,6 @@ def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_pa
     assert torch.equal(tiny_logits(type(model).from_pretrained(tmp_path)), tiny_logits(model))
 
 
-def test_bits_are_for_linear_layers_and_a_warning_says_so(caplog):
-    model = tiny_mixtral()
-    compress(model, BLRConfig("low_rank", ratio=0.5, factor_format="int8"), progress=False)
-    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
-    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
-    assert {formats[name] for name in formats if "experts" not in name} == {"int8"}
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("4 tensors of experts keep their factors in the plain format")
-    to_format(model, "int4")
-    formats = {name: module.storage.name for name, module in blr_modules(model).items()}
-    assert {formats[name] for name in formats if "experts" in name} == {"plain"}
-    assert {formats[name] for name in formats if "experts" not in name} == {"int4"}
-
-
 def test_inspect_counts_every_expert(tmp_path, capsys):
     model = tiny_mixtral()
     model.save_pretrained(tmp_path / "dense")
@@ -329,3 +280,14 @@ def test_a_plan_of_the_command_line_treats_a_tensor_as_one_layer(tmp_path, capsy
     assert {name: module.spec.rank for name, module in blr_modules(loaded).items()} == {
         name: layer["rank"] for name, layer in layers.items()
     }
+
+
+def test_a_ratio_buys_rows_that_products_of_many_experts_take():
+    def ranks(**config):
+        plan = resolve_plan(tiny_mixtral(), BLRConfig("low_rank", **config))
+        return {layer.spec.rank for name, layer in plan.items() if name.endswith("down_proj")}
+
+    # 19 of 96 -> 64 features; below 8 no such rank is near, and a named rank is what it is
+    assert ranks(ratio=0.5) == {16}
+    assert ranks(ratio=0.2) == {7}
+    assert ranks(rank=19) == {19}

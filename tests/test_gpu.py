@@ -1,9 +1,11 @@
 """The kernels at real sizes on a GPU, in bfloat16 and the other dtypes."""
 
+import copy
 import math
 
 import pytest
 import torch
+from expert_cases import STRUCTURES, make_experts, make_tokens
 from kernel_cases import (
     FUNCTIONS,
     GROUPED,
@@ -20,6 +22,7 @@ from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
 from hf_blr import ops
+from hf_blr.bench.timing import Timer
 from hf_blr.calibration.precision import calibrating
 from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.formats import FactorInBits, format_named
@@ -294,3 +297,70 @@ def test_columns_are_rounded_as_the_plain_form_does(name, size):
         # sums in another order may take a number over the middle between two codes
         same = ((found - expected).abs() < 1e-3 * size).all(-1)
         assert same.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 16, 300])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_give_what_the_loop_gives_in_float64(structure, tokens):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16)
+    given = make_tokens(experts, tokens, 4, last=2)
+    wide = [t.double() if t.is_floating_point() else t for t in given]
+    with torch.no_grad():
+        wanted = copy.deepcopy(experts).double().one_by_one(*wide)
+        for impl in ("auto", "triton", "reference"):
+            with ops.use_impl(impl):
+                found = experts(*given)
+            assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2, impl
+
+
+@pytest.mark.parametrize("form, group", [("int4", 32), ("int8", None), ("fp8", None)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_in_bits_give_what_the_loop_gives_in_float64(structure, form, group):
+    storage = format_named(form, group)
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16, storage)
+    for tokens in (1, 9, 300):
+        given = make_tokens(experts, tokens, 4, last=2)
+        wide = [t.double() if t.is_floating_point() else t for t in given]
+        with torch.no_grad():
+            wanted = copy.deepcopy(experts).double().one_by_one(*wide)
+            found = experts(*given)
+        assert ((found - wanted).norm() / wanted.norm()).item() < 1e-2, tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_run_in_a_cuda_graph(structure, tokens):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16).requires_grad_(False)
+    given, later = make_tokens(experts, tokens, 4), make_tokens(experts, tokens, 4)
+    run = Timer("cuda").captured(lambda: given[0].copy_(experts(*given)))
+    for kept, new in zip(given, later, strict=True):
+        kept.copy_(new)
+    wanted = experts(*later)
+    run()
+    torch.testing.assert_close(given[0], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_experts_compile(structure):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16).requires_grad_(False)
+    compiled = torch.compile(experts, fullgraph=True, dynamic=False)
+    for tokens in (1, 300):
+        given = make_tokens(experts, tokens, 4)
+        wanted = experts(*given)
+        assert ((compiled(*given) - wanted).norm() / wanted.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_of_experts(structure):
+    experts = make_experts(structure, 16, 256, 320, 64, "cuda", torch.bfloat16)
+    x, choice, weights = make_tokens(experts, 200, 4, last=2)
+    exact, found = copy.deepcopy(experts).double(), []
+    for module, run in ((exact, exact.one_by_one), (experts, experts)):
+        given = x.to(module.down_proj.dtype).requires_grad_()
+        out = run(given, choice, weights.to(given))
+        (out * torch.linspace(0, 1, out.shape[1], device="cuda", dtype=out.dtype)).sum().backward()
+        found.append([given.grad, *(p.grad for p in module.parameters())])
+        x = x.detach()
+    for actual, wanted in zip(found[1], found[0], strict=True):
+        assert ((actual - wanted).norm() / wanted.norm()).item() < 2e-2
+    assert not any(p.grad[-1].any() for p in experts.parameters())

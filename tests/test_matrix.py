@@ -35,7 +35,7 @@ def test_a_check_that_fails_is_told_from_one_that_cannot_be(monkeypatch):
         assert cell(case, CHECKS["compress"]).startswith("AssertionError: outputs differ by")
 
 
-#: factors of experts run expert by expert, as many as the router chose, which no graph holds
+#: factors of experts have no form in plain linear layers
 EXPERTS = {"deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"}
 
 
@@ -44,4 +44,4 @@ EXPERTS = {"deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"}
 def test_the_tools_work_on_every_model(name):
     if name in LEFT_OUT:
         pytest.skip(LEFT_OUT[name])
-    assert set(failures(row(name))) == ({"compile", "export"} if name in EXPERTS else set())
+    assert set(failures(row(name))) == ({"export"} if name in EXPERTS else set())

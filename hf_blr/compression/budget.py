@@ -81,7 +81,7 @@ def share_budget(
         options[name] = [Option(None, many[name] * budget.of(spec, dense=True), 0.0)]
         for shape in shapes[name]:
             trials = factors.get((layers[name].kind, shape.structure, shape.num_blocks), [])
-            storage = storage_of(name, shape, plan, config)
+            storage = storage_of(name, shape, config)
             for candidate in at_ranks(shape, budget.floor, budget.ceiling):
                 if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:
                     continue
@@ -101,7 +101,7 @@ def share_budget(
         if name in fixed:
             chosen[name] = layer
         elif taken_spec is not None:
-            chosen[name] = replace(layer, spec=taken_spec, storage=storage_of(name, taken_spec, plan, config))
+            chosen[name] = replace(layer, spec=taken_spec, storage=storage_of(name, taken_spec, config))
         elif (whole := dense_plan(layer_named(model, name), config, override)) is not None:
             chosen[name] = whole
     if not chosen:
@@ -112,8 +112,6 @@ def share_budget(
     return chosen, sum(option.loss for option in taken.values())
 
 
-def storage_of(name: str, spec: BLRSpec, plan: Plan, config: BLRConfig) -> Format:
-    """The format that a layer's factors would have as this spec; that of experts is the plan's."""
-    if plan[name].experts:
-        return plan[name].storage
+def storage_of(name: str, spec: BLRSpec, config: BLRConfig) -> Format:
+    """The format that a layer's factors would have as this spec."""
     return config.storage_of(spec.structure, override_for(name, config.overrides))

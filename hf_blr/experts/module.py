@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_blr import ops
 from hf_blr.experts.layers import ExpertsLinear
 from hf_blr.experts.tensors import PROJECTIONS
+from hf_blr.ops import Routed
 
 
 class Experts(nn.Module):
@@ -22,24 +26,58 @@ class Experts(nn.Module):
     dense_class: type[nn.Module]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states `[T, H]`, experts and their weights `[T, k]` -> `[T, H]`, expert after expert."""
+        """hidden_states `[T, H]`, experts and their weights `[T, k]` -> `[T, H]`.
+
+        With Transformers' `experts_implementation="eager"` one expert runs after the other. So do experts that are
+        modules of their own, structures without a form for experts, and experts on several devices.
+        """
+        own: Any = self
+        layers = [getattr(self, key) for key in self.projections()]
+        alone = any(isinstance(p, nn.ModuleList) or (isinstance(p, ExpertsLinear) and p.alone) for p in layers)
+        eager = getattr(getattr(self, "config", None), "_experts_implementation", None) == "eager"
+        if alone or eager or getattr(self, "_is_expert_parallel", False):
+            return self.one_by_one(hidden_states, top_k_index, top_k_weights)
+        numbers = [t for p in layers for t in (p.trained() if isinstance(p, ExpertsLinear) else [p])]
+        rows = ops.route_rows(hidden_states, top_k_index, own.num_experts, numbers)
+        result = self.mlp(rows.enter(hidden_states, top_k_index.shape[-1]), partial(self.of_rows, rows))
+        return rows.leave(result, top_k_weights).to(hidden_states.dtype)
+
+    def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The forward in a loop over the experts that were chosen."""
         own: Any = self
         out = torch.zeros_like(hidden_states)
-        gated = getattr(self, "has_gate", True)
-        entry = "gate_up_proj" if gated else "up_proj"
         for expert in top_k_index.unique().tolist():
             # an index beyond the last expert stands for none
             if expert >= own.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
-            inner = self.project(entry, hidden_states[token], expert)
-            inner = self._apply_gate(inner) if gated else own.act_fn(inner)
-            result = self.project("down_proj", inner, expert)
-            if getattr(own, "has_post_expert_norm", False):
-                result = own.post_expert_norm(result)
+            result = self.mlp(hidden_states[token], partial(self.project, expert))
             result = result * top_k_weights[token, place, None]
             out.index_add_(0, token, result.to(out.dtype))
         return out
+
+    def projections(self) -> tuple[str, str]:
+        """The names of the first projection and of the last."""
+        return "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj", "down_proj"
+
+    def mlp(self, x: Tensor, multiply: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Rows `[S, H]` -> `[S, H]`, with (projection, rows) -> rows."""
+        own: Any = self
+        first, last = self.projections()
+        inner = multiply(first, x)
+        inner = self._apply_gate(inner) if getattr(self, "has_gate", True) else own.act_fn(inner)
+        result = multiply(last, inner)
+        return own.post_expert_norm(result) if getattr(self, "has_post_expert_norm", False) else result
+
+    def of_rows(self, rows: Routed, key: str, x: Tensor) -> Tensor:
+        """x `[S, K]` -> `[S, N]`, by one projection of each row's expert."""
+        own: Any = self
+        layer = getattr(self, key)
+        if isinstance(layer, ExpertsLinear):
+            out = layer.of_rows(x, rows)
+        else:
+            out = rows.product(x, layer.mT if own.is_transposed else layer)
+        return out + rows.own(getattr(self, f"{key}_bias")) if own.has_bias else out
 
     def _apply_gate(self, inner: Tensor) -> Tensor:
         """`[T, 2 I]` -> `[T, I]`, as the dense class does it."""
@@ -47,7 +85,7 @@ class Experts(nn.Module):
         gated: Tensor = gate._apply_gate(self, inner)
         return gated
 
-    def project(self, key: str, x: Tensor, expert: int) -> Tensor:
+    def project(self, expert: int, key: str, x: Tensor) -> Tensor:
         """x `[T, K]` -> `[T, N]`, by one projection of one expert."""
         own: Any = self
         layer = getattr(self, key)

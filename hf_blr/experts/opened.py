@@ -28,7 +28,10 @@ class OpenedExperts(nn.ModuleList):
     def closed(self) -> nn.Module | nn.Parameter:
         """The factors of all experts in one module, or the tensor, if not all of them have factors of one spec."""
         layers: Any = list(self)
-        if all(isinstance(layer, BLRLinear) for layer in layers) and len({layer.spec for layer in layers}) == 1:
+        if (
+            all(isinstance(layer, BLRLinear) for layer in layers)
+            and len({(layer.spec, layer.storage) for layer in layers}) == 1
+        ):
             return ExpertsLinear.stacked(layers, self.__dict__["transposed"])
         stored: nn.Parameter = self.__dict__["stored"]
         matrices = stored.data.mT if self.__dict__["transposed"] else stored.data

@@ -63,9 +63,9 @@ class Bits(Format):
         """The lowest and the highest code."""
         raise NotImplementedError
 
-    def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
+    def in_bits(self, spec: BLRSpec, leading: tuple[int, ...] = ()) -> dict[str, tuple[int, ...]]:
         shapes = spec.shapes(FACTOR).items()
-        return {name: shape for name, shape in shapes if name not in spec.elementwise and 0 not in shape}
+        return {name: (*leading, *shape) for name, shape in shapes if name not in spec.elementwise and 0 not in shape}
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
         """{name in the factor's module: shape and kind} for a factor `[..., n, k]`."""
@@ -110,10 +110,10 @@ class Bits(Format):
             return "weight_scale must be finite and positive"
         return None
 
-    def stored(self, spec: BLRSpec) -> dict[str, StoredTensor]:
-        shapes = self.in_bits(spec)
+    def stored(self, spec: BLRSpec, leading: tuple[int, ...] = ()) -> dict[str, StoredTensor]:
+        shapes = self.in_bits(spec, leading)
         found: dict[str, StoredTensor] = {}
-        for name, tensor in spec.tensors().items():
+        for name, tensor in super().stored(spec, leading).items():
             if name in shapes:
                 found |= {f"{name}.{leaf}": part for leaf, part in self.parts(tensor.shape).items()}
             else:
@@ -123,9 +123,16 @@ class Bits(Format):
     def dtype_of(self, kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
         return self.dtypes.get(kind) or super().dtype_of(kind, dtype)
 
-    def pack(self, spec: BLRSpec, tensors: Factors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        shapes = self.in_bits(spec)
-        kept = super().pack(spec, {n: t for n, t in tensors.items() if n not in shapes}, dtype, device)
+    def pack(
+        self,
+        spec: BLRSpec,
+        tensors: Factors,
+        dtype: torch.dtype,
+        device: torch.device,
+        leading: tuple[int, ...] = (),
+    ) -> dict[str, Tensor]:
+        shapes = self.in_bits(spec, leading)
+        kept = super().pack(spec, {n: t for n, t in tensors.items() if n not in shapes}, dtype, device, leading)
         for name, shape in shapes.items():
             given = tensors[name]
             codes = given if isinstance(given, Codes) else self.nearest(given.float())
@@ -133,7 +140,7 @@ class Bits(Format):
                 self.check_codes(name, codes, shape)
             for leaf, part in self.laid_out(codes).items():
                 kept[f"{name}.{leaf}"] = part.to(device).clone(memory_format=torch.contiguous_format)
-        return {name: kept[name] for name in self.stored(spec)}
+        return {name: kept[name] for name in self.stored(spec, leading)}
 
     def nearest(self, factor: Tensor) -> Codes:
         """A factor `[..., n, k]` rounded to the nearest codes, with the scales that suit that best."""

@@ -40,11 +40,18 @@ class FactorInBits(NeverCast):
             value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor | InBits:
-        """The factor `[..., n, k]` in this dtype; None: codes and scales."""
+    def forward(self, dtype: torch.dtype | None = None, chosen: Tensor | None = None) -> Tensor | InBits:
+        """The factor `[..., n, k]` in this dtype; None: codes and scales.
+
+        chosen: of factors of experts `[E, n, k]`, those that are wanted, in this order.
+        """
+        parts = self.parts()
+        if chosen is not None:
+            own = (self.storage.code_part, "weight_scale")
+            parts |= {name: parts[name].index_select(0, chosen) for name in own}
         if dtype is None:
-            return self.storage.held(self.parts(), self.shape)
-        return self.storage.numbers(self.parts(), self.shape, dtype)
+            return self.storage.held(parts, self.shape)
+        return self.storage.numbers(parts, self.shape, dtype)
 
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}

@@ -33,21 +33,24 @@ class Format:
         """What the choice of kernels for bits depends on; None without any."""
         return None
 
-    def in_bits(self, spec: BLRSpec) -> dict[str, tuple[int, ...]]:
-        """{factor: shape} of those that a module keeps in another form than as one parameter."""
+    def in_bits(self, spec: BLRSpec, leading: tuple[int, ...] = ()) -> dict[str, tuple[int, ...]]:
+        """{factor: shape} of those that a module keeps in another form than as one parameter.
+
+        leading: axes before those of the spec, (E,) for experts; so in all that takes it.
+        """
         return {}
 
-    def stored(self, spec: BLRSpec) -> dict[str, StoredTensor]:
+    def stored(self, spec: BLRSpec, leading: tuple[int, ...] = ()) -> dict[str, StoredTensor]:
         """{state-dict key: shape and kind} of what a module keeps, in a fixed order."""
-        return spec.tensors()
+        return {name: StoredTensor((*leading, *shape), kind) for name, (shape, kind) in spec.tensors().items()}
 
     def dtype_of(self, kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
         """Of a stored tensor of this kind in a layer of `dtype` (None: PyTorch's default)."""
         return torch.int32 if kind == INDEX else dtype
 
-    def num_bytes(self, spec: BLRSpec, dtype: torch.dtype) -> int:
+    def num_bytes(self, spec: BLRSpec, dtype: torch.dtype, leading: tuple[int, ...] = ()) -> int:
         """Of all that a layer of this dtype stores, but for its bias."""
-        dtypes = [(math.prod(shape), self.dtype_of(kind, dtype)) for shape, kind in self.stored(spec).values()]
+        dtypes = [(math.prod(shape), self.dtype_of(kind, dtype)) for shape, kind in self.stored(spec, leading).values()]
         return sum(count * (dtype if of is None else of).itemsize for count, of in dtypes)
 
     def misfit(self, spec: BLRSpec) -> str | None:
@@ -58,7 +61,14 @@ class Format:
         """Why a layer of these sizes is no smaller so than plain in 16 bits, and what to do; None if it is."""
         return None
 
-    def pack(self, spec: BLRSpec, tensors: Factors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    def pack(
+        self,
+        spec: BLRSpec,
+        tensors: Factors,
+        dtype: torch.dtype,
+        device: torch.device,
+        leading: tuple[int, ...] = (),
+    ) -> dict[str, Tensor]:
         """{state-dict key: tensor} that a module keeps for these factors and indices, in memory of its own.
 
         A fit may return views: of larger tensors, which would stay in memory, or of transposed ones, which multiply

@@ -46,15 +46,16 @@ class FactorInTraining(NeverCast):
     def codes_train(self) -> bool:
         return self.latent.dtype == torch.float32
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The factor `[..., n, k]` in this dtype, differentiable in what trains."""
+    def forward(self, dtype: torch.dtype, chosen: Tensor | None = None) -> Tensor:
+        """The factor `[..., n, k]` in this dtype, differentiable in what trains; chosen: of these experts alone."""
         values = self.latent * self.storage.spacing
         if self.codes_train:
             values = through(values, on_grid(values, self.storage).float())
         scale = self.log_scale.clamp(*RANGE).exp()
         scale = through(scale, scale.to(SCALE_DTYPE).float())
         groups = values.unflatten(-1, (scale.shape[-1], -1))
-        return (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        factor = (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        return factor if chosen is None else factor.index_select(0, chosen)
 
     def stored(self) -> FactorInBits:
         """The factor in the form in which it is kept, with the codes and scales of this moment."""

@@ -14,7 +14,7 @@ from hf_blr.checkpoint.notice import take_notice_down
 from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
 from hf_blr.experts import ExpertsLinear, put_layer
-from hf_blr.formats import format_named
+from hf_blr.formats import Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
 from hf_blr.structures import structure_named
@@ -52,7 +52,8 @@ def to_dense(model: nn.Module) -> nn.Module:
 def dense_experts(module: ExpertsLinear) -> nn.Parameter:
     """The 3-D parameter that the factors stand for, in the layout of the model; multiplied out in float32 or better."""
     weight = module.dense_weight(torch.promote_types(module.dtype, torch.float32)).detach().to(module.dtype)
-    trains = next(iter(module.factors().values())).requires_grad
+    # what is kept in bits cannot say whether the matrix would train
+    trains = next((factor.requires_grad for factor in module.factors().values()), True)
     return nn.Parameter((weight.mT if module.transposed else weight).contiguous(), requires_grad=trains)
 
 
@@ -60,8 +61,7 @@ def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.
     """Store the factors of a compressed model in another format: rounded to fewer bits, or as numbers in "plain".
 
     Works in place, one module at a time, and returns the model, whose config names the format. Layers of
-    `structure="dense"` and experts stay as they are. So do, with a warning, layers that would take no less than in 16
-    bits.
+    `structure="dense"` stay as they are. So do, with a warning, layers that would take no less than in 16 bits.
 
     Args:
         model: a compressed model, or a part of one.
@@ -76,7 +76,7 @@ def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.
     modules = {
         path: module
         for path, module in unadapted_modules(model).items()
-        if not structure_named(module.spec.structure).whole and not isinstance(module, ExpertsLinear)
+        if not structure_named(module.spec.structure).whole
     }
     if not modules:
         raise ValueError(f"{type(model).__name__} has no factors that could be stored in {name}; compress it first")
@@ -92,11 +92,20 @@ def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.
             if waste is not None:
                 logger.warning("%s: stays in the format %s: %s", path, module.storage.name, waste)
                 continue
-            model.set_submodule(path, BLRLinear.from_fit(module.spec, module.tensors(), module, storage))
+            model.set_submodule(path, in_format(module, storage))
     finally:
         # stopped half-way, the configs name the formats as they are
         record_replaced(recorded)
     return model
+
+
+def in_format(module: BLRLinear, storage: Format) -> BLRLinear:
+    """The same layer with its factors in this format."""
+    if not isinstance(module, ExpertsLinear):
+        return BLRLinear.from_fit(module.spec, module.tensors(), module, storage)
+    factors, dtype, device = module.tensors(), module.dtype, module.device
+    found = ExpertsLinear.of_factors(module.spec, factors, module.transposed, storage, dtype, device)
+    return found.train(module.training)
 
 
 def unadapted_modules(model: nn.Module) -> dict[str, BLRLinear]:

@@ -98,8 +98,10 @@ def fit_weight(name: str, module: BLRLinear, weight: torch.Tensor, config: BLRCo
         )
     check_finite(name, weight, "repair the checkpoint, or leave this module dense with modules_to_not_convert")
     if isinstance(module, ExpertsLinear):
-        each = [fit_matrix(f"{name}.{i}", module, matrix, config) for i, matrix in enumerate(weight)]
-        return {key: torch.stack([factors[key] for factors in each]) for key in each[0]}
+        kept = (fit_matrix(f"{name}.{i}", module, matrix, config) for i, matrix in enumerate(weight))
+        spec, storage, dtype = module.spec, module.storage, weight.dtype
+        each = [BLRLinear.from_factors(spec, stored, storage=storage, dtype=dtype) for stored in kept]
+        return {key: tensor.detach() for key, tensor in ExpertsLinear.stacked(each, module.transposed).stored().items()}
     return fit_matrix(name, module, weight, config)
 
 

@@ -35,6 +35,10 @@ class InBits(NamedTuple):
     bits: int
     length: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.codes.shape[:-1], self.length
+
 
 def route_in_bits(
     spec: BLRSpec, form: CodeForm, x: Tensor, numbers: Sequence[Tensor | None], impl: str | None = None

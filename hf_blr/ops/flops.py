@@ -36,6 +36,10 @@ def formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
         if record.grouped:
             yield from ((op, several) for op in ops_of(record.name))
     yield torch.ops.hf_blr.one_query_attention, one_query_attention
+    yield torch.ops.hf_blr.expert_rows, rows_of_experts
+    yield torch.ops.hf_blr.expert_rows_in_bits, rows_of_experts
+    yield torch.ops.hf_blr.expert_products, rows_of_experts
+    yield torch.ops.hf_blr.expert_outer_products, outer_products_of_experts
 
 
 def products(x: Shape, *factors: Shape) -> int:
@@ -81,6 +85,16 @@ def several(x: Shape, *lists: Any, **kwargs: Any) -> int:
     """Of grouped layers: lists of u, of s where there is one, and of v."""
     *factors, _ = [entry for entry in lists if not isinstance(entry, str)]
     return products(x, *(shape for shapes in factors for shape in shapes))
+
+
+def rows_of_experts(x: Shape, w: Shape, *others: Any, **kwargs: Any) -> int:
+    """Of rows `[S, (B,) K]`, each by the matrix of one expert of `[E, (B,) N, K or words]`."""
+    return 2 * math.prod(x) * w[-2]
+
+
+def outer_products_of_experts(grad: Shape, x: Shape, *others: Any, **kwargs: Any) -> int:
+    """Of rows `[S, N]` and `[S, K]`, each into the gradient of one expert's matrix."""
+    return 2 * math.prod(grad) * x[-1]
 
 
 def one_query_attention(q: Shape, k: Shape, *others: Any, **kwargs: Any) -> int:

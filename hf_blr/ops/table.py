@@ -22,7 +22,7 @@ class Implementation:
 
     Args:
         name: of the structure.
-        linear, dense, fits: as in `structures.Structure`.
+        linear, dense, fits, experts: as in `structures.Structure`.
         factors: how many of the layer's tensors are factors; they come first.
         kernel: (x, tensors, bias, activation) -> out, differentiable, by registered ops; None without kernels.
         pays: (tokens) -> whether the kernels beat PyTorch's products.
@@ -33,6 +33,7 @@ class Implementation:
     linear: Callable[..., Tensor]
     dense: Callable[..., Tensor]
     fits: Callable[..., bool]
+    experts: Callable[..., Tensor] | None
     factors: int
     kernel: Callable[..., Tensor] | None
     pays: Callable[[int], bool] | None
@@ -57,6 +58,7 @@ def load(structure: str) -> Implementation:
         record.load("linear"),
         record.load("dense"),
         record.load("fits"),
+        record.load("experts"),
         len(record.spec.names(FACTOR)),
         define_structure(record) if record.kernels else None,
         record.load("kernels_pay"),

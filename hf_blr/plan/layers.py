@@ -37,11 +37,6 @@ class LayerPlan:
     experts: int = 0
 
     def __post_init__(self) -> None:
-        if self.experts and self.storage != PLAIN:
-            raise ValueError(
-                f"experts keep their factors in the plain format, got {self.storage.name}; name it in overrides, or "
-                "leave them out with modules_to_not_convert"
-            )
         problem = self.storage.misfit(self.spec) or self.storage.waste(self.spec)
         if problem is not None:
             raise ValueError(problem)
@@ -55,6 +50,15 @@ class LayerPlan:
     def matrices(self) -> int:
         """How many matrices of the spec's sizes the layer holds: one, or one for each expert."""
         return max(self.experts, 1)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The axes before those of the spec."""
+        return (self.experts,) if self.experts else ()
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of all that the layer stores in a model of this dtype, but for its bias."""
+        return self.storage.num_bytes(self.spec, dtype, self.leading)
 
     def to_dict(self) -> dict[str, Any]:
         # the plain format goes without saying, also for a release that knows no other
@@ -89,13 +93,13 @@ class LayerPlan:
     def stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """{state-dict key: shape, dtype} of all that the module keeps, its bias among it; None: the model's dtype."""
         bias = {"bias": StoredTensor((self.spec.out_features,), FACTOR)} if self.bias else {}
-        tensors, leading = (self.storage.stored(self.spec) | bias).items(), (self.experts,) if self.experts else ()
-        return {key: ((*leading, *shape), self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
+        tensors = (self.storage.stored(self.spec, self.leading) | bias).items()
+        return {key: (shape, self.storage.dtype_of(kind, None)) for key, (shape, kind) in tensors}
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BLRLinear:
         """The module, with fresh parameters (none on the meta device)."""
         if self.experts:
-            return ExpertsLinear(self.spec, self.experts, self.transposed, device, dtype)
+            return ExpertsLinear(self.spec, self.experts, self.transposed, device, dtype, self.storage)
         return BLRLinear.from_spec(
             self.spec,
             bias=self.bias,

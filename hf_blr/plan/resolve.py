@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import blr_modules
 from hf_blr.plan.layers import LayerPlan, Plan
 from hf_blr.structures import (
+    FACTOR,
+    BLRSpec,
     Dense,
     as_block_pair,
     make_spec,
@@ -87,13 +90,6 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
             "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
         )
-    rounded = [
-        name
-        for name, layer in plan.items()
-        if layer.experts and config.storage_of(layer.spec.structure, override_for(name, config.overrides)) != PLAIN
-    ]
-    if rounded:
-        logger.warning("%d tensors of experts keep their factors in the plain format: %s", len(rounded), rounded)
     warn_of_unreached(model)
     return plan
 
@@ -113,28 +109,46 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
     settings = config.settings_with(override)
     k, n = feature_sizes(module)
     spec = make_spec(in_features=k, out_features=n, **settings)
-    if isinstance(module, ExpertsTensor):
-        # their factors are kept in no other format
-        return LayerPlan(spec, False, module.owner.is_transposed, PLAIN, module.num_experts)
     storage = config.storage_of(spec.structure, override)
-    if settings["ratio"] is not None and storage.misfit(spec) is not None:
-        lower = (replace(spec, rank=rank) for rank in range(spec.rank - 1, 0, -1))
-        spec = next((candidate for candidate in lower if storage.misfit(candidate) is None), spec)
+    if settings["ratio"] is not None:
+        spec = lowered(spec, lambda lower: storage.misfit(lower) is None, 1)
+        if isinstance(module, ExpertsTensor):
+            # products of many experts take rows that begin at such multiples; no more than an eighth is given for it
+            least = spec.rank * 7 // 8
+            spec = lowered(spec, lambda lower: storage.misfit(lower) is None and has_even_rows(lower), least)
     if storage.misfit(spec) is None and (waste := storage.waste(spec)) is not None:
         logger.warning("%s: stays in the plain format: %s", name, waste)
         storage = PLAIN
+    return planned(module, spec, storage)
+
+
+def lowered(spec: BLRSpec, suits: Callable[[BLRSpec], bool], lowest: int) -> BLRSpec:
+    """The spec at the highest of its own rank and those below that suits, or as it is if none suits."""
+    lower = (replace(spec, rank=rank) for rank in range(spec.rank, max(lowest, 1) - 1, -1))
+    return next((candidate for candidate in lower if suits(candidate)), spec)
+
+
+def has_even_rows(spec: BLRSpec) -> bool:
+    """Whether rows of all factors that are multiplied by blocks are multiples of 16 bytes in 16 bits."""
+    shapes = spec.shapes(FACTOR).items()
+    return all(shape[-1] % 8 == 0 for name, shape in shapes if name not in spec.elementwise)
+
+
+def planned(module: nn.Module, spec: BLRSpec, storage: Format) -> LayerPlan:
+    """The plan of a dense layer, or of a tensor of experts, as this spec in this format."""
+    if isinstance(module, ExpertsTensor):
+        # a bias stays with the experts module
+        return LayerPlan(spec, False, module.owner.is_transposed, storage, module.num_experts)
     return LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
 
 
 def dense_plan(module: nn.Module, config: BLRConfig, override: dict[str, Any]) -> LayerPlan | None:
     """A layer that keeps its whole matrix in the config's `dense_format`; None where that leaves it as it is."""
     storage = config.storage_of(Dense.structure, override)
-    if storage == PLAIN or isinstance(module, ExpertsTensor):
-        return None
-    return whole_layer(module, storage)
+    return None if storage == PLAIN else whole_layer(module, storage)
 
 
 def whole_layer(module: nn.Module, storage: Format) -> LayerPlan:
     """A layer that keeps its whole matrix in this format of fewer bits."""
     k, n = feature_sizes(module)
-    return LayerPlan(Dense.whole(k, n), module.bias is not None, is_transposed(module), storage)
+    return planned(module, Dense.whole(k, n), storage)

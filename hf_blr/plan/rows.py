@@ -61,7 +61,7 @@ def stored_rows(plan: Plan, dtype: torch.dtype) -> tuple[list[dict], str]:
     """
     specs = {name: layer.spec for name, layer in plan.items()}
     many = {name: layer.matrices for name, layer in plan.items()}
-    bytes_of = {name: many[name] * layer.storage.num_bytes(layer.spec, dtype) for name, layer in plan.items()}
+    bytes_of = {name: layer.num_bytes(dtype) for name, layer in plan.items()}
     dense_of = {name: many[name] * layer.spec.dense_parameters for name, layer in plan.items()}
 
     def bits_a_weight(names: Iterable[str]) -> float:

@@ -22,6 +22,8 @@ class Structure:
         summary: what it is, in one line.
         linear: (x, *tensors, bias=None) -> out, in plain PyTorch: the oracle of the kernels.
         dense: (**tensors) -> the matrix `[N, K]`.
+        experts: (`ops.experts.Routed`, x, *tensors) -> out, of rows that each meet the tensors of their own expert.
+            "": experts of this structure run one after the other.
         fits: (in features, *tensors) -> whether these tensors are one layer's for inputs of that size.
         module: the subclass of `BLRLinear`.
         fit: (W, spec, gram or None, `FitOptions`) -> (factors, squared error after each round).
@@ -62,6 +64,7 @@ class Structure:
     backward_stages: str
     colour: str
     closed_form: bool = False
+    experts: str = ""
     weighed: str = "u"
     rounding: str = ""
     scaled: tuple[str, ...] = ("u", "v")

@@ -46,6 +46,7 @@ RECORD = Structure(
     summary="block (i, j) of W is u_i diag(s_ij) v_j, by accelerated alternating least squares",
     linear="hf_blr.structures.blast.reference:blast_linear",
     dense="hf_blr.structures.blast.reference:blast_dense",
+    experts="hf_blr.structures.blast.reference:blast_experts",
     fits="hf_blr.structures.blast.reference:fits",
     module="hf_blr.structures.blast.layer:BlastLinear",
     fit="hf_blr.structures.blast.fit:fit",

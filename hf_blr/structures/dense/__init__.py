@@ -49,6 +49,7 @@ RECORD = Structure(
     summary="W itself, for layers that a format alone makes smaller",
     linear="hf_blr.structures.dense.reference:dense_linear",
     dense="hf_blr.structures.dense.reference:dense_dense",
+    experts="hf_blr.structures.dense.reference:dense_experts",
     fits="hf_blr.structures.dense.reference:fits",
     module="hf_blr.structures.dense.layer:DenseLinear",
     fit="hf_blr.structures.dense.fit:fit",

@@ -31,6 +31,7 @@ RECORD = Structure(
     summary="W = u v: two plain products, in closed form",
     linear="hf_blr.structures.low_rank.reference:low_rank_linear",
     dense="hf_blr.structures.low_rank.reference:low_rank_dense",
+    experts="hf_blr.structures.low_rank.reference:low_rank_experts",
     fits="hf_blr.structures.low_rank.reference:fits",
     module="hf_blr.structures.low_rank.layer:LowRankLinear",
     fit="hf_blr.structures.low_rank.fit:fit",

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_blr.ops.experts import Routed
 
 
 def low_rank_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[..., K]`, u `[N, R]`, v `[R, K]` -> `[..., N]`."""
     return F.linear(F.linear(x, v), u, bias)
+
+
+def low_rank_experts(rows: Routed, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """x `[S, K]`, u `[E, N, R]`, v `[E, R, K]` -> `[S, N]`, each row by the factors of its expert."""
+    return rows.product(rows.product(x, v), u)
 
 
 def low_rank_dense(u: Tensor, v: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ RECORD = Structure(
     summary="block (i, j) of W is u_ij v_ij, by descent over block columns",
     linear="hf_blr.structures.monarch.reference:monarch_linear",
     dense="hf_blr.structures.monarch.reference:monarch_dense",
+    experts="hf_blr.structures.monarch.reference:monarch_experts",
     fits="hf_blr.structures.monarch.reference:fits",
     module="hf_blr.structures.monarch.layer:MonarchLinear",
     fit="hf_blr.structures.monarch.fit:fit",

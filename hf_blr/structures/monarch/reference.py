@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from hf_blr.ops.blocks import expand, project
+
+if TYPE_CHECKING:
+    from hf_blr.ops.experts import Routed
 
 
 def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -15,6 +20,14 @@ def monarch_linear(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) 
     # [B1, B2, R, T] -> [B2, B1*R, T]: the two block indices swap places
     z = y.view(b1, b2, width // b1, tokens).transpose(0, 1).reshape(b2, width, tokens)
     return expand(z, u, bias, x.shape[:-1])
+
+
+def monarch_experts(rows: Routed, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """x `[S, K]`, u `[E, B2, Q, B1*R]`, v `[E, B1, B2*R, P]` -> `[S, N]`, each row by the factors of its expert."""
+    (_, b1, _, p), (_, b2, _, width) = v.shape, u.shape
+    y = rows.blocks(x.unflatten(1, (b1, p)), v)
+    z = y.unflatten(2, (b2, width // b1)).transpose(1, 2).flatten(2)
+    return rows.blocks(z, u).flatten(1)
 
 
 def monarch_dense(u: Tensor, v: Tensor) -> Tensor:

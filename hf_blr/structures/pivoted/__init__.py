@@ -61,6 +61,7 @@ RECORD = Structure(
     summary="low-rank with R columns of v an identity that is not stored: more rank for the same size",
     linear="hf_blr.structures.pivoted.reference:pivoted_linear",
     dense="hf_blr.structures.pivoted.reference:pivoted_dense",
+    experts="hf_blr.structures.pivoted.reference:pivoted_experts",
     fits="hf_blr.structures.pivoted.reference:fits",
     module="hf_blr.structures.pivoted.layer:PivotedLinear",
     fit="hf_blr.structures.low_rank.fit:fit",

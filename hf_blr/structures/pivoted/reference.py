@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_blr.ops.blocks import as_rows
+
+if TYPE_CHECKING:
+    from hf_blr.ops.experts import Routed
 
 
 def pivoted_linear(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -15,6 +20,13 @@ def pivoted_linear(x: Tensor, u: Tensor, c: Tensor, order: Tensor, bias: Tensor 
     rows = as_rows(x).index_select(-1, order)
     y = torch.addmm(rows[:, :r], rows[:, r:], c.mT)
     return F.linear(y, u, bias).view(*x.shape[:-1], u.shape[0])
+
+
+def pivoted_experts(rows: Routed, x: Tensor, u: Tensor, c: Tensor, order: Tensor) -> Tensor:
+    """x `[S, K]`, u `[E, N, R]`, c `[E, R, K - R]`, order `[E, K]` -> `[S, N]`, each row by those of its expert."""
+    r = c.shape[1]
+    x = x.gather(1, rows.own(order).long())
+    return rows.product(x[:, :r] + rows.product(x[:, r:], c), u)
 
 
 def pivoted_dense(u: Tensor, c: Tensor, order: Tensor) -> Tensor:
