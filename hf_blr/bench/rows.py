@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from hf_blr.bench.inputs import longest_text
 from hf_blr.bench.models import Shape
 from hf_blr.bench.timing import Timer, allocated
 from hf_blr.bench.variants import Variant, build_model
+from hf_blr.linear import BLRLinear
+from hf_blr.structures import FACTOR
 from hf_blr.targets import find_targets
 
 
@@ -189,14 +192,21 @@ def trained_names(shape: Shape) -> list[str]:
 
 
 def model_sizes(model: nn.Module, names: list[str]) -> dict:
-    """Parameters and bytes of the model, and the numbers that its projections hold."""
+    """Parameters and bytes of the model, and the numbers that its projections hold; of codes, what they stand for."""
     parameters = list(model.parameters())
-    projections = [p for name in names for p in model.get_submodule(name).parameters()]
     return {
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "projection_parameters": sum(p.numel() for p in projections),
+        "projection_parameters": sum(numbers_of(model.get_submodule(name)) for name in names),
     }
+
+
+def numbers_of(layer: nn.Module) -> int:
+    """The numbers that a projection holds, its bias among them."""
+    if not isinstance(layer, BLRLinear):
+        return sum(p.numel() for p in layer.parameters())
+    factors = sum(map(math.prod, layer.spec.shapes(FACTOR).values()))
+    return factors + (0 if layer.bias is None else layer.bias.numel())
 
 
 def in_one_line(error: Exception) -> str:
