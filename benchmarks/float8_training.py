@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ def mean_square(hidden: Tensor) -> Tensor:
 
 def blocks_for(variant: str, float8: bool, count: int, device: str, **sizes: Any) -> tuple[Blocks, list[str]]:
     """(the blocks, their projections)."""
-    shape = SHAPES[MODEL]
-    built = replace(shape, build=lambda **kw: shape.build(num_hidden_layers=count, vocab_size=1024, **sizes, **kw))
+    shape = SHAPES[MODEL].of_blocks(count)
+    # the words are in no projection
+    shape = replace(shape, build=partial(shape.build, vocab_size=1024, **sizes))
     with torch.device("meta"):
-        names = find_targets(Blocks(built.build()))
-    model = Blocks(build_model(built, Variant.parse(variant), 0.5, device, torch.bfloat16))
+        names = find_targets(Blocks(shape.build()))
+    model = Blocks(build_model(shape, Variant.parse(variant), 0.5, device, torch.bfloat16))
     if float8 and variant == "dense":
         for name in names:
             model.set_submodule(name, Float8Linear(model.get_submodule(name)))

@@ -39,6 +39,7 @@ class Request:
         activation_budget: of a training step, `measure.training`'s.
         ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
         dtype: of all parameters.
+        blocks: repeated blocks to build in place of all that the model has; its name in the rows then says so.
         profile: add what each kernel of a forward or a decoding step takes.
         stop_at_errors: raise instead of writing the error into the row.
     """
@@ -56,6 +57,7 @@ class Request:
     activation_budget: float = 1.0
     ratio: float = 0.5
     dtype: torch.dtype = torch.bfloat16
+    blocks: int | None = None
     profile: bool = False
     stop_at_errors: bool = False
 
@@ -65,6 +67,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
 
     A measurement that fails gives a row with `error`, and the others go on.
     """
+    if request.blocks is not None:
+        name, shape = f"{name}, {request.blocks} blocks", shape.of_blocks(request.blocks)
     tokens = tokens_of(shape, request)
     groups = [(t,) for t in tokens] if shape.options else [tokens]
     try:

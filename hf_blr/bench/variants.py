@@ -128,16 +128,12 @@ def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> 
     if not variant.paper:
         plan = resolve_plan(model, config_for(variant, ratio))
         # the rank of a whole matrix is not ours to choose
-        return plan if variant.structure == "dense" else {n: aligned_plan(layer) for n, layer in plan.items()}
+        if variant.structure == "dense":
+            return plan
+        return {name: replace(layer, spec=align_rank(layer.spec)) for name, layer in plan.items()}
     storage = format_named(variant.storage)
     plan = paper_plan(model, shape, variant.structure)
     return {name: replace(layer, storage=storage) for name, layer in plan.items()}
-
-
-def aligned_plan(layer: LayerPlan) -> LayerPlan:
-    """With `align_rank`, unless the format's groups do not divide rows of that rank."""
-    spec = align_rank(layer.spec)
-    return layer if layer.storage.misfit(spec) else replace(layer, spec=spec)
 
 
 def paper_plan(model: nn.Module, shape: Shape, structure: str) -> Plan:

@@ -31,7 +31,7 @@ def open_float8(model: nn.Module) -> tuple[list[str], str]:
         refused = {name: reason for name, reason in reasons.items() if reason is not None}
         why = ", ".join(dict.fromkeys(refused.values())) or "factors are kept in bits"
         said.append(f"{len(layers) - len(opened)} layers train in the dtype of the model: {why}")
-    if emulates(layers[opened[0]].device):
+    if emulates(next(iter(layers[opened[0]].factors().values()))):
         wanted = "a GPU of compute capability {}.{}".format(*LEAST_FLOAT8)
         said.append(f"float8 numbers are multiplied in float32, which saves no time; it takes {wanted} to save any")
     return opened, "; ".join(said)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_blr.ops.cast import plain_cast
-from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl
-from hf_blr.ops.library import contiguous_rows
+from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
+from hf_blr.ops.library import contiguous_rows, define_op
 from hf_blr.ops.rules.bits import ALIGNED, FLOAT8, missing
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import BLRSpec
@@ -35,9 +35,9 @@ class Rows(NamedTuple):
     codes: Tensor
     scale: Tensor
 
-    def transposed(self) -> Rows:
+    def transposed(self, emulated: bool) -> Rows:
         """The codes' transpose `[L, M]`, without the scale, which the other operand has taken."""
-        return Rows(self.codes.T.contiguous(), self.scale.new_ones(self.codes.shape[1]))
+        return Rows(transposed_codes(self.codes, emulated), self.scale.new_ones(self.codes.shape[1]))
 
 
 def why_not_float8(spec: BLRSpec) -> str | None:
@@ -71,7 +71,7 @@ def linear_in_float8(
         ValueError: for "dense", which has no form in float8, or an unknown name.
         RuntimeError: if "triton" is asked for on a device that does not multiply float8.
     """
-    emulated = emulates(x.device, impl) or not x.numel()
+    emulated = emulates(x, impl) or not x.numel()
     lead, dtype, tokens = x.shape[:-1], compute_dtype(x), x.numel() // x.shape[-1]
     # products over tokens take multiples of 16 of them
     rows = F.pad(x.reshape(-1, x.shape[-1]).to(dtype), (0, 0, 0, -tokens % ALIGNED))
@@ -84,19 +84,18 @@ def linear_in_float8(
     return out.view(*lead, out.shape[-1])
 
 
-def emulates(device: torch.device, impl: str | None = None) -> bool:
-    """Whether products of float8 numbers run in float32 there; Raises as `linear_in_float8`."""
+def emulates(x: Tensor, impl: str | None = None) -> bool:
+    """Whether products of float8 numbers run in float32 where x is; raises as `linear_in_float8`."""
     impl = current_impl() if impl is None else check_impl(impl)
     if impl == "dense":
         raise ValueError('impl="dense" has no form in float8; use "auto" or "reference", or train without float8')
-    if impl == "reference":
+    if impl == "reference" or (impl == "auto" and not x.is_cuda):
         return True
-    reason = f"the tensors are on {device.type}, not on a CUDA GPU"
-    if device.type == "cuda":
-        reason = missing(FLOAT8, torch.cuda.get_device_capability(device)) or ""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    reason = why_not_triton(x, ()) or missing(FLOAT8, capability)
     if reason and impl == "triton":
         raise RuntimeError(f'impl="triton" cannot train in float8: {reason}; use impl="auto" or "reference"')
-    return bool(reason)
+    return reason is not None
 
 
 class Project(torch.autograd.Function):
@@ -115,10 +114,10 @@ class Project(torch.autograd.Function):
         x8, v8 = Rows(*ctx.saved_tensors[:2]), Rows(*ctx.saved_tensors[2:])
         dx = dv = None
         if ctx.needs_input_grad[0]:
-            dx = product(cast(dy * v8.scale, ctx.emulated), v8.transposed(), dy.dtype, ctx.emulated)
+            dx = product(cast(dy * v8.scale, ctx.emulated), v8.transposed(ctx.emulated), dy.dtype, ctx.emulated)
         if ctx.needs_input_grad[1]:
             over_tokens = cast((dy * x8.scale[:, None]).T, ctx.emulated)
-            dv = product(over_tokens, x8.transposed(), dy.dtype, ctx.emulated)
+            dv = product(over_tokens, x8.transposed(ctx.emulated), dy.dtype, ctx.emulated)
         return dx, dv, None
 
 
@@ -127,23 +126,23 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor, emulated: bool) -> Tensor:
-        # by columns of u
-        u8 = cast(u.T, emulated)
+        codes, scale = cast_columns(u, emulated)
         ctx.emulated = emulated
-        ctx.save_for_backward(y, *u8)
-        return product(cast(y * u8.scale, emulated), u8.transposed(), y.dtype, emulated)
+        ctx.save_for_backward(y, codes, scale)
+        u8 = Rows(codes, scale.new_ones(codes.shape[0]))
+        return product(cast(y * scale, emulated), u8, y.dtype, emulated)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        y, *stored = ctx.saved_tensors
-        u8, g8 = Rows(*stored), cast(grad, ctx.emulated)
+        y, codes, scale = ctx.saved_tensors
+        g8 = cast(grad, ctx.emulated)
         dy = du = None
         if ctx.needs_input_grad[0]:
-            dy = product(g8, u8, grad.dtype, ctx.emulated)
+            dy = product(g8, Rows(transposed_codes(codes, ctx.emulated), scale), grad.dtype, ctx.emulated)
         if ctx.needs_input_grad[1]:
             over_tokens = cast((y * g8.scale[:, None]).T, ctx.emulated)
-            du = product(g8.transposed(), over_tokens, grad.dtype, ctx.emulated)
+            du = product(g8.transposed(ctx.emulated), over_tokens, grad.dtype, ctx.emulated)
         return dy, du, None
 
 
@@ -156,6 +155,34 @@ def cast(t: Tensor, emulated: bool) -> Rows:
     return Rows(*torch.ops.hf_blr.cast_rows(t.contiguous()))
 
 
+def cast_columns(t: Tensor, emulated: bool) -> tuple[Tensor, Tensor]:
+    """(codes `[M, L]`, scale `[L]`) of t `[M, L]`, with a scale for each column."""
+    if emulated or torch.compiler.is_compiling():
+        codes, scale = plain_cast(t.T)
+        return codes.T.contiguous(), scale
+    rows = cast(t.T, emulated)
+    return transposed_codes(rows.codes, emulated), rows.scale
+
+
+def transposed_codes(codes: Tensor, emulated: bool) -> Tensor:
+    """`[L, M]` of `[M, L]` float8, contiguous."""
+    if emulated:
+        return codes.T.contiguous()
+    found: Tensor = torch.ops.hf_blr.transposed_codes(codes)
+    return found
+
+
+def transpose_kernel(codes: Tensor) -> Tensor:
+    from hf_blr.ops.triton.cast import transposed_codes
+
+    found: Tensor = transposed_codes(codes.contiguous())
+    return found
+
+
+def transpose_fake(codes: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape[1], codes.shape[0])
+
+
 def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool) -> Tensor:
     """a b^T `[M, N]` in dtype, of a `[M, L]` and b `[N, L]`."""
     if emulated:
@@ -166,3 +193,6 @@ def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool) -> Tensor:
     scales = a.scale[:, None], b.scale[None, :]
     out = torch._scaled_mm(a.codes, b.codes.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
     return out.to(dtype)
+
+
+define_op("transposed_codes(Tensor codes) -> Tensor", transpose_kernel, transpose_fake)
