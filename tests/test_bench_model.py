@@ -75,6 +75,18 @@ def test_models_in_formats_of_fewer_bits():
         assert 2.5 < saved / found[plain]["projection_parameters"] < 3
 
 
+def test_fewer_blocks_are_another_model_in_rows():
+    request = rows.Request(("prefill",), batches=(1,), forms=("graph",), dtype=torch.float32, blocks=1)
+    (row,) = rows.model_rows("tiny", tiny_shape(), [Variant("dense")], request, Timer("cpu", 0.01, 3))
+    assert row["model"] == "tiny, 1 blocks" and row["ms"] > 0
+    # half of the two blocks that it has
+    whole = build_model(tiny_shape(), Variant("dense"), 0.5, "meta", torch.float32)
+    assert (
+        row["projection_parameters"]
+        == rows.model_sizes(whole, rows.trained_names(tiny_shape()))["projection_parameters"] / 2
+    )
+
+
 def test_pivoted_layers_gather_from_everywhere():
     """A fresh module's order would read neighbours, and fits give no such."""
     modules = blr_modules(build_model(tiny_shape(), Variant.parse("pivoted"), 0.5, "cpu", torch.float32)).values()

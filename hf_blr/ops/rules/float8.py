@@ -56,7 +56,7 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
 
 
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:
-    """(side of a tile, warps) for `transpose_kernel`: lines of 128 bytes, unless few tiles would leave SMs idle."""
+    """(side of a tile, warps) for `transpose_codes_kernel`: 128 bytes a line, unless that leaves SMs idle."""
     if device == INTERPRETER:
         return 16, 4
     return (128, 8) if -(-m // 128) * -(-length // 128) >= 2 * device.sms else (64, 4)

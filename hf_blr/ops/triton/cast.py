@@ -71,7 +71,7 @@ def cast_rows(x, largest, smallest_norm):
 
 
 @triton.jit
-def transpose_kernel(codes_ptr, out_ptr, M, L, B: tl.constexpr):
+def transpose_codes_kernel(codes_ptr, out_ptr, M, L, B: tl.constexpr):
     """out `[L, M]` of codes `[M, L]`, bytes, in tiles of B x B."""
     o_m = tl.program_id(0) * B + tl.arange(0, B)
     o_l = tl.program_id(1) * B + tl.arange(0, B)
@@ -87,5 +87,5 @@ def transposed_codes(codes):
     if codes.numel():
         tile, warps = transpose_tile(m, length, device_of(codes))
         grid = (triton.cdiv(m, tile), triton.cdiv(length, tile))
-        transpose_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), m, length, B=tile, num_warps=warps)
+        transpose_codes_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), m, length, B=tile, num_warps=warps)
     return out
