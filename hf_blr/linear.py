@@ -37,6 +37,8 @@ class BLRLinear(StoredFactors):
     activation: str = ""
     #: its factors are wider than the numbers that they multiply, and come to each product in the dtype of these
     masters: bool = False
+    #: multiplies in float8 while it trains: where `finetune.float8` opened it
+    float8: bool = False
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
     impl: str = ""
 
@@ -101,6 +103,9 @@ class BLRLinear(StoredFactors):
             out = group.output(index, x)
             if out is not None:
                 return out
+        # by the mode and not by gradients, so that a checkpointed block computes the same twice
+        if self.float8 and self.training:
+            return ops.linear_in_float8(self.spec.structure, x, self.operands(x), self.bias, self.impl or None)
         found = self.route_in_bits(x)
         if found != NUMBERS:
             return self.run_in_bits(found, x)

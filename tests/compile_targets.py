@@ -181,6 +181,7 @@ def call_float8(tokens, k, n, rank, b1, b2):
 
     p, q, x = k // b1, n // b2, torch.empty(tokens, k, dtype=torch.bfloat16)
     rows, x_scale = cast.cast_rows(x, 448.0, 1e-30)
+    cast.transposed_codes(rows)
     s, r = x.new_empty(b2, b1, rank), rank // b1
     order = torch.arange(k, dtype=torch.int32)
     for module, shapes in (

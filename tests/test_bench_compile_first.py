@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_shape
 
 from hf_blr.bench import compile_first as module
-from hf_blr.bench.compile_first import compile_first, parts, run_once, shallow
+from hf_blr.bench.compile_first import compile_first, parts, run_once
 from hf_blr.bench.forms import repeated_blocks
 from hf_blr.bench.model_peaks import projection_groups
 from hf_blr.bench.models import SHAPES
@@ -21,7 +21,7 @@ from hf_blr.cli import main
 def test_a_shallow_model_has_the_blocks_of_the_whole_one(name, variant):
     whole, cut = (
         repeated_blocks(build_model(shape, Variant.parse(variant), 0.5, "meta", torch.bfloat16))
-        for shape in (SHAPES[name], shallow(SHAPES[name]))
+        for shape in (SHAPES[name], SHAPES[name].of_blocks(2))
     )
     assert len(cut) == 2 < len(whole)
     assert projection_groups(cut[0], False) == projection_groups(whole[0], False)

@@ -7,7 +7,6 @@ import torch
 from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import generation, measure, models, rows
-from hf_blr.bench.compile_first import shallow
 from hf_blr.bench.forms import StepGraph, compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile, read_result
@@ -59,6 +58,35 @@ def test_what_cannot_be_built_is_said(name, variant, message):
         build_model(SHAPES[name], Variant.parse(variant), 0.5, "meta", torch.bfloat16)
 
 
+def test_models_in_formats_of_fewer_bits():
+    names = rows.trained_names(tiny_shape())
+    found = {}
+    for text in ("dense", "dense/fp8", "low_rank", "low_rank/fp8+fused", "low_rank:paper/int4"):
+        model = build_model(tiny_shape(), Variant.parse(text), 0.5, "cpu", torch.float32)
+        assert model(input_ids=torch.arange(4)[None]).logits.isfinite().all()
+        found[text] = rows.model_sizes(model, names)
+        kept = {module.storage.name for module in blr_modules(model).values()}
+        assert kept == ({text.partition("+")[0].partition("/")[2] or "plain"} if text != "dense" else set())
+    # codes stand for as many numbers
+    for plain, narrow in (("dense", "dense/fp8"), ("low_rank", "low_rank/fp8+fused")):
+        assert found[plain]["projection_parameters"] == found[narrow]["projection_parameters"]
+        saved = found[plain]["weight_bytes"] - found[narrow]["weight_bytes"]
+        # of four bytes one is left, and a scale of two for each row
+        assert 2.5 < saved / found[plain]["projection_parameters"] < 3
+
+
+def test_fewer_blocks_are_another_model_in_rows():
+    request = rows.Request(("prefill",), batches=(1,), forms=("graph",), dtype=torch.float32, blocks=1)
+    (row,) = rows.model_rows("tiny", tiny_shape(), [Variant("dense")], request, Timer("cpu", 0.01, 3))
+    assert row["model"] == "tiny, 1 blocks" and row["ms"] > 0
+    # half of the two blocks that it has
+    whole = build_model(tiny_shape(), Variant("dense"), 0.5, "meta", torch.float32)
+    assert (
+        row["projection_parameters"]
+        == rows.model_sizes(whole, rows.trained_names(tiny_shape()))["projection_parameters"] / 2
+    )
+
+
 def test_pivoted_layers_gather_from_everywhere():
     """A fresh module's order would read neighbours, and fits give no such."""
     modules = blr_modules(build_model(tiny_shape(), Variant.parse("pivoted"), 0.5, "cpu", torch.float32)).values()
@@ -72,7 +100,17 @@ def test_pivoted_layers_gather_from_everywhere():
 def test_variants_by_name():
     for text in ("dense", "low_rank", "low_rank:paper", "pivoted", "monarch:4x4", "blast:4x16"):
         assert str(Variant.parse(text)) == text
-    for text in ("dense:4x4", "blast:four", "butterfly", "blast:1x2x3"):
+    for text in ("dense+attention", "dense/fp8", "dense/int4+fused", "low_rank/fp8+fused", "blast:4x4/int4"):
+        assert str(Variant.parse(text)) == text
+    for text in (
+        "dense:4x4",
+        "blast:four",
+        "butterfly",
+        "blast:1x2x3",
+        "low_rank/int9",
+        "dense+fused",
+        "dense/fp8+attention",
+    ):
         with pytest.raises(ValueError, match="expected"):
             Variant.parse(text)
 
@@ -84,7 +122,7 @@ def test_usual_variants_are_those_that_can_be_built():
     assert "blast:paper+fused" in usual["DiT-XL/2"] and "monarch:paper+fused" not in usual["DiT-XL/2"]
     for name in ("GPT2-S", "ViT-B/16"):
         for variant in usual_variants(SHAPES[name]):
-            build_model(shallow(SHAPES[name]), variant, 0.5, "cpu", torch.float32)
+            build_model(SHAPES[name].of_blocks(2), variant, 0.5, "cpu", torch.float32)
 
 
 def test_a_replayed_step_generates_the_same_text():

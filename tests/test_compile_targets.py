@@ -20,7 +20,8 @@ def test_kernels_build_and_fit(capability):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
-    float8 = {"cast_rows_kernel", "float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
+    casts = {"cast_rows_kernel", "transpose_codes_kernel"}
+    float8 = casts | {"float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
     plain = {
         "attend_kernel",
         "attend_sum_kernel",

@@ -31,7 +31,7 @@ from hf_blr.ops.activations import ACTIVATIONS
 
 pytest.importorskip("triton")
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
-from hf_blr.ops.rules.bits import PACKED  # noqa: E402
+from hf_blr.ops.rules.bits import LEAST_FLOAT8, PACKED  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402
 
@@ -364,3 +364,24 @@ def test_gradients_of_experts(structure):
     for actual, wanted in zip(found[1], found[0], strict=True):
         assert ((actual - wanted).norm() / wanted.norm()).item() < 2e-2
     assert not any(p.grad[-1].any() for p in experts.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [2048, 35])
+def test_training_in_float8_is_that_of_the_reference(tokens, compiled):
+    if torch.cuda.get_device_capability() < LEAST_FLOAT8:
+        pytest.skip("the GPU does not multiply float8")
+    torch.manual_seed(0)
+    shapes = {"x": (tokens, 1024), "u": (1536, 256), "v": (256, 1024)}
+    given = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name, shape in shapes.items()}
+    grad = torch.randn(tokens, 1536, device="cuda", dtype=torch.bfloat16)
+
+    def step(impl):
+        x, u, v = (t.clone().requires_grad_() for t in given.values())
+        linear = torch.compile(ops.linear_in_float8, fullgraph=True) if compiled else ops.linear_in_float8
+        out = linear("low_rank", x, [u, v], impl=impl)
+        return out, *torch.autograd.grad(out, (x, u, v), grad)
+
+    for found, wanted in zip(step("triton"), step("reference"), strict=True):
+        # one more rounding at most, of numbers between two of float8
+        assert (found.float() - wanted.float()).norm() / wanted.float().norm() < 0.03

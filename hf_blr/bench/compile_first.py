@@ -11,7 +11,6 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 from hf_blr.bench.models import SHAPES, Shape
 from hf_blr.bench.rows import Request, measured_of, model_rows, tokens_of
@@ -59,11 +58,5 @@ def run_once(name: str, variant: Variant, request: Request, device: str) -> None
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1
-    request = replace(request, profile=False, stop_at_errors=False)
-    list(model_rows(name, shallow(SHAPES[name]), [variant], request, Timer(device, 0.0)))
-
-
-def shallow(shape: Shape) -> Shape:
-    """The same model with two blocks."""
-    blocks = "num_layers" if shape.kind == "diffusion" else "num_hidden_layers"
-    return replace(shape, build=partial(shape.build, **{blocks: 2}))
+    request = replace(request, blocks=2, profile=False, stop_at_errors=False)
+    list(model_rows(name, SHAPES[name], [variant], request, Timer(device, 0.0)))

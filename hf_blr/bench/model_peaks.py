@@ -13,6 +13,7 @@ from hf_blr.bench.forms import repeated_blocks
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.dense import feature_sizes, is_dense_linear
+from hf_blr.formats import PLAIN
 from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
 from hf_blr.linear import BLRLinear, blr_modules
@@ -43,6 +44,9 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
         measured = row.get("graph_ms" if row["measurement"] == "decode" else "ms")
         shape = SHAPES.get(row["model"])
         if measured is None or shape is None or shape.kind == "diffusion" or row.get("form") not in PREDICTED_FORMS:
+            continue
+        if Variant.parse(row["variant"]).storage != PLAIN.name:
+            # peaks are of 16 bits
             continue
         sizes = sizes_of_row(row)
         if row["measurement"] == "prefill":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,11 @@ class Shape:
 
     def options_for(self, tokens: int) -> dict:
         return (self.options or {}).get(tokens, {})
+
+    def of_blocks(self, count: int) -> Shape:
+        """The same model with so many blocks."""
+        blocks = "num_layers" if self.kind == "diffusion" else "num_hidden_layers"
+        return replace(self, build=partial(self.build, **{blocks: count}))
 
 
 def of_transformers(config_class: str, model_class: str, **sizes: Any) -> Callable[..., nn.Module]:

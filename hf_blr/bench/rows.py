@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from hf_blr.bench.inputs import longest_text
 from hf_blr.bench.models import Shape
 from hf_blr.bench.timing import Timer, allocated
 from hf_blr.bench.variants import Variant, build_model
+from hf_blr.linear import BLRLinear
+from hf_blr.structures import FACTOR
 from hf_blr.targets import find_targets
 
 
@@ -36,6 +39,7 @@ class Request:
         activation_budget: of a training step, `measure.training`'s.
         ratio: kept / dense parameters of a layer where the paper's ranks are not asked for.
         dtype: of all parameters.
+        blocks: repeated blocks to build in place of all that the model has; its name in the rows then says so.
         profile: add what each kernel of a forward or a decoding step takes.
         stop_at_errors: raise instead of writing the error into the row.
     """
@@ -53,6 +57,7 @@ class Request:
     activation_budget: float = 1.0
     ratio: float = 0.5
     dtype: torch.dtype = torch.bfloat16
+    blocks: int | None = None
     profile: bool = False
     stop_at_errors: bool = False
 
@@ -62,6 +67,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
 
     A measurement that fails gives a row with `error`, and the others go on.
     """
+    if request.blocks is not None:
+        name, shape = f"{name}, {request.blocks} blocks", shape.of_blocks(request.blocks)
     tokens = tokens_of(shape, request)
     groups = [(t,) for t in tokens] if shape.options else [tokens]
     try:
@@ -189,14 +196,21 @@ def trained_names(shape: Shape) -> list[str]:
 
 
 def model_sizes(model: nn.Module, names: list[str]) -> dict:
-    """Parameters and bytes of the model, and the numbers that its projections hold."""
+    """Parameters and bytes of the model, and the numbers that its projections hold; of codes, what they stand for."""
     parameters = list(model.parameters())
-    projections = [p for name in names for p in model.get_submodule(name).parameters()]
     return {
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "projection_parameters": sum(p.numel() for p in projections),
+        "projection_parameters": sum(numbers_of(model.get_submodule(name)) for name in names),
     }
+
+
+def numbers_of(layer: nn.Module) -> int:
+    """The numbers that a projection holds, its bias among them."""
+    if not isinstance(layer, BLRLinear):
+        return sum(p.numel() for p in layer.parameters())
+    factors = sum(map(math.prod, layer.spec.shapes(FACTOR).values()))
+    return factors + (0 if layer.bias is None else layer.bias.numel())
 
 
 def in_one_line(error: Exception) -> str:

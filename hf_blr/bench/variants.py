@@ -15,6 +15,7 @@ from hf_blr.bench.models import Shape
 from hf_blr.bench.shapes import align_rank, typical_indices
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
+from hf_blr.formats import FORMATS, PLAIN, format_named
 from hf_blr.inference.attention import use_attention
 from hf_blr.inference.fusion import fuse
 from hf_blr.integration import record_plan, swap_in
@@ -29,39 +30,55 @@ class Variant:
 
     Args:
         fused: what shares an input runs together (`hf_blr.fuse`); of a dense model only its attention is a fused one's.
+        storage: the format in which factors are kept, or the matrices of a dense model.
     """
 
     structure: str
     paper: bool = False
     blocks: tuple[int, int] | None = None
     fused: bool = False
+    storage: str = PLAIN.name
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`dense`, `dense+attention`, `low_rank+fused`, `blast:4x4`, `monarch:paper`. ValueError for anything else."""
+        """`dense`, `dense+attention`, `dense/fp8`, `low_rank+fused`, `blast:4x4/int4`, `monarch:paper`.
+
+        Raises:
+            ValueError: for anything else.
+        """
         layers, plus, ending = text.partition("+")
-        if plus and ending != ("attention" if layers == "dense" else "fused"):
-            raise ValueError(
-                f"expected nothing or +fused after a structure and its blocks, or +attention after dense, got {text!r}"
-            )
+        layers, slash, storage = layers.partition("/")
         structure, _, detail = layers.partition(":")
+        plain_dense = structure == "dense" and not slash
+        if plus and ending != ("attention" if plain_dense else "fused"):
+            raise ValueError(
+                "expected nothing or +fused after a structure, its blocks and its format, or +attention after dense, "
+                f"got {text!r}"
+            )
+        if slash and storage not in FORMATS:
+            raise ValueError(f"expected one of {', '.join(FORMATS)} after the slash, got {text!r}")
         if structure == "dense" and not detail:
-            return cls("dense", fused=bool(plus))
+            return cls("dense", fused=bool(plus), storage=storage or PLAIN.name)
         if structure not in structures():
             raise ValueError(
                 f"expected dense or one of {', '.join(structures())} (:paper or :B1xB2 after it), got {text!r}"
             )
-        if detail in ("", "paper"):
-            return cls(structure, detail == "paper", fused=bool(plus))
         try:
-            return cls(structure, blocks=block_pair_of(detail), fused=bool(plus))
+            blocks = None if detail in ("", "paper") else block_pair_of(detail)
         except ValueError:
             raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
+        return cls(structure, detail == "paper", blocks, bool(plus), storage or PLAIN.name)
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the model stays as it is built."""
+        return self.structure == "dense" and self.storage == PLAIN.name
 
     def __str__(self) -> str:
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
-        ending = "+attention" if self.structure == "dense" else "+fused"
-        return f"{self.structure}:{detail}".rstrip(":") + ending * self.fused
+        ending = "+attention" if self.keeps_dense else "+fused"
+        kept = "" if self.storage == PLAIN.name else f"/{self.storage}"
+        return f"{self.structure}:{detail}".rstrip(":") + kept + ending * self.fused
 
 
 def build_model(
@@ -84,7 +101,7 @@ def build_model(
         if shape.kind != "text":
             # the layout in which cuDNN's kernels read pictures; in the other they are copied first
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if variant.structure == "dense":
+        if variant.keeps_dense:
             if variant.fused and device != "meta" and not use_attention(model):
                 raise ValueError(f"{type(model).__name__} does not attend by a function that can be replaced")
             return model
@@ -96,16 +113,27 @@ def build_model(
                     module.indices()[name].copy_(index)
     if variant.fused and device != "meta" and not fuse(model):
         raise ValueError(f"no layers of {type(model).__name__} can run together as {variant.structure}")
-    record_plan(model, BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks), plan)
+    record_plan(model, config_for(variant, ratio), plan)
     return model
+
+
+def config_for(variant: Variant, ratio: float) -> BLRConfig:
+    if variant.structure == "dense":
+        return BLRConfig("dense", dense_format=variant.storage)
+    return BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks, factor_format=variant.storage)
 
 
 def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> Plan:
     """{module: sizes}: the paper's layers and ranks, or the default targets at `ratio` with ranks the kernels like."""
     if not variant.paper:
-        config = BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks)
-        return {name: replace(p, spec=align_rank(p.spec)) for name, p in resolve_plan(model, config).items()}
-    return paper_plan(model, shape, variant.structure)
+        plan = resolve_plan(model, config_for(variant, ratio))
+        # the rank of a whole matrix is not ours to choose
+        if variant.structure == "dense":
+            return plan
+        return {name: replace(layer, spec=align_rank(layer.spec)) for name, layer in plan.items()}
+    storage = format_named(variant.storage)
+    plan = paper_plan(model, shape, variant.structure)
+    return {name: replace(layer, storage=storage) for name, layer in plan.items()}
 
 
 def paper_plan(model: nn.Module, shape: Shape, structure: str) -> Plan:

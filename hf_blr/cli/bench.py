@@ -144,8 +144,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=variant,
         metavar="V",
         help="dense (+attention: with that of fused models), or a structure, with :paper for the paper's ranks or "
-        ":B1xB2 for blocks after it, and +fused where "
-        "projections with one input are to run together; "
+        ":B1xB2 for blocks after it; then /FORMAT in which factors, or matrices of dense, are kept, and +fused where "
+        "projections with one input are to run together, as in low_rank/int4+fused; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
     parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
@@ -165,6 +165,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=request.activation_budget,
         help="share of a training step's activations that compiled blocks keep, 0 to 1; the others are computed again",
     )
+    parser.add_argument("--blocks", type=int, help="repeated blocks to build in place of all")
     parser.add_argument("--seconds", type=float, default=1.0, help="for the repetitions of one measurement")
     parser.add_argument("--profile", action="store_true", help="also say what the kernels of a graph take, on a GPU")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, with --mode default")
@@ -186,6 +187,7 @@ def bench_model(args: argparse.Namespace) -> None:
         activation_budget=args.activation_budget,
         ratio=args.ratio,
         dtype=getattr(torch, args.dtype),
+        blocks=args.blocks,
         profile=args.profile,
         stop_at_errors=args.traceback,
     )

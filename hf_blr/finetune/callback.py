@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
 from hf_blr.finetune.distill import Distiller, load_teacher
+from hf_blr.finetune.float8 import close_float8, open_float8
 from hf_blr.finetune.masters import Masters
 from hf_blr.finetune.trainable import (
     factor_parameters,
@@ -68,9 +69,15 @@ class BLRCallback(TrainerCallback):
         temperature: softens both distributions; the loss is scaled by its square.
         float32_factors: train factors that are stored in 16 bits as float32 numbers; at the end of the training they
             are rounded back. Checkpoints in between hold the float32 numbers, so that a training resumes from them.
+        train_float8: multiply in float8, forward and backward, in the low-rank and pivoted layers whose factors are
+            numbers (`ops.linear_in_float8`); all others, and all evaluations, stay in the dtype of the model. What is
+            stored does not change. On a device that does not multiply float8 the same float8 numbers are multiplied in
+            float32, with a warning.
 
     Raises:
-        ValueError: for values out of range; at the start, for a model without BLR modules.
+        ValueError: for values out of range; at the start, for a model without BLR modules, or with `train_float8` for
+            one of which no layer can train so.
+        RuntimeError: with `train_float8`, where `use_impl("triton")` asks for float8 products that the device lacks.
         TypeError: if the teacher is neither a model nor a name.
     """
 
@@ -84,6 +91,7 @@ class BLRCallback(TrainerCallback):
         temperature: float = 1.0,
         train_bits: str = SCALES,
         float32_factors: bool = True,
+        train_float8: bool = False,
     ):
         if train_bits not in (SCALES, CODES):
             raise ValueError(f'train_bits must be "{SCALES}" or "{CODES}", got {train_bits!r}')
@@ -105,6 +113,8 @@ class BLRCallback(TrainerCallback):
         self.distill_weight = distill_weight
         self.temperature = temperature
         self.masters = Masters() if float32_factors else None
+        self.train_float8 = train_float8
+        self.float8_layers: list[str] = []
         self.distiller: Distiller | None = None
         self.reported = self.warned = False
         self.counted_tokens: Any = None
@@ -124,6 +134,10 @@ class BLRCallback(TrainerCallback):
         # a callback that came late, or a second training; moments in 16 bits would not fit
         if self.masters is not None and not optimizer.state and args.parallel_mode != ParallelMode.DISTRIBUTED:
             self.masters.widen(model)
+        if self.train_float8:
+            self.float8_layers, said = open_float8(model)
+            if said and not self.warned:
+                logger.warning(said)
         self.report(state, model)
         if not (self.warned or has_adapters(model)) and (frozen := frozen_parts(model)):
             logger.warning(f"frozen stay {'; '.join(frozen)}")
@@ -177,9 +191,10 @@ class BLRCallback(TrainerCallback):
         numbers = ["factors"] if any(layer.factors() for layer in blr_modules(model).values()) else []
         what = "the PEFT adapters on" if has_adapters(model) else ", ".join([*numbers, *bits, *extra]) + " of"
         share = self.trainable / self.total
+        products = f", {len(self.float8_layers)} of them with products in float8" if self.float8_layers else ""
         print(
             f"BLRCallback trains {self.trainable:,} of {self.total:,} parameters ({share:.1%}): "
-            f"{what} a model with {modules} BLR modules"
+            f"{what} a model with {modules} BLR modules{products}"
         )
 
     def on_step_begin(
@@ -215,6 +230,8 @@ class BLRCallback(TrainerCallback):
         self.distiller = None
         if self.opens_bits:
             self.forms = close_bits(kwargs["model"])
+        if self.train_float8:
+            close_float8(kwargs["model"])
         if self.masters is not None:
             self.masters.narrow()
         if self.counted_tokens is not None:

@@ -22,7 +22,7 @@ class Implementation:
 
     Args:
         name: of the structure.
-        linear, dense, fits, experts: as in `structures.Structure`.
+        linear, dense, fits, experts, pair: as in `structures.Structure`.
         factors: how many of the layer's tensors are factors; they come first.
         kernel: (x, tensors, bias, activation) -> out, differentiable, by registered ops; None without kernels.
         pays: (tokens) -> whether the kernels beat PyTorch's products.
@@ -38,6 +38,7 @@ class Implementation:
     kernel: Callable[..., Tensor] | None
     pays: Callable[[int], bool] | None
     grouped: bool
+    pair: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 _table: dict[str, Implementation] = {}
@@ -63,6 +64,7 @@ def load(structure: str) -> Implementation:
         define_structure(record) if record.kernels else None,
         record.load("kernels_pay"),
         bool(record.grouped),
+        record.load("pair"),
     )
     return _table[structure]
 

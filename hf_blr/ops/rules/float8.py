@@ -53,3 +53,10 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
     if device == INTERPRETER:
         return ColumnConfig(1, 16, 4)
     return ColumnConfig(1, min(4096, pow2(k)), 4 if k <= 8192 else 8)
+
+
+def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:
+    """(side of a tile, warps) for `transpose_codes_kernel`: 128 bytes a line, unless that leaves SMs idle."""
+    if device == INTERPRETER:
+        return 16, 4
+    return (128, 8) if -(-m // 128) * -(-length // 128) >= 2 * device.sms else (64, 4)

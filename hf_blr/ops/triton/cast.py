@@ -1,4 +1,4 @@
-"""The cast of a layer's input to float8: see `ops.cast`."""
+"""The cast of a layer's input to float8, see `ops.cast`, and the transpose of codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
-from hf_blr.ops.rules.float8 import cast_config
+from hf_blr.ops.rules.float8 import cast_config, transpose_tile
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -68,3 +68,24 @@ def cast_rows(x, largest, smallest_norm):
 
     launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
     return rows, scale
+
+
+@triton.jit
+def transpose_codes_kernel(codes_ptr, out_ptr, M, L, B: tl.constexpr):
+    """out `[L, M]` of codes `[M, L]`, bytes, in tiles of B x B."""
+    o_m = tl.program_id(0) * B + tl.arange(0, B)
+    o_l = tl.program_id(1) * B + tl.arange(0, B)
+    m_m, m_l = o_m < M, o_l < L
+    b_codes = tl.load(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], mask=m_m[:, None] & m_l[None, :])
+    tl.store(out_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
+
+
+def transposed_codes(codes):
+    """`[L, M]` of codes `[M, L]` float8, contiguous both."""
+    m, length = codes.shape
+    out = codes.new_empty(length, m)
+    if codes.numel():
+        tile, warps = transpose_tile(m, length, device_of(codes))
+        grid = (triton.cdiv(m, tile), triton.cdiv(length, tile))
+        transpose_codes_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), m, length, B=tile, num_warps=warps)
+    return out

@@ -1,0 +1,134 @@
+"""Times a training step in float8 beside 16 bits, dense and low-rank: `python benchmarks/float8_training.py`.
+
+Decoder blocks of Llama-3-8B's shape without embeddings' gradients and without a head; random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from conditions import RESULTS
+from dense_float8 import Float8Linear
+from torch import Tensor, nn
+
+from hf_blr.bench.environment import environment
+from hf_blr.bench.measure import training
+from hf_blr.bench.models import SHAPES
+from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.timing import Timer
+from hf_blr.bench.variants import Variant, build_model
+from hf_blr.finetune.float8 import open_float8
+from hf_blr.ops.float8_training import linear_in_float8
+from hf_blr.targets import find_targets
+
+MODEL = "Llama-3-8B"
+#: (variant, whether it multiplies in float8)
+STEPS = (("dense", False), ("low_rank", False), ("low_rank", True), ("dense", True))
+PROTOCOL = (
+    "random weights, half of each projection kept; a step is forward, backward, clipping and fused AdamW on the "
+    "projections or factors alone, all in bfloat16 but for the products in float8; loss: the mean square of the last "
+    "hidden states; compiled blocks, the whole step in one CUDA graph; median"
+)
+#: (in features, out features, rank) of the layers whose gradients are compared with float64
+CHECKED = ((4096, 4096, 1024), (4096, 14336, 1584))
+
+
+class Blocks(nn.Module):
+    """The decoder of a causal language model, with a loss of its own."""
+
+    def __init__(self, causal: Any):
+        super().__init__()
+        self.model, self.config = causal.model, causal.config
+        self.loss_function = mean_square
+
+    def forward(self, input_ids: Tensor, labels: Tensor, use_cache: bool) -> Any:
+        hidden = self.model(input_ids=input_ids, use_cache=use_cache)
+        hidden.loss = self.loss_function(hidden.last_hidden_state)
+        return hidden
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+
+
+def mean_square(hidden: Tensor) -> Tensor:
+    return hidden.float().square().mean()
+
+
+def blocks_for(variant: str, float8: bool, count: int, device: str, **sizes: Any) -> tuple[Blocks, list[str]]:
+    """(the blocks, their projections)."""
+    shape = SHAPES[MODEL].of_blocks(count)
+    # the words are in no projection
+    shape = replace(shape, build=partial(shape.build, vocab_size=1024, **sizes))
+    with torch.device("meta"):
+        names = find_targets(Blocks(shape.build()))
+    model = Blocks(build_model(shape, Variant.parse(variant), 0.5, device, torch.bfloat16))
+    if float8 and variant == "dense":
+        for name in names:
+            model.set_submodule(name, Float8Linear(model.get_submodule(name)))
+    elif float8:
+        open_float8(model)
+    return model, names
+
+
+def error_rows(device: str, tokens: int) -> list[dict]:
+    """Errors of output and gradients of low-rank layers against float64, on `device` and emulated."""
+    found = []
+    for k, n, rank in CHECKED:
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = {"x": (tokens, k), "u": (n, rank), "v": (rank, k), "grad": (tokens, n)}
+        made = {name: torch.randn(size, device=device, generator=generator) for name, size in shapes.items()}
+        # tokens differ in size, in gradients by orders of magnitude
+        made["grad"] *= torch.randn(tokens, 1, device=device, generator=generator).mul(2).exp()
+        row = {"measured": "error", "in_features": k, "out_features": n, "rank": rank, "tokens": tokens}
+        exact = gradients(made, torch.float64, None)
+        for impl in ("auto", "reference"):
+            pairs = zip(gradients(made, torch.bfloat16, impl), exact, strict=True)
+            row[impl] = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+        found.append(row)
+    return found
+
+
+def gradients(made: dict[str, Tensor], dtype: torch.dtype, impl: str | None) -> list[Tensor]:
+    """Output, dx, du and dv; without an impl, by plain products."""
+    x, u, v = (made[name].to(dtype).requires_grad_() for name in ("x", "u", "v"))
+    out = x @ v.T @ u.T if impl is None else linear_in_float8("low_rank", x, [u, v], impl=impl)
+    return [out.detach(), *torch.autograd.grad(out, (x, u, v), made["grad"].to(dtype))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(STEPS)), help="numbers of the steps")
+    parser.add_argument("--json", type=Path, default=RESULTS / "float8_training_h200.json")
+    parser.add_argument("--commit", help="of the code measured; asked of git if left out")
+    args = parser.parse_args()
+    where = environment() | ({"commit": args.commit} if args.commit else {})
+    head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
+    file = ResultFile(args.json, head)
+    for index in args.only:
+        variant, float8 = STEPS[index]
+        model, names = blocks_for(variant, float8, args.blocks, args.device)
+        row = {"measured": "step", "model": MODEL, "blocks": args.blocks, "variant": variant, "float8": float8}
+        row |= {"batch": 1, "tokens": args.tokens}
+        row |= training(model, "text", names, 1, args.tokens, "compiled", "default", Timer(args.device))
+        file.add([row])
+        print(f"{variant:9} float8 {float8!s:5} {row['ms']:.2f} ms", flush=True)
+        del model
+    if len(args.only) == len(STEPS):
+        file.add(error_rows(args.device, args.tokens))
+        for row in file.rows[len(STEPS) :]:
+            print(row)
+
+
+if __name__ == "__main__":
+    main()

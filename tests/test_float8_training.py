@@ -1,0 +1,237 @@
+"""Training in float8: errors within what the format rounds, scales for each token, and the callback's door to it."""
+
+import copy
+
+import pytest
+import torch
+from float8_cases import patch_rounding
+from tiny import tiny_llama
+from trainer_cases import trainer_for
+
+import hf_blr
+from hf_blr import BLRConfig, ops
+from hf_blr.finetune import BLRCallback
+from hf_blr.finetune.float8 import close_float8, open_float8
+from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops import float8_training
+from hf_blr.ops.float8_training import transposed_codes, why_not_float8
+from hf_blr.ops.rules.bits import missing
+from hf_blr.structures import Dense, LowRank, Monarch, structure_named
+
+#: half a step of e4m3 over the number that it lies at: three bits, so at most 2^-4 of it, evenly spread
+ROUNDING = 2**-4 / 3**0.5
+#: operands that are rounded on the way to an output and to each gradient
+ROUNDED = 4
+K, N, R = 256, 192, 64
+
+
+def layer(structure="low_rank", dtype=torch.float32):
+    torch.manual_seed(0)
+    module = BLRLinear.from_spec(structure_named(structure).spec(K, N, R, (1, 1)), bias=True, dtype=dtype)
+    module.float8 = True
+    return module.train()
+
+
+def results(module, x, grad):
+    """Output, dx and the gradients of all parameters, in their order."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    gradients = torch.autograd.grad(out, (x, *module.parameters()), grad)
+    return [out.detach(), *gradients]
+
+
+def exactly(module, x, grad):
+    wide = copy.deepcopy(module).double()
+    wide.float8 = False
+    return results(wide, x.double(), grad.double())
+
+
+def relative(out, wanted):
+    return ((out.double() - wanted).norm() / wanted.norm()).item()
+
+
+def numbers(tokens, spread=0.0):
+    """x and the gradient of the output, of tokens that differ in size by e to the power of `spread`."""
+    made = torch.Generator().manual_seed(1)
+    sizes = (torch.randn(2, tokens, 1, generator=made) * spread).exp()
+    return torch.randn(tokens, K, generator=made) * sizes[0], torch.randn(tokens, N, generator=made) * sizes[1]
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [48, 50])
+def test_errors_are_those_of_rounding(structure, dtype, tokens):
+    module = layer(structure, dtype)
+    x, grad = (t.to(dtype) for t in numbers(tokens, spread=2.0))
+    found, wanted = results(module, x, grad), exactly(module, x, grad)
+    *products, bias = [relative(a, b) for a, b in zip(found, wanted, strict=True)]
+    # as many roundings add up in squares; without any there would be no error in float32
+    assert all(ROUNDING / 2 < error < ROUNDED**0.5 * ROUNDING for error in products)
+    assert bias < 2**-7
+    assert [t.dtype for t in found] == [dtype] * len(found)
+
+
+def test_each_token_has_a_scale_of_its_own():
+    module = layer()
+    x, grad = numbers(32)
+    small = 2.0**-30
+    sizes = torch.ones(32, 1)
+    sizes[::2] = small
+    out, dx, *_ = results(module, x * sizes, grad * sizes)
+    wanted_out, wanted_dx, *_ = exactly(module, x * sizes, grad * sizes)
+    bias = module.bias.detach()
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert relative(dx[rows], wanted_dx[rows]) < ROUNDED**0.5 * ROUNDING
+    # beside the bias, small tokens vanish
+    assert relative(out[1::2] - bias, wanted_out[1::2] - bias) < ROUNDED**0.5 * ROUNDING
+
+
+def test_rows_of_zeros_still_get_gradients():
+    """As of a factor that starts at zero, and of padding."""
+    module = layer()
+    module.u.data[::2] = 0
+    x, grad = numbers(32)
+    x[3], grad[5] = 0, 0
+    found, wanted = results(module, x, grad), exactly(module, x, grad)
+    assert all(relative(a, b) < ROUNDED**0.5 * ROUNDING for a, b in zip(found, wanted, strict=True))
+    du, wanted_du = found[2], wanted[2]
+    assert relative(du[::2], wanted_du[::2]) < ROUNDED**0.5 * ROUNDING and not found[1][5].any()
+
+
+def test_what_overflowed_stays_no_number():
+    """A gradient scaler looks for it."""
+    x, grad = numbers(16)
+    grad[3, 5] = float("inf")
+    _, dx, du, dv, _ = results(layer(), x, grad)
+    assert not (dx[3].isfinite().any() or du.isfinite().all() or dv.isfinite().all())
+
+
+def test_only_wanted_gradients_and_no_tokens():
+    module = layer()
+    module.v.requires_grad_(False)
+    x, grad = numbers(16)
+    out = module(x)
+    out.backward(grad)
+    assert module.v.grad is None and module.u.grad is not None
+    module.zero_grad()
+    empty = module(x[:0].requires_grad_())
+    empty.sum().backward()
+    assert empty.shape == (0, N) and not module.u.grad.any()
+
+
+@pytest.fixture
+def kernels(monkeypatch, poisoned_buffers):
+    pytest.importorskip("triton")
+    patch_rounding(monkeypatch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
+@pytest.mark.parametrize("tokens", [32, 35])
+def test_a_step_by_kernels_and_pytorchs_product(kernels, monkeypatch, tokens):
+    """As on a GPU: kernels cast and transpose, `torch._scaled_mm` multiplies, which runs on a CPU too."""
+    asked, scaled_mm = [], torch._scaled_mm
+
+    def watched(a, b, *args, **kwargs):
+        asked.append((a.is_contiguous(), b.T.is_contiguous(), a.shape[1] % 16))
+        return scaled_mm(a, b, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    module = layer(dtype=torch.bfloat16)
+    x, grad = (t.bfloat16() for t in numbers(tokens))
+    wanted = results(module, x, grad)
+    module.impl = "triton"
+    found = results(module, x, grad)
+    # by rows and as cuBLAS takes them
+    assert asked == [(True, True, 0)] * 6
+    # sums in another order, and numbers between two of float8 that fall to the other side for it
+    assert all(relative(a, b.double()) < ROUNDING / 2 for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
+@pytest.mark.parametrize("shape", [(16, 48), (33, 17), (1, 40), (0, 16)])
+def test_codes_are_transposed(kernels, shape):
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    assert torch.equal(transposed_codes(codes, False).float(), codes.float().T)
+
+
+def test_a_layer_compiles_as_one_graph():
+    module = layer()
+    x, grad = numbers(32)
+    wanted = results(module, x, grad)
+    found = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x, grad)
+    assert all(relative(a, b.double()) < 1e-5 for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_mode_decides_and_not_gradients():
+    """A checkpointed block runs without gradients first, and must compute the same again with them."""
+    module, (x, _) = layer(), numbers(16)
+    with torch.no_grad():
+        training, evaluating = module(x), module.eval()(x)
+    module.float8 = False
+    assert torch.equal(evaluating, module(x)) and relative(training, evaluating.double()) > ROUNDING / 2
+    module.float8 = True
+    assert torch.equal(training, module.train()(x))
+
+
+def test_products_asked_for_by_name(monkeypatch):
+    module, (x, _) = layer(), numbers(16)
+    for impl in ("auto", "reference"):
+        with ops.use_impl(impl):
+            assert module(x).isfinite().all()
+    with ops.use_impl("dense"), pytest.raises(ValueError, match="no form in float8"):
+        module(x)
+    monkeypatch.setattr(float8_training, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(float8_training, "missing", lambda found, _: missing(found, (8, 6)))
+    with ops.use_impl("triton"), pytest.raises(RuntimeError, match=r"8\.9, the GPU has 8\.6; use impl=.auto. or"):
+        module(x)
+
+
+def test_which_layers_can():
+    assert why_not_float8(LowRank(64, 32, 16)) is None
+    assert "multiples of 16, got (64, 8, 32)" in why_not_float8(LowRank(64, 32, 8))
+    assert "stacks of blocks" in why_not_float8(Monarch(64, 32, 8, (4, 4)))
+    assert why_not_float8(Dense.whole(64, 64)) is not None
+
+
+def compressed(**kw):
+    model = tiny_llama(hidden_size=64, intermediate_size=96)
+    hf_blr.compress(model, BLRConfig("low_rank", rank=16, **kw), progress=False)
+    return model
+
+
+def test_a_stock_trainer_in_float8(tmp_path, capsys, caplog):
+    start = compressed()
+    inside = []
+
+    class Watching(BLRCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control, **kwargs)
+            inside.append({module.float8 for module in blr_modules(kwargs["model"]).values()})
+
+    def losses(**kw):
+        model = copy.deepcopy(start)
+        trainer = trainer_for(model, tmp_path, Watching(**kw), max_steps=12)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
+
+    wide, _ = losses()
+    with caplog.at_level("WARNING"):
+        narrow, model = losses(train_float8=True)
+    assert inside == [{False}] * 12 + [{True}] * 12
+    # far more than what rounding adds to any single loss
+    assert narrow != wide and narrow[-1] < narrow[0] - 0.9 * (wide[0] - wide[-1]) and wide[-1] < wide[0]
+    assert not any(module.float8 for module in blr_modules(model).values())
+    assert f"{len(blr_modules(model))} of them with products in float8" in capsys.readouterr().out
+    assert "multiplied in float32, which saves no time" in caplog.text
+
+
+def test_a_model_of_which_few_layers_can():
+    model = compressed(overrides={"q_proj": {"structure": "monarch", "rank": 4}, "k_proj": {"rank": 8}})
+    opened, said = open_float8(model)
+    assert len(opened) == 5 * 2 and not any(name.endswith(("q_proj", "k_proj")) for name in opened)
+    assert said.startswith("4 layers train in the dtype of the model: monarch multiplies stacks of blocks")
+    close_float8(model)
+    assert not any(module.float8 for module in blr_modules(model).values())
+    for bad in (compressed(overrides={".*": {"rank": 8}}), compressed(factor_format="int8")):
+        with pytest.raises(ValueError, match="no layer of LlamaForCausalLM can train in float8"):
+            open_float8(bad)
