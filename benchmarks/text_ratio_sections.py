@@ -83,8 +83,12 @@ def method_of(row: dict) -> tuple:
     return row_key({**row, "dataset": None, "seed": None})
 
 
+def fitted_to(row: dict) -> tuple:
+    return row["calibration"], row["calibration_tokens"]
+
+
 def trained_on(row: dict) -> tuple:
-    return row["calibration"], row["calibration_tokens"], row.get("finetune_tokens")
+    return *fitted_to(row), row.get("finetune_tokens")
 
 
 def described(row: dict) -> str:

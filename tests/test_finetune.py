@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_bert, tiny_llama, tiny_vit
+from tiny import tiny_bert, tiny_llama, tiny_mixtral, tiny_vit
 from trainer_cases import (
     arguments,
     changed,
@@ -402,14 +402,20 @@ def test_each_log_entry_holds_the_losses_since_the_one_before(tmp_path):
     assert [entry["loss"] for entry in entries] == pytest.approx(mixed, abs=1e-4)
 
 
-def test_one_pass_over_the_logits_gives_what_the_models_own_loss_and_a_divergence_give(monkeypatch):
+def balanced_mixtral():
+    """A model whose router adds to its loss."""
+    return with_factors(tiny_mixtral(output_router_logits=True, router_aux_loss_coef=0.5))
+
+
+@pytest.mark.parametrize("make", [compressed_llama, balanced_mixtral])
+def test_one_pass_over_the_logits_gives_what_the_models_own_loss_and_a_divergence_give(monkeypatch, make):
     labels = windows(3)
     labels[0, :5], labels[2] = -100, -100
 
     def step(plain):
         """(loss, what is logged, gradients) of a model whose own loss is known as the plain one, or is not."""
-        model, calls = compressed_llama().train(), []
-        model.loss_function = lambda **given: calls.append(1) or ForCausalLMLoss(**given)
+        model, calls = make().train(), []
+        model.loss_function = lambda *args, **kwargs: calls.append(1) or ForCausalLMLoss(*args, **kwargs)
         if plain:
             monkeypatch.setattr("hf_blr.finetune.distill.ForCausalLMLoss", model.loss_function)
         distiller = Distiller(tiny_llama(), weight=0.3, temperature=2.0, shifts_labels=True)
@@ -417,6 +423,9 @@ def test_one_pass_over_the_logits_gives_what_the_models_own_loss_and_a_divergenc
         loss = model(input_ids=windows(3), labels=labels, num_items_in_batch=torch.tensor(40)).loss
         loss.backward()
         assert len(calls) == (not plain)
+        # in evaluation it is asked, with the hooks still there
+        model.eval()(input_ids=windows(1), labels=windows(1))
+        assert len(calls) == 1 + (not plain)
         return loss.item(), distiller.pop_metrics(), {n: p.grad for n, p in model.named_parameters()}
 
     (wanted_loss, wanted, wanted_gradients), (loss, logged, gradients) = step(plain=False), step(plain=True)

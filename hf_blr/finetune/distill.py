@@ -15,6 +15,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_blr.calibration.losses import predicted
 from hf_blr.calibration.padding import predicted_positions
 from hf_blr.finetune.divergence import feature_loss, sums
+from hf_blr.finetune.trainable import has_adapters
+from hf_blr.targets import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +33,11 @@ class Distiller:
     """Mixes a teacher's divergence into the loss that a model returns, through a forward hook.
 
     The loss becomes (1 - weight) * the model's own + weight * `distillation_loss`, over the same positions
-    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). A causal language
-    model whose own loss is nothing but the cross-entropy gets no labels, since both come from one pass over its logits.
-    A model that has no logits, such as a sentence encoder, has no loss of its own; `feature_loss` becomes its loss, at
-    its positions that `attention_mask` does not hide. In evaluation mode nothing changes.
+    and divided by the same count (the `num_items_in_batch` of the `Trainer`, where it passes one). The
+    cross-entropy of a causal language model comes with the divergence, from one pass over the logits, and not
+    from the model's loss function; what else the model adds (a router's balance) stays a part of its own loss.
+    A model that has no logits, such as a sentence encoder, has no loss of its own; `feature_loss` becomes its
+    loss, at its positions that `attention_mask` does not hide. In evaluation mode nothing changes.
 
     Args:
         teacher: a model that takes the student's inputs; runs without gradients.
@@ -58,8 +61,10 @@ class Distiller:
         self.shifts_labels = shifts_labels
         self.autocast = autocast
         self.handles: list[RemovableHandle] = []
-        #: what the model is called with for its loss
-        self.given: Kwargs = {}
+        #: what the model handed to its loss function in this forward
+        self.handed: Kwargs | None = None
+        #: puts the model's loss function back
+        self.put_back = ExitStack()
         # count, divergence * count, loss * count: kept on the device so that no step waits for them
         self.sums: torch.Tensor | None = None
 
@@ -77,16 +82,29 @@ class Distiller:
         self.handles = []
 
     @torch.compiler.disable
-    def take(self, model: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Notes what the loss needs, and takes it from a model whose own loss comes with the divergence."""
-        self.given = {name: kwargs[name] for name in LOSS_INPUTS if kwargs.get(name) is not None}
-        if not self.handles or not model.training or not self.shifts_labels or not has_plain_loss(model):
-            return args, kwargs
-        return args, {name: value for name, value in kwargs.items() if name not in LOSS_INPUTS}
+    def take(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Takes the place of the model's loss function, where that is the cross-entropy, for one forward."""
+        self.handed = None
+        owner: Any = unwrapped(model)
+        owner = owner.get_base_model() if has_adapters(owner) and hasattr(owner, "get_base_model") else owner
+        if not self.handles or not model.training or getattr(owner, "loss_function", None) is not ForCausalLMLoss:
+            return
+        if (before := owner.__dict__.get("_loss_function")) is None:
+            self.put_back.callback(owner.__dict__.pop, "_loss_function")
+        else:
+            self.put_back.callback(setattr, owner, "loss_function", before)
+        owner.loss_function = self.hand_over
+
+    @torch.compiler.disable
+    def hand_over(self, logits: torch.Tensor, labels: torch.Tensor, *_: Any, **kwargs: Any) -> torch.Tensor:
+        """The model's loss without the cross-entropy, to which it may add."""
+        self.handed = {"labels": labels, **kwargs}
+        return logits.new_zeros((), dtype=torch.float32)
 
     # compiled code keeps calling the hooks that it was traced with, so this one looks whether it is attached
     @torch.compiler.disable
     def hook(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        self.put_back.close()
         if output is None:
             self.detach()
             return None
@@ -104,13 +122,14 @@ class Distiller:
 
     def mixed_loss(self, model: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> torch.Tensor:
         loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-        labels = self.labels()
-        if labels is None or logits is None or (loss is None and not self.shifts_labels):
+        if loss is None or logits is None:
             raise ValueError(
                 f"distillation needs the loss and the logits of {type(model).__name__}: have labels in the "
                 "dataset, give the Trainer neither label_smoothing_factor nor compute_loss_func, which keep the "
                 'labels from the model, and TRL\'s SFTConfig loss_type="nll", as its other losses do without the logits'
             )
+        given = kwargs if self.handed is None else self.handed
+        labels = self.labels(given)
         if labels.shape != logits.shape[:-1]:
             raise NotImplementedError(
                 "distillation is for models with one label per row of logits, "
@@ -119,15 +138,16 @@ class Distiller:
         labels = labels.to(logits.device)
         mask = labels != -100
         count = mask.sum()
-        num_items = self.given.get("num_items_in_batch")
-        if loss is not None and num_items is None and not count:
+        num_items = given.get("num_items_in_batch")
+        if self.handed is None and num_items is None and not count:
             # the model's own loss is a mean over nothing; a NaN of it would reach every factor
             return 0 * logits.sum()
         teacher_logits = self.teacher_output(args, kwargs, logits.device).logits
-        divergence, own = sums(logits, teacher_logits, labels, mask, self.temperature)
+        targets = torch.full_like(labels, -100, dtype=torch.long) if self.handed is None else labels
+        divergence, own = sums(logits, teacher_logits, targets, mask, self.temperature)
         items = torch.as_tensor(count if num_items is None else num_items, device=logits.device)
         divergence = divergence / items.clamp_min(1)
-        loss = own / items.clamp_min(1) if loss is None else loss
+        loss = loss if self.handed is None else loss + own / items.clamp_min(1)
         self.count(count, divergence * items, loss * items)
         return (1 - self.weight) * loss + self.weight * divergence
 
@@ -150,12 +170,13 @@ class Distiller:
         with torch.no_grad(), autocast:
             return self.teacher(*args, **inputs)
 
-    def labels(self) -> torch.Tensor | None:
-        """`[...]`, the target of each row of logits, -100 for none; None where the model got no labels."""
-        shifted, labels = self.given.get("shift_labels"), self.given.get("labels")
-        if shifted is None and labels is not None and self.shifts_labels:
-            return F.pad(labels[..., 1:], (0, 1), value=-100)
-        return labels if shifted is None else shifted
+    def labels(self, given: Kwargs) -> torch.Tensor:
+        """`[...]`, the target of each row of logits, -100 for none."""
+        labels: torch.Tensor | None = given.get("shift_labels")
+        if labels is not None:
+            return labels
+        labels = given["labels"]
+        return F.pad(labels[..., 1:], (0, 1), value=-100) if self.shifts_labels else labels
 
     def count(self, count: torch.Tensor, divergence: torch.Tensor, loss: torch.Tensor | None = None) -> None:
         """Adds a batch's number of positions, and its sums of the divergence and of the model's own loss."""
@@ -174,14 +195,6 @@ class Distiller:
         count, *found = sums.tolist()
         means = [total / count for total in found] if count else []
         return dict(zip(("distill_loss", "lm_loss"), means, strict=False))
-
-
-def has_plain_loss(model: nn.Module) -> bool:
-    """Whether a causal language model's own loss is the cross-entropy of its logits and nothing else."""
-    config: Any = getattr(model, "config", None)
-    # routers add a loss of their own
-    balanced = getattr(config, "output_router_logits", False)
-    return not balanced and getattr(model, "loss_function", None) is ForCausalLMLoss
 
 
 def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
