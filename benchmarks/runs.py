@@ -35,7 +35,7 @@ SMALL_DAMPING = {"damping": 1e-4}
 MORE_ROUNDS = {"fit_rounds": 32, "fit_tolerance": 1e-3}
 #: temperatures of MoDeGPT's allocation: its own, and nearly the same share for all blocks
 EPSILONS = (0.1, 1.0)
-#: of AA-SVD over the text for each block; its authors make 25, which takes five times as long
+#: of AA-SVD over the text for each block; its authors make 25
 AA_PASSES = 5
 #: the format of a run that chooses one for each layer
 CHOSEN = "chosen"

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from float8_cases import patch_rounding
+from functorch.compile import make_boxed_func
 from tiny import tiny_llama
+from torch._dynamo.backends.common import aot_autograd
 from trainer_cases import trainer_for
 
 import hf_blr
@@ -154,12 +156,22 @@ def test_codes_are_transposed(kernels, shape):
     assert torch.equal(transposed_codes(codes, False).float(), codes.float().T)
 
 
-def test_a_layer_compiles_as_one_graph():
+def test_a_layer_compiles_as_one_graph_that_leaves_the_products_alone():
     module = layer()
     x, grad = numbers(32)
-    wanted = results(module, x, grad)
-    found = results(torch.compile(module, fullgraph=True, backend="aot_eager"), x, grad)
+    wanted, seen = results(module, x, grad), set()
+
+    def watched(graph, _):
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=watched)
+    found = results(torch.compile(module, fullgraph=True, backend=backend), x, grad)
     assert all(relative(a, b.double()) < 1e-5 for a, b in zip(found, wanted, strict=True))
+    for name in ("project", "project_backward", "expand", "expand_backward"):
+        assert f"hf_blr.float8_{name}.default" in seen
+    # a compiler that saw them has made zeros of some
+    assert not any("mm" in name for name in seen)
 
 
 def test_the_mode_decides_and_not_gradients():

@@ -113,7 +113,7 @@ def refine(
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
         compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
-            their code, whatever their ranks. It costs some 20 seconds at first, and pays from a million tokens on.
+            their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
         ValueError: if `held_out` holds no window.

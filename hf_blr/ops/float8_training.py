@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_blr.ops.cast import plain_cast
+from hf_blr.ops.cast import cast_fake, cast_kernel, plain_cast
 from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
 from hf_blr.ops.library import contiguous_rows, define_op
 from hf_blr.ops.rules.bits import ALIGNED, FLOAT8, missing
@@ -103,22 +103,17 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, emulated: bool) -> Tensor:
-        x8, v8 = cast(x, emulated), cast(v, emulated)
+        y, *operands = torch.ops.hf_blr.float8_project(x, v, emulated)
         ctx.emulated = emulated
-        ctx.save_for_backward(*x8, *v8)
-        return product(x8, v8, x.dtype, emulated)
+        ctx.save_for_backward(*operands)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x8, v8 = Rows(*ctx.saved_tensors[:2]), Rows(*ctx.saved_tensors[2:])
-        dx = dv = None
-        if ctx.needs_input_grad[0]:
-            dx = product(cast(dy * v8.scale, ctx.emulated), v8.transposed(ctx.emulated), dy.dtype, ctx.emulated)
-        if ctx.needs_input_grad[1]:
-            over_tokens = cast((dy * x8.scale[:, None]).T, ctx.emulated)
-            dv = product(over_tokens, x8.transposed(ctx.emulated), dy.dtype, ctx.emulated)
-        return dx, dv, None
+        wanted = ctx.needs_input_grad[:2]
+        dx, dv = torch.ops.hf_blr.float8_project_backward(dy, *ctx.saved_tensors, wanted, ctx.emulated)
+        return dx if wanted[0] else None, dv if wanted[1] else None, None
 
 
 class Expand(torch.autograd.Function):
@@ -126,40 +121,93 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, u: Tensor, emulated: bool) -> Tensor:
-        codes, scale = cast_columns(u, emulated)
+        out, *operands = torch.ops.hf_blr.float8_expand(y, u, emulated)
         ctx.emulated = emulated
-        ctx.save_for_backward(y, codes, scale)
-        u8 = Rows(codes, scale.new_ones(codes.shape[0]))
-        return product(cast(y * scale, emulated), u8, y.dtype, emulated)
+        ctx.save_for_backward(y, *operands)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        y, codes, scale = ctx.saved_tensors
-        g8 = cast(grad, ctx.emulated)
-        dy = du = None
-        if ctx.needs_input_grad[0]:
-            dy = product(g8, Rows(transposed_codes(codes, ctx.emulated), scale), grad.dtype, ctx.emulated)
-        if ctx.needs_input_grad[1]:
-            over_tokens = cast((y * g8.scale[:, None]).T, ctx.emulated)
-            du = product(g8.transposed(ctx.emulated), over_tokens, grad.dtype, ctx.emulated)
-        return dy, du, None
+        wanted = ctx.needs_input_grad[:2]
+        dy, du = torch.ops.hf_blr.float8_expand_backward(grad, *ctx.saved_tensors, wanted, ctx.emulated)
+        return dy if wanted[0] else None, du if wanted[1] else None, None
+
+
+# What runs inside of the ops. Compilers see the ops alone: compiled from its parts, the same step gave zeros on an H200
+# (PyTorch 2.11), where the parts one by one gave what the reference gives.
+
+
+def project(x: Tensor, v: Tensor, emulated: bool) -> tuple[Tensor, ...]:
+    """(y, codes and scale of x, codes and scale of v)."""
+    x8, v8 = cast(x, emulated), cast(v, emulated)
+    return product(x8, v8, x.dtype, emulated), *x8, *v8
+
+
+def project_fake(x: Tensor, v: Tensor, emulated: bool) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape[0], v.shape[0]), *cast_fake(x), *cast_fake(v)
+
+
+def project_backward(
+    dy: Tensor, x: Tensor, x_scale: Tensor, v: Tensor, v_scale: Tensor, wanted: Sequence[bool], emulated: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dv), of codes and scales; what is not wanted comes empty."""
+    x8, v8 = Rows(x, x_scale), Rows(v, v_scale)
+    dx, dv = dy.new_empty(0), dy.new_empty(0)
+    if wanted[0]:
+        dx = product(cast(dy * v8.scale, emulated), v8.transposed(emulated), dy.dtype, emulated)
+    if wanted[1]:
+        over_tokens = cast((dy * x8.scale[:, None]).T, emulated)
+        dv = product(over_tokens, x8.transposed(emulated), dy.dtype, emulated)
+    return dx, dv
+
+
+def expand(y: Tensor, u: Tensor, emulated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, codes of u, its scale)."""
+    codes, scale = cast_columns(u, emulated)
+    u8 = Rows(codes, scale.new_ones(codes.shape[0]))
+    return product(cast(y * scale, emulated), u8, y.dtype, emulated), codes, scale
+
+
+def expand_fake(y: Tensor, u: Tensor, emulated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes, _ = cast_fake(u)
+    return y.new_empty(y.shape[0], u.shape[0]), codes, u.new_empty(u.shape[1], dtype=torch.float32)
+
+
+def expand_backward(
+    grad: Tensor, y: Tensor, codes: Tensor, scale: Tensor, wanted: Sequence[bool], emulated: bool
+) -> tuple[Tensor, Tensor]:
+    """(dy, du); what is not wanted comes empty."""
+    g8 = cast(grad, emulated)
+    dy, du = grad.new_empty(0), grad.new_empty(0)
+    if wanted[0]:
+        dy = product(g8, Rows(transposed_codes(codes, emulated), scale), grad.dtype, emulated)
+    if wanted[1]:
+        over_tokens = cast((y * g8.scale[:, None]).T, emulated)
+        du = product(g8.transposed(emulated), over_tokens, grad.dtype, emulated)
+    return dy, du
+
+
+def backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *operands, wanted, _ = others
+    # of the operands, codes and y are matrices
+    left, right = (t for t in operands if t.dim() == 2)
+    shapes = zip((left.shape, right.shape), wanted, strict=True)
+    first, second = (grad.new_empty(shape if want else 0) for shape, want in shapes)
+    return first, second
 
 
 def cast(t: Tensor, emulated: bool) -> Rows:
     """The nearest numbers of float8 to t `[M, L]`, with a scale for each row."""
-    if emulated or torch.compiler.is_compiling():
+    if emulated:
         codes, scale = plain_cast(t)
         # of a transpose they would come as t lies
         return Rows(codes.contiguous(), scale)
-    return Rows(*torch.ops.hf_blr.cast_rows(t.contiguous()))
+    return Rows(*cast_kernel(t.contiguous()))
 
 
 def cast_columns(t: Tensor, emulated: bool) -> tuple[Tensor, Tensor]:
     """(codes `[M, L]`, scale `[L]`) of t `[M, L]`, with a scale for each column."""
-    if emulated or torch.compiler.is_compiling():
-        codes, scale = plain_cast(t.T)
-        return codes.T.contiguous(), scale
     rows = cast(t.T, emulated)
     return transposed_codes(rows.codes, emulated), rows.scale
 
@@ -168,19 +216,10 @@ def transposed_codes(codes: Tensor, emulated: bool) -> Tensor:
     """`[L, M]` of `[M, L]` float8, contiguous."""
     if emulated:
         return codes.T.contiguous()
-    found: Tensor = torch.ops.hf_blr.transposed_codes(codes)
+    from hf_blr.ops.triton import cast as kernels
+
+    found: Tensor = kernels.transposed_codes(codes.contiguous())
     return found
-
-
-def transpose_kernel(codes: Tensor) -> Tensor:
-    from hf_blr.ops.triton.cast import transposed_codes
-
-    found: Tensor = transposed_codes(codes.contiguous())
-    return found
-
-
-def transpose_fake(codes: Tensor) -> Tensor:
-    return codes.new_empty(codes.shape[1], codes.shape[0])
 
 
 def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool) -> Tensor:
@@ -195,4 +234,17 @@ def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool) -> Tensor:
     return out.to(dtype)
 
 
-define_op("transposed_codes(Tensor codes) -> Tensor", transpose_kernel, transpose_fake)
+define_op(f"float8_project(Tensor x, Tensor v, bool emulated) -> ({', '.join(['Tensor'] * 5)})", project, project_fake)
+define_op(
+    "float8_project_backward(Tensor dy, Tensor x, Tensor x_scale, Tensor v, Tensor v_scale, bool[] wanted, "
+    "bool emulated) -> (Tensor, Tensor)",
+    project_backward,
+    backward_fake,
+)
+define_op("float8_expand(Tensor y, Tensor u, bool emulated) -> (Tensor, Tensor, Tensor)", expand, expand_fake)
+define_op(
+    "float8_expand_backward(Tensor grad, Tensor y, Tensor codes, Tensor scale, bool[] wanted, bool emulated)"
+    " -> (Tensor, Tensor)",
+    expand_backward,
+    backward_fake,
+)
