@@ -36,6 +36,8 @@ def test_kernels_build_and_fit(capability):
         "decode_one_mix_kernel",
         "decode_stack_kernel",
         "expert_rows_kernel",
+        "losses_kernel",
+        "losses_backward_kernel",
         "numbers_kernel",
         "swap_blocks_kernel",
         "columns_kernel",

@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_ends_in_one_line_and_keeps_the_model(error, dense, 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     from transformers import PreTrainedModel
 
-    def full(self, folder):
+    def full(self, folder, **_):
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
