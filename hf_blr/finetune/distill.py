@@ -126,8 +126,8 @@ class Distiller:
             raise ValueError(
                 f"distillation needs the loss and the logits of {type(model).__name__}: have labels in the "
                 "dataset, give the Trainer neither label_smoothing_factor nor compute_loss_func, which keep the "
-                'labels from the model, and with TRL take release 1.13 and SFTConfig loss_type="nll": its other losses and '
-                "release 1.16 make no logits"
+                'labels from the model; of TRL take release 1.13 and SFTConfig loss_type="nll": its other losses, and '
+                "release 1.16, make no logits"
             )
         given = kwargs if self.handed is None else self.handed
         labels = self.labels(given)
