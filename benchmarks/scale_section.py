@@ -68,6 +68,7 @@ def line_of(row: dict) -> dict:
         "seconds": f"{seconds_of(row):.0f}",
         **{column: f"{row[field] / GB:.1f}" if row.get(field) else "" for column, field in PEAKS.items()},
         "measured": "",
+        "other commit": row.get("commit", ""),
     }
 
 
