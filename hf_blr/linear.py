@@ -122,11 +122,15 @@ class BLRLinear(StoredFactors):
         tensors = self.tensors(dtype).values()
         return [t.to(dtype) if self.masters and t.is_floating_point() else t for t in tensors]
 
+    @property
+    def in_training(self) -> bool:
+        """Whether factors in bits are in the form that trains, without codes."""
+        return not all(isinstance(held, FactorInBits) for held in self.children())
+
     def route_in_bits(self, x: Tensor) -> str:
         """What of `ops.rules.bits` this layer runs on x `[..., K]`."""
         form = self.storage.form
-        # in the form that trains, factors have no codes
-        if form is None or not all(isinstance(held, FactorInBits) for held in self.children()):
+        if form is None or self.in_training:
             return NUMBERS
         return ops.route_in_bits(self.spec, form, x, [*self.factors().values(), self.bias], self.impl or None)
 
@@ -138,7 +142,11 @@ class BLRLinear(StoredFactors):
         """Training ends what `hf_blr.fuse` began: fused optimizers want parameters without gaps between their rows."""
         if mode:
             self.stand_alone()
-        self.settle_indices()
+        if mode and self.training:
+            # a trainer asks for it before each step, and comparing indices waits for the GPU
+            self.look_at_indices()
+        else:
+            self.settle_indices()
         return super().train(mode)
 
     def stand_alone(self) -> None:

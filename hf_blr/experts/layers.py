@@ -120,11 +120,6 @@ class ExpertsLinear(BLRLinear):
         out = run(rows, x, *self.operands(x, chosen))
         return out
 
-    @property
-    def in_training(self) -> bool:
-        """Whether factors in bits are in the form that trains, without codes."""
-        return not all(isinstance(held, FactorInBits) for held in self.children())
-
     def trained(self) -> list[Tensor]:
         """What a gradient may be wanted of, and what rows are multiplied by as numbers."""
         return [*self.factors().values(), *(p for p in self.parameters() if p.requires_grad)]
@@ -169,10 +164,7 @@ class ExpertsLinear(BLRLinear):
 def kept_factors(layer: BLRLinear) -> Factors:
     """{name: factor or index} of a layer; of what is kept in bits, codes and scales."""
     held = {name: getattr(layer, name) for name in layer.spec.names()}
-    return {
-        name: part.storage.codes(part.parts(), part.shape) if isinstance(part, FactorInBits) else part.detach()
-        for name, part in held.items()
-    }
+    return {name: part.codes() if isinstance(part, FactorInBits) else part.detach() for name, part in held.items()}
 
 
 def stacked_factors(each: list[Factors]) -> Factors:

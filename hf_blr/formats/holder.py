@@ -56,6 +56,10 @@ class FactorInBits(NeverCast):
     def parts(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.storage.parts(self.shape)}
 
+    def codes(self) -> Codes:
+        """The codes and scales that it holds."""
+        return self.storage.codes(self.parts(), self.shape)
+
     def take(self, codes: Codes) -> None:
         """Hold these codes and scales."""
         for name, part in self.storage.laid_out(codes).items():

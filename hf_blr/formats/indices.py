@@ -25,7 +25,7 @@ class IndexGuard:
 
     def written(self, owner: nn.Module) -> bool:
         """Whether one, a buffer of `owner`, was written to; cheap, and blind to what goes through `.data`."""
-        return any(version_of(owner.get_buffer(name)) != version for name, (_, version) in self._right.items())
+        return any(version_of(getattr(owner, name)) != version for name, (_, version) in self._right.items())
 
     @torch.no_grad()
     def settle(self, indices: Mapping[str, Tensor]) -> None:

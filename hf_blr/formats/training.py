@@ -36,7 +36,7 @@ class FactorInTraining(NeverCast):
     def __init__(self, held: FactorInBits, codes: bool):
         super().__init__()
         self.storage, self.shape = held.storage, held.shape
-        now = held.storage.codes(held.parts(), held.shape)
+        now = held.codes()
         latent = now.values.float() / held.storage.spacing
         self.log_scale = nn.Parameter(now.scale.float().log())
         latent = spread(latent, held.storage) if codes else latent.to(torch.bfloat16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.abc
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -35,13 +36,18 @@ def when_imported(name: str, callback: Callback) -> None:
 
 
 def wrap_once(owner: Any, name: str, wrapper_of: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrapper_of(function)` in the place of `owner.name`; where that has been done already, nothing."""
-    original = getattr(owner, name)
+    """Put `wrapper_of(function)` in the place of `owner.name`; where that has been done already, nothing.
+
+    Of a class method the function takes the class first, and its wrapper becomes one.
+    """
+    found = inspect.getattr_static(owner, name)
+    of_class = isinstance(found, classmethod)
+    original = found.__func__ if of_class else found
     if hasattr(original, WRAPPED):
         return
     wrapper = functools.wraps(original)(wrapper_of(original))
     setattr(wrapper, WRAPPED, True)
-    setattr(owner, name, wrapper)
+    setattr(owner, name, classmethod(wrapper) if of_class else wrapper)
 
 
 class CallbackFinder(importlib.abc.MetaPathFinder):
