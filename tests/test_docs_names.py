@@ -1,0 +1,150 @@
+"""What README and docs name exists: commands and options, names of the package, files, headings; and numbers are printed."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hf_blr
+from hf_blr.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *PAGES]
+#: the changelog names what was there once
+CURRENT = [*DOCUMENTS, ROOT / "DESIGN.md"]
+LINKING = [*CURRENT, ROOT / "CHANGELOG.md"]
+
+FENCE = re.compile(r"```.*?```", re.S)
+#: what `benchmarks/readme.py` writes
+PRINTED = re.compile(r"<!-- (\S+):begin -->.*?<!-- \1:end -->", re.S)
+#: a line of a shell that runs the package's command, with what is continued on the next line
+COMMAND = re.compile(r"^hf-blr (?:.*\\\n)*.*", re.M)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+#: options of other programs that the pages name
+FOREIGN = {
+    "--cases": "benchmarks/robustness.py",
+    "--check": "benchmarks/readme.py",
+    "--load-format": "vllm",
+    "--model_args": "lm_eval",
+    "--tensor-parallel-size": "vllm",
+}
+#: a time, a size of memory or a rate, as a measurement has it
+MEASURED = re.compile(r"\d (?:us|ms|GB|MB|TB/s|GFLOP)\b|\d\.\d+x\b|\d\.\d\d of dense")
+#: a page that keeps the numbers of single trials, of which there are no files
+OF_TRIALS = {"log"}
+
+
+def ids(page: Path) -> str:
+    return page.stem
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=ids)
+def test_commands_of_a_page_are_understood(page):
+    parser = build_parser()
+    fences = "\n".join(FENCE.findall(page.read_text()))
+    for command in COMMAND.findall(fences):
+        words = shlex.split(command.replace("\\\n", " "), comments=True)[1:]
+        # these look at files, or run another program
+        if not {"--help", "--status", "run"} & set(words):
+            parser.parse_args(words)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=ids)
+def test_options_of_a_page_exist(page):
+    named = set(OPTION.findall(PRINTED.sub("", page.read_text())))
+    assert sorted(named - options_of(build_parser()) - set(FOREIGN)) == []
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command and of the commands within it."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    within = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return options.union(*(options_of(command) for commands in within for command in commands.values()))
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=ids)
+def test_names_of_the_package_exist(page):
+    names = set(re.findall(r"`(hf_blr(?:\.\w+)+)[`(]", page.read_text()))
+    assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def exists(dotted: str) -> bool:
+    try:
+        found(dotted)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def found(dotted: str):
+    """What attributes lead to, or the module where a package has no such attribute yet."""
+    first, *names = dotted.split(".")
+    value, module = importlib.import_module(first), first
+    for name in names:
+        module += f".{name}"
+        value = getattr(value, name) if hasattr(value, name) else importlib.import_module(module)
+    return value
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=ids)
+def test_files_of_the_project_exist(page):
+    named = re.findall(r"`((?:hf_blr|benchmarks|tests|examples|docs)/[\w/.-]+\.\w+)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", LINKING, ids=ids)
+def test_headings_that_links_lead_to_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        file, _, anchor = target.partition("#")
+        other = page.parent / file if file else page
+        # headings of the API page are made of docstrings; mkdocs checks those
+        if anchor and "://" not in target and not anchor.startswith("hf_blr"):
+            assert anchor in anchors(other), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> list[str]:
+    """What mkdocs makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.M)
+    return [re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings]
+
+
+def test_names_of_the_api_page_are_those_of_its_headings():
+    for target, options in api_entries().items():
+        assert exists(target), target
+        heading = options.get("heading")
+        if heading:
+            assert exists(heading), heading
+            assert found(heading) is found(target), f"{heading} is not {target}"
+
+
+def test_every_public_name_has_a_place_on_the_api_page():
+    shown = set()
+    for target, options in api_entries().items():
+        shown.add(options.get("heading", target))
+        shown.update(f"{target}.{member}" for member in options.get("members", "").split(", "))
+    objects = [found(name) for name in shown if exists(name)]
+    public = [name for name in hf_blr.__all__ if not name.startswith("_")]
+    assert [name for name in public if not any(getattr(hf_blr, name) is each for each in objects)] == []
+
+
+def api_entries() -> dict[str, dict[str, str]]:
+    """{what is shown: its options}."""
+    entries: dict[str, dict[str, str]] = {}
+    for line in (ROOT / "docs" / "api.md").read_text().splitlines():
+        if line.startswith("::: "):
+            entries[line[4:]] = options = {}
+        elif line.startswith("      "):
+            name, _, value = line.strip().partition(": ")
+            options[name] = value.strip("[]")
+    return entries
+
+
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if page.stem not in OF_TRIALS], ids=ids)
+def test_measured_numbers_are_printed(page):
+    text = FENCE.sub("", PRINTED.sub("", page.read_text()))
+    lines = [line for line in text.splitlines() if MEASURED.search(re.sub(r"`[^`]*`", "", line))]
+    assert lines == [], "numbers that were measured stand between the markers of benchmarks/readme.py"
