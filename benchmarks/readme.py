@@ -71,10 +71,10 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
-        "bits-goals": bits_section.goals_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,
+        "bits-goals": bits_section.goals_section,
     },
 }
 

@@ -1,6 +1,7 @@
 """What README and docs name exists: commands and options, names of the package, files, headings; and numbers are printed."""
 
 import argparse
+import functools
 import importlib
 import re
 import shlex
@@ -81,13 +82,16 @@ def exists(dotted: str) -> bool:
 
 
 def found(dotted: str):
-    """What attributes lead to, or the module where a package has no such attribute yet."""
-    first, *names = dotted.split(".")
-    value, module = importlib.import_module(first), first
-    for name in names:
-        module += f".{name}"
-        value = getattr(value, name) if hasattr(value, name) else importlib.import_module(module)
-    return value
+    """What stands under the last name; a module only where its package has nothing else of that name."""
+    *parts, name = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        value = functools.reduce(getattr, parts[length:], value)
+        return getattr(value, name) if hasattr(value, name) else importlib.import_module(dotted)
+    return importlib.import_module(dotted)
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=ids)
