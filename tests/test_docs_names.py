@@ -1,4 +1,4 @@
-"""What README and docs name exists: commands and options, names of the package, files, headings; and numbers are printed."""
+"""What README and docs name exists: commands, options, names, files and headings. Measured numbers are printed."""
 
 import argparse
 import functools
