@@ -152,3 +152,23 @@ def test_measured_numbers_are_printed(page):
     text = FENCE.sub("", PRINTED.sub("", page.read_text()))
     lines = [line for line in text.splitlines() if MEASURED.search(re.sub(r"`[^`]*`", "", line))]
     assert lines == [], "numbers that were measured stand between the markers of benchmarks/readme.py"
+
+
+def test_the_map_of_the_design_is_that_of_the_package():
+    """A module that is missing, or there no more, belongs into the table under "Where things live"."""
+    package = ROOT / "hf_blr"
+    folders = [package, *(file.parent for file in package.rglob("__init__.py") if file.parent != package)]
+    there = {
+        str(file.relative_to(package).with_suffix(""))
+        for folder in folders
+        for file in folder.glob("*.py")
+        if not file.stem.startswith("__")
+    }
+    section = (ROOT / "DESIGN.md").read_text().partition("## Where things live")[2].partition("\n## ")[0]
+    mapped = set()
+    for line in re.findall(r"^\| *\d* *\| `.*", section, re.M):
+        _, _, rooms, _, modules, _ = line.split("|")
+        for room in re.findall(r"`([\w/]+)`", rooms):
+            inside = {f"{room}{module.strip()}" for module in modules.split(",")}
+            mapped |= inside if room.endswith("/") else {room}
+    assert sorted(mapped ^ there) == []
