@@ -147,6 +147,14 @@ def api_entries() -> dict[str, dict[str, str]]:
     return entries
 
 
+@pytest.mark.parametrize("page", CURRENT, ids=ids)
+def test_nothing_stands_twice_on_a_page(page):
+    """Merges of two rewritten pages leave both versions of a section."""
+    text = FENCE.sub("", PRINTED.sub("", page.read_text()))
+    lines = [line for line in text.splitlines() if line[:1] == "#" or len(line.split()) >= 12]
+    assert sorted({line for line in lines if lines.count(line) > 1}) == []
+
+
 @pytest.mark.parametrize("page", [page for page in DOCUMENTS if page.stem not in OF_TRIALS], ids=ids)
 def test_measured_numbers_are_printed(page):
     text = FENCE.sub("", PRINTED.sub("", page.read_text()))
