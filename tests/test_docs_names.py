@@ -62,9 +62,21 @@ def test_options_of_a_page_exist(page):
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
     """Those of a command and of the commands within it."""
-    options = {option for action in parser._actions for option in action.option_strings}
-    within = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return options.union(*(options_of(command) for commands in within for command in commands.values()))
+    return {option for action in actions_of(parser) for option in action.option_strings}
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [each for command in action.choices.values() for each in actions_of(command)]
+        else:
+            found.append(action)
+    return found
+
+
+def test_every_option_says_what_it_is():
+    assert [action.option_strings or action.dest for action in actions_of(build_parser()) if not action.help] == []
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=ids)
