@@ -19,8 +19,9 @@ from hf_blr.bench.report.model_tables import (
 )
 from hf_blr.roofline.devices import DEVICES
 
-VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
+VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4"}
 PAPERS = {"low_rank:paper": "low-rank", "monarch:paper": "Monarch", "blast:paper": "BLAST"}
+TITLES = {"prefill": "Prefill", "decode": "Decoding one token of each text", "training": "A training step"}
 #: tokens of a prefill that are shown of one text alone
 OTHER_TOKENS = (128, 4096)
 #: whose time the table of parts shows, and in which forms
@@ -28,15 +29,32 @@ PROFILED, PROFILED_FORMS = ("Llama-7B", "Qwen3-4B"), ("dense", *(f"{name}+fused"
 
 
 def models_section() -> str:
-    """Whole models: prefill of the usual sizes, decoding, a training step."""
+    """Whole models, a table each of prefill, decoding and a training step.
+
+    A line holds the dense model's milliseconds, and speed over dense of each structure, fused where faster.
+    """
     result = read_result(RESULTS / "models_h100.json")
-    good = [row for row in model_rows() if not of_several_texts(row)]
-    modes = sorted({row["mode"] for row in good if "mode" in row})
-    compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
-    table, where = models_summary(good, result)
+    rows = [row for row in model_rows() if not of_several_texts(row)]
+    lines = [
+        line | {"peak memory": memory(shown), "commit": commits_of(shown)}
+        for line, shown in speed_lines(rows, VARIANTS)
+    ]
+    columns = ["model", "batch x tokens", "dense, ms", *VARIANTS.values(), "peak memory"]
+    tables = []
+    for measurement in MEASUREMENTS:
+        table, where = table_of([line for line in lines if line[""] == measurement], rows, result, columns)
+        tables.append(f"{TITLES[measurement]}:\n\n{table}\n\n")
+    modes = sorted({row["mode"] for row in rows if "mode" in row})
+    attending = [
+        f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
+        for measurement in MEASUREMENTS
+        for (model, size), found in by_size(rows, measurement).items()
+        if "dense+attention" in found
+    ]
     return (
-        f"{table} Each in its fastest form among those measured, dense too{compiled}. "
-        f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"{''.join(tables)}\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Dense with the attention of fused "
+        f"models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; torch.compile in "
+        f"mode {' and '.join(modes)}. {result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
 
@@ -44,26 +62,6 @@ def models_section() -> str:
 def model_rows() -> list[dict]:
     """Of whole models, without those that failed."""
     return [row for row in rows_of(read_result(RESULTS / "models_h100.json")) if "error" not in row]
-
-
-def models_summary(rows: list[dict], result: dict) -> tuple[str, str]:
-    """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster.
-
-    And on what most of them were measured.
-    """
-    lines = [
-        line | {"peak memory": memory(shown), "commit": commits_of(shown)}
-        for line, shown in speed_lines(rows, VARIANTS)
-    ]
-    table, where = table_of(lines, rows, result)
-    attending = [
-        f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
-        for measurement in MEASUREMENTS
-        for (model, size), found in by_size(rows, measurement).items()
-        if "dense+attention" in found
-    ]
-    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
-    return f"{table}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}", where
 
 
 def of_several_texts(row: dict) -> bool:
