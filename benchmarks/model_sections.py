@@ -52,8 +52,8 @@ def models_section() -> str:
         if "dense+attention" in found
     ]
     return (
-        f"{''.join(tables)}\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Dense with the attention of fused "
-        f"models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; torch.compile in "
+        f"{''.join(tables)}\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Dense with the attention of "
+        f"fused models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; torch.compile in "
         f"mode {' and '.join(modes)}. {result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
