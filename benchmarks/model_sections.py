@@ -53,8 +53,8 @@ def models_section() -> str:
     ]
     return (
         f"{''.join(tables)}\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Dense with the attention of "
-        f"fused models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; torch.compile "
-        f"in mode {' and '.join(modes)}. {result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"fused models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; "
+        f"torch.compile in mode {' and '.join(modes)}. {result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
 
