@@ -51,10 +51,13 @@ def models_section() -> str:
         for (model, size), found in by_size(rows, measurement).items()
         if "dense+attention" in found
     ]
+    said = (
+        "\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Each in its fastest form among those measured, dense "
+        f"too; torch.compile in mode {' and '.join(modes)}."
+    )
+    also = f"Dense with the attention of fused models: {'; '.join(attending)}."
     return (
-        f"{''.join(tables)}\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Dense with the attention of "
-        f"fused models: {'; '.join(attending)}. Each in its fastest form among those measured, dense too; "
-        f"torch.compile in mode {' and '.join(modes)}. {result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"{''.join(tables)}{said} {also} {result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
 
