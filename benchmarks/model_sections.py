@@ -52,8 +52,8 @@ def models_section() -> str:
         if "dense+attention" in found
     ]
     said = (
-        "\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Each in its fastest form among those measured, dense "
-        f"too; torch.compile in mode {' and '.join(modes)}."
+        "\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Each in its fastest form among those measured, "
+        f"dense too; torch.compile in mode {' and '.join(modes)}."
     )
     also = f"Dense with the attention of fused models: {'; '.join(attending)}."
     return (
