@@ -55,6 +55,13 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
     return ColumnConfig(1, min(4096, pow2(k)), 4 if k <= 8192 else 8)
 
 
+def columns_cast_config(device: Device) -> ColumnConfig:
+    """For `cast_columns_kernel`: 16 columns fill a sector of L2, and a rank of 1024 makes 64 programs."""
+    if device == INTERPRETER:
+        return ColumnConfig(16, 16, 4)
+    return ColumnConfig(512, 16, 8)
+
+
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:
     """(side of a tile, warps) for `transpose_codes_kernel`: 128 bytes a line, unless that leaves SMs idle."""
     if device == INTERPRETER:
