@@ -71,6 +71,32 @@ def layer_goals(rows: list[dict]) -> str:
     return f"In fp8, geometric means:\n\n{as_table(lines)}"
 
 
+def groups_section() -> str:
+    """Projections with one input, in float8 one by one and together."""
+    result = read_result(RESULTS / "float8_h200.json")
+    rows = [row for row in rows_of(result) if row["measured"] == "group"]
+
+    def speeds(row: dict) -> str:
+        return f"{row['us']:.0f}, {row['dense_us'] / row['us']:.2f}x, {row['dense_fp8_us'] / row['us']:.2f}x"
+
+    lines = wide(
+        rows,
+        lambda row: {
+            "group": row["group"],
+            "tokens": row["tokens"],
+            "dense": f"{row['dense_us']:.0f}",
+            "dense in float8": f"{row['dense_fp8_us']:.0f}",
+        },
+        lambda row: {f"{'bfloat16' if row['format'] == 'plain' else 'fp8'}, {row['how']}": speeds(row)},
+    )
+    table, where = table_of(lines, rows, result)
+    return (
+        f"{table}\n\nus, speed over dense in bfloat16 and in float8; low-rank, half of each projection kept; casts of "
+        "the input counted. Dense: the faster of one product for each projection and one with the concatenated "
+        f"weights. Medians of CUDA-graph replays, L2 flushed before each. {where}."
+    )
+
+
 def training_section() -> str:
     """A training step of decoder blocks, and the errors of gradients in float8."""
     result = read_result(RESULTS / "float8_h200.json")
