@@ -307,10 +307,19 @@ def test_tiles_of_products():
             (1024, 1584, 4096),
             (4096, 4096, 1024),
             (4096, 14336, 1584),
+            # of 256 columns, a fifth of the SMs would wait
+            (4096, 3168, 4096),
         )
         for c in [float8_config(t, n, k, 1, H100)]
     }
-    assert list(found.values()) == [(64, 128, 4), (64, 128, 4), (128, 128, 8), (128, 128, 4), (128, 256, 8)]
+    assert list(found.values()) == [
+        (64, 128, 4),
+        (64, 128, 4),
+        (128, 128, 8),
+        (128, 128, 4),
+        (128, 256, 8),
+        (128, 128, 4),
+    ]
     # no wider than the outputs, and within the memory of smaller cards
     assert float8_config(4096, 64, 256, 16, H100).bn == 64
     small = float8_config(4096, 14336, 1584, 1, Device((8, 9), 128, 101376))

@@ -18,7 +18,7 @@ from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import float8_config
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, fits_tma
-from hf_blr.ops.triton.tiles import load_tile, wait_for_previous
+from hf_blr.ops.triton.tiles import load_tile
 from hf_blr.ops.triton.tuned import launch
 
 #: as much longer can rounding to e4m3 make a vector
@@ -76,7 +76,6 @@ def float8_gemm_kernel(
     ACTIVATION: tl.constexpr,
     EMITS: tl.constexpr,
     TMA: tl.constexpr,
-    PDL: tl.constexpr,
     BS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -90,7 +89,6 @@ def float8_gemm_kernel(
     """
     i_n, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_j, i_i = i_g // B2, i_g % B2
-    wait_for_previous(PDL)
     acc = tl.zeros((BT, BN), tl.float32)
     for step in range(0, tl.cdiv(K, BK)):
         b_a = load_tile(a, i_g // REPEAT, i_t * BT, step * BK, T, K, stride_ag, stride_at, 1, BT, BK, TMA)
@@ -211,14 +209,12 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             ACTIVATION=activation,
             EMITS=emitted is not None,
             TMA=tma,
-            PDL=device.has_pdl,
             BS=1024,
             BT=config.bt,
             BN=config.bn,
             BK=config.bk,
             num_warps=config.warps,
             num_stages=config.stages,
-            **device.launch_options,
         )
 
     rule = float8_config(tokens, n, k, j * i, device)
