@@ -10,6 +10,7 @@ import bits_section
 import config_section
 import experts_section
 import float8_section
+import float8_whole_section
 import front_section
 import goals
 import inventory_section
@@ -53,6 +54,9 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": goals.counters,
         "float8": float8_section.float8_section,
+        "float8-groups": float8_whole_section.groups_section,
+        "float8-prefill": float8_whole_section.prefill_section,
+        "float8-training": float8_whole_section.training_section,
         "one-token": layer_sections.one_token_section,
         "packed-decode": packed_section.packed_decode_section,
         "packed-settings": packed_section.packed_settings_section,
