@@ -83,7 +83,6 @@ def test_factors_lie_side_by_side_and_take_no_more_memory(attention):
     assert q.v[0].data_ptr() + q.v[0].numel() * 4 == k.v[0].data_ptr()
 
 
-@torch.no_grad()
 def test_low_rank_layers_of_several_ranks_are_read_as_one():
     block = nn.Module()
     for name, rank in (("q_proj", 4), ("k_proj", 2), ("v_proj", 3)):
@@ -92,6 +91,7 @@ def test_low_rank_layers_of_several_ranks_are_read_as_one():
     assert split(range(3), (stacked([module.v for module in block.children()]), 1)) == [range(3)]
 
 
+@torch.no_grad()
 def test_groups_take_their_outputs_and_nothing_stays(attention, computed):
     x = torch.randn(5, 8)
     for order in (("q_proj", "k_proj", "v_proj"), ("v_proj", "q_proj", "k_proj")):
