@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from float8_cases import patch_rounding
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny import tiny_llama
 from torch._dynamo.backends.common import aot_autograd
 from trainer_cases import trainer_for
@@ -193,6 +193,20 @@ def test_a_layer_compiles_as_one_graph_that_leaves_the_products_alone():
         assert f"hf_blr.float8_{name}.default" in seen
     # a compiler that saw them has made zeros of some
     assert not any("mm" in name for name in seen)
+
+
+def test_compiled_layers_with_one_input_cast_it_once():
+    (one, other), seen = (layer(), layer()), []
+
+    def watched(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=watched, partition_fn=min_cut_rematerialization_partition)
+    both = torch.compile(lambda x: one(x) + other(x), fullgraph=True, backend=backend)
+    both(numbers(32)[0].requires_grad_()).sum().backward()
+    found = [seen.count(f"hf_blr.float8_{name}.default") for name in ("cast", "pair", "pair_backward")]
+    assert found == [1, 2, 2]
 
 
 def test_the_mode_decides_and_not_gradients():

@@ -94,7 +94,7 @@ def cast_columns(t: Tensor, factor: Tensor | None, emulated: bool) -> Rows:
         rows, scale = plain_cast((t if factor is None else t.float() * factor[:, None]).T)
         # they come as t lies
         return Rows(rows.contiguous(), scale)
-    from hf_blr.ops.triton.cast import cast_columns
+    from hf_blr.ops.triton.cast_columns import cast_columns
 
     return Rows(*cast_columns(t.contiguous(), LARGEST, SMALLEST_NORM, factor))
 
@@ -103,7 +103,7 @@ def transposed(codes: Tensor, emulated: bool) -> Rows:
     """`[L, M]` of codes `[M, L]`, whose scale the other operand has taken."""
     if emulated:
         return Rows(codes.T.contiguous(), codes.new_ones(codes.shape[1], dtype=torch.float32))
-    from hf_blr.ops.triton.cast import transposed_codes
+    from hf_blr.ops.triton.cast_columns import transposed_codes
 
     return Rows(*transposed_codes(codes.contiguous()))
 
