@@ -10,6 +10,7 @@ import bits_section
 import config_section
 import experts_section
 import float8_section
+import float8_whole_section
 import front_section
 import inventory_section
 import layer_sections
@@ -49,6 +50,9 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": layer_sections.counters,
         "float8": float8_section.float8_section,
+        "float8-groups": float8_whole_section.groups_section,
+        "float8-prefill": float8_whole_section.prefill_section,
+        "float8-training": float8_whole_section.training_section,
         "packed-decode": packed_section.packed_decode_section,
         "dependent-launches": model_sections.dependent_launches_section,
     },

@@ -31,6 +31,7 @@ from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
 from hf_blr.cli.options import block_counts as sizes
 from hf_blr.formats import FORMATS, PLAIN
+from hf_blr.structures import structures
 
 #: the paper's ranks, and ours, as `hf_blr.fuse` makes them run
 VARIANTS = (
@@ -79,6 +80,9 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
         help="other layers, in x out features, instead",
     )
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
+    parser.add_argument(
+        "--structures", nargs="+", default=list(structures()), choices=list(structures()), help="with --shapes"
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS), help="rows of the input")
     directions = (cases.FORWARD, cases.TRAINING)
@@ -107,7 +111,7 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_layers(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     if args.shapes:
-        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
+        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions, args.structures)
     else:
         todo = cases.paper_cases(args.models, args.tokens, args.directions)
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
