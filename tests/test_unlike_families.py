@@ -1,0 +1,46 @@
+"""Models that do with their layers, or their files, what no other family does."""
+
+import pytest
+import torch
+from tiny import build
+from transformers import RwkvConfig, RwkvForCausalLM, VideoMAEConfig, VideoMAEForVideoClassification
+
+from hf_blr import BLRConfig, compress, to_dense
+from hf_blr.linear import blr_modules
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.1}
+
+
+def rwkv():
+    """In evaluation it divides weights of the second block by 2, of the third by 4; in training it takes that back."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "vocab_size": 97}
+    return build(RwkvForCausalLM, RwkvConfig(**sizes, num_hidden_layers=3, rescale_every=1))
+
+
+@pytest.mark.parametrize("form", ["plain", "int8"])
+def test_a_model_that_rescales_its_weights_before_it_runs(form, tmp_path):
+    model, ids = rwkv().train(), torch.arange(24).view(2, 12)
+    compress(model, BLRConfig("low_rank", ratio=0.6, factor_format=form), progress=False)
+    assert {"attention.output", "feed_forward.value"} <= {name.partition("blocks.2.")[2] for name in blr_modules(model)}
+    model.save_pretrained(tmp_path)
+    loaded, dense = (RwkvForCausalLM.from_pretrained(tmp_path) for _ in range(2))
+    to_dense(dense)
+    with torch.no_grad():
+        for training in (False, True, False):
+            # the second time it is where it was
+            wanted = dense.train(training)(ids).logits
+            torch.testing.assert_close(loaded.train(training)(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_whose_files_hold_a_bias_beside_its_layer(tmp_path):
+    image = {"image_size": 16, "patch_size": 8, "num_frames": 2, "tubelet_size": 2}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build(VideoMAEForVideoClassification, VideoMAEConfig(**SIZES, **image, **heads))
+    layer = model.videomae.encoder.layer[0].attention.attention
+    torch.nn.init.normal_(layer.query.bias)
+    compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
+    model.save_pretrained(tmp_path)
+    loaded, video = VideoMAEForVideoClassification.from_pretrained(tmp_path), torch.randn(2, 2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded(video).logits, model(video).logits)
+    assert blr_modules(loaded).keys() == blr_modules(model).keys()
