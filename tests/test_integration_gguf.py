@@ -104,7 +104,7 @@ def test_what_was_read_from_gguf_trains_once_compressed(folder):
 def test_the_benchmark_reads_and_refines_it_dense(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "SEQLEN", 16)
     monkeypatch.setattr(quality, "EPOCHS", 1)
-    load = quality.options.load_model
+    load = quality.loading.load_model
 
     def marked(*args, **kw):
         model, tokenizer = load(*args, **kw)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_blr.atomic import write_text_atomically
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.markdown import format_table
 from hf_blr.plan.rows import rows_by_kind
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
-    options.check_file(args.output, args.overwrite)
+    saving.check_file(args.output, args.overwrite)
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
     given = [args.ratio, args.parameters, args.mb]
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
-    model, tokenizer = options.load_model(args.model, args)
+    model, tokenizer = loading.load_model(args.model, args)
     statistics = collect_statistics(model, config, tokenizer=tokenizer)
     plan = resolve_plan(model, config)
     if config.bits_per_weight is not None:
