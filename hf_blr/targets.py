@@ -14,8 +14,9 @@ from hf_blr.experts import dense_layers
 #: small layers that steer others: a wrong sign in one of them sends a token to another expert
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
-#: layers with fewer features on one side are no matrices to factorise: maps from coordinates, or to one number a head
-NARROWEST = 4
+#: layers with fewer features on one side are no matrices to factorise: maps from coordinates, to one number a head, or
+#: between the few streams of Gemma 3n, which clamps those in training
+NARROWEST = 8
 
 #: a regular expression that matches whole names, or names and their endings
 Patterns = str | list[str]

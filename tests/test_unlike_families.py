@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny import build
-from transformers import RwkvConfig, RwkvForCausalLM, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    RwkvConfig,
+    RwkvForCausalLM,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+)
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.linear import blr_modules
@@ -44,3 +51,22 @@ def test_a_family_whose_files_hold_a_bias_beside_its_layer(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(video).logits, model(video).logits)
     assert blr_modules(loaded).keys() == blr_modules(model).keys()
+
+
+def test_a_family_that_clamps_weights_of_small_layers_in_training():
+    few = {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 97,
+        "laurel_rank": 8,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "pad_token_id": 0}
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    sizes = SIZES | {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0]}
+    model = build(Gemma3nForCausalLM, Gemma3nTextConfig(**sizes, **few, **heads, **layers)).train()
+    compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
+    assert not any(".altup." in name for name in blr_modules(model))
+    model(torch.arange(24).view(2, 12)).logits.square().mean().backward()
+    assert all(
+        factor.grad.abs().max() > 0 for layer in blr_modules(model).values() for factor in layer.factors().values()
+    )
