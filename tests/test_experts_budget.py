@@ -38,7 +38,7 @@ def statistics(make):
 @pytest.mark.parametrize("make", [tiny_mixtral, qwen3_moe])
 def test_bits_of_experts_are_shared_out_stored_loaded_and_made_dense(make, tmp_path):
     dense, model = make(), make()
-    config = BLRConfig("auto", bits_per_weight=3.5, fit_rounds=2)
+    config = BLRConfig("auto", bits_per_weight=3.5, fit_rounds=2, target_modules=["q_proj", *EXPERTS])
     report = compress(model, config, calibration=batches_for(model), progress=False)
     modules = blr_modules(model)
     assert {name.rpartition("mlp.")[2] for name in modules if "experts" in name} == set(EXPERTS)
@@ -96,6 +96,7 @@ def test_the_predicted_loss_is_that_of_each_expert_on_its_share(storage):
     options = options_of(layer, Dense.whole(k, n), trials, formats, torch.float32, CONFIG)
     gram, output_gram = layer.grams()
     rows = [found.rows[f"{name}.{expert}"] for expert in range(6)]
+    assert layer.tried().expert == rows.index(max(rows))
     for spec in (Dense.whole(k, n), LowRank(k, n, 16)):
         option = next(o for o in options if o.spec == spec and o.storage.name == storage)
         measured = 0.0
