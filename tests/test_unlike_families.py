@@ -10,8 +10,12 @@ from transformers import (
     Gemma3nTextConfig,
     RwkvConfig,
     RwkvForCausalLM,
+    TrOCRConfig,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
 )
 
 from hf_blr import BLRConfig, collect_statistics, compress, to_dense
@@ -84,3 +88,18 @@ def test_a_family_that_picks_what_it_attends_to_without_a_gradient():
     statistics = collect_statistics(to_dense(model), named, calibration=batches)
     felt = {name: statistics.felt(name) for name in statistics.grams}
     assert len(felt) == 4 and all(felt[name] == name.endswith("o_proj") for name in felt)
+
+
+def test_a_model_of_two_models_whose_decoder_would_keep_what_it_saw():
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    reader = {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(**SIZES, **heads, image_size=16, patch_size=8),
+        TrOCRConfig(**reader, cross_attention_hidden_size=32, max_position_embeddings=32),
+    )
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = build(VisionEncoderDecoderModel, config)
+    labels = torch.arange(2, 16).view(2, 7)
+    batches = [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": labels + i} for i in range(2)]
+    report = compress(model, BLRConfig("low_rank", ratio=0.6), calibration=batches, progress=False)
+    assert report.fitted_to == "activations" and any(layer.name.startswith("decoder") for layer in report.layers)
