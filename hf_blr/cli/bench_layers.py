@@ -21,7 +21,7 @@ from hf_blr.formats import FORMATS, PLAIN
 
 
 def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="of the paper's table")
+    parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="whose layers")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -32,10 +32,16 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS), help="rows of the input")
     directions = (cases.FORWARD, cases.TRAINING)
-    parser.add_argument("--directions", nargs="+", default=directions, choices=directions)
-    parser.add_argument("--impls", nargs="+", default=cases.IMPLS, choices=cases.IMPLS)
+    parser.add_argument("--directions", nargs="+", default=directions, choices=directions, help="what is timed")
+    parser.add_argument(
+        "--impls",
+        nargs="+",
+        default=cases.IMPLS,
+        choices=cases.IMPLS,
+        help="hf_blr: as layers run; eager and compiled: their plain form, without and with torch.compile",
+    )
     parser.add_argument(
         "--formats",
         nargs="+",

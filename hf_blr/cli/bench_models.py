@@ -31,7 +31,7 @@ VARIANTS = (
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     request = Request()
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="of whose sizes")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -42,17 +42,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "projections with one input are to run together, as in low_rank/int4+fused; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
-    parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
+    parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS, help="what is measured")
     parser.add_argument("--forms", nargs="+", default=request.forms, choices=FORMS, help="of forwards and generation")
     parser.add_argument("--mode", default=request.mode, choices=MODES, help="of torch.compile")
     parser.add_argument("--ratio", type=float, default=request.ratio, help="kept / dense parameters of a layer")
     parser.add_argument("--tokens", nargs="+", type=int, help="of a forward; the usual ones if left out")
     parser.add_argument("--batches", nargs="+", type=int, default=request.batches, help="of a forward")
-    parser.add_argument("--decode-batches", nargs="+", type=int, default=request.decode_batches)
+    parser.add_argument(
+        "--decode-batches", nargs="+", type=int, default=request.decode_batches, help="texts of a generation"
+    )
     parser.add_argument("--prompt", type=int, default=request.prompt, help="tokens before generation")
     parser.add_argument("--new-tokens", type=int, default=request.new_tokens, help="tokens generated")
-    parser.add_argument("--training-batch", type=int, default=request.training_batch)
-    parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
+    parser.add_argument("--training-batch", type=int, default=request.training_batch, help="texts of a training step")
+    parser.add_argument("--training-tokens", type=int, default=request.training_tokens, help="tokens of each")
     parser.add_argument(
         "--activation-budget",
         type=float,

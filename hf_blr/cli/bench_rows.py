@@ -11,7 +11,8 @@ from hf_blr.cli import options
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=options.default_device(), help="where to run")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights and inputs")
     parser.add_argument("--append", action="store_true", help="keep the rows that the --json file holds already")
     parser.add_argument("--commit", help="of the code measured; asked of git if left out")
     options.add_json(parser)
