@@ -133,7 +133,7 @@ def planned(module: nn.Module, spec: BLRSpec, storage: Format) -> LayerPlan:
     """The plan of a dense layer, or of a tensor of experts, as this spec in this format."""
     if isinstance(module, ExpertsTensor):
         # a bias stays with the experts module
-        return LayerPlan(spec, False, module.owner.is_transposed, storage, module.num_experts)
+        return LayerPlan(spec, False, module.transposed, storage, module.num_experts)
     return LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
 
 
