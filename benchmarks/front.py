@@ -32,7 +32,7 @@ from hf_blr.bench.report.files import ResultFile
 from hf_blr.bench.shapes import aligned_spec, typical_indices
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model, default_dtype
-from hf_blr.cli import options
+from hf_blr.cli import loading, options
 from hf_blr.dense import feature_sizes
 from hf_blr.inference import fuse
 from hf_blr.integration import record_plan, swap_in
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    dense, _ = options.load_model(args.model, args, tokenizer=False)
+    dense, _ = loading.load_model(args.model, args, tokenizer=False)
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     texts = read_ids([str(args.ids)], None)
     valid = {"valid": texts.pop("valid")}

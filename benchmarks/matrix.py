@@ -28,6 +28,7 @@ from zoo_models import KINDS, LEFT_OUT, build
 import hf_blr
 from hf_blr import BLRConfig
 from hf_blr.bench.environment import environment
+from hf_blr.bench.report.commits import rows_of
 from hf_blr.calibration.losses import predicted
 from hf_blr.finetune import mark_only_factors_trainable
 from hf_blr.linear import blr_modules
@@ -259,12 +260,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "matrix.json")
     args = parser.parse_args()
     # rows of other names stay, so that a run can be made in pieces
-    known = {each["model"]: each for each in json.loads(args.out.read_text())["rows"]} if args.out.exists() else {}
+    known = {each["model"]: each for each in rows_of(json.loads(args.out.read_text()))} if args.out.exists() else {}
+    where = environment()
     for name in args.names:
-        known[name] = row(name)
+        known[name] = row(name) | {"commit": where["commit"]}
         print(known[name], flush=True)
         rows = [known[each] for each in KINDS if each in known]
-        args.out.write_text(json.dumps({**CONFIG, "rows": rows, "environment": environment()}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**CONFIG, "rows": rows, "environment": where}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

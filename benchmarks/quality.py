@@ -37,7 +37,7 @@ from hf_blr import compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.checkpoint.record import forget_quantizer
-from hf_blr.cli import options
+from hf_blr.cli import loading, options
 from hf_blr.finetune import refine
 from hf_blr.plan import resolve_plan
 
@@ -153,7 +153,7 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, required=True, help="result file to write or to go on with")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    dense, tokenizer = options.load_model(args.model, args, tokenizer=any("=" in s for s in args.texts + args.parts))
+    dense, tokenizer = loading.load_model(args.model, args, tokenizer=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     if args.turned:
         dense, name = turned(dense), f"{name}, {TURNED}"

@@ -8,22 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr import ops
-from hf_blr.dense import build_dense, is_transposed, stored_bias, stored_weight
+from hf_blr.dense import is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, FactorInBits, Factors, Format
 from hf_blr.formats.values import check_fit
+from hf_blr.multiplied import MultipliedOut
 from hf_blr.ops.dispatch import compute_dtype
 from hf_blr.ops.rules.bits import NUMBERS
-from hf_blr.ops.table import implementation_of
-from hf_blr.readonly import ReadOnly
-from hf_blr.stored import StoredFactors
-from hf_blr.structures import FACTOR, BLRSpec, structure_named
+from hf_blr.structures import BLRSpec, structure_named
 
 
-class BLRLinear(StoredFactors):
+class BLRLinear(MultipliedOut):
     """A linear layer whose matrix is stored as block low-rank factors.
 
     Not an `nn.Linear` subclass: code that merges adapters into, quantises or re-initialises an `nn.Linear` would write
-    to a dense weight that does not exist. `weight` is the dense matrix, to be read and differentiated, not written to.
+    to a dense weight that does not exist.
 
     Factors that are kept in bits are read by kernels for bits where the rule in `ops.rules.bits` says so; else they
     become numbers of the input's dtype in each forward, whatever then multiplies them.
@@ -164,40 +162,6 @@ class BLRLinear(StoredFactors):
             self.group = None
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
-    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense matrix `[N, K]`, multiplied out in this dtype or else in the layer's; differentiable in factors."""
-        dtype = dtype or self.dtype
-        tensors = self.tensors(dtype)
-        factors = {name: tensors[name].to(dtype) for name in self.spec.names(FACTOR)}
-        return implementation_of(self.spec.structure).dense(**{**tensors, **factors})
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense matrix as the replaced layer would hold it, differentiable in the factors while gradients are on.
-
-        It is there to be read; writing to it raises RuntimeError. While a dense checkpoint streams in, a placeholder
-        parameter of this name stands in the module; it is what the loader must see then.
-        """
-        placeholder = self._parameters.get("weight")
-        if placeholder is not None:
-            return placeholder
-        dense = self.dense_weight()
-        dense = dense.T if self.transposed else dense
-        if not torch.compiler.is_compiling():
-            dense = dense.as_subclass(ReadOnly)
-        # transformers' _init_weights re-initialises what does not carry this mark
-        dense._is_hf_initialized = True  # type: ignore[attr-defined]
-        return dense
-
-    def to_dense(self) -> nn.Module:
-        """The `nn.Linear` (or `Conv1D`) with the same matrix, dtype and device; multiplied out in float32 or better."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        weight = self.dense_weight(wide).detach().to(self.dtype)
-        dense = build_dense(weight, self.bias, self.transposed)
-        dense.train(self.training)
-        # what is kept in bits cannot say whether the matrix would train
-        return dense.requires_grad_(next((factor.requires_grad for factor in self.factors().values()), True))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

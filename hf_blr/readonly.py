@@ -12,13 +12,18 @@ from torch import Tensor
 WRITERS = frozenset({"__setitem__", "__set__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "and", "or"))})
 #: what looks like a writer and changes no number
 HARMLESS = frozenset({"requires_grad_"})
+#: what multiplies its first argument, in place, by its second, and what divides by it
+SCALERS = {"mul_": 1, "__imul__": 1, "div_": -1, "true_divide_": -1, "__itruediv__": -1}
 
 
 class ReadOnly(Tensor):
     """A tensor whose memory nobody keeps: reading works as always, and writing raises RuntimeError.
 
-    Its views are like it, other results are plain tensors. It takes part in gradients.
+    Its views are like it, other results are plain tensors. It takes part in gradients. Where it has a `scaled_by`, the
+    whole of it may be multiplied or divided by a positive number in place, which is passed on to that.
     """
+
+    scaled_by: Callable[[float], None] | None
 
     @classmethod
     def __torch_function__(
@@ -27,6 +32,10 @@ class ReadOnly(Tensor):
         kwargs = kwargs or {}
         name = func.__name__
         writes = name in WRITERS or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
+        scaled_by = getattr(args[0], "scaled_by", None) if name in SCALERS and len(args) == 2 else None
+        if scaled_by is not None and isinstance(args[1], (int, float)) and args[1] > 0:
+            scaled_by(args[1] ** SCALERS[name])
+            writes = False
         if (writes and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(
                 f"{name}: this weight is multiplied out of a block low-rank layer's factors each time it is read, so "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +13,15 @@ from hf_blr.dense import feature_sizes
 from hf_blr.experts import dense_layers
 
 #: small layers that steer others: a wrong sign in one of them sends a token to another expert
-ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+ROUTER_NAMES = frozenset({"gate", "router", "modality_router", "shared_expert_gate"})
+
+#: modules whose layers pick what others attend to, which no gradient tells how well they do
+PICKERS = frozenset({"indexer"})
 
 #: layers with fewer features on one side are no matrices to factorise: maps from coordinates, or to one number a head
 NARROWEST = 4
+#: likewise of fewer numbers: those between the four streams of Gemma 3n, which it clamps in training
+SMALLEST = 65
 
 #: a regular expression that matches whole names, or names and their endings
 Patterns = str | list[str]
@@ -66,7 +72,9 @@ def remaining_targets(
             if in_repeated_block(name)
             and left_out.isdisjoint((name, leaf(name)))
             and leaf(name) not in ROUTER_NAMES
+            and PICKERS.isdisjoint(name.split("."))
             and min(feature_sizes(dense[name])) >= NARROWEST
+            and math.prod(feature_sizes(dense[name])) >= SMALLEST
         ]
     else:
         matched = match(target_modules, dense, "target_modules", must_match=False)

@@ -8,6 +8,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -93,3 +95,14 @@ def deepseek_v3():
 def gpt_oss():
     many = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
     return build(GptOssForCausalLM, GptOssConfig(**SIZES, **HEADS, **many, layer_types=["full_attention"] * 2))
+
+
+def llama4():
+    """Its experts are handed every token, and those of others are zeros."""
+    many = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 96,
+    }
+    return build(Llama4ForCausalLM, Llama4TextConfig(**SIZES, **HEADS, **many, attention_chunk_size=16))

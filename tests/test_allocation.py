@@ -252,7 +252,7 @@ def test_trials_say_what_whole_fits_give():
     name = "model.layers.1.mlp.up_proj"
     layer = Layer(model, name, statistics, config)
     shapes = [Blast(64, 96, 1, (4, 4)), LowRank(64, 96, 1)]
-    factors = trial_factors({name: layer}, {name: layer.curve()}, {name: shapes}, 0.5)
+    factors = trial_factors({name: layer}, {name: shapes}, 0.5)
     assert factors[layer.kind, "low_rank", (1, 1)] == []
     trials = factors[layer.kind, "blast", (4, 4)]
     assert [ratio for ratio, _ in trials] == pytest.approx([0.3, 0.75], abs=0.03)
@@ -274,7 +274,7 @@ def test_a_budget_can_count_anything():
     plan = resolve_plan(model, CONFIG)
 
     # a unit of cost that only MLP layers pay
-    def cost(spec, dense):
+    def cost(name, spec, dense):
         size = spec.dense_parameters if dense else spec.num_parameters
         return size if 96 in (spec.in_features, spec.out_features) else 0
 
@@ -282,7 +282,7 @@ def test_a_budget_can_count_anything():
     chosen, loss = share_budget(model, plan, statistics, CONFIG, budget)
     assert loss > 0
     assert {name.split(".")[3] for name in chosen} == {"mlp"}
-    assert sum(cost(layer.spec, False) for layer in chosen.values()) <= budget.amount
+    assert sum(cost(name, layer.spec, False) for name, layer in chosen.items()) <= budget.amount
     assert all(0.15 < layer.spec.ratio <= 0.6 for layer in chosen.values())
 
 

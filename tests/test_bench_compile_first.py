@@ -60,8 +60,8 @@ def test_a_request_is_cut_by_what_is_compiled_apart():
 
 def test_the_command_line_asks_for_each_model_and_variant(monkeypatch):
     asked = []
-    monkeypatch.setattr("hf_blr.cli.bench.compile_first", lambda todo, *args: asked.extend([*todo, args]))
-    monkeypatch.setattr("hf_blr.cli.bench.model_rows", lambda *args: [])
+    monkeypatch.setattr("hf_blr.cli.bench_models.compile_first", lambda todo, *args: asked.extend([*todo, args]))
+    monkeypatch.setattr("hf_blr.cli.bench_models.model_rows", lambda *args: [])
     command = ["bench", "model", "--models", "Llama-7B", "GPT2-S", "--variants", "dense", "low_rank+fused"]
     assert main([*command, "--device", "cpu", "--mode", "default", "--jobs", "3"]) == 0
     *todo, (request, device, jobs) = asked

@@ -12,7 +12,7 @@ from hf_blr.bench import cases, layers, timing
 from hf_blr.bench.in_bits import float8_dense, in_format
 from hf_blr.bench.shapes import LAYERS, aligned_spec
 from hf_blr.cli import main
-from hf_blr.cli.bench import sizes
+from hf_blr.cli.bench_layers import sizes
 from hf_blr.formats import FORMATS
 from hf_blr.structures import LowRank, Monarch
 

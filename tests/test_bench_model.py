@@ -13,7 +13,7 @@ from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
-from hf_blr.cli.bench import usual_variants
+from hf_blr.cli.bench_models import usual_variants
 from hf_blr.integration import blr_modules
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
-from hf_blr.inference.epilogues import CLASSES, FusedActivation
+from hf_blr.inference.activations import CLASSES, FusedActivation
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank

@@ -38,16 +38,15 @@ def folder_of(model, path):
 LM = [
     ("quickstart.py", tiny_llama, ["--seqlen", "128"], "blast: "),
     ("finetune_trainer.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "train_loss"),
-    ("mixture.py", tiny_mixtral, ["--seqlen", "64"], "tensors of experts are factored"),
+    ("mixture.py", tiny_mixtral, ["--seqlen", "64"], "tensors of experts are compressed"),
+    ("mixture.py", tiny_mixtral, ["--seqlen", "64", "--bits", "4.5"], "tensors of experts are compressed"),
     ("lora_int4.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "train_loss"),
     ("sft_trl.py", tiny_llama, ["--steps", "2", "--seqlen", "64"], "distill_loss"),
     ("sft_trl.py", tiny_llama, ["--steps", "2", "--seqlen", "64", "--lora"], "distill_loss"),
 ]
 
 
-@pytest.mark.parametrize(
-    "name, make, arguments, shown", LM, ids=[" ".join([name, *more[4:]]) for name, _, more, _ in LM]
-)
+@pytest.mark.parametrize("name, make, arguments, shown", LM, ids=[" ".join([name, *more]) for name, _, more, _ in LM])
 def test_examples_with_language_models(name, make, arguments, shown, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if name == "sft_trl.py":

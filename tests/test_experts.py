@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from expert_cases import deepseek_v3, gpt_oss, qwen2_moe, qwen3_moe
+from expert_cases import deepseek_v3, gpt_oss, llama4, qwen2_moe, qwen3_moe
 from tiny import batches_for, divergence, tiny_inputs, tiny_logits, tiny_mixtral, tiny_tokenizer
 from zoo_inputs import plain_grams
 
@@ -27,7 +27,7 @@ from hf_blr.targets import find_targets
 CONFIG = BLRConfig("low_rank", ratio=0.5)
 
 
-MODELS = {f.__name__: f for f in (tiny_mixtral, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss)}
+MODELS = {f.__name__: f for f in (tiny_mixtral, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss, llama4)}
 each = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -165,6 +165,17 @@ def test_statistics_of_a_tensor_are_those_of_its_experts_together():
         assert statistics.rows_of(name) == 2 * statistics.tokens == sum(statistics.rows[each] for each in own)
         assert not statistics.unreached and (name in statistics.output_grams) == fisher
     assert type(model.model.layers[1].mlp.experts) is not Experts
+
+
+def test_experts_that_are_handed_every_token_are_fitted_to_those_that_chose_them():
+    model, name = llama4(), "model.layers.1.feed_forward.experts.gate_up_proj"
+    statistics = collect_statistics(model, CONFIG, calibration=batches_for(model))
+    assert statistics.rows_of(name) == statistics.tokens
+    assert statistics.rows_of(name) == sum(statistics.rows.get(f"{name}.{expert}", 0) for expert in range(4))
+    compress(model, CONFIG, progress=False)
+    eager = tiny_logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**tiny_inputs(model), use_cache=False).logits, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_a_budget_counts_all_experts_and_gives_more_to_what_the_loss_feels():

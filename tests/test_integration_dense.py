@@ -71,7 +71,7 @@ def test_record_and_forget():
 
 
 def test_plain_module_has_nothing_to_record():
-    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 8)]))
+    model = nn.Sequential(nn.ModuleList([nn.Linear(8, 9)]))
     plan = resolve_plan(model, BLRConfig("low_rank", rank=2))
     swap_in(model, plan)
     record_plan(model, BLRConfig("low_rank", rank=2), plan)

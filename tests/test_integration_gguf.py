@@ -104,7 +104,7 @@ def test_what_was_read_from_gguf_trains_once_compressed(folder):
 def test_the_benchmark_reads_and_refines_it_dense(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "SEQLEN", 16)
     monkeypatch.setattr(quality, "EPOCHS", 1)
-    load = quality.options.load_model
+    load = quality.loading.load_model
 
     def marked(*args, **kw):
         model, tokenizer = load(*args, **kw)
@@ -112,7 +112,7 @@ def test_the_benchmark_reads_and_refines_it_dense(folder, tmp_path, monkeypatch)
         model.is_quantized = True
         return model, tokenizer
 
-    monkeypatch.setattr(quality.options, "load_model", marked)
+    monkeypatch.setattr(quality.loading, "load_model", marked)
     torch.save({"text": torch.arange(256)}, tmp_path / "ids.pt")
     ids, result = str(tmp_path / "ids.pt"), tmp_path / "q.json"
     where = ["--model", str(folder), "--gguf-file", "tiny.gguf", "--device", "cpu", "--json", str(result)]

@@ -7,7 +7,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_blr import BLRConfig, compress
+from hf_blr.calibration.training_form import close_bits, open_bits
 from hf_blr.dense import build_dense, dense_weight, feature_sizes, is_dense_linear
+from hf_blr.formats import format_named
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import FACTOR, Blast, LowRank, Monarch, Pivoted
 from hf_blr.structures.blast.layer import BlastLinear
@@ -82,7 +84,9 @@ def test_what_is_computed_from_the_weight_trains_the_factors(spec, transposed):
 
 
 WRITES = {
-    "in place": lambda w: w.mul_(2),
+    "in place": lambda w: w.add_(2),
+    "by numbers of its own": lambda w: w.mul_(torch.arange(12.0)),
+    "turned": lambda w: w.mul_(-1),
     "operator": lambda w: w.__iadd__(1),
     "item": lambda w: w.__setitem__(0, 0.0),
     "data": lambda w: setattr(w, "data", torch.zeros(8, 12)),
@@ -100,6 +104,34 @@ def test_writing_to_the_weight_fails_clearly(write):
     module = BLRLinear.from_spec(SPECS[0])
     with torch.no_grad(), pytest.raises(RuntimeError, match="would be lost; change the factors"):
         WRITES[write](module.weight)
+
+
+SCALINGS = {
+    "multiplied": (lambda w: w.mul_(4), 4),
+    "divided": (lambda w: w.div_(8), 1 / 8),
+    "by an operator": (lambda w: w.__itruediv__(2.0), 1 / 2),
+}
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8", "fp8"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.structure)
+@pytest.mark.parametrize("how", SCALINGS)
+def test_a_number_by_which_the_weight_is_multiplied_reaches_the_layer(how, spec, storage):
+    module, x = BLRLinear.from_spec(spec, bias=False, storage=format_named(storage)), torch.randn(5, spec.in_features)
+    act, number = SCALINGS[how]
+    with torch.no_grad():
+        weight, out = module.weight, module(x)
+        before = weight.clone()
+        act(weight)
+        torch.testing.assert_close(torch.Tensor(weight), number * torch.Tensor(before))
+        torch.testing.assert_close(torch.Tensor(module.weight), number * torch.Tensor(before))
+        torch.testing.assert_close(module(x), number * out)
+        if storage != "plain":
+            open_bits(module, "scales")
+            act(module.weight)
+            torch.testing.assert_close(module(x), number**2 * out)
+            close_bits(module)
+            torch.testing.assert_close(module(x), number**2 * out)
 
 
 def test_the_weight_can_be_read_in_compiled_code():

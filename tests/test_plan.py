@@ -31,7 +31,8 @@ def test_routers_tied_and_fp32_layers_stay_out_by_default():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate, self.router, self.up, self.wo, self.tied = (nn.Linear(4, 4) for _ in range(5))
+            self.gate, self.router, self.up, self.wo, self.tied = (nn.Linear(4, 17) for _ in range(5))
+            self.between = nn.Linear(4, 16)
 
     class Model(nn.Module):
         _keep_in_fp32_modules = ["wo"]
@@ -39,7 +40,7 @@ def test_routers_tied_and_fp32_layers_stay_out_by_default():
         def __init__(self):
             super().__init__()
             self.blocks = nn.ModuleList([Block()])
-            self.embed = nn.Embedding(4, 4)
+            self.embed = nn.Embedding(17, 4)
             self.blocks[0].tied.weight = self.embed.weight
 
     model = Model()

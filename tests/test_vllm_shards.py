@@ -97,6 +97,43 @@ def test_outputs_of_devices_that_split_the_inputs_add_up(plan):
     torch.testing.assert_close(total, checkpoint["down_proj"](x))
 
 
+@pytest.mark.parametrize(
+    "storage", [PLAIN, format_named("int8"), format_named("int4", 8), format_named("fp8")], ids=str
+)
+def test_devices_may_add_up_the_rank_between_the_factors(storage):
+    spec = LowRank(K, 64, 16)
+    checkpoint, x = layers({"down_proj": LayerPlan(spec, False, False, storage)}, [64]), torch.randn(5, K)
+    held_by = [
+        held({"down_proj": LayerPlan(spec, False, False, storage)}, Division(rank, (K, K // 2), (64, (64,))))
+        for rank in range(2)
+    ]
+    for layer in held_by:
+        load(layer, checkpoint, [None])
+        assert layer.shards[0].keeps_a_pair
+    parts = [layer.shards[0].times("v", part) for layer, part in zip(held_by, x.chunk(2, -1), strict=True)]
+    assert parts[0].shape == (5, 16)
+    bias = torch.randn(64)
+    torch.testing.assert_close(held_by[1].shards[0].times("u", sum(parts), bias), checkpoint["down_proj"](x) + bias)
+
+
+@pytest.mark.parametrize("spec", [Pivoted(K, 64, 8), Blast(K, 64, 4, (2, 2)), Monarch(K, 64, 4, (2, 2))], ids=str)
+def test_other_structures_keep_no_pair(spec):
+    (shard,) = shards_of({"down_proj": LayerPlan(spec, False, False)}, Division(0, (K, K), (64, (64,))), torch.float32)
+    assert not shard.keeps_a_pair
+
+
+def test_few_tokens_read_the_codes_of_one_factor(monkeypatch):
+    pytest.importorskip("triton")
+    plan, found = LayerPlan(LowRank(K, 64, 16), False, False, format_named("int4")), []
+    (shard,) = shards_of({"down_proj": plan}, Division(0, (K, K), (64, (64,))), torch.float32)
+    linear_in_bits = op.ops.linear_in_bits
+    monkeypatch.setattr(op.ops, "linear_in_bits", lambda *a: found.append(a[2].shape[0]) or linear_in_bits(*a))
+    for tokens in (1, 5):
+        with op.ops.use_impl("triton"):
+            shard.times("v", torch.randn(tokens, K))
+    assert found == [1, 5]
+
+
 def test_one_matrix_of_the_file_can_be_several_of_the_layer():
     plans = {"qkv_proj": LayerPlan(LowRank(K, sum(WIDTHS), 8), False, False)}
     checkpoint, x = layers(plans, [sum(WIDTHS)]), torch.randn(5, K)

@@ -51,8 +51,9 @@ def hooked(handles: list[RemovableHandle]) -> Iterator[None]:
 def run(model: nn.Module, batch: Batch) -> Any:
     """A calibration forward, which fills no key-value cache."""
     config = getattr(model, "config", None)
-    # a model of text and images keeps the text's settings apart
-    caches = any(hasattr(each, "use_cache") for each in (config, getattr(config, "text_config", None)))
+    # a model of text and images keeps the text's settings apart, one of two models those of its decoder
+    parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
+    caches = any(hasattr(each, "use_cache") for each in parts)
     cache = {"use_cache": False} if caches else {}
     with calibrating(model):
         return model(**batch, **cache)

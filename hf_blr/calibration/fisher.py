@@ -170,6 +170,9 @@ def watch(
             else:
                 output_grams[label] = product
 
+        if not torch.is_grad_enabled():
+            # the model itself lets no gradient through, as where it only picks what to attend to
+            return output
         if not output.requires_grad:
             # before the first watched layer nothing needs a gradient. A sum, since models write into outputs, which
             # may not be where gradients end

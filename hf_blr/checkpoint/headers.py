@@ -41,6 +41,10 @@ def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> Non
     missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if stored else {}
     for key, shape, dtype in stored:
         name, leaf = place_of(key, names)
+        if name not in plan:
+            # a bias that the file keeps beside the layer, under a name of its own
+            renamed = place_of(names.renamed_key(key), names)
+            name, leaf = renamed if renamed[0] in plan else (name, leaf)
         if name is None:
             # of a head that this class does not have
             continue

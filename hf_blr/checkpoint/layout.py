@@ -47,11 +47,14 @@ class ModuleNames:
         return None
 
     def renamed(self, name: str) -> str:
-        # some patterns only fit the name of a parameter
-        key = name + ".weight"
+        """Of a module; some patterns only fit the name of a parameter."""
+        return self.renamed_key(f"{name}.weight").removesuffix(".weight")
+
+    def renamed_key(self, key: str) -> str:
+        """The name under which the loader looks for a tensor's place."""
         for renaming in self.renamings:
             key = renaming.rename_source_key(key)[0]
-        return key.removesuffix(".weight")
+        return key
 
 
 def match_plan(model: PreTrainedModel, plan: Plan) -> Plan:

@@ -14,11 +14,11 @@ from hf_blr.cli import (
     evaluate,
     finetune,
     inspect,
-    options,
     plan,
     report,
     roofline,
     run,
+    saving,
     write,
 )
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args.words = sys.argv[1:] if argv is None else argv
     try:
         if getattr(args, "json", None) is not None:
-            options.check_file(args.json)
+            saving.check_file(args.json)
         args.run(args)
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
         if args.traceback:

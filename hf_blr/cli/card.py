@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_blr.cli import options
+from hf_blr.cli import loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.card import CARD, write_card
 
     config = AutoConfig.from_pretrained(args.model)
-    options.stored_config(args.model, config)
+    loading.stored_config(args.model, config)
     write_card(args.model, config, args.name, None if args.results is None else score_rows(args.results))
     print(f"card written to {args.model / CARD}")
 

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.cli.plan import read_plan
 from hf_blr.folders import replacing_folder
 from hf_blr.markdown import format_table
@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin
     from hf_blr.compression import Journal, Shards, compress
 
-    options.check_output(args.output, args.overwrite)
+    saving.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
     if args.offload_weights and args.device != "cpu":
         raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
     journal = None if args.resume is None else Journal(args.resume)
-    model, tokenizer = options.load_model(args.model, args, on_disk=args.offload_weights)
+    model, tokenizer = loading.load_model(args.model, args, on_disk=args.offload_weights)
     # what took hours is kept until it is saved
     with journal or nullcontext(), replacing_folder(args.output) as new:
         shards = Shards(new, args.max_shard_size)
@@ -112,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
         record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)
-        options.save(model, tokenizer, args.output, shards)
-        options.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
+        saving.save(model, tokenizer, args.output, shards)
+        saving.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 
 def layer_rows(layers: list[LayerReport]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.config.texts import DEFAULT
 from hf_blr.markdown import format_table
@@ -67,18 +67,18 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if args.output is None:
         args.output, args.overwrite = DEFAULT_OUTPUT, True
-    options.check_output(args.output, args.overwrite)
+    saving.check_output(args.output, args.overwrite)
     if args.model is None:
         args.model, args.gguf_file = str(demo_model_folder()), GGUF_FILE
-    dense, tokenizer = options.load_model(args.model, args)
-    options.check_language_model(dense, args.model)
+    dense, tokenizer = loading.load_model(args.model, args)
+    loading.check_language_model(dense, args.model)
     demo = Demo(args, dense, tokenizer)
     rows, model = demo.compare()
     rows.append(demo.refined(model))
     print("\n" + format_table(rows))
     print(demo.conditions())
     cast(model)
-    options.save(model, tokenizer, args.output)
+    saving.save(model, tokenizer, args.output)
     sentence = reload_and_generate(model, tokenizer, args)
     seconds = time.perf_counter() - started
     print(f"{args.prompt!r} -> {sentence!r}\nthe whole demo took {seconds:.0f} s")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         "sentence": sentence,
         "seconds": seconds,
     }
-    options.write_json(args.json, result)
+    saving.write_json(args.json, result)
 
 
 def cast(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.markdown import format_table
 
 
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
 def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     """(MODEL, model, tokenizer) for each that is named, in turn."""
     for path in args.model:
-        model, tokenizer = options.load_model(path, args)
-        options.check_language_model(model, path)
+        model, tokenizer = loading.load_model(path, args)
+        loading.check_language_model(model, path)
         yield path, model, tokenizer
 
 
@@ -63,7 +63,7 @@ def run_tasks(args: argparse.Namespace) -> None:
             shown = {metric: score for metric, score in metrics.items() if "_stderr" not in metric}
             rows.append({"model": path, "task": task, "scores": ", ".join(f"{m} {s:.4f}" for m, s in shown.items())})
     print(format_table(rows))
-    options.write_json(args.json, {"rows": results})
+    saving.write_json(args.json, {"rows": results})
 
 
 def run_perplexity(args: argparse.Namespace) -> None:
@@ -88,4 +88,4 @@ def run_perplexity(args: argparse.Namespace) -> None:
         )
     print(format_table(rows))
     print(result.protocol)
-    options.write_json(args.json, {"rows": results})
+    saving.write_json(args.json, {"rows": results})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.markdown import format_table
 
 
@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin, score_row
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
-    from hf_blr.finetune.distill import load_teacher
+    from hf_blr.finetune.teacher import load_teacher
     from hf_blr.text import load_windows, scored_dataset
 
-    options.check_output(args.output, args.overwrite)
+    saving.check_output(args.output, args.overwrite)
     stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
     # most steps of a training are so small that bfloat16 rounds them away
     args.dtype = args.dtype or "float32"
-    model, tokenizer = options.load_model(args.model, args)
-    options.check_language_model(model, args.model)
+    model, tokenizer = loading.load_model(args.model, args)
+    loading.check_language_model(model, args.model)
     teacher = None if args.teacher is None else load_teacher(args.teacher, model)
     # of text that a model writes, the dense one writes the better
     author = model if teacher is None else teacher
@@ -89,6 +89,6 @@ def run(args: argparse.Namespace) -> None:
     print(after.protocol)
     scores = [score_row(name, score.to_dict()) for name, score in (("before training", before), ("after", after))]
     record_origin(model, trained=public_command(args.words), scores=scores)
-    options.save(model, tokenizer, args.output)
+    saving.save(model, tokenizer, args.output)
     result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
-    options.write_json(args.json, result)
+    saving.write_json(args.json, result)

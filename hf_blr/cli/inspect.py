@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.config.texts import describe
 from hf_blr.dense import feature_sizes
 from hf_blr.experts import ExpertsTensor, layer_named
@@ -37,12 +37,12 @@ def run(args: argparse.Namespace) -> None:
     if getattr(config, "quantization_config", None) is None:
         rows, note = dense_rows(config)
     else:
-        stored = options.stored_config(args.model, config)
+        stored = loading.stored_config(args.model, config)
         rows, note = stored_rows(plan_from_layers(stored.layers or {}), config.dtype or torch.float32)
         note += f", fitted to {f'activations on {describe(stored.dataset)}' if stored.calibrated else 'weights'}"
     print(format_table(rows))
     print(note)
-    options.write_json(args.json, {"model": args.model, "rows": rows})
+    saving.write_json(args.json, {"model": args.model, "rows": rows})
 
 
 def dense_rows(config: PreTrainedConfig) -> tuple[list[dict], str]:

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_blr.atomic import write_text_atomically
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.markdown import format_table
 from hf_blr.plan.rows import rows_by_kind
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_blr.calibration.fisher import Statistics
     from hf_blr.compression.budget import Budget
     from hf_blr.formats import Format
+    from hf_blr.plan import Plan
     from hf_blr.structures import BLRSpec
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.compression.budget import share_budget
     from hf_blr.plan import layers_from_plan, resolve_plan
 
-    options.check_file(args.output, args.overwrite)
+    saving.check_file(args.output, args.overwrite)
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
     given = [args.ratio, args.parameters, args.mb]
@@ -69,18 +71,18 @@ def run(args: argparse.Namespace) -> None:
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
-    model, tokenizer = options.load_model(args.model, args)
+    model, tokenizer = loading.load_model(args.model, args)
     statistics = collect_statistics(model, config, tokenizer=tokenizer)
     plan = resolve_plan(model, config)
     if config.bits_per_weight is not None:
-        time = None if args.ms is None else TimeLimit(args.ms / 1e3, seconds_of(args))
+        time = None if args.ms is None else TimeLimit(args.ms / 1e3, seconds_of(args, plan, statistics))
         chosen, loss, choices = share_bits(model, plan, statistics, config, time)
         print("; ".join(f"{count} x {taken}" for taken, count in Counter(c.taken for c in choices.values()).items()))
     else:
-        chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model))
+        chosen, loss = share_budget(model, plan, statistics, config, budget_of(args, model, plan, statistics))
     specs = {name: layer.spec for name, layer in chosen.items()}
     print(format_table(rows_by_kind(specs, {name: layer.matrices for name, layer in chosen.items()})))
-    dense = sum(layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
+    dense = sum(layer.matrices * layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
     kept = dense + sum(layer.matrices * layer.spec.num_parameters for layer in chosen.values())
     total = sum(layer.matrices * layer.spec.dense_parameters for layer in plan.values())
     left = [name for name in plan if name not in chosen]
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
 
 
-def budget_of(args: argparse.Namespace, model: nn.Module) -> Budget:
+def budget_of(args: argparse.Namespace, model: nn.Module, plan: Plan, statistics: Statistics) -> Budget:
     """The Budget that the options name."""
     from hf_blr.compression.budget import Budget
     from hf_blr.formats import PLAIN
@@ -106,20 +108,27 @@ def budget_of(args: argparse.Namespace, model: nn.Module) -> Budget:
         return Budget(args.mb * 1e6 / next(model.parameters()).element_size(), **limits)
     if args.ms is None:
         return Budget(**limits)
-    seconds = seconds_of(args)
-    return Budget(args.ms / 1e3, cost=lambda spec, dense: seconds(spec, PLAIN, dense), **limits)
+    seconds = seconds_of(args, plan, statistics)
+    return Budget(args.ms / 1e3, cost=lambda name, spec, dense: seconds(name, spec, PLAIN, dense), **limits)
 
 
-def seconds_of(args: argparse.Namespace) -> Callable[[BLRSpec, Format, bool], float]:
-    """(spec, format, whether it is the dense layer as it was) -> predicted seconds of a layer's forward."""
+def seconds_of(
+    args: argparse.Namespace, plan: Plan, statistics: Statistics
+) -> Callable[[str, BLRSpec, Format, bool], float]:
+    """(name, spec, format, whether it is the dense layer as it was) -> predicted seconds of a layer's forward."""
     from hf_blr.roofline.devices import DEVICES
+    from hf_blr.roofline.experts import predict_experts
     from hf_blr.roofline.stages import predict, predict_stored
 
     if args.device_name not in DEVICES:
         raise ValueError(f"--device-name must be one of {sorted(DEVICES)}, got {args.device_name!r}")
     device = DEVICES[args.device_name]
 
-    def seconds(spec: BLRSpec, storage: Format, dense: bool) -> float:
+    def seconds(name: str, spec: BLRSpec, storage: Format, dense: bool) -> float:
+        if experts := plan[name].experts:
+            # as many experts a token as in the text
+            pairs = args.tokens * statistics.rows_of(name) / statistics.tokens
+            return predict_experts(spec, storage, pairs, experts, device, dense)
         if dense:
             return predict(spec, args.tokens, device, form="dense")
         return predict_stored(spec, storage, args.tokens, device)

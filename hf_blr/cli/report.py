@@ -14,7 +14,7 @@ from pathlib import Path
 from hf_blr.atomic import write_text_atomically
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.tables import Table, tables
-from hf_blr.cli import options
+from hf_blr.cli import saving
 from hf_blr.markdown import format_table
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.bench.report.page import page
     from hf_blr.bench.report.summary import summarised
 
-    options.check_folder(args.out, args.out)
+    saving.check_folder(args.out, args.out)
     results = {path.stem: read_result(path) for path in args.files}
     found = [table for name, result in results.items() for table in tables(name, result)]
     summary = summarised(results)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_blr.bench.shapes import aligned_spec
-from hf_blr.cli import options
+from hf_blr.cli import options, saving
 from hf_blr.cli.options import block_counts as sizes
 from hf_blr.markdown import format_table
 from hf_blr.roofline.devices import DEVICES, Peaks
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         print(format_table(result["rows"]))
         for spec in specs:
             print(f"{title(spec)}: {in_words(break_even(spec, device, args.form))}")
-    options.write_json(args.json, result)
+    saving.write_json(args.json, result)
 
 
 def model_line(row: dict) -> dict:

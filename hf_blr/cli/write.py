@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_blr.cli import options
+from hf_blr.cli import loading, options, saving
 from hf_blr.config.settings import BLRSettings
 
 
@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.text.kept import check_name
 
     check_name(args.output)
-    options.check_file(args.output, args.overwrite)
-    model, tokenizer = options.load_model(args.model, args)
+    saving.check_file(args.output, args.overwrite)
+    model, tokenizer = loading.load_model(args.model, args)
     windows = write_windows(model, tokenizer, args.num_samples, args.seqlen, args.seed, chat=args.chat)
     keep_windows(windows, args.output)
     print(f"{windows.numel()} tokens written to {args.output}; fit to them with --dataset {args.output}")

@@ -48,8 +48,8 @@ class Choice:
     """Why a layer became what it is.
 
     taken: structure, blocks and format. bits: stored for each number of the dense matrix. loss: predicted, in nats a
-    token. runner_up, runner_up_loss: the option of another structure, blocks or format that stores no more bits and
-    has the least loss of those; None if there is none.
+    token, of experts for all of their tensor. runner_up, runner_up_loss: the option of another structure, blocks or
+    format that stores no more bits and has the least loss of those; None if there is none.
     """
 
     taken: str
@@ -147,13 +147,13 @@ def loss_of(plan: dict[str, Option]) -> float:
     return sum(option.loss for option in plan.values())
 
 
-def choice_of(taken: Option, options: list[Option], whole: BLRSpec) -> Choice:
-    """Why this one of the options of a layer."""
+def choice_of(taken: Option, options: list[Option], numbers: int) -> Choice:
+    """Why this one of the options of a layer of so many dense numbers."""
     others = [option for option in options if option.kind != taken.kind and option.cost <= taken.cost]
     second = min(others, key=lambda option: option.loss, default=None)
     return Choice(
         " ".join(taken.kind),
-        taken.cost / whole.dense_parameters,
+        taken.cost / numbers,
         taken.loss,
         None if second is None else " ".join(second.kind),
         None if second is None else second.loss,

@@ -28,6 +28,7 @@ from hf_blr.compression.rounding_trials import AfterFeedback, Trial, candidates,
 from hf_blr.compression.shapes import shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
+from hf_blr.experts import layer_named
 from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups
 from hf_blr.plan import LayerPlan, Plan
 from hf_blr.structures import BLRSpec
@@ -38,15 +39,16 @@ from hf_blr.targets import override_for
 class TimeLimit:
     """What all layers may take together.
 
-    seconds: of one forward. predict: (spec, format, whether it is the dense layer as it was) -> seconds of a layer.
+    seconds: of one forward. predict: (name, spec, format, whether it is the dense layer as it was) -> seconds of a
+        layer, of all experts where there are several.
     """
 
     seconds: float
-    predict: Callable[[BLRSpec, Format, bool], float]
+    predict: Callable[[str, BLRSpec, Format, bool], float]
 
-    def predicted(self, option: Option, whole: BLRSpec) -> Option:
+    def predicted(self, name: str, option: Option, whole: BLRSpec) -> Option:
         """The option with its time, for a layer whose whole matrix has this spec."""
-        return replace(option, seconds=self.predict(option.spec or whole, option.storage, option.spec is None))
+        return replace(option, seconds=self.predict(name, option.spec or whole, option.storage, option.spec is None))
 
 
 def share_bits(
@@ -54,10 +56,11 @@ def share_bits(
 ) -> tuple[Plan, float, dict[str, Choice]]:
     """The plan of the least predicted loss within `config.bits_per_weight`, that loss, and why; see `Choice`.
 
-    No plan that keeps all layers whole in one format is predicted to do better. Layers that `config.overrides` name
-    keep what they say. Those of which the loss felt nothing keep their matrix, in the widest format that the budget
-    allows each layer. Neither are in the loss; their bits are counted. Layers that are best left as they are, are not
-    in the plan. With a `time` all layers together are predicted to take no longer.
+    No plan that keeps all layers whole in one format is predicted to do better. The experts of a tensor count as one
+    layer, whose bits and loss are theirs together. Layers that `config.overrides` name keep what they say. Those of
+    which the loss felt nothing keep their matrix, in the widest format that the budget allows each layer. Neither are
+    in the loss; their bits are counted. Layers that are best left as they are, are not in the plan. With a `time` all
+    layers together are predicted to take no longer.
 
     Raises:
         ValueError: if the smallest options store more than the budget, or no plan within it is found that takes no
@@ -70,10 +73,11 @@ def share_bits(
         if name not in fixed and not statistics.felt(name):
             fixed[name] = widest(plan[name], formats, config.bits_per_weight)
     free = {name: plan[name].spec for name in plan if name not in fixed}
-    dtypes = {name: stored_weight(model.get_submodule(name)).dtype for name in plan}
-    numbers = sum(layer.spec.dense_parameters for layer in plan.values())
+    dtypes = {name: stored_weight(layer_named(model, name)).dtype for name in plan}
+    sizes = {name: layer.matrices * layer.spec.dense_parameters for name, layer in plan.items()}
+    numbers = sum(sizes.values())
     rest = config.bits_per_weight * numbers
-    rest -= sum(8 * layer.storage.num_bytes(layer.spec, dtypes[name]) for name, layer in fixed.items())
+    rest -= sum(8 * layer.num_bytes(dtypes[name]) for name, layer in fixed.items())
     layers = {name: Layer(model, name, statistics, config) for name in free}
     trials = trials_of(layers, free, formats)
     options = {
@@ -89,15 +93,19 @@ def share_bits(
     if time is None:
         plans = [allocate(options, rest), *uniform(options, rest)]
     else:
-        options = {name: [time.predicted(o, free[name]) for o in of_layer] for name, of_layer in options.items()}
-        seconds = time.seconds - sum(time.predict(layer.spec, layer.storage, False) for layer in fixed.values())
+        options = {
+            name: [time.predicted(name, option, free[name]) for option in of_layer]
+            for name, of_layer in options.items()
+        }
+        spent = (time.predict(name, layer.spec, layer.storage, False) for name, layer in fixed.items())
+        seconds = time.seconds - sum(spent)
         plans = within_both(options, rest, seconds)
     taken = min(plans, key=loss_of)
     chosen = dict(fixed)
     for name, option in taken.items():
         if option.spec is not None:
             chosen[name] = replace(plan[name], spec=option.spec, storage=option.storage)
-    reasons = {name: choice_of(option, options[name], free[name]) for name, option in taken.items()}
+    reasons = {name: choice_of(option, options[name], sizes[name]) for name, option in taken.items()}
     return {name: chosen[name] for name in plan if name in chosen}, loss_of(taken), reasons
 
 
@@ -138,10 +146,11 @@ def options_of(
     dtype: torch.dtype,
     config: BLRConfig,
 ) -> list[Option]:
-    """All that a layer can become, with what it stores in bits and its predicted loss."""
-    curve, feedback, weight = layer.curve(), AfterFeedback.of(layer), layer.matrices()[0]
-    scale = feedback.loss(weight)
-    found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype), 0.0)]
+    """All that a layer can become, with what it stores in bits and its predicted loss; of experts, all together."""
+    curve, feedback, leading = layer.curve(), AfterFeedback.of(layer), layer.leading
+    weights = [(share, part.weight()) for share, part in layer.parts()]
+    scale = sum(share * feedback.loss(weight) for share, weight in weights)
+    found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype, leading), 0.0)]
 
     def add(spec: BLRSpec, storage: Format, cut: float, tries: list[Trial]) -> None:
         added = 0.0
@@ -152,10 +161,11 @@ def options_of(
             if not measured:
                 return
             added = scale * factor_at(measured, spec.ratio)
-        found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype), cut + added, storage))
+        found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype, leading), cut + added, storage))
 
     for kept in storable(whole, formats):
-        found.append(Option(whole, 8.0 * kept.num_bytes(whole, dtype), feedback.of_whole(weight, kept), kept))
+        loss = sum(share * feedback.of_whole(weight, kept) for share, weight in weights)
+        found.append(Option(whole, 8.0 * kept.num_bytes(whole, dtype, leading), loss, kept))
     for shape in shapes_for(whole, config):
         tries = trials[shape]
         for spec in candidates(shape, formats):

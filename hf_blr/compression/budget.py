@@ -16,7 +16,7 @@ from torch import nn
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
-from hf_blr.compression.shapes import FLOOR, at_rank_one, at_ranks, ratio_of, shapes_for
+from hf_blr.compression.shapes import FLOOR, at_ranks, ratio_of, shapes_for
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.experts import layer_named
 from hf_blr.formats import Format
@@ -32,20 +32,20 @@ class Budget:
     """What all free layers may cost together.
 
     amount: in the unit of `cost`. None is the config's ratio of what the dense layers cost.
-    cost: (spec, dense) -> what a layer costs as this spec, or as the dense layer that it stands for; parameters if
-        None.
+    cost: (name, spec, dense) -> what a layer costs as this spec, or as the dense layer that it stands for, of experts
+        all together; parameters if None.
     floor, ceiling: smallest and largest ratio that a replaced layer may keep.
     """
 
     amount: float | None = None
-    cost: Callable[[BLRSpec, bool], float] | None = None
+    cost: Callable[[str, BLRSpec, bool], float] | None = None
     floor: float = FLOOR
     ceiling: float = 1.0
 
-    def of(self, spec: BLRSpec, dense: bool = False) -> float:
+    def of(self, name: str, spec: BLRSpec, matrices: int, dense: bool = False) -> float:
         if self.cost is not None:
-            return self.cost(spec, dense)
-        return spec.dense_parameters if dense else spec.num_parameters
+            return self.cost(name, spec, dense)
+        return matrices * (spec.dense_parameters if dense else spec.num_parameters)
 
 
 def share_budget(
@@ -68,17 +68,13 @@ def share_budget(
     if not free:
         return plan, 0.0
     many = {name: plan[name].matrices for name in free}
-    # of experts the ranks are shared out, and their structure is the plan's
-    shapes = {
-        name: [at_rank_one(spec)] if plan[name].experts else shapes_for(spec, config) for name, spec in free.items()
-    }
+    shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}
     curves = {name: layer.curve() for name, layer in layers.items()}
-    tried = {name: layer for name, layer in layers.items() if not plan[name].experts}
-    factors = trial_factors(tried, curves, shapes, ratio_of(config)) if config.structure == AUTO else {}
+    factors = trial_factors(layers, shapes, ratio_of(config)) if config.structure == AUTO else {}
     options: dict[str, list[Option]] = {}
     for name, spec in free.items():
-        options[name] = [Option(None, many[name] * budget.of(spec, dense=True), 0.0)]
+        options[name] = [Option(None, budget.of(name, spec, many[name], dense=True), 0.0)]
         for shape in shapes[name]:
             trials = factors.get((layers[name].kind, shape.structure, shape.num_blocks), [])
             storage = storage_of(name, shape, config)
@@ -86,10 +82,10 @@ def share_budget(
                 if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:
                     continue
                 loss = factor_at(trials, candidate.ratio) * interpolate(curves[name], candidate.equivalent_rank)
-                options[name].append(Option(candidate, many[name] * budget.of(candidate), loss))
+                options[name].append(Option(candidate, budget.of(name, candidate, many[name]), loss))
     amount = budget.amount
     if amount is None:
-        amount = ratio_of(config) * sum(many[name] * budget.of(spec, dense=True) for name, spec in free.items())
+        amount = ratio_of(config) * sum(options[name][0].cost for name in free)
     taken = allocate(options, amount)
     dense = [name for name in taken if taken[name].spec is None]
     if dense:

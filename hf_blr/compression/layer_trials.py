@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,16 @@ Kind = tuple[str, str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A dense layer, or the experts of one tensor, with its statistics, on the device where fits run."""
+    """A dense layer, or the experts of one tensor, with its statistics, on the device where fits run.
+
+    expert: the one that this is about; None: a linear layer, or all experts of the tensor together.
+    """
 
     model: nn.Module
     name: str
     statistics: Statistics
     config: BLRConfig
+    expert: int | None = None
 
     @property
     def kind(self) -> str:
@@ -51,21 +55,45 @@ class Layer:
         # `fc1` and `fc2` are two kinds
         return f"{re.sub(NUMBERS, '*', self.name)} {k} x {n}"
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W `[N, K]`, of experts `[E, N, K]`, H `[K, K]` and the blocks of G."""
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The axes of the dense weight before `[N, K]`: those of E experts, or none."""
+        return tuple(dense_weight(layer_named(self.model, self.name)).shape[:-2])
+
+    def parts(self) -> list[tuple[float, Layer]]:
+        """[(share of the loss, layer of one matrix)]: the layer itself, or the experts that stand for all.
+
+        An expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss.
+        """
+        if self.expert is not None or not self.leading:
+            return [(1.0, self)]
+        picked = range(0, self.leading[0], -(-self.leading[0] // SAMPLED_EXPERTS))
+        rows = {expert: self.statistics.rows.get(f"{self.name}.{expert}", 0) for expert in picked}
+        total = sum(rows.values())
+        return [
+            (count / total if total else 1 / len(rows), replace(self, expert=expert)) for expert, count in rows.items()
+        ]
+
+    def tried(self) -> Layer:
+        """The layer of one matrix on which trials are made: of experts, the one that the loss feels most."""
+        return max(self.parts(), key=lambda part: part[0])[1]
+
+    def weight(self) -> Tensor:
+        """W `[N, K]`, of the expert where there are several."""
         layer = layer_named(self.model, self.name)
         with at_hand(layer):
             weight = dense_weight(layer)
-            device = self.config.device_for(weight)
-        grams = self.statistics.grams[self.name], self.statistics.output_grams[self.name]
-        return weight.to(device).float(), grams[0].to(device), grams[1].to(device)
+            weight = weight if self.expert is None else weight[self.expert]
+            return weight.to(self.config.device_for(weight)).float()
 
-    def shares(self, experts: int) -> dict[int, float]:
-        """{expert: its share of the tokens that those experts saw that are looked at}."""
-        picked = range(0, experts, -(-experts // SAMPLED_EXPERTS))
-        rows = {expert: self.statistics.rows.get(f"{self.name}.{expert}", 0) for expert in picked}
-        total = sum(rows.values())
-        return {expert: count / total if total else 1 / len(rows) for expert, count in rows.items()}
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """H `[K, K]` and the blocks of G; of experts, of all together."""
+        device = self.config.device_for(dense_weight(layer_named(self.model, self.name)))
+        return self.statistics.grams[self.name].to(device), self.statistics.output_grams[self.name].to(device)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W `[N, K]`, H `[K, K]` and the blocks of G."""
+        return self.weight(), *self.grams()
 
     @property
     def options(self) -> FitOptions:
@@ -73,15 +101,17 @@ class Layer:
         return self.config.fit_options(features, self.statistics.rows_of(self.name))
 
     def curve(self) -> Tensor:
-        """`loss_curve` of the layer; raises ValueError with its name where the statistics overflowed."""
-        weight, gram, output_gram = self.matrices()
+        """`loss_curve` of the layer, of experts the sum of theirs.
+
+        Raises:
+            ValueError: with the layer's name, where the statistics overflowed.
+        """
+        gram, output_gram = self.grams()
         damping, pairs = self.options.damping, self.statistics.pairs(self.name)
-        # an expert that sees the share p of S tokens has p G, p H and p S, and makes p of the tensor's loss
-        parts = [(1.0, weight)]
-        if weight.dim() == 3:
-            parts = [(share, weight[expert]) for expert, share in self.shares(len(weight)).items()]
         try:
-            curves = [share * loss_curve(part, gram, output_gram, pairs, damping) for share, part in parts]
+            curves = [
+                share * loss_curve(part.weight(), gram, output_gram, pairs, damping) for share, part in self.parts()
+            ]
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         return torch.stack(curves).sum(0)
@@ -123,7 +153,7 @@ def middles(layers: dict[str, Layer]) -> dict[str, str]:
 
 
 def trial_factors(
-    layers: dict[str, Layer], curves: dict[str, Tensor], shapes: dict[str, list[BLRSpec]], ratio: float
+    layers: dict[str, Layer], shapes: dict[str, list[BLRSpec]], ratio: float
 ) -> dict[Kind, list[tuple[float, float]]]:
     """{(kind of layer, structure, blocks): [(ratio kept, its loss over low-rank's at equal parameters), ...]}.
 
@@ -132,14 +162,16 @@ def trial_factors(
     less, more = TRIAL_RATIOS
     factors: dict[Kind, list[tuple[float, float]]] = {}
     for kind, name in middles(layers).items():
+        layer = layers[name].tried()
+        curve = layer.curve()
         for shape in shapes[name]:
             trials = factors[kind, shape.structure, shape.num_blocks] = []
             closed = structure_named(shape.structure).closed_form
             for kept in () if closed else (less * ratio, ratio + more * (1 - ratio)):
                 spec = at_ratio(shape, kept)
-                low_rank = interpolate(curves[name], spec.equivalent_rank)
+                low_rank = interpolate(curve, spec.equivalent_rank)
                 if low_rank > 0:
-                    trials.append((spec.ratio, max(layers[name].trial(spec), 1e-30) / low_rank))
+                    trials.append((spec.ratio, max(layer.trial(spec), 1e-30) / low_rank))
     return factors
 
 

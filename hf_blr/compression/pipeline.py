@@ -189,7 +189,7 @@ def fit_layers(
                     continue
                 output_gram = start.output_grams.get(origin[name])
                 report = replace_layer(model, name, fits[name], problem, output_gram, config, journal)
-                layers[name] = replace(report, choice=start.choices.get(name))
+                layers[name] = replace(report, choice=start.choices.get(origin[name]))
                 if shards is not None and name in start.plan:
                     shards.add(model, name)
                 bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)

@@ -64,7 +64,7 @@ class AfterFeedback:
 
     @classmethod
     def of(cls, layer: Layer) -> AfterFeedback:
-        _, gram, output_gram = layer.matrices()
+        gram, output_gram = layer.grams()
         root = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2))
         coupling = coupling_of(output_gram, 1, layer.options.damping, len(gram))
         whole = regroup(output_gram, 1)[0]
@@ -86,8 +86,8 @@ def trials_of(
     """{kind of layer: {shape at rank 1: its trials, by rising ratio}}, from each middle layer."""
     found: dict[str, dict[BLRSpec, list[Trial]]] = {}
     for kind, name in middles(layers).items():
-        layer = layers[name]
-        curve, scale = layer.curve(), AfterFeedback.of(layer).loss(layer.matrices()[0])
+        layer = layers[name].tried()
+        curve, scale = layer.curve(), AfterFeedback.of(layer).loss(layer.weight())
         found[kind] = {}
         for shape in shapes_for(free[name], layer.config):
             ranks = in_most_formats(candidates(shape, formats), formats)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +10,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_blr.config.texts import describe
+from hf_blr.evaluation.scorable import check_causal, check_counts, check_ids
+from hf_blr.evaluation.score import Perplexity
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
-from hf_blr.text import NAMED, Tokenizer, can_write, load_text, tokenize
-from hf_blr.text.windows import check_positions
+from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,70 +24,6 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = 4096
 #: logits turned to float32 at a time (64 MiB)
 LOGITS_PER_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity and the protocol behind it.
-
-    Attributes:
-        nll_sum: the sum of the scored tokens' negative log-likelihoods, in nats.
-        n_tokens: tokens scored.
-        n_windows: windows that went through the model.
-        seqlen: tokens in a window.
-        stride: tokens between the starts of two windows; equal to `seqlen` where windows do not overlap.
-        dropped_tokens: tokens of the text in no window: the tail, and what `max_windows` left out.
-        dataset: what was scored.
-        tokenizer: its name or path; None where token ids were given.
-        starts_with_bos: whether the text opens with a beginning-of-sequence token; only the first window has
-            one.
-        dtype: of the model's parameters. Losses are computed in float32 and summed in float64.
-        seconds: wall time of the scoring; loading and tokenising are not in it.
-    """
-
-    nll_sum: float
-    n_tokens: int
-    n_windows: int
-    seqlen: int
-    stride: int
-    dropped_tokens: int
-    dataset: str
-    tokenizer: str | None
-    starts_with_bos: bool
-    dtype: str
-    seconds: float
-
-    @property
-    def ppl(self) -> float:
-        """exp(mean negative log-likelihood per scored token); inf or nan where the model gave such logits."""
-        mean = self.nll_sum / self.n_tokens
-        # beyond the largest double, where exp raises instead of returning inf
-        return math.inf if mean > 709 else math.exp(mean)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Scored tokens per second."""
-        return self.n_tokens / self.seconds
-
-    @property
-    def protocol(self) -> str:
-        """One line that says how the number was counted."""
-        overlap = "without overlap" if self.stride == self.seqlen else f"every {self.stride} tokens"
-        bos = "BOS at the start of the text" if self.starts_with_bos else "no BOS"
-        tokenizer = f", tokenizer {self.tokenizer}" if self.tokenizer else ""
-        return (
-            f"token perplexity of {self.dataset}{tokenizer}: {self.n_tokens} tokens scored in "
-            f"{self.n_windows} windows of {self.seqlen} {overlap}, {self.dropped_tokens} tokens dropped, "
-            f"{bos}, {self.dtype} model"
-        )
-
-    def __str__(self) -> str:
-        return f"perplexity {self.ppl:.2f} ({self.protocol})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready form, with `ppl`, `tokens_per_second` and `protocol` worked out."""
-        worked_out = {"tokens_per_second": self.tokens_per_second, "protocol": self.protocol}
-        return {"ppl": self.ppl, **asdict(self), **worked_out}
 
 
 def perplexity(
@@ -195,40 +130,3 @@ def as_tokens(tokenizer: Tokenizer | None, dataset: Any) -> tuple[torch.Tensor, 
         return tokenize(tokenizer, [dataset]), f"<text of {len(dataset)} characters>"
     named = isinstance(dataset, str) and dataset in NAMED
     return tokenize(tokenizer, load_text(dataset, "test", tokenizer)), describe(dataset) + (" (test)" if named else "")
-
-
-def check_counts(
-    model: PreTrainedModel, seqlen: int, stride: int, batch_size: int | None, max_windows: int | None
-) -> None:
-    if seqlen < 2:
-        raise ValueError(f"seqlen must be at least 2, one token to read and one to predict; got {seqlen}")
-    if not 1 <= stride <= seqlen:
-        raise ValueError(f"stride must be between 1 and seqlen={seqlen}, got {stride}")
-    for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    check_positions(model, seqlen)
-
-
-def check_causal(model: PreTrainedModel) -> None:
-    """Raises TypeError where logits say nothing of the next token, even if there is a row of them for each token."""
-    if can_write(model):
-        return
-    if getattr(model.config, "is_encoder_decoder", False):
-        reason = "its decoder is fed with another text than its encoder"
-    else:
-        reason = "it sees the token that it is asked for, or predicts none"
-    raise TypeError(
-        f"{type(model).__name__} is no causal language model ({reason}), so it has no perplexity; compare its "
-        "outputs with the dense model's, or its scores on a task"
-    )
-
-
-def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    largest = int(tokens.max()) if len(tokens) else 0
-    if vocabulary is not None and largest >= vocabulary:
-        raise ValueError(
-            f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
-            "is this the tokenizer of this model?"
-        )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_blr.evaluation.perplexity import check_causal
+from hf_blr.evaluation.scorable import check_causal
 from hf_blr.modes import evaluating
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_blr import ops
+from hf_blr.experts.conventions import holds_experts
 from hf_blr.experts.layers import ExpertsLinear
 from hf_blr.experts.tensors import PROJECTIONS
 from hf_blr.ops import Routed
@@ -98,6 +99,31 @@ class Experts(nn.Module):
         return out + getattr(self, f"{key}_bias")[expert] if own.has_bias else out
 
 
+class EveryExpert(Experts):
+    """Likewise of experts that are all handed rows of every token; see `conventions.meets_all`."""
+
+    has_gate, has_bias, is_transposed = True, False, True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states `[E * T, H]`, the T rows of the first expert first -> `[E * T, H]`."""
+        own: Any = self
+        numbers = torch.arange(own.num_experts, device=hidden_states.device)
+        chosen = numbers.repeat_interleave(len(hidden_states) // own.num_experts)[:, None]
+        return super().forward(hidden_states, chosen, hidden_states.new_ones(chosen.shape))
+
+    def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # a row of zeros is of a token that did not choose the expert, and says nothing of its inputs
+        own: Any = self
+        chosen = torch.where(hidden_states.any(-1, keepdim=True), top_k_index, own.num_experts)
+        return super().one_by_one(hidden_states, chosen, top_k_weights)
+
+    def _apply_gate(self, inner: Tensor) -> Tensor:
+        own: Any = self
+        gate, up = inner.chunk(2, dim=-1)
+        gated: Tensor = up * own.act_fn(gate)
+        return gated
+
+
 def put_layer(model: nn.Module, name: str, layer: nn.Module | nn.Parameter) -> None:
     """Puts a module, or the 3-D parameter of a dense model, in the place of a projection of experts.
 
@@ -111,7 +137,7 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module | nn.Parameter) -> N
     factored = any(projection in owner._modules for projection in PROJECTIONS)
     if factored and not isinstance(owner, Experts):
         dense_class = type(owner)
-        owner.__class__ = Experts
+        owner.__class__ = Experts if holds_experts(owner) else EveryExpert
         owner.dense_class = dense_class  # type: ignore[assignment]
     elif not factored and isinstance(owner, Experts):
         owner.__class__ = owner.__dict__.pop("dense_class")

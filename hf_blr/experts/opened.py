@@ -22,7 +22,7 @@ class OpenedExperts(nn.ModuleList):
         stored = tensor.owner.get_parameter(tensor.key)
         super().__init__(linear_on(weight, stored.requires_grad) for weight in tensor.weight.detach())
         # not as parts of this module: its experts hold the same numbers
-        self.__dict__.update(stored=stored, transposed=tensor.owner.is_transposed)
+        self.__dict__.update(stored=stored, transposed=tensor.transposed)
         self.train(tensor.owner.training)
 
     def closed(self) -> nn.Module | nn.Parameter:

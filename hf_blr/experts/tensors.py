@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_blr.dense import is_dense_linear
+from hf_blr.experts.conventions import holds_experts, meets_all
 
 #: the parameters that an experts module may have; each holds one matrix an expert
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -35,23 +36,21 @@ class ExpertsTensor(nn.Module):
     def weight(self) -> Tensor:
         """`[E, N, K]`, a view of the parameter."""
         stored: Tensor = self.owner.get_parameter(self.key)
-        return stored.mT if self.owner.is_transposed else stored
+        return stored.mT if self.transposed else stored
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter is `[E, K, N]`."""
+        return not holds_experts(self.owner) or bool(self.owner.is_transposed)
 
     @property
     def num_experts(self) -> int:
         return len(self.weight)
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether this is a module that Transformers lets other functions compute, by the attributes that they go by."""
-    # of `transformers.integrations.moe.use_experts_implementation`; before there was `has_gate`, all had one
-    marks = ("has_bias", "is_transposed", "_apply_gate", "num_experts")
-    return all(hasattr(module, mark) for mark in marks)
-
-
 def tensors_of(module: nn.Module) -> dict[str, ExpertsTensor]:
     """{name in the module: its 3-D parameter}; those that are factors by now are left out."""
-    if not holds_experts(module):
+    if not (holds_experts(module) or meets_all(module)):
         return {}
     own = module._parameters
     return {key: ExpertsTensor(module, key) for key in PROJECTIONS if (p := own.get(key)) is not None and p.dim() == 3}

@@ -33,6 +33,8 @@ class FactorInBits(NeverCast):
         device: of its tensors.
     """
 
+    weight_scale: Tensor
+
     def __init__(self, storage: Bits, shape: tuple[int, ...], device: torch.device | str | None = None):
         super().__init__()
         self.storage, self.shape = storage, shape
@@ -64,6 +66,10 @@ class FactorInBits(NeverCast):
         """Hold these codes and scales."""
         for name, part in self.storage.laid_out(codes).items():
             getattr(self, name).data.copy_(part)
+
+    def scale(self, number: float) -> None:
+        """Multiply the factor by a positive number, in place; scales are rounded to their dtype."""
+        self.weight_scale.data.mul_(number)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

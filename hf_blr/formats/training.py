@@ -57,6 +57,10 @@ class FactorInTraining(NeverCast):
         factor = (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
         return factor if chosen is None else factor.index_select(0, chosen)
 
+    def scale(self, number: float) -> None:
+        """Multiply the factor by a positive number, in place."""
+        self.log_scale.data.add_(math.log(number))
+
     def stored(self) -> FactorInBits:
         """The factor in the form in which it is kept, with the codes and scales of this moment."""
         held = FactorInBits(self.storage, self.shape, self.log_scale.device)

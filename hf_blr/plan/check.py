@@ -35,7 +35,7 @@ def check_layer(name: str, module: nn.Module, layer: LayerPlan, remedy: str = ""
     planned = layer_in_words(sizes, layer.bias, layer.transposed, layer.experts)
     found = f"a {type(module).__name__}"
     if isinstance(module, ExpertsTensor):
-        found = layer_in_words(feature_sizes(module), False, module.owner.is_transposed, module.num_experts)
+        found = layer_in_words(feature_sizes(module), False, module.transposed, module.num_experts)
     elif is_dense_linear(module):
         found = layer_in_words(feature_sizes(module), module.bias is not None, is_transposed(module))
     if found != planned:

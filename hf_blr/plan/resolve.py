@@ -49,7 +49,6 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
     plan: Plan = {}
     too_small: list[str] = []
     misfits: dict[str, ValueError] = {}
-    left: list[str] = []
     for name in targets:
         module = layer_named(model, name)
         override = override_for(name, config.overrides)
@@ -62,10 +61,8 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             # a budget may leave any layer dense, and shall not find out after hours that the format cannot store it
             whole = dense_plan(module, config, override) if keeps_all or config.shares_budget else None
             if config.bits_per_weight is not None and not override:
-                # until bits are shared out, which is for layers: experts have no format of fewer bits
-                is_layer = not isinstance(module, ExpertsTensor)
-                layer: LayerPlan | None = whole_layer(module, format_named("int8")) if is_layer else None
-                left += [] if is_layer else [name]
+                # until bits are shared out
+                layer: LayerPlan | None = whole_layer(module, format_named("int8"))
             else:
                 layer = whole if keeps_all else factored_plan(name, module, config, override)
         except ValueError as error:
@@ -77,8 +74,6 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             plan[name] = layer
     if misfits and not plan:
         raise next(iter(misfits.values()))
-    if left:
-        logger.warning("%d tensors of experts stay as they are, outside of the budget of bits: %s", len(left), left)
     if misfits:
         logger.warning("%d modules stay dense, too narrow for their blocks: %s", len(misfits), ", ".join(misfits))
     if too_small:
@@ -138,7 +133,7 @@ def planned(module: nn.Module, spec: BLRSpec, storage: Format) -> LayerPlan:
     """The plan of a dense layer, or of a tensor of experts, as this spec in this format."""
     if isinstance(module, ExpertsTensor):
         # a bias stays with the experts module
-        return LayerPlan(spec, False, module.owner.is_transposed, storage, module.num_experts)
+        return LayerPlan(spec, False, module.transposed, storage, module.num_experts)
     return LayerPlan(spec, module.bias is not None, is_transposed(module), storage)
 
 

@@ -47,6 +47,18 @@ class Stage:
         """Bytes to and from memory: an intermediate of more than half of L2 does not stay there."""
         return self.outside + sum(b for b in self.between if b > l2 / 2)
 
+    def times(self, count: float) -> Stage:
+        """One kernel that does the work of so many."""
+        return replace(
+            self,
+            flops=round(count * self.flops),
+            outside=round(count * self.outside),
+            between=tuple(round(count * size) for size in self.between),
+            repeated=round(count * self.repeated),
+            tiles=round(count * self.tiles),
+            scores=round(count * self.scores),
+        )
+
     def bounds(self, device: Peaks) -> dict[str, float]:
         """Seconds that each peak asks for. Raises ValueError for float8 on a device without it."""
         rate = device.float8_flops if self.float8 else device.flops

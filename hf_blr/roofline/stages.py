@@ -113,19 +113,24 @@ def predict(
     return sum(stage.seconds(device) for stage in kernels)
 
 
-def predict_stored(spec: BLRSpec, storage: Format, tokens: int, device: Peaks) -> float:
-    """Seconds of one forward of a layer in 16 bits whose factors are kept in this format.
+def stored_stages(spec: BLRSpec, storage: Format, tokens: int, device: Peaks) -> list[Stage]:
+    """The kernels of one forward of a layer in 16 bits whose factors are kept in this format.
 
     Up to 32 tokens kernels read the factors as they are stored where they can. Else the factors become numbers first,
     in a pass that reads what is stored and writes numbers. Products in float8 are not counted as such.
     """
     if storage.form is None:
-        return predict(spec, tokens, device)
+        return stages(spec, tokens, chip=device.chip)
     if tokens <= FEW_TOKENS and structure_named(spec.structure).packed and reads_packed(spec, storage.form):
-        return predict(spec, tokens, device, storage=storage)
+        return stages(spec, tokens, chip=device.chip, storage=storage)
     stored, numbers = storage.num_bytes(spec, torch.bfloat16), PLAIN.num_bytes(spec, torch.bfloat16)
     unpacking = Stage("numbers of codes", 0, stored + numbers, product=False)
-    return unpacking.seconds(device) + predict(spec, tokens, device)
+    return [unpacking, *stages(spec, tokens, chip=device.chip)]
+
+
+def predict_stored(spec: BLRSpec, storage: Format, tokens: int, device: Peaks) -> float:
+    """Seconds of one forward by the kernels of `stored_stages`."""
+    return sum(stage.seconds(device) for stage in stored_stages(spec, storage, tokens, device))
 
 
 def bound_of(kernels: list[Stage], device: Peaks) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -15,7 +14,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from hf_blr.integration.vllm.division import Division, shards_of
 from hf_blr.integration.vllm.slots import add_slots
 from hf_blr.plan import LayerPlan
-from hf_blr.structures import structure_named
 
 
 class BLRLinearMethod(LinearMethodBase):
@@ -54,9 +52,7 @@ class BLRLinearMethod(LinearMethodBase):
         add_slots(layer, list(layer.shards))
         # the sum over devices is shorter before a low-rank layer's last product than after it
         self.sums_rank = (
-            division.splits_inputs
-            and getattr(layer, "reduce_results", False)
-            and structure_named(layer.shards[0].piece.spec.structure).pair != ""
+            division.splits_inputs and getattr(layer, "reduce_results", False) and layer.shards[0].keeps_a_pair
         )
         if self.sums_rank:
             layer.reduce_results = False
@@ -83,8 +79,7 @@ class BLRLinearMethod(LinearMethodBase):
 
     def apply_summed(self, layer: Any, x: Tensor) -> Tensor:
         """The finished output of a layer whose inputs are split: devices add up R numbers a token in place of N."""
-        held = layer.shards[0].layer
-        u, v = structure_named(held.spec.structure).load("pair")(**held.tensors(x.dtype))
-        y = tensor_model_parallel_all_reduce(F.linear(x, v))
+        shard = layer.shards[0]
+        y = tensor_model_parallel_all_reduce(shard.times("v", x))
         # vLLM hands the bias to the first device alone, which adds it before its own sum
-        return F.linear(y, u, None if layer.skip_bias_add else layer.bias)
+        return shard.times("u", y, None if layer.skip_bias_add else layer.bias)

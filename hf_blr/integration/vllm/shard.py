@@ -10,7 +10,7 @@ from hf_blr.formats.pieces import tensors_of
 from hf_blr.formats.values import fault
 from hf_blr.integration.vllm import op
 from hf_blr.linear import BLRLinear
-from hf_blr.structures import BLRSpec
+from hf_blr.structures import BLRSpec, Dense, structure_named
 from hf_blr.structures.pieces import Piece
 
 
@@ -98,3 +98,15 @@ class Shard(nn.Module):
         """x `[..., K]` -> `[..., N]` of the piece."""
         stored = list(self.layer.stored().values())
         return op.served_linear(self.described, x, stored, bias, self.piece.spec.out_features)
+
+    @property
+    def keeps_a_pair(self) -> bool:
+        """Whether the matrix is u v, of the two factors that are stored."""
+        spec = self.piece.spec
+        return structure_named(spec.structure).pair != "" and set(spec.names()) == {"u", "v"}
+
+    def times(self, factor: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x `[..., K]` by one factor `[N, K]` alone, read as a whole matrix in the same format."""
+        n, k = self.piece.spec.shapes()[factor]
+        stored = [tensor for key, tensor in self.layer.stored().items() if key.partition(".")[0] == factor]
+        return op.served_linear(op.described(Dense.whole(k, n), self.storage), x, stored, bias, n)

@@ -1,0 +1,62 @@
+"""Models that commands read, and what they say of themselves."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from hf_blr.config import QUANT_METHOD, BLRConfig
+from hf_blr.text import can_write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one.
+
+    Where `on_disk` says so, weights stay in the checkpoint's files, and accelerate reads them for each forward.
+
+    The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
+    says no class, or that is read from a GGUF file, is a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from hf_blr.integration.loading import class_named
+    from hf_blr.integration.patch import dequantizing_config
+
+    own, source, quantization = None, {}, {}
+    if args.gguf_file:
+        source["gguf_file"] = args.gguf_file
+        quantization["quantization_config"] = dequantizing_config()
+    else:
+        own = class_named(AutoConfig.from_pretrained(path))
+    placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
+    model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
+    model = model if on_disk else model.to(args.device)
+    return model, AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
+
+
+def stored_config(path: str, config: Any) -> BLRConfig:
+    """The plan and the rest of what a compressed model says of itself, from its transformers config.
+
+    Raises:
+        ValueError: if it is not compressed by this package, or says of no layer what it became.
+    """
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != QUANT_METHOD or not stored.get("layers"):
+        raise ValueError(
+            f"{path} is not compressed by hf_blr: its quantization is {stored.get('quant_method')!r}; name a folder or "
+            "hub id that `hf-blr compress` or save_pretrained wrote"
+        )
+    return BLRConfig(**stored)
+
+
+def check_language_model(model: PreTrainedModel, path: str) -> None:
+    """Raises ValueError for a model that does not predict the next token of its input."""
+    if not can_write(model):
+        raise ValueError(
+            f"{path} holds a {type(model).__name__}, which predicts no next token: this command takes causal language "
+            "models"
+        )

@@ -1,0 +1,50 @@
+"""Whether a model, its text and the counts that were asked for make a perplexity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_blr.text import can_write
+from hf_blr.text.windows import check_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_counts(
+    model: PreTrainedModel, seqlen: int, stride: int, batch_size: int | None, max_windows: int | None
+) -> None:
+    if seqlen < 2:
+        raise ValueError(f"seqlen must be at least 2, one token to read and one to predict; got {seqlen}")
+    if not 1 <= stride <= seqlen:
+        raise ValueError(f"stride must be between 1 and seqlen={seqlen}, got {stride}")
+    for name, value in (("batch_size", batch_size), ("max_windows", max_windows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_positions(model, seqlen)
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises TypeError where logits say nothing of the next token, even if there is a row of them for each token."""
+    if can_write(model):
+        return
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "its decoder is fed with another text than its encoder"
+    else:
+        reason = "it sees the token that it is asked for, or predicts none"
+    raise TypeError(
+        f"{type(model).__name__} is no causal language model ({reason}), so it has no perplexity; compare its "
+        "outputs with the dense model's, or its scores on a task"
+    )
+
+
+def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    largest = int(tokens.max()) if len(tokens) else 0
+    if vocabulary is not None and largest >= vocabulary:
+        raise ValueError(
+            f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
+            "is this the tokenizer of this model?"
+        )
