@@ -115,7 +115,8 @@ def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, mon
 @pytest.mark.parametrize("structure", [*FUNCTIONS, "dense"])
 def test_layers_in_bits_keep_the_error_budget(structure, tokens, size):
     large = math.gcd(*size[2::2])
-    for form, group in (("int4", 16), ("int4", None), ("int8", large), ("fp8", None)):
+    forms = (("int4", 16), ("int4", None), ("int8", large), ("fp8", None))
+    for form, group in (*forms, ("int4", 128)) if size[0] == 4 else forms:
         settings = {"bias": group is None, "activation": "gelu" if form == "fp8" else ""}
         assert_packed_within_budget(structure, form, group, tokens, size, torch.bfloat16, "cuda", **settings)
 

@@ -12,7 +12,8 @@ from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.triton import decode_expand, decode_project, decode_stack  # noqa: E402
+from hf_blr.ops.rules.packed import multiplies_by_places  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -61,6 +62,23 @@ def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
     monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
     assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
     assert len(grids) == 2
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "dense"])
+@pytest.mark.parametrize("form, group", [("int4", 128), ("int4", None), ("int8", 64), ("fp8", None)])
+def test_place_by_place(form, group, structure, monkeypatch):
+    grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
+    # one chunk in the last stage, five in the first
+    sizes = (1, 1, 640, 40, 128)
+    assert_packed_within_budget(structure, form, group, 3, sizes, torch.float16, activation="gelu")
+    assert_packed_within_budget(structure, form, group, 17, sizes, torch.float16, bias=False)
+    assert len(grids) == (4 if structure == "low_rank" else 2)
+
+
+def test_what_is_multiplied_place_by_place():
+    # in groups of 128, 64 and 64, and rows that end within a word
+    assert multiplies_by_places(1024, 8, 4) and multiplies_by_places(1024, 16, 8) and multiplies_by_places(1026, 1, 4)
+    assert not multiplies_by_places(1024, 16, 4)
 
 
 def test_steps_lie_in_one_group(monkeypatch):

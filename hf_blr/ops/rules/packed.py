@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
+#: words whose numbers of one place tensor cores multiply at once: inputs of `decode_places_kernel` are in the order
+#: `[chunks, numbers of a word, CHUNK]`
+CHUNK = 16
 
 
 def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
@@ -96,3 +99,54 @@ def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Devic
 def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
     """The setting with the longest steps, of its length at most, each of which lies in one group; 0: no groups."""
     return replace(config, length=min(config.length, largest_power_of_two(group))) if group else config
+
+
+@dataclass(frozen=True)
+class PlacesConfig:
+    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row."""
+
+    rows: int
+    words: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def multiplies_by_places(row: int, groups: int, bits: int) -> bool:
+    """Whether `decode_places_kernel` takes rows of `row` numbers in so many groups: no chunk of words lies in two."""
+    return groups == 1 or row // groups % (CHUNK * 32 // bits) == 0
+
+
+def padded(row: int, per: int) -> int:
+    """The length of a row of `row` numbers in whole chunks of words."""
+    return -(-row // (CHUNK * per)) * CHUNK * per
+
+
+def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
+    if device == INTERPRETER:
+        return PlacesConfig(16, CHUNK, 2, 4, 1)
+    if row > 256 * per:
+        config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
+    elif rows > 64 * device.sms:
+        config = PlacesConfig(32, CHUNK, 2, 4, 4)
+    else:
+        config = PlacesConfig(16, CHUNK, 4, 4, 4)
+    return fitting(config, layers, tokens, per, group, device)
+
+
+def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
+    """The setting, with shorter steps and fewer stages where groups or shared memory ask for that."""
+    words = min(config.words, largest_power_of_two(group) // per) if group else config.words
+    config = replace(config, words=words)
+    while True:
+        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_rows(tokens))
+        stages = min(config.stages, 1 + device.shared_memory // stage)
+        if stages >= min(config.stages, 3) or config.words == CHUNK:
+            return replace(config, stages=stages)
+        config = replace(config, words=config.words // 2)
+
+
+def places_rows(tokens: int) -> int:
+    """Tokens are columns of a tensor-core tile, of at least 8."""
+    return max(8, pow2(tokens))

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blr.ops.rules.packed import PER_WORD
+from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
 
 
 class Weights(NamedTuple):
@@ -68,6 +69,12 @@ class Weights(NamedTuple):
         """With a leading axis of one block."""
         return self._replace(data=self.data[None], scale=None if self.scale is None else self.scale[None])
 
+    def flat(self) -> Weights:
+        """Blocks below each other, as one matrix."""
+        return self._replace(
+            data=self.data.flatten(0, 1), scale=None if self.scale is None else self.scale.flatten(0, 1)
+        )
+
 
 def weights_in_bits(codes: Tensor, scale: Tensor, bits: int, length: int) -> Weights:
     """A factor as `ops.bits.InBits` has it, with words of float8 too."""
@@ -104,6 +111,20 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
         b = (b_n & -2147483648) | ((b_n >> 4) & 0x07F00000)
         b_n = b.to(tl.float32, bitcast=True) * (2.0**120)
     return b_n
+
+
+@triton.jit
+def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
+    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
+    if ASSEMBLES and FORM == "int4" and tl.float32 != DTYPE:
+        tiles = int4_places(b_w, DTYPE)
+    elif ASSEMBLES and tl.float32 != DTYPE:
+        tiles = byte_places(b_w, FORM, DTYPE)
+    else:
+        tiles = ()
+        for j in tl.static_range(PER):
+            tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)
+    return tiles
 
 
 @triton.jit
