@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_blr.ops.rules.blast import blast_route
 from hf_blr.ops.rules.device import Device
 from hf_blr.ops.rules.few_tokens import DecodeConfig
-from hf_blr.ops.rules.packed import padded
 from hf_blr.ops.triton import (
     attend,
     blast,
@@ -42,11 +41,11 @@ from hf_blr.ops.triton import (
     numbers,
     packed,
     pivoted,
-    places,
     rounding,
     swap,
 )
 from hf_blr.ops.triton.bits import weights_in_bits
+from hf_blr.ops.triton.decode_places import expand_by_places
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -257,14 +256,10 @@ def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     numbers.numbers(*factor(n, k), dtype)
 
 
-def call_places(dtype, tokens, bits, group, k, n, rank, gated=False):
-    """Layers multiplied place by place: two of one size on one input, or one."""
-    count, tensors = 1 + gated, []
-    (us, us_scale, *_), (vs, vs_scale, *_) = (codes_of((count, *s), bits, group) for s in ((n, rank), (rank, k)))
-    for i in range(count):
-        tensors += [(us[i], us_scale[i], bits or 8, rank), (vs[i], vs_scale[i], bits or 8, k)]
-    x = torch.empty(tokens, padded(k, 32 // (bits or 8)), dtype=dtype)
-    places.low_rank(x, *map(list, zip(*tensors, strict=True)), [None] * count, "silu", gated)
+def call_gated_places(dtype, tokens, bits, group, n, rank):
+    """The last stage of two layers whose outputs are multiplied, place by place."""
+    u = weights_in_bits(*codes_of((2, n, rank), bits, group))
+    expand_by_places(torch.empty(1, tokens, 2 * rank, dtype=dtype), u, None, torch.empty(tokens, n), "silu", True)
 
 
 def call_plain(capability):
@@ -325,8 +320,7 @@ def main(capability: int):
         call_packed(*PACKED[capability])
         dtype, tokens, bits, group, *_ = PACKED[capability]
         call_experts(dtype, 8 * tokens, 1, 768, 2048, bits=bits, group=group)
-        # long rows of many tokens take most of the shared memory
-        call_places(dtype, 32 if capability == 86 else tokens, bits, group, 14336, 4096, 1536, gated=capability == 90)
+        call_gated_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -66,7 +66,7 @@ def test_a_group_gives_what_its_layers_give_alone(spec, form, group, tokens, mon
 
 @pytest.mark.parametrize("group, kernel", [(16, "decode_one"), (None, "decode_places")])
 def test_one_first_stage_for_all(group, kernel, monkeypatch):
-    block, x = block_of((24, 12, 12), group=group), torch.randn(1, 32).half()
+    block, x = block_of((24, 12, 12), lambda n: LowRank(32, n, 32), group=group), torch.randn(1, 32).half()
     hf_blr.fuse(block)
     grids = recorded_grids(monkeypatch, importlib.import_module(f"hf_blr.ops.triton.{kernel}"), f"{kernel}_kernel")
     outputs(block, x)

@@ -8,19 +8,36 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_blr.ops.cast import cast_rows
 from hf_blr.ops.dispatch import DTYPES, check_impl, compute_dtype, current_impl, why_not_triton
-from hf_blr.ops.in_bits import InBits, codes_and_scales
 from hf_blr.ops.library import contiguous_rows, define_op
-from hf_blr.ops.places import define_places, linear_in_places, takes_places
-from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, PACKED, CodeForm, missing, route
-from hf_blr.structures import BLRSpec, structure_named
+from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
+from hf_blr.structures import FACTOR, BLRSpec, structure_named
 from hf_blr.structures.record import Structure
+
+
+class InBits(NamedTuple):
+    """One factor `[..., n, k]` as its module keeps it.
+
+    codes: `[..., n, k]` float8_e4m3fn, or `[..., n, words]` int32, in which codes lie without gaps (`formats.words`).
+    scale: `[..., n, groups]` bfloat16.
+    bits: of a code.
+    length: k.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    length: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.codes.shape[:-1], self.length
 
 
 def route_in_bits(
@@ -87,8 +104,6 @@ def linear_in_bits(
     Returns:
         `[..., N]` in x's dtype, without a gradient.
     """
-    if found == PACKED and takes_places(structure, tensors):
-        return linear_in_places(structure, x, [tensors], [bias], activation)
     dtype = compute_dtype(x)
     codes, scales, bits, lengths = codes_and_scales(structure, tensors, dtype)
     bias = None if bias is None else contiguous_rows(bias, dtype)
@@ -100,6 +115,19 @@ def linear_in_bits(
         packed = getattr(torch.ops.hf_blr, f"{structure}_packed")
         out = packed(rows, codes, scales, bits, lengths, bias, activation)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def codes_and_scales(
+    structure: str, tensors: Sequence[Tensor | InBits], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor | None], list[int], list[int]]:
+    """(codes, scales, bits, lengths) of a layer's tensors, as the ops take them; numbers in dtype."""
+    codes = [
+        t.codes if isinstance(t, InBits) else contiguous_rows(t, dtype if kind == FACTOR else t.dtype)
+        for t, kind in zip(tensors, structure_named(structure).spec.kinds.values(), strict=True)
+    ]
+    scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
+    bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
+    return codes, scales, bits, [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
 
 
 def numbers_in_bits(factor: InBits, dtype: torch.dtype) -> Tensor | None:
@@ -175,7 +203,6 @@ def define_bits(record: Structure) -> None:
     defined: list[tuple[str, Callable[[Structure], None]]] = [
         (record.float8, define_float8),
         (record.packed, define_packed),
-        (record.places, define_places),
     ]
     for path, define in defined:
         if path:

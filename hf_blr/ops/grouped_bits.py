@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_blr.ops.activations import activated
+from hf_blr.ops.bits import InBits, codes_and_scales
 from hf_blr.ops.dispatch import compute_dtype
-from hf_blr.ops.in_bits import InBits, codes_and_scales
 from hf_blr.ops.library import contiguous_rows, define_op
-from hf_blr.ops.places import linear_in_places, takes_places
 from hf_blr.structures import structure_named, structures
 from hf_blr.structures.record import resolved
 
@@ -34,17 +32,12 @@ def grouped_in_bits(structure: str, x: Tensor, layers: Layers, biases: Biases) -
 
 
 def gated_in_bits(structure: str, x: Tensor, layers: Layers, biases: Biases, activation: str) -> Tensor:
-    """`ops.gated_linear` of two such layers of one size: one last stage for both at one token, or place by place."""
-    if x.numel() == x.shape[-1] or takes_places(structure, layers[0]):
-        return call(structure, x, layers, biases, activation, True)
-    gate, up = grouped_in_bits(structure, x, layers, biases)
-    return activated(up, activation, gate)
+    """`ops.gated_linear` of two such layers of one size."""
+    return call(structure, x, layers, biases, activation, True)
 
 
 def call(structure: str, x: Tensor, layers: Layers, biases: Biases, activation: str, gated: bool) -> Tensor:
     """The op `[..., N]` on rows that it can read."""
-    if takes_places(structure, layers[0]):
-        return linear_in_places(structure, x, layers, biases, activation, gated)
     dtype = compute_dtype(x)
     found = [codes_and_scales(structure, layer, dtype) for layer in layers]
     tensors, scales, bits, lengths = ([part for layer in named for part in layer] for named in zip(*found, strict=True))

@@ -45,8 +45,6 @@ class Structure:
         float8: module with `forward`, kernels that multiply factors in float8; the op of `ops.bits.define_float8`.
         packed: function that runs kernels which read codes and scales at few tokens; the op of
             `ops.bits.define_packed`.
-        places: function that runs kernels which multiply packed factors place by place; the op of
-            `ops.places.define_places`.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
         pair: (**tensors) -> (u `[N, R]`, v `[R, K]`) whose product is the matrix, for two plain linear layers. "": no
             such pair is as small, and `linear` stands for the layer where no op of ours may.
@@ -77,7 +75,6 @@ class Structure:
     grouped: str = ""
     float8: str = ""
     packed: str = ""
-    places: str = ""
     stand_in: str = ""
     pair: str = ""
     whole: bool = False

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
-#: words whose numbers of one place tensor cores multiply at once: inputs of `decode_places_kernel` are in the order
-#: `[chunks, numbers of a word, CHUNK]`
+#: words whose numbers of one place tensor cores multiply at once
 CHUNK = 16
 
 
@@ -112,14 +111,9 @@ class PlacesConfig:
     stages: int
 
 
-def multiplies_by_places(row: int, groups: int, bits: int) -> bool:
-    """Whether `decode_places_kernel` takes rows of `row` numbers in so many groups: no chunk of words lies in two."""
-    return groups == 1 or row // groups % (CHUNK * 32 // bits) == 0
-
-
-def padded(row: int, per: int) -> int:
-    """The length of a row of `row` numbers in whole chunks of words."""
-    return -(-row // (CHUNK * per)) * CHUNK * per
+def multiplies_by_places(group: int, per: int) -> bool:
+    """Whether `decode_places_kernel` takes words of `per` numbers, `group` of which share a scale, or whole rows: 0."""
+    return group % (CHUNK * per) == 0
 
 
 def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:

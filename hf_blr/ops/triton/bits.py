@@ -69,12 +69,6 @@ class Weights(NamedTuple):
         """With a leading axis of one block."""
         return self._replace(data=self.data[None], scale=None if self.scale is None else self.scale[None])
 
-    def flat(self) -> Weights:
-        """Blocks below each other, as one matrix."""
-        return self._replace(
-            data=self.data.flatten(0, 1), scale=None if self.scale is None else self.scale.flatten(0, 1)
-        )
-
 
 def weights_in_bits(codes: Tensor, scale: Tensor, bits: int, length: int) -> Weights:
     """A factor as `ops.bits.InBits` has it, with words of float8 too."""

@@ -1,8 +1,8 @@
-"""1 to 32 tokens on weights in bits, multiplied place by place: their numbers stay in the thread that unpacks them.
+"""1 to 32 tokens on weights in bits, multiplied place by place: all stages but the first of BLAST.
 
 A word holds numbers of several places, 0 to 7 of int4. Tensor cores take the numbers of one place of sixteen words with
-the inputs that meet them. Inputs come in that order (`ops.rules.packed.CHUNK`), and the first stage stores for the
-second so.
+the inputs that meet them, so that a number is multiplied by the thread that unpacked it. What a step of this layout
+loads of x is split into places in registers as well. Warps have parts of the rows, since there are few rows to share.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import lines
-from hf_blr.ops.rules.packed import CHUNK, PlacesConfig, padded, places_config, places_rows
+from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, places_rows
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.bits import Weights, places_of
-from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
+from hf_blr.ops.triton.bits import Weights, by_place, places_of
+from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
-
-#: layers whose first stages one launch can have
-MOST_RANKS = 3
 
 
 @triton.jit
@@ -30,19 +27,27 @@ def decode_places_kernel(
     bias_ptr,
     out_ptr,
     T,
-    N,
-    C,
-    PART,
-    stride_xt,
-    stride_xl,
-    stride_sn,
+    Q,
+    GROUP,
+    BLOCKS,
+    GATED_BLOCKS,
+    stride_og,
     stride_ot,
-    START_1,
-    START_2,
+    PART,
+    R,
+    stride_xi,
+    stride_xl,
+    stride_xg,
+    stride_xt,
+    C,
+    stride_wi,
+    stride_wq,
+    stride_si,
+    stride_sq,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    TO_PLACES: tl.constexpr,
+    ADD: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     FORM: tl.constexpr,
@@ -51,131 +56,128 @@ def decode_places_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
-    CHUNK: tl.constexpr,
+    VEC_W: tl.constexpr,
     BJ: tl.constexpr,
     BT: tl.constexpr,
-    BN: tl.constexpr,
+    BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """out[t, n] = activation(sum over c and j of x[t, c, j] * number j of w[n, c], plus bias[n]), with w `[N, C]`.
+    """out[q // GROUP, t, i*GROUP + q % GROUP] = activation(w[i, q] . x[i, t] + bias[i, q]), with w `[blocks, Q, R]`.
 
-    x has a token's numbers by chunks of CHUNK words, `[chunks, PER, CHUNK]`. C comes / VEC. The words are cut into BJ
-    parts of PART words. A scale of ws is that of SCALED numbers, which steps of BC words divide, or of a row. The
-    grid's second axis has further layers of N rows, with x stride_xl apart. GATED: out is that of a layer times what
-    the next one gives without an activation. TO_PLACES stores in the order of x, each of up to three layers, whose rows
-    begin at 0, START_1 and START_2, in chunks of its own.
+    Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
+    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A row is cut into BJ
+    parts of PART words, of which steps have BC. R and strides of x come / VEC, C and strides of w, in words of PER numbers,
+    / VEC_W. SCALED numbers of a row share a scale of ws, which steps divide, or all.
     """
-    i_n, i_l = tl.program_id(0), tl.program_id(1)
-    o_t, o_c, o_b, o_n = tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, BJ), tl.arange(0, BN)
-    if GATED:
-        # gate and up are parts beside each other
-        o_l, o_j = o_b % 2, (o_b // 2) * PART
-    else:
-        o_l, o_j = o_b * 0 + i_l, o_b * PART
-    start, stop, place = i_l * 0, N, i_n * BN
-    o_out = i_l * N + place
-    if TO_PLACES:
-        SIZE: tl.constexpr = CHUNK * PER
-        p_1 = tl.cdiv(START_1, SIZE) * SIZE
-        p_2 = p_1 + tl.cdiv(START_2 - START_1, SIZE) * SIZE
-        behind = i_n * BN
-        start = tl.where(behind >= p_2, START_2, tl.where(behind >= p_1, START_1, 0))
-        stop = tl.where(behind >= p_2, N, tl.where(behind >= p_1, START_2, START_1))
-        o_out = tl.where(behind >= p_2, p_2, tl.where(behind >= p_1, p_1, 0))
-        place = behind - o_out
-    o_n += start + place
-    m_t, m_n = o_t < T, o_n < stop
-    columns = C * VEC
-    # of whole chunks
-    ends = tl.cdiv(columns, CHUNK) * CHUNK
-    o_w = (o_l.to(tl.int64)[:, None] * N + o_n[None, :])[:, :, None] * columns + o_j[:, None, None]
-    if LINES > 0:
-        o_p = tl.arange(0, LINES) * LINE
-        m_p = (o_p[None, :] < PART) & (o_j[:, None] + o_p[None, :] < columns)
-        prefetch_to_l2(w_ptr, o_w + o_p[None, None, :], m_p[:, None, :] & m_n[None, :, None])
-    o_s = (o_l[:, None] * N + o_n[None, :]) * stride_sn
+    i_q, i_i = tl.program_id(0), tl.program_id(1)
+    o_t, o_q, o_b = tl.arange(0, BT), i_q * BQ + tl.arange(0, BQ), tl.arange(0, BJ)
+    m_t, m_q = o_t < T, o_q < Q
+    # of two gated layers, each has every other part
+    o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, o_b * PART)
+    columns = C * VEC_W
+    o_wi = (i_i + o_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + o_j
+    o_w = o_wi[:, None, None] + o_q[None, :, None] * (stride_wq * VEC_W)
+    if PDL:
+        o_l = tl.arange(0, LINES) * LINE
+        m_l = in_part(o_l, o_j, PART, columns)[:, None, :] & m_q[None, :, None]
+        prefetch_to_l2(w_ptr, o_w + o_l[None, None, :], m_l)
+    o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None] + (o_q * stride_sq)[None, :]
     wait_for_previous(PDL)
-    o_x = (o_l * stride_xl + o_j * PER)[:, None, None] + (o_t * stride_xt)[None, :, None]
-    o_x += ((o_c // CHUNK) * (CHUNK * PER) + o_c % CHUNK)[None, None, :]
-    acc = tl.zeros((BJ, BN, BT), tl.float32)
+    x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
+    o_x = (o_g * (stride_xg * VEC))[:, None, None] + (o_t * (stride_xt * VEC))[None, :, None]
+    o_c, o_r = tl.arange(0, BC), tl.arange(0, BC * PER)
+    acc = tl.zeros((BJ, BQ, BT), tl.float32)
     for step in range(0, PART // BC):
-        m_c = step * BC + o_j[:, None] + o_c[None, :]
-        b_w = tl.load(
-            w_ptr + o_w + (step * BC + o_c)[None, None, :],
-            mask=(m_c < columns)[:, None, :] & m_n[None, :, None],
-            other=0,
-            eviction_policy="evict_first",
-        )
-        tiles = places_of(b_w, FORM, PER, x_ptr.dtype.element_ty)
-        m_x = (m_c < ends)[:, None, :] & m_t[None, :, None]
-        b = tl.zeros((BJ, BN, BT), tl.float32) if SCALED > 0 else acc
+        o_jc = o_j + step * BC
+        m_w = (o_jc[:, None] + o_c[None, :] < columns)[:, None, :] & m_q[None, :, None]
+        b_w = tl.load(w_ptr + o_w + (step * BC + o_c)[None, None, :], mask=m_w, other=0, eviction_policy="evict_first")
+        o_jr = (o_jc * PER)[:, None] + o_r[None, :]
+        m_x = (o_jr < R * VEC)[:, None, :] & m_t[None, :, None]
+        b_x = tl.load(x_ptr + o_x + o_jr[:, None, :], mask=m_x, other=0.0)
+        b_ws, b_xs = places_of(b_w, FORM, PER, b_x.dtype), by_place(b_x, FORM)
+        b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
         for j in tl.static_range(PER):
-            b_x = tl.load(x_ptr + o_x + (step * (BC * PER) + j * CHUNK), mask=m_x, other=0.0)
-            b = tl.dot(tiles[j], tl.permute(b_x, (0, 2, 1)), b, input_precision=PRECISION)
+            b = tl.dot(b_ws[j], tl.permute(b_xs[j], (0, 2, 1)), b, input_precision=PRECISION)
         if SCALED > 0:
-            first = step * BC + o_j
-            m_s = (first < columns)[:, None] & m_n[None, :]
-            b_s = tl.load(ws_ptr + o_s + (first * PER // SCALED)[:, None], mask=m_s, other=0.0)
+            m_s = (o_jc < columns)[:, None] & m_q[None, :]
+            b_s = tl.load(ws_ptr + o_s + (o_jc * PER // SCALED)[:, None], mask=m_s, other=0.0)
             acc += b * b_s.to(tl.float32)[:, :, None]
         else:
             acc = b
     if SCALED == 0:
-        acc *= tl.load(ws_ptr + o_s, mask=m_n[None, :], other=0.0).to(tl.float32)[:, :, None]
+        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
+    o_n = i_i * Q + o_q
     if GATED:
-        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BN, BT)), 0)
+        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
         b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
     else:
         b_out = tl.sum(acc, 0)
     if HAS_BIAS:
-        o_bias = bias_ptr + i_l * N + o_n
-        b_out += tl.load(o_bias, mask=m_n, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            b_up += tl.load(o_bias + N, mask=m_n, other=0.0).to(tl.float32)[:, None]
+        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
+    out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
+    m = m_q[:, None] & m_t[None, :]
+    if ADD:
+        b_out += tl.load(out_ptr, mask=m, other=0.0).to(tl.float32)
     b_out = activate(b_out, ACTIVATION)
     if GATED:
+        if HAS_BIAS:
+            b_up += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
         b_out *= b_up
-    o_n = tl.arange(0, BN)
-    if TO_PLACES:
-        # a chunk's pad is stored too: sums without a weight, which are zero
-        o_n += place
-        o_n = (o_n // SIZE) * SIZE + (o_n % PER) * CHUNK + o_n % SIZE // PER
-        m_n = o_n < tl.cdiv(stop - start, SIZE) * SIZE
-    o_o = o_t.to(tl.int64)[None, :] * stride_ot + (o_out + o_n)[:, None]
-    tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_n[:, None] & m_t[None, :])
+    tl.store(out_ptr, b_out.to(out_ptr.dtype.element_ty), mask=m)
 
 
-def multiply(x, w: Weights, bias, out, activation="", layers=1, gated=False, ranks=()):
-    """Launch the kernel; ranks: of up to three layers, of whose first stages w `[sum of ranks, K]` is."""
-    rows, k = w.shape
-    n, device, tokens = rows // layers // (1 + gated), device_of(x), len(x)
-    columns = w.data.shape[1]
-    vec, bt = vector_width(columns), places_rows(tokens)
-    starts = [sum(ranks[:1]), sum(ranks[:2])] if ranks else [n, n]
-    outputs = sum(padded(rank, w.per) for rank in ranks) if ranks else n
+def by_places(w) -> bool:
+    """Whether a factor is multiplied so: one in bits whose words, sixteen at a time, lie in one group."""
+    return isinstance(w, Weights) and w.form != "plain" and multiplies_by_places(w.group, w.per)
+
+
+def project_by_places(x, v: Weights, z, add=False):
+    """Stage one of Monarch and low-rank as `decode_project.decode_project`."""
+    b1, rows, p = v.shape
+    strides = p, 0, 0, x.stride(0)
+    multiply(x, v, None, z, b1, rows // len(z), strides, z.stride()[:2], add=add)
+
+
+def expand_by_places(z, u: Weights, bias, out, activation="", gated=False):
+    """Stage two as `decode_expand.decode_expand`; `gated` as of `decode_one.expand_one`, of any number of tokens."""
+    blocks, q, r = u.shape
+    blocks //= 1 + gated
+    apart = r if len(z) == blocks else blocks * z.stride(0)
+    strides = z.stride(0), r, apart, z.stride(1)
+    multiply(z, u, bias, out, len(z), q, strides, (0, out.stride(0)), activation, gated)
+
+
+def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, activation="", gated=False, add=False):
+    """Launch the kernel: `strides` of x are from block to block, layer to layer, to the gated layer, token to token."""
+    all_blocks, q, r = w.shape
+    device, tokens = device_of(x), out.shape[-2]
+    layers = 1 + gated
+    columns = w.data.shape[-1]
+    vec, vec_w = vector_width(r, *strides), vector_width(columns, *w.strides)
 
     def run(config: PlacesConfig):
-        step = config.words
-        part = triton.cdiv(triton.cdiv(columns, config.parts), step) * step
-        decode_places_kernel[(triton.cdiv(outputs, config.rows), layers)](
+        part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
+        decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
             x,
             w.data,
             w.scale,
             bias,
             out,
             tokens,
-            n,
-            columns // vec,
+            q,
+            group,
+            x_blocks,
+            all_blocks // layers,
+            *out_strides,
             part,
-            x.stride(0),
-            padded(k, w.per),
-            w.scale.stride(0),
-            out.stride(0),
-            *starts,
+            *(n // vec for n in (r, *strides)),
+            *(n // vec_w for n in (columns, *w.strides)),
+            *w.scale_strides,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             GATED=gated,
-            TO_PLACES=bool(ranks),
-            LINES=lines(part, 32) if device.has_pdl else 0,
+            ADD=add,
+            LINES=lines(part, 32),
             LINE=32,
             FORM=w.form,
             PER=w.per,
@@ -183,16 +185,16 @@ def multiply(x, w: Weights, bias, out, activation="", layers=1, gated=False, ran
             PDL=device.has_pdl,
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
-            CHUNK=CHUNK,
-            BJ=config.parts * (1 + gated),
-            BT=bt,
-            BN=config.rows,
-            BC=step,
+            VEC_W=vec_w,
+            BJ=config.parts * layers,
+            BT=places_rows(tokens),
+            BQ=config.rows,
+            BC=config.words,
             num_warps=config.warps,
             # no more than a row has steps
-            num_stages=min(config.stages, max(2, part // step + 1)),
+            num_stages=min(config.stages, max(2, part // config.words + 1)),
             **device.launch_options,
         )
 
-    rule = places_config(k, rows, 1 + gated, tokens, w.per, w.group, device)
-    launch(run, w.named("decode_places"), rule, bt, (k, n, layers, gated, bool(ranks)), x)
+    rule = places_config(r, all_blocks * q, layers, tokens, w.per, w.group, device)
+    launch(run, w.named("decode_places"), rule, tokens, (r, q, all_blocks, gated), x)

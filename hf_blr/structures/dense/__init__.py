@@ -64,5 +64,4 @@ RECORD = Structure(
     whole=True,
     float8="hf_blr.ops.triton.float8_dense",
     packed="hf_blr.ops.triton.packed:dense",
-    places="hf_blr.ops.triton.places:dense",
 )

@@ -49,5 +49,4 @@ RECORD = Structure(
     grouped="hf_blr.ops.triton.grouped_monarch",
     float8="hf_blr.ops.triton.float8_low_rank",
     packed="hf_blr.ops.triton.packed:low_rank",
-    places="hf_blr.ops.triton.places:low_rank",
 )
