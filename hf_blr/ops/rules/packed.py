@@ -126,13 +126,16 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
         config = PlacesConfig(32, CHUNK, 2, 4, 4)
     else:
         config = PlacesConfig(16, CHUNK, 4, 4, 4)
-    return fitting(config, layers, tokens, per, group, device)
+    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
 
 
-def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
-    """The setting, with shorter steps and fewer stages where groups or shared memory ask for that."""
-    words = min(config.words, largest_power_of_two(group) // per) if group else config.words
-    config = replace(config, words=words)
+def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
+    """The setting with the longest steps, of its words at most, each of which lies in one group; 0: no groups."""
+    return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
+
+
+def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+    """The setting, with shorter steps and fewer stages where shared memory asks for that."""
     while True:
         stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_rows(tokens))
         stages = min(config.stages, 1 + device.shared_memory // stage)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import lines
-from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, places_rows
+from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, places_rows, whole_groups
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
@@ -66,8 +66,8 @@ def decode_places_kernel(
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
     w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A row is cut into BJ
-    parts of PART words, of which steps have BC. R and strides of x come / VEC, C and strides of w, in words of PER numbers,
-    / VEC_W. SCALED numbers of a row share a scale of ws, which steps divide, or all.
+    parts of PART words, BC a step. R and strides of x come / VEC, C and strides of w, in words of PER numbers, / VEC_W.
+    SCALED numbers of a row share a scale of ws, which steps divide, or all.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t, o_q, o_b = tl.arange(0, BT), i_q * BQ + tl.arange(0, BQ), tl.arange(0, BJ)
@@ -156,6 +156,7 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     vec, vec_w = vector_width(r, *strides), vector_width(columns, *w.strides)
 
     def run(config: PlacesConfig):
+        config = whole_groups(config, w.per, w.group)
         part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
         decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
             x,
