@@ -150,8 +150,13 @@ def test_texts_of_different_lengths_are_masked_alike():
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_say_what_was_compiled(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
-    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu")
+    clock, clocks, said = generation.StepClock, [], []
+    monkeypatch.setattr(generation, "StepClock", lambda device: clocks.append(clock(device)) or clocks[-1])
+    compiled = lambda: said.append(len(clocks))  # noqa: E731
+    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", compiled=compiled)
     assert row["pieces"] == "one block" and row["graph_ms"] > 0 and row["attention"] == "sdpa"
+    # the first generation is not timed
+    assert said == [1] and len(clocks) == 1 + generation.GENERATIONS
 
 
 def test_fused_variants():
