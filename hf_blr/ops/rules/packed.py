@@ -137,7 +137,7 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
 def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
     while True:
-        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_rows(tokens))
+        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
         stages = min(config.stages, 1 + device.shared_memory // stage)
         if stages >= min(config.stages, 3) or config.words == CHUNK:
             return replace(config, stages=stages)
@@ -147,3 +147,8 @@ def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: De
 def places_rows(tokens: int) -> int:
     """Tokens are columns of a tensor-core tile, of at least 8."""
     return max(8, pow2(tokens))
+
+
+def places_inputs(tokens: int) -> int:
+    """Rows of x that a step keeps in shared memory: one for one token, which all columns share."""
+    return 1 if tokens == 1 else places_rows(tokens)

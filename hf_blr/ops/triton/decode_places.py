@@ -12,7 +12,14 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import lines
-from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, places_rows, whole_groups
+from hf_blr.ops.rules.packed import (
+    PlacesConfig,
+    multiplies_by_places,
+    places_config,
+    places_inputs,
+    places_rows,
+    whole_groups,
+)
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
@@ -58,6 +65,7 @@ def decode_places_kernel(
     VEC: tl.constexpr,
     VEC_W: tl.constexpr,
     BJ: tl.constexpr,
+    BX: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
     BC: tl.constexpr,
@@ -72,6 +80,9 @@ def decode_places_kernel(
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_t, o_q, o_b = tl.arange(0, BT), i_q * BQ + tl.arange(0, BQ), tl.arange(0, BJ)
     m_t, m_q = o_t < T, o_q < Q
+    # one token is loaded once for all columns of a tile
+    o_tx = tl.arange(0, BX)
+    m_tx = o_tx < T
     # of two gated layers, each has every other part
     o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, o_b * PART)
     columns = C * VEC_W
@@ -84,7 +95,7 @@ def decode_places_kernel(
     o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None] + (o_q * stride_sq)[None, :]
     wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    o_x = (o_g * (stride_xg * VEC))[:, None, None] + (o_t * (stride_xt * VEC))[None, :, None]
+    o_x = (o_g * (stride_xg * VEC))[:, None, None] + (o_tx * (stride_xt * VEC))[None, :, None]
     o_c, o_r = tl.arange(0, BC), tl.arange(0, BC * PER)
     acc = tl.zeros((BJ, BQ, BT), tl.float32)
     for step in range(0, PART // BC):
@@ -92,8 +103,9 @@ def decode_places_kernel(
         m_w = (o_jc[:, None] + o_c[None, :] < columns)[:, None, :] & m_q[None, :, None]
         b_w = tl.load(w_ptr + o_w + (step * BC + o_c)[None, None, :], mask=m_w, other=0, eviction_policy="evict_first")
         o_jr = (o_jc * PER)[:, None] + o_r[None, :]
-        m_x = (o_jr < R * VEC)[:, None, :] & m_t[None, :, None]
+        m_x = (o_jr < R * VEC)[:, None, :] & m_tx[None, :, None]
         b_x = tl.load(x_ptr + o_x + o_jr[:, None, :], mask=m_x, other=0.0)
+        b_x = tl.broadcast_to(b_x, (BJ, BT, BC * PER))
         b_ws, b_xs = places_of(b_w, FORM, PER, b_x.dtype), by_place(b_x, FORM)
         b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
         for j in tl.static_range(PER):
@@ -188,6 +200,7 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             VEC=vec,
             VEC_W=vec_w,
             BJ=config.parts * layers,
+            BX=places_inputs(tokens),
             BT=places_rows(tokens),
             BQ=config.rows,
             BC=config.words,
