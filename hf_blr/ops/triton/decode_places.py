@@ -107,9 +107,17 @@ def decode_places_kernel(
         b_x = tl.load(x_ptr + o_x + o_jr[:, None, :], mask=m_x, other=0.0)
         b_x = tl.broadcast_to(b_x, (BJ, BT, BC * PER))
         b_ws, b_xs = places_of(b_w, FORM, PER, b_x.dtype), by_place(b_x, FORM)
-        b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
-        for j in tl.static_range(PER):
-            b = tl.dot(b_ws[j], tl.permute(b_xs[j], (0, 2, 1)), b, input_precision=PRECISION)
+        if BJ == 1:
+            # warps share the rows; of a batch, they share its members alone
+            b = tl.zeros((BQ, BT), tl.float32) if SCALED > 0 else tl.reshape(acc, (BQ, BT))
+            for j in tl.static_range(PER):
+                b_wj, b_xj = tl.reshape(b_ws[j], (BQ, BC)), tl.reshape(b_xs[j], (BT, BC))
+                b = tl.dot(b_wj, b_xj.T, b, input_precision=PRECISION)
+            b = tl.reshape(b, (1, BQ, BT))
+        else:
+            b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
+            for j in tl.static_range(PER):
+                b = tl.dot(b_ws[j], tl.permute(b_xs[j], (0, 2, 1)), b, input_precision=PRECISION)
         if SCALED > 0:
             m_s = (o_jc < columns)[:, None] & m_q[None, :]
             b_s = tl.load(ws_ptr + o_s + (o_jc * PER // SCALED)[:, None], mask=m_s, other=0.0)
