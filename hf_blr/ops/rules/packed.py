@@ -102,13 +102,18 @@ def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class PlacesConfig:
-    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row."""
+    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
+
+    warps: of rows in one part; else each part has a warp.
+    programs: of `decode_words_kernel`, for each multiprocessor: these stay; 0: a program for each tile.
+    """
 
     rows: int
     words: int
     parts: int
     warps: int
     stages: int
+    programs: int = 0
 
 
 def multiplies_by_places(group: int, per: int) -> bool:
@@ -120,12 +125,13 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
     if device == INTERPRETER:
         return PlacesConfig(16, CHUNK, 2, 4, 1)
-    if row > 256 * per:
+    if tokens <= 16 and row <= 4096:
+        parts = 8 if row > 2048 else 4
+        config = PlacesConfig(16, CHUNK, parts // layers, parts, 4, 3)
+    elif row > 256 * per:
         config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
-    elif rows > 64 * device.sms:
-        config = PlacesConfig(32, CHUNK, 2, 4, 4)
     else:
-        config = PlacesConfig(16, CHUNK, 4, 4, 4)
+        config = PlacesConfig(32, CHUNK, 1, 2, 5)
     return fitting(whole_groups(config, per, group), layers, tokens, per, device)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from hf_blr.ops.rules.packed import PER_WORD
 from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
 
-
 #: of `byte_at`: a byte, two of the zeros of 2^23, and its exponent
 BYTES_ASM = tl.constexpr([f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + j:#x};" for j in range(4)])
 #: of `merged`

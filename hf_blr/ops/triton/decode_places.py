@@ -22,6 +22,7 @@ from hf_blr.ops.rules.packed import (
 )
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
+from hf_blr.ops.triton.decode_words import decode_words_kernel
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -178,7 +179,12 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     def run(config: PlacesConfig):
         config = whole_groups(config, w.per, w.group)
         part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
-        decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
+        tiles, blocks, kernel, own = triton.cdiv(q, config.rows), all_blocks // layers, decode_places_kernel, {}
+        if config.programs:
+            tiles = min(tiles, max(1, config.programs * device.sms // blocks))
+            kernel, own = decode_words_kernel, {"STEPS": part // config.words}
+        parts = config.parts * layers
+        kernel[(tiles, blocks)](
             x,
             w.data,
             w.scale,
@@ -207,14 +213,16 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
             VEC_W=vec_w,
-            BJ=config.parts * layers,
+            BJ=parts,
             BX=places_inputs(tokens),
             BT=places_rows(tokens),
             BQ=config.rows,
             BC=config.words,
-            num_warps=config.warps,
+            # a warp has a part; rows in one part are shared
+            num_warps=config.warps if parts == 1 else parts,
             # no more than a row has steps
-            num_stages=min(config.stages, max(2, part // config.words + 1)),
+            num_stages=config.stages if config.programs else min(config.stages, max(2, part // config.words + 1)),
+            **own,
             **device.launch_options,
         )
 
