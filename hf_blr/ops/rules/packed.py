@@ -132,7 +132,7 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
         config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
     else:
         config = PlacesConfig(32, CHUNK, 1, 2, 5)
-    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
+    return fitting(whole_groups(config, per, group), row, layers, tokens, per, device)
 
 
 def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
@@ -140,8 +140,12 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
     return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
 
 
-def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+def fitting(config: PlacesConfig, row: int, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
+    if config.programs:
+        # x is in registers, and a stage has whole rows
+        stage = 4 * layers * config.rows * -(-row // (per * config.parts * config.words)) * config.parts * config.words
+        return replace(config, stages=min(config.stages, 1 + device.shared_memory // stage))
     while True:
         stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
         stages = min(config.stages, 1 + device.shared_memory // stage)
