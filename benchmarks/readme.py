@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
 import config_section
+import decode_section
 import experts_section
 import float8_section
 import front_section
@@ -54,6 +55,7 @@ DOCUMENTS = {
         "counters": goals.counters,
         "float8": float8_section.float8_section,
         "one-token": layer_sections.one_token_section,
+        "decode-in-bits": decode_section.decode_section,
         "packed-decode": packed_section.packed_decode_section,
         "packed-settings": packed_section.packed_settings_section,
         "stacks": layer_sections.stacks_section,
