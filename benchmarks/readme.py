@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
 import config_section
+import decode_section
 import experts_section
 import float8_section
 import float8_whole_section
@@ -54,6 +55,7 @@ DOCUMENTS = {
         "float8-prefill": float8_whole_section.prefill_section,
         "float8-training": float8_whole_section.training_section,
         "packed-decode": packed_section.packed_decode_section,
+        "decode-in-bits": decode_section.decode_section,
         "dependent-launches": model_sections.dependent_launches_section,
     },
     ROOT / "docs" / "api.md": {

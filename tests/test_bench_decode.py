@@ -1,5 +1,8 @@
 """Decoding with one compiled block for all layers: the same text, one compilation, no break."""
 
+from contextlib import nullcontext
+
+import decode_in_bits
 import pytest
 import torch
 from tiny import VOCAB_SIZE, build, tiny_gpt2, tiny_llama
@@ -10,6 +13,7 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.bench import generation
 from hf_blr.bench.forms import StepGraph, repeated_blocks
+from hf_blr.bench.models import Shape
 from hf_blr.bench.one_block import numbered, why_not_one_block, with_one_block
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.config import BLRConfig
@@ -150,8 +154,24 @@ def test_texts_of_different_lengths_are_masked_alike():
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_say_what_was_compiled(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
-    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu")
+    clock, clocks, said = generation.StepClock, [], []
+    monkeypatch.setattr(generation, "StepClock", lambda device: clocks.append(clock(device)) or clocks[-1])
+    compiled = lambda: said.append(len(clocks))  # noqa: E731
+    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", compiled=compiled)
     assert row["pieces"] == "one block" and row["graph_ms"] > 0 and row["attention"] == "sdpa"
+    # the first generation is not timed
+    assert said == [1] and len(clocks) == 1 + generation.GENERATIONS
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_rows_of_the_benchmark_of_decoding_in_bits(monkeypatch):
+    monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
+    monkeypatch.setitem(decode_in_bits.SHAPES, "tiny", Shape("text", tiny_llama))
+    monkeypatch.setattr(decode_in_bits, "PROMPT", 4)
+    monkeypatch.setattr(decode_in_bits, "NEW_TOKENS", 6)
+    turns = []
+    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), lambda: turns.append(1))
+    assert turns == [1] and row["batch"] == 2 and row["ratio"] == 0.5 and row["graph_ms"] > 0
 
 
 def test_fused_variants():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def decode(
     mode: str,
     device: torch.device | str,
     profile: bool = False,
+    compiled: Callable[[], None] | None = None,
 ) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes", "attention"} of `generate()` over the whole batch; ms of one step.
 
@@ -44,7 +45,8 @@ def decode(
     `GENERATIONS` further ones the median counts. Where a graph of ours is replayed, "graph_ms" is what the device takes
     for it; the rest of ms is `generate()`'s own. In the form compiled, "pieces" says what was: one block for all
     layers, or norms and MLPs and why no more. With `profile` also "profile" of that graph, of `profiling.profiled`, on
-    a GPU. "attention" is the function that the model attends by, in transformers' name.
+    a GPU. "attention" is the function that the model attends by, in transformers' name. `compiled` is called when all
+    is compiled and captured, before anything is timed.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -85,6 +87,8 @@ def decode(
     with stepping_by(model, graph) if graph else contextlib.nullcontext():
         forget_peak(device)
         generate(min(6, new_tokens), StepClock(device))
+        if compiled is not None:
+            compiled()
         clocks = [StepClock(device) for _ in range(GENERATIONS)]
         for clock in clocks:
             generate(new_tokens, clock)

@@ -1,0 +1,110 @@
+"""Times a decoding step of whole models in bits: `python benchmarks/decode_in_bits.py --json results/decode_h200.json`.
+
+Each row has a process of its own. All compile at once; then they take turns, so that each is timed with the card to
+itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier, Lock
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from conditions import RESULTS
+from int4_dense import int4_model
+
+from hf_blr.bench import generation
+from hf_blr.bench.environment import environment
+from hf_blr.bench.models import SHAPES
+from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
+from hf_blr.bench.variants import Variant, build_model
+
+#: PyTorch's int4 kernel on dense layers, in groups of `int4_dense.GROUP`
+PYTORCH = "dense/int4, PyTorch"
+VARIANTS = ("dense", PYTORCH, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
+RATIO, PROMPT, NEW_TOKENS = 0.5, 128, 48
+PROTOCOL = (
+    "random weights, half of each projection kept in low-rank; generate() on a static cache, the prompt and the first "
+    "steps not counted, median of three; one compiled block for all layers, the step one CUDA graph with dependent "
+    "launches; graph_ms: the median of the graph's replays. A process for each row: all compile at once, then each is "
+    "timed alone"
+)
+
+
+def row_of(model_name: str, variant: str, batch: int, device: str, building: Lock, turn: Callable[[], None]) -> dict:
+    """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
+    shape = SHAPES[model_name]
+    parsed = Variant("dense", fused=True) if variant == PYTORCH else Variant.parse(variant)
+    with building:
+        model: Any = build_model(shape, parsed, RATIO, device, torch.bfloat16)
+        row = {"model": model_name, "variant": variant, **model_sizes(model, trained_names(shape))}
+        if variant == PYTORCH:
+            model = int4_model(model)
+            row["weight_bytes"] = sum(t.nbytes for t in tensors_read(model))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": "compiled", "mode": "default"}
+    row |= settings | {"prompt": PROMPT, "new_tokens": NEW_TOKENS} | ({"ratio": RATIO} if "low_rank" in variant else {})
+    profiles = device == "cuda"
+    return row | generation.decode(model, batch, PROMPT, NEW_TOKENS, "compiled", "default", device, profiles, turn)
+
+
+def tensors_read(model: Any) -> list[torch.Tensor]:
+    """What a decoding step of `int4_model` reads, without the second form of its weights for many rows."""
+    many = ("packed", "scale", "low")
+    return [*model.parameters(), *(t for n, t in model.named_buffers() if n.rpartition(".")[2] not in many)]
+
+
+def work(job: tuple[str, str, int, str, str], building: Lock, compiled: Barrier, timing: Lock, path: str) -> None:
+    """Measure one row and add it to the file."""
+    name, variant, batch, device, commit = job
+    held = []
+
+    def turn() -> None:
+        held.append(compiled.wait())
+        timing.acquire()
+
+    try:
+        row = row_of(name, variant, batch, device, building, turn)
+    except Exception as error:
+        row = {"model": name, "variant": variant, "measurement": "decode", "batch": batch, "error": in_one_line(error)}
+    if not held:
+        turn()
+    where = environment() | ({"commit": commit} if commit else {})
+    head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
+    ResultFile(Path(path), head, append=True).add([row])
+    print(variant, batch, row.get("graph_ms"), row.get("ms"), row.get("error"), flush=True)
+    timing.release()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="Llama-3-8B", choices=SHAPES)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, default=RESULTS / "decode_h200.json")
+    parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    jobs = [
+        (args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in args.variants
+    ]
+    shared = context.Lock(), context.Barrier(len(jobs)), context.Lock(), str(args.json)
+    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+if __name__ == "__main__":
+    main()
