@@ -26,7 +26,7 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
         if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             is_tensor = isinstance(tokens, torch.Tensor)
             found = f"{tokens.dtype} of {list(tokens.shape)}" if is_tensor else type(tokens).__name__
-            raise ValueError(f"tokens must be one tensor of integers [windows, seqlen], got {found}")
+            raise ValueError(f"tokens must be one tensor of integers, of shape [windows, seqlen], got {found}")
         self.tokens = tokens.long()
 
     def __len__(self) -> int:

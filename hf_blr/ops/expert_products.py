@@ -57,7 +57,7 @@ def is_aligned(t: Tensor) -> bool:
     """
     steps = [stride for stride in t.stride() if stride != 1]
     if not torch.compiler.is_compiling():
-        steps.append(t.storage_offset())
+        steps.append(int(t.storage_offset()))
     # a matrix with one row or column shows no stride of its rows
     steps.append(max(t.shape[-2:]) if 1 in t.shape[-2:] else 0)
     return all(step * t.element_size() % ALIGNED == 0 for step in steps)
