@@ -288,15 +288,16 @@ def test_calibration_multiplies_in_tf32_and_leaves_the_process_as_it_was():
 
 @pytest.mark.parametrize("name, size", [("int8", 50.0), ("int4", 3.0), ("int2", 1.0), ("fp8", 150.0)])
 def test_columns_are_rounded_as_the_plain_form_does(name, size):
-    storage = format_named(name)
-    for shape in ((72, 64), (3, 5, 33, 128), (13, 19)):
+    for shape, groups in (((72, 64), 32), ((3, 5, 33, 128), 64), ((13, 19), None)):
+        storage = format_named(name, None if name == "fp8" else groups)
         columns = size * torch.randn(*shape, device="cuda")
         upper = 0.1 * torch.randn(*shape[:-2], shape[-1], shape[-1], device="cuda").triu(1)
+        upper += torch.eye(shape[-1], device="cuda")
         assert runs_kernel(columns)
         found, expected = (form(columns, upper, storage) for form in (round_columns, plain_round_columns))
-        # sums in another order may take a number over the middle between two codes
-        same = ((found - expected).abs() < 1e-3 * size).all(-1)
-        assert same.float().mean() > 0.99
+        # sums in another order may take a number over the middle between two codes, or another scale
+        same = ((found.numbers - expected.numbers).abs() < 1e-3 * size).all(-1)
+        assert same.float().mean() > 0.98
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 16, 300])

@@ -10,18 +10,13 @@ each other.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.columns import STRIDE, round_columns, runs_kernel
+from hf_blr.factorize.columns import column_blocks, round_columns
 from hf_blr.factorize.roots import Roots
 from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, split
 from hf_blr.formats import Bits, Codes
-
-#: columns between two updates of all columns behind them
-BLOCK = 128
 
 
 def rounded_in_metric(
@@ -43,75 +38,62 @@ def rounded_in_metric(
     if gram is None:
         return storage.nearest(factor.float())
     sweep = Sweep(factor, gram, storage, rows, roots or Roots())
-    blocks, columns = len(sweep.left), -(-factor.shape[-1] // BLOCK)
-    for step in range(columns + blocks - 1):
+    rows_count, count = len(sweep.left), len(sweep.blocks)
+    for step in range(count + rows_count - 1):
         # a block of rows is one block of columns behind the one before it, so that they can go on together
-        at = {b: (step - b) * BLOCK for b in range(blocks) if 0 <= step - b < columns}
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for b, first in at.items():
-            alike.setdefault(sweep.shape_at(first), []).append(b)
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for b in range(max(0, step - count + 1), min(rows_count, step + 1)):
+            first, end = sweep.blocks[step - b]
+            alike.setdefault((end - first, sweep.begins(first)), []).append(b)
         for together in alike.values():
-            sweep.round({b: at[b] for b in together})
+            sweep.round({b: sweep.blocks[step - b] for b in together})
     numbers = joined(sweep.left, factor.shape[-2])
     scale = joined(torch.stack([torch.cat(scales, -1) for scales in sweep.scales]), factor.shape[-2])
     return storage.rounded(numbers, scale)
 
 
 class Sweep:
-    """One factor on its way to codes, in blocks of rows.
+    """One factor on its way to codes, in blocks of rows and of columns.
 
     left: `[blocks, ..., m, k]`: numbers where codes are chosen, else what is to be rounded.
     target: the same before the feedback between columns.
+    blocks: (first, end) of the blocks of columns.
     """
 
     def __init__(self, factor: Tensor, gram: Tensor, storage: Bits, rows: Tensor | None, roots: Roots):
         self.storage, self.k = storage, factor.shape[-1]
         self.size = storage.group_size or self.k
+        self.blocks = column_blocks(self.k, self.size)
         self.upper = roots.upper(gram).to(factor.dtype)
         count = 1 if rows is None else ROW_BLOCKS
-        self.left = split(factor, count)
-        self.target = self.left.clone()
+        parts = split(factor, count)
+        self.left, self.target = self.both = torch.stack([parts, parts])
         self.scales: list[list[Tensor]] = [[] for _ in range(count)]
-        moves = [] if rows is None else roots.moves(rows, self.left.shape[-2])
+        moves = [] if rows is None else roots.moves(rows, parts.shape[-2])
         self.moves = [move.to(factor.dtype).view(*factor.shape[:-2], *move.shape[-2:]) for move in moves]
 
-    def starts(self, first: int) -> list[int]:
-        """The columns of this block with which groups begin, counted from its first."""
-        return [i for i in range(min(BLOCK, self.k - first)) if (first + i) % self.size == 0]
+    def begins(self, first: int) -> bool:
+        """Whether a group begins with this column."""
+        return first % self.size == 0
 
-    def shape_at(self, first: int) -> tuple[int, ...]:
-        """Blocks of columns with the same can be rounded together."""
-        return (min(BLOCK, self.k - first), *self.starts(first))
-
-    def round(self, at: dict[int, int]) -> None:
-        """Rounds, of each of these blocks of rows, the block of columns that begins there."""
-        first = next(iter(at.values()))
-        width, starts = min(BLOCK, self.k - first), self.starts(first)
-        # columns of a group that begins here may lie beyond the block
-        wide = max([width, *(i + self.size for i in starts)])
-        part = torch.stack([self.left[b][..., c : c + wide] for b, c in at.items()])
-        upper = torch.stack([self.upper[..., c : c + width, c : c + wide] for c in at.values()])
-        scales: list[Tensor] = []
-        scale = None if starts[:1] == [0] else torch.stack([self.scales[b][-1] for b in at])
-        errors = part.new_empty(*part.shape[:-1], width)
-        stride = BLOCK if runs_kernel(part) else STRIDE
-        for begin, end in pairwise(sorted({*range(0, width, stride), *starts, width})):
-            if begin in starts:
-                group = part[..., begin : begin + self.size].clone()
-                # it has not seen the errors inside this block yet where it goes on beyond
-                group[..., width - begin :] -= errors[..., :begin] @ upper[..., :begin, width : begin + self.size]
-                scale = self.storage.scales(group.float())
-                scales.append(scale)
-            assert scale is not None
-            unit = scale.to(part.dtype)
-            own = round_columns(part[..., begin:end] / unit, upper[..., begin:end, begin:end], self.storage)
-            torch.mul(own, unit, out=errors[..., begin:end])
-            part[..., begin:width] -= errors[..., begin:end] @ upper[..., begin:end, begin:width]
-        for place, (b, c) in enumerate(at.items()):
-            self.left[b][..., c : c + width] = part[place, ..., :width]
-            self.scales[b] += [found[place] for found in scales]
-            self.left[b][..., c + width :] -= errors[place] @ self.upper[..., c : c + width, c + width :]
-            self.move_rows(b, slice(c, c + width))
+    def round(self, at: dict[int, tuple[int, int]]) -> None:
+        """Rounds, of each of these blocks of rows, this block of columns; they are alike."""
+        first, end = next(iter(at.values()))
+        part = torch.stack([self.left[b][..., slice(*columns)] for b, columns in at.items()])
+        upper = torch.stack([self.upper[..., slice(*columns), slice(*columns)] for columns in at.values()])
+        scale = None
+        if not self.begins(first):
+            scale = torch.stack([self.scales[b][-1] for b in at])
+        elif self.size > end - first:
+            groups = torch.stack([self.left[b][..., c : c + self.size] for b, (c, _) in at.items()])
+            scale = self.storage.scales(groups.float())
+        found = round_columns(part, upper, self.storage, scale)
+        for place, (b, (c, behind)) in enumerate(at.items()):
+            self.left[b][..., c:behind] = found.numbers[place]
+            if self.begins(c):
+                self.scales[b].append(found.scale[place])
+            self.left[b][..., behind:] -= found.errors[place] @ self.upper[..., c:behind, behind:]
+            self.move_rows(b, slice(c, behind))
 
     def move_rows(self, b: int, columns: slice) -> None:
         """Lets the blocks of rows behind b make up for what b has lost in these columns."""
@@ -119,5 +101,4 @@ class Sweep:
             return
         lost = self.target[b][..., columns] - self.left[b][..., columns]
         moved = (self.moves[b] @ lost).unflatten(-2, (-1, lost.shape[-2])).movedim(-3, 0)
-        self.target[b + 1 :, ..., columns] += moved
-        self.left[b + 1 :, ..., columns] += moved
+        self.both[:, b + 1 :, ..., columns] += moved
