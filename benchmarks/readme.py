@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
+import bits_times_section
 import config_section
 import experts_section
 import float8_section
@@ -79,6 +80,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "bits-times": bits_times_section.times_section,
         "bits-goals": bits_section.goals_section,
     },
     ROOT / "docs" / "log.md": {
