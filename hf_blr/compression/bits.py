@@ -34,6 +34,10 @@ from hf_blr.structures import BLRSpec
 from hf_blr.targets import override_for
 
 
+#: from so many bits of a code on one scale serves a row as well as one for each group, in fewer bits and at any rank
+ROWS_SUFFICE = 8
+
+
 @dataclass(frozen=True)
 class TimeLimit:
     """What all layers may take together.
@@ -116,10 +120,11 @@ def within_both(options: dict[str, list[Option]], budget: float, seconds: float)
 
 
 def formats_of(config: BLRConfig) -> tuple[Bits, ...]:
-    """Those of fewer bits, with the config's groups where they take any."""
+    """Those of fewer bits, with the config's groups where these gain anything."""
     group_size = None if config.group_size == -1 else config.group_size
-    found = (format_named(name, group_size if takes_groups(name) else None) for name in FORMATS)
-    return tuple(storage for storage in found if isinstance(storage, Bits))
+    formats = [storage for storage in FORMATS.values() if isinstance(storage, Bits)]
+    grouped = [storage.name for storage in formats if takes_groups(storage.name) and storage.bits < ROWS_SUFFICE]
+    return tuple(format_named(s.name, group_size) if s.name in grouped else s for s in formats)
 
 
 def widest(layer: LayerPlan, formats: tuple[Bits, ...], bits_per_weight: float) -> LayerPlan:
