@@ -28,11 +28,10 @@ from hf_blr.compression.rounding_trials import AfterFeedback, Trial, candidates,
 from hf_blr.compression.shapes import shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
-from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups
+from hf_blr.formats import FORMATS, PLAIN, Bits, Format, takes_groups
 from hf_blr.plan import LayerPlan, Plan
 from hf_blr.structures import BLRSpec
 from hf_blr.targets import override_for
-
 
 #: from so many bits of a code on one scale serves a row as well as one for each group, in fewer bits and at any rank
 ROWS_SUFFICE = 8
@@ -122,9 +121,12 @@ def within_both(options: dict[str, list[Option]], budget: float, seconds: float)
 def formats_of(config: BLRConfig) -> tuple[Bits, ...]:
     """Those of fewer bits, with the config's groups where these gain anything."""
     group_size = None if config.group_size == -1 else config.group_size
-    formats = [storage for storage in FORMATS.values() if isinstance(storage, Bits)]
-    grouped = [storage.name for storage in formats if takes_groups(storage.name) and storage.bits < ROWS_SUFFICE]
-    return tuple(format_named(s.name, group_size) if s.name in grouped else s for s in formats)
+    found = []
+    for storage in FORMATS.values():
+        if isinstance(storage, Bits):
+            grouped = takes_groups(storage.name) and storage.bits < ROWS_SUFFICE
+            found.append(replace(storage, group_size=group_size) if grouped else storage)
+    return tuple(found)
 
 
 def widest(layer: LayerPlan, formats: tuple[Bits, ...], bits_per_weight: float) -> LayerPlan:
