@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_blr import BLRConfig, compress, structures
 from hf_blr.factorize import FitOptions, factorize, relative_error, roots, with_codes
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
+from hf_blr.factorize.columns import column_blocks
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS, upper_root
@@ -75,6 +76,12 @@ def test_it_is_gptq_by_its_definition(name, size):
     found, expected = rounded_in_metric(factor.double(), gram, storage), slowly(factor, gram, storage)
     assert torch.equal(found.scale, expected.scale)
     assert torch.equal(found.values.float(), expected.values.float())
+
+
+def test_blocks_of_columns_hold_whole_groups_or_lie_in_one():
+    assert column_blocks(240, 48) == [(0, 96), (96, 192), (192, 240)]
+    assert column_blocks(320, 160) == [(0, 128), (128, 160), (160, 288), (288, 320)]
+    assert column_blocks(300, 300) == [(0, 128), (128, 256), (256, 300)] and column_blocks(5, 5) == [(0, 5)]
 
 
 def damped_by(gram, damping):
