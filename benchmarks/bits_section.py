@@ -18,9 +18,10 @@ from hf_blr.markdown import format_table
 
 FILE = "bits_h200.json"
 
-#: {bits: goals of a fit and of a refined model}; {format: what 80 % in low-rank factors may lose by it, in percent}
+#: {bits: goals of a fit and of a refined model}; {format: what 80 % in low-rank factors may lose by it, in percent,
+#: likewise}
 BUDGETS = {4.25: (18.8, 18.2), 3.5: (20.0, 18.6), 3.25: (22.0, 19.5), 2.25: (45.0, 28.0)}
-FACTORS = {"int8": 0.3, "fp8": 1.5, "int4": 6.0}
+FACTORS = {"int8": (0.3, 0.1), "fp8": (1.5, 0.5), "int4": (6.0, 3.0)}
 UNKNOWN = "not measured"
 
 Line = dict[str, Any]
@@ -54,11 +55,11 @@ def goals_section() -> str:
             measured = found.get(("auto", 1.0, bits, trained))
             name = f"auto, {bits:g} bits{', refined' * trained}"
             table.append((name, f"{goal:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
-    plain = found.get(("low_rank", 0.8, "plain", False))
-    for name, most in FACTORS.items():
-        measured = found.get(("low_rank", 0.8, name, False))
-        known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
-        table.append((f"low-rank 80 % in {name}, over plain", f"at most {most:g} %", known))
+    for name, goals in FACTORS.items():
+        for most, trained in zip(goals, (False, True), strict=True):
+            plain, measured = (found.get(("low_rank", 0.8, each, trained)) for each in ("plain", name))
+            known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
+            table.append((f"low-rank 80 % in {name}, over plain{', refined' * trained}", f"at most {most:g} %", known))
     return format_table([dict(zip(("perplexity", "goal", "measured"), row, strict=True)) for row in table])
 
 

@@ -81,10 +81,10 @@ DOCUMENTS = {
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
         "bits-times": bits_times_section.times_section,
-        "bits-goals": bits_section.goals_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,
+        "bits-goals": bits_section.goals_section,
     },
 }
 

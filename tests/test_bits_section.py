@@ -105,3 +105,4 @@ def test_goals_stand_beside_what_was_measured_and_what_was_not_says_so(results):
     assert found["auto, 3.5 bits"] == "10.00" and found["auto, 3.5 bits, refined"] == "9.00"
     assert found["auto, 4.25 bits"] == found["low-rank 80 % in fp8, over plain"] == "not measured"
     assert found["low-rank 80 % in int8, over plain"] == "0.2 %"
+    assert found["low-rank 80 % in int8, over plain, refined"] == "not measured"
