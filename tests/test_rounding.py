@@ -403,6 +403,12 @@ def test_pivots_that_are_all_features_leave_nothing_but_u():
     assert found.rel_error < 0.01
 
 
+def test_eight_bits_with_one_scale_a_row_add_nothing_to_what_a_rank_cuts_off():
+    weight, gram = normal(96, 128), correlated(128)
+    plain, rows = (factorize(weight, LowRank(128, 96, 24), gram, storage=format_named(f)) for f in ("plain", "int8"))
+    assert rows.rel_error < 1.001 * plain.rel_error
+
+
 def test_groups_that_do_not_divide_rows_are_refused():
     with pytest.raises(ValueError, match="which groups of 7 do not divide"):
         factorize(torch.ones(32, 48), SMALL_SPECS[0], storage=format_named("int4", 7))
