@@ -120,8 +120,10 @@ def test_feedback_between_rows_is_that_of_its_definition(name, size, rows):
     assert torch.equal(found.scale, expected.scale) and torch.equal(found.values, expected.values)
 
 
-def test_rows_that_nothing_couples_are_rounded_by_themselves():
-    storage, factor, gram = format_named("int4", 16), normal(20, 144), correlated(144)
+@pytest.mark.parametrize("size, k", [(16, 144), (384, 768), (None, 300)])
+def test_rows_that_nothing_couples_are_rounded_by_themselves(size, k):
+    # also where blocks of columns differ, and blocks of rows that go on together with them
+    storage, factor, gram = format_named("int4", size), normal(20, k), correlated(k)
     alone = rounded_in_metric(factor, gram, storage)
     for rows in (torch.eye(20), torch.diag(torch.logspace(0, 2, 20))):
         assert torch.equal(rounded_in_metric(factor, gram, storage, rows).values, alone.values)

@@ -10,6 +10,8 @@ each other.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -38,16 +40,13 @@ def rounded_in_metric(
     if gram is None:
         return storage.nearest(factor.float())
     sweep = Sweep(factor, gram, storage, rows, roots or Roots())
-    rows_count, count = len(sweep.left), len(sweep.blocks)
-    for step in range(count + rows_count - 1):
+    strips, count = len(sweep.given), len(sweep.blocks)
+    for step in range(count + strips - 1):
         # a block of rows is one block of columns behind the one before it, so that they can go on together
-        alike: dict[tuple[int, bool], list[int]] = {}
-        for b in range(max(0, step - count + 1), min(rows_count, step + 1)):
-            first, end = sweep.blocks[step - b]
-            alike.setdefault((end - first, sweep.begins(first)), []).append(b)
-        for together in alike.values():
-            sweep.round({b: sweep.blocks[step - b] for b in together})
-    numbers = joined(sweep.left, factor.shape[-2])
+        at = {b: sweep.blocks[step - b] for b in range(max(0, step - count + 1), min(strips, step + 1))}
+        for _, alike in groupby(at, key=lambda b: sweep.shape_at(*at[b])):
+            sweep.round({b: at[b] for b in alike})
+    numbers = joined(sweep.done[0], factor.shape[-2])
     scale = joined(torch.stack([torch.cat(scales, -1) for scales in sweep.scales]), factor.shape[-2])
     return storage.rounded(numbers, scale)
 
@@ -55,8 +54,10 @@ def rounded_in_metric(
 class Sweep:
     """One factor on its way to codes, in blocks of rows and of columns.
 
-    left: `[blocks, ..., m, k]`: numbers where codes are chosen, else what is to be rounded.
-    target: the same before the feedback between columns.
+    given: what is to be rounded `[blocks, ..., m, k]`.
+    done: of what is rounded, zero elsewhere, in one tensor `[3, blocks, ..., m, k]`: what codes stand for; what columns
+        were off that when their turn came; what feedback between columns and rounding have taken.
+    moves: as of `moves_of`, in strips `[blocks, ..., m, blocks * m]`, or None.
     blocks: (first, end) of the blocks of columns.
     """
 
@@ -65,40 +66,51 @@ class Sweep:
         self.size = storage.group_size or self.k
         self.blocks = column_blocks(self.k, self.size)
         self.upper = roots.upper(gram).to(factor.dtype)
-        count = 1 if rows is None else ROW_BLOCKS
-        parts = split(factor, count)
-        self.left, self.target = self.both = torch.stack([parts, parts])
-        self.scales: list[list[Tensor]] = [[] for _ in range(count)]
-        moves = [] if rows is None else roots.moves(rows, parts.shape[-2])
-        self.moves = [move.to(factor.dtype).view(*factor.shape[:-2], *move.shape[-2:]) for move in moves]
+        self.given = split(factor, 1 if rows is None else ROW_BLOCKS)
+        self.done = self.given.new_zeros(3, *self.given.shape)
+        self.scales: list[list[Tensor]] = [[] for _ in self.given]
+        self.moves = None
+        if rows is not None:
+            m = self.given.shape[-2]
+            moves = roots.moves(rows, m).to(factor.dtype).view(*factor.shape[:-2], ROW_BLOCKS * m, ROW_BLOCKS * m)
+            self.moves = moves.unflatten(-2, (ROW_BLOCKS, m)).movedim(-3, 0)
 
-    def begins(self, first: int) -> bool:
-        """Whether a group begins with this column."""
-        return first % self.size == 0
+    def shape_at(self, first: int, end: int) -> tuple[int, bool]:
+        """The width of a block of columns, and whether a group begins with it."""
+        return end - first, first % self.size == 0
 
     def round(self, at: dict[int, tuple[int, int]]) -> None:
-        """Rounds, of each of these blocks of rows, this block of columns; they are alike."""
-        first, end = next(iter(at.values()))
-        part = torch.stack([self.left[b][..., slice(*columns)] for b, columns in at.items()])
-        upper = torch.stack([self.upper[..., slice(*columns), slice(*columns)] for columns in at.values()])
+        """Rounds, of each of these blocks of rows, this block of columns; neighbours with blocks of one shape."""
+        width, begins = self.shape_at(*next(iter(at.values())))
+        # a scale is chosen for all columns of its group
+        wide = max(width, self.size) if begins else width
+        target, now = self.standing(list(at), [slice(c, c + wide) for c, _ in at.values()])
         scale = None
-        if not self.begins(first):
+        if not begins:
             scale = torch.stack([self.scales[b][-1] for b in at])
-        elif self.size > end - first:
-            groups = torch.stack([self.left[b][..., c : c + self.size] for b, (c, _) in at.items()])
-            scale = self.storage.scales(groups.float())
-        found = round_columns(part, upper, self.storage, scale)
-        for place, (b, (c, behind)) in enumerate(at.items()):
-            self.left[b][..., c:behind] = found.numbers[place]
-            if self.begins(c):
+        elif wide > width:
+            scale = self.storage.scales(now.float())
+        upper = torch.stack([self.upper[..., c:e, c:e] for c, e in at.values()])
+        found = round_columns(now[..., :width], upper, self.storage, scale)
+        done = torch.stack([found.numbers, found.errors, target[..., :width] - found.numbers])
+        for place, (b, (c, e)) in enumerate(at.items()):
+            self.done[:, b, ..., c:e] = done[:, place]
+            if begins:
                 self.scales[b].append(found.scale[place])
-            self.left[b][..., behind:] -= found.errors[place] @ self.upper[..., c:behind, behind:]
-            self.move_rows(b, slice(c, behind))
 
-    def move_rows(self, b: int, columns: slice) -> None:
-        """Lets the blocks of rows behind b make up for what b has lost in these columns."""
-        if b >= len(self.moves):
-            return
-        lost = self.target[b][..., columns] - self.left[b][..., columns]
-        moved = (self.moves[b] @ lost).unflatten(-2, (-1, lost.shape[-2])).movedim(-3, 0)
-        self.both[:, b + 1 :, ..., columns] += moved
+    def standing(self, at: list[int], columns: list[slice]) -> tuple[Tensor, Tensor]:
+        """What blocks of rows are to be in these columns, and what stands there when the columns before are rounded.
+
+        Both `[len(at), ..., m, columns]`.
+        """
+        target = torch.stack([self.given[b][..., c] for b, c in zip(at, columns, strict=True)])
+        blocks = slice(at[0], at[-1] + 1)
+        above, before = at[-1], max(c.start for c in columns)
+        if self.moves is not None and above:
+            # [len(at), ..., above * m, columns]
+            lost = torch.stack([self.done[2, :above, ..., c] for c in columns]).movedim(1, -3).flatten(-3, -2)
+            target += self.moves[blocks, ..., : lost.shape[-2]] @ lost
+        if not before:
+            return target, target
+        upper = torch.stack([self.upper[..., :before, c] for c in columns])
+        return target, target - self.done[1, blocks, ..., :before] @ upper
