@@ -8,7 +8,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from hf_blr.factorize import columns
 from hf_blr.factorize.columns import plain_round_columns
+from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import format_named
 from hf_blr.ops.triton.rounding import nearest_code, nearest_scale, round_columns
 
@@ -49,13 +51,24 @@ def test_it_chooses_the_scales_of_groups(name, size):
         if groups and name == "fp8":
             continue
         storage = format_named(name, groups)
-        columns, upper = problem(2, 13, width, size=size)
-        columns[0, 5, : groups or width] = 0
+        columns, upper = problem(9, width, size=size)
+        columns[5, : groups or width] = 0
         expected = plain_round_columns(columns, upper, storage)
         found = by_the_kernel(columns, upper, storage)
         assert torch.equal(found[2], expected.scale)
         for ours, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0.0, atol=1e-4 * size)
+
+
+def test_a_factor_is_rounded_through_it_as_in_plain_pytorch(monkeypatch):
+    """All of it: blocks of rows and of columns, the last narrower, and scales of groups."""
+    storage, found = format_named("int8", 48), []
+    generator = torch.Generator().manual_seed(0)
+    weight, x, y = (torch.randn(*shape, generator=generator) for shape in ((9, 144), (200, 144), (40, 9)))
+    for by_kernel in (True, False):
+        monkeypatch.setattr(columns, "runs_kernel", lambda given, by_kernel=by_kernel: by_kernel)
+        found.append(rounded_in_metric(weight, x.T @ x, storage, y.T @ y))
+    assert torch.equal(found[0].values, found[1].values) and torch.equal(found[0].scale, found[1].scale)
 
 
 def test_scales_are_the_nearest_in_bfloat16():
