@@ -62,7 +62,7 @@ def test_it_chooses_the_scales_of_groups(name, size):
 
 def test_a_factor_is_rounded_through_it_as_in_plain_pytorch(monkeypatch):
     """All of it: blocks of rows and of columns, the last narrower, and scales of groups."""
-    storage, found = format_named("int8", 48), []
+    storage, found = format_named("int4", 48), []
     generator = torch.Generator().manual_seed(0)
     weight, x, y = (torch.randn(*shape, generator=generator) for shape in ((9, 144), (200, 144), (40, 9)))
     for by_kernel in (True, False):
