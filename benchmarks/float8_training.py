@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hf_blr.bench.environment import environment
 from hf_blr.bench.measure import training
 from hf_blr.bench.models import SHAPES
-from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.finetune.float8 import open_float8
@@ -87,7 +87,7 @@ def error_rows(device: str, tokens: int) -> list[dict]:
         made = {name: torch.randn(size, device=device, generator=generator) for name, size in shapes.items()}
         # tokens differ in size, in gradients by orders of magnitude
         made["grad"] *= torch.randn(tokens, 1, device=device, generator=generator).mul(2).exp()
-        row = {"measured": "error", "in_features": k, "out_features": n, "rank": rank, "tokens": tokens}
+        row = {"measured": "training error", "in_features": k, "out_features": n, "rank": rank, "tokens": tokens}
         exact = gradients(made, torch.float64, None)
         for impl in ("auto", "reference"):
             pairs = zip(gradients(made, torch.bfloat16, impl), exact, strict=True)
@@ -109,25 +109,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", type=int, nargs="+", default=range(len(STEPS)), help="numbers of the steps")
-    parser.add_argument("--json", type=Path, default=RESULTS / "float8_training_h200.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "float8_h200.json")
     parser.add_argument("--commit", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
     where = environment() | ({"commit": args.commit} if args.commit else {})
-    head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
-    file = ResultFile(args.json, head)
+    file = ResultFile(args.json, head_of(args.json, where), append=True)
+    file.rows = [row for row in file.rows if not row["measured"].startswith("training")]
     for index in args.only:
         variant, float8 = STEPS[index]
         model, names = blocks_for(variant, float8, args.blocks, args.device)
-        row = {"measured": "step", "model": MODEL, "blocks": args.blocks, "variant": variant, "float8": float8}
-        row |= {"batch": 1, "tokens": args.tokens}
+        row = {"measured": "training step", "model": MODEL, "blocks": args.blocks, "variant": variant, "float8": float8}
+        row |= {"batch": 1, "tokens": args.tokens, "commit": where["commit"]}
         row |= training(model, "text", names, 1, args.tokens, "compiled", "default", Timer(args.device))
         file.add([row])
         print(f"{variant:9} float8 {float8!s:5} {row['ms']:.2f} ms", flush=True)
         del model
     if len(args.only) == len(STEPS):
-        file.add(error_rows(args.device, args.tokens))
-        for row in file.rows[len(STEPS) :]:
+        rows = [row | {"commit": where["commit"]} for row in error_rows(args.device, args.tokens)]
+        file.add(rows)
+        for row in rows:
             print(row)
+
+
+def head_of(path: Path, where: dict) -> dict:
+    """What stands above the rows: of other measurements of float8 where the file has them, which say more."""
+    if not path.exists():
+        return {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
+    return {key: value for key, value in read_result(path).items() if key != "rows"}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conditions import RESULTS, machine, table_of
+from conditions import RESULTS, table_of
 from model_sections import model_rows
 
 from hf_blr.bench.model_peaks import model_predictions
@@ -10,9 +10,7 @@ from hf_blr.bench.peaks import predictions
 from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.layer_tables import group_lines, layer_lines, prediction_lines
-from hf_blr.bench.report.lines import blocks_of, tokens_of, wide
 from hf_blr.markdown import format_table
-from hf_blr.ops.rules.swap import reads_swapped
 from hf_blr.roofline.devices import DEVICES
 
 #: the layer that the speed table shows: q, k, v and o of Llama-7B, 4096 -> 4096
@@ -47,61 +45,22 @@ def groups_section() -> str:
     )
 
 
-def one_token_section() -> str:
-    """What both stages of one token take, before and with the kernels whose programs stay."""
-    result = read_result(RESULTS / "one_token_h100.json")
-    table = [
-        {
-            "us": f"{row['structure']} {blocks_of(row)}, {row['layer']}",
-            "its bytes at 3 TB/s": f"{row['megabytes'] / 3:.1f}",
-            "before": f"{row['us_before']:.1f} ({row['us_before_apart']:.1f})",
-            "now": f"{row['us']:.1f} ({row['us_apart']:.1f})",
-        }
+def counters() -> str:
+    """What each kernel of one forward moves, and how busy it is."""
+    result = read_result(RESULTS / "counters_h100.json")
+    shown = {
+        "l2_to_sm_mb": "L2 to SM, MB",
+        "dram_mb": "memory, MB",
+        "tensor_pct": "tensor cores, %",
+        "shared_pct": "shared memory, %",
+    }
+    rows = [
+        {"layer": row["layer"], "kernel": row["kernel"].partition("_64x")[0], "us": row["us"]}
+        | {name: row[key] for key, name in shown.items()}
         for row in result["rows"]
     ]
-    return (
-        f"{format_table(table)}\n\nIn brackets: behind another kernel. {result['dtype']}, {result['protocol']}. "
-        f"{machine(result['environment'])}."
-    )
-
-
-def monarch_last_stage_section() -> str:
-    """Both ways to run Monarch's last stage at many tokens, and which one the rule takes."""
-    result = read_result(RESULTS / "monarch_last_stage_h100.json")
-    first = "us, in place / copied"
-
-    def cell(row):
-        swapped = reads_swapped(row["b1"], row["b2"], row["q"], row["rank"], row["tokens"])
-        marks = ("*", "") if swapped else ("", "*")
-        return {tokens_of(row): f"{row['in_place_us']:.0f}{marks[0]} / {row['copied_us']:.0f}{marks[1]}"}
-
-    lines = wide(
-        rows_of(result),
-        lambda row: {first: f"{row['layer']}, {row['b1']} x {row['b2']}, rank {row['rank']}"},
-        cell,
-    )
-    table, where = table_of(lines, rows_of(result), result)
-    return f"{table}\n\n\\* what the rule takes. {result['dtype']}, {result['protocol']}. {where}."
-
-
-def stacks_section() -> str:
-    """The first stages of few tokens, as single kernels and as stacks of products."""
-    result = read_result(RESULTS / "stacks_h100.json")
-    first = "us, by decode_project / as a stack / by cuBLAS"
-
-    def cell(row):
-        found = [row["project_us"], row["stack_us"], *([row["cublas_us"]] if row["cublas_us"] else [])]
-        return {tokens_of(row): " / ".join(f"{us:.1f}" for us in found)}
-
-    rows = rows_of(result)
-    lines = wide(
-        rows,
-        lambda row: {first: f"{row['structure']} {blocks_of(row)}, {row['model']} {row['layer']}"},
-        cell,
-    )
-    columns = [first, *(f"{tokens} tokens" for tokens in sorted({row["tokens"] for row in rows}))]
-    table, where = table_of(lines, rows, result, columns)
-    return f"{table}\n\n{result['dtype']}, {result['protocol']}. {where}."
+    where = result["environment"]
+    return f"{format_table(rows)}\n\n{result['protocol']}. {where['device']}, {where['date']}."
 
 
 def roofline_section() -> str:

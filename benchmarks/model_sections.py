@@ -19,22 +19,45 @@ from hf_blr.bench.report.model_tables import (
 )
 from hf_blr.roofline.devices import DEVICES
 
-VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4", "pivoted": "pivoted"}
+VARIANTS = {"low_rank": "low-rank", "monarch:4x4": "Monarch 4x4", "blast:4x4": "BLAST 4x4"}
 PAPERS = {"low_rank:paper": "low-rank", "monarch:paper": "Monarch", "blast:paper": "BLAST"}
-#: tokens of a forward, and the texts of one, that the first table of models leaves to the second
-OTHER_TOKENS, OTHER_BATCHES = (128, 4096, 16384), {"GPT2-S": (64,)}
+TITLES = {"prefill": "Prefill", "decode": "Decoding one token of each text", "training": "A training step"}
+#: tokens of a prefill that are shown of one text alone
+OTHER_TOKENS = (128, 4096)
+#: whose time the table of parts shows, and in which forms
+PROFILED, PROFILED_FORMS = ("Llama-7B", "Qwen3-4B"), ("dense", *(f"{name}+fused" for name in VARIANTS))
 
 
 def models_section() -> str:
-    """Whole models: prefill of the usual sizes, decoding, a training step."""
+    """Whole models, a table each of prefill, decoding and a training step.
+
+    A line holds the dense model's milliseconds, and speed over dense of each structure, fused where faster.
+    """
     result = read_result(RESULTS / "models_h100.json")
-    good = [row for row in model_rows() if not of_other_size(row)]
-    modes = sorted({row["mode"] for row in good if "mode" in row})
-    compiled = f"; torch.compile in mode {' and '.join(modes)}" if modes else ""
-    table, where = models_summary(good, result)
+    rows = [row for row in model_rows() if not of_several_texts(row)]
+    lines = [
+        line | {"peak memory": memory(shown), "commit": commits_of(shown)}
+        for line, shown in speed_lines(rows, VARIANTS)
+    ]
+    columns = ["model", "batch x tokens", "dense, ms", *VARIANTS.values(), "peak memory"]
+    tables = []
+    for measurement in MEASUREMENTS:
+        table, where = table_of([line for line in lines if line[""] == measurement], rows, result, columns)
+        tables.append(f"{TITLES[measurement]}:\n\n{table}\n\n")
+    modes = sorted({row["mode"] for row in rows if "mode" in row})
+    attending = [
+        f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
+        for measurement in MEASUREMENTS
+        for (model, size), found in by_size(rows, measurement).items()
+        if "dense+attention" in found
+    ]
+    said = (
+        "\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Each in its fastest form among those measured, "
+        f"dense too; torch.compile in mode {' and '.join(modes)}."
+    )
+    also = f"Dense with the attention of fused models: {'; '.join(attending)}."
     return (
-        f"{table} Each in its fastest form among those measured, dense too{compiled}. "
-        f"{result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"{''.join(tables)}{said} {also} {result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
 
@@ -44,37 +67,9 @@ def model_rows() -> list[dict]:
     return [row for row in rows_of(read_result(RESULTS / "models_h100.json")) if "error" not in row]
 
 
-def models_summary(rows: list[dict], result: dict) -> tuple[str, str]:
-    """One line for each measurement: the dense model's milliseconds, and speed over dense, fused where faster.
-
-    And on what most of them were measured.
-    """
-    lines = [
-        line | {"peak memory": memory(shown), "commit": commits_of(shown)}
-        for line, shown in speed_lines(rows, VARIANTS)
-    ]
-    table, where = table_of(lines, rows, result)
-    attending = [
-        f"{model}, {size}, {found['dense+attention']['ms']:.2f} ms"
-        for measurement in MEASUREMENTS
-        for (model, size), found in by_size(rows, measurement).items()
-        if "dense+attention" in found
-    ]
-    also = f" Dense with the attention of fused models: {'; '.join(attending)}." if attending else ""
-    return f"{table}\n\n\\* with `hf_blr.fuse`. Peak memory is that of dense.{also}", where
-
-
-def of_other_size(row: dict) -> bool:
-    """Whether it is a prefill that the first table leaves to the second."""
-    other = row.get("tokens") in OTHER_TOKENS or row.get("batch") in OTHER_BATCHES.get(row["model"], ())
-    return row["measurement"] == "prefill" and other
-
-
-def other_sizes_section() -> str:
-    """Prefill of the other sizes."""
-    result = read_result(RESULTS / "models_h100.json")
-    table, where = models_summary([row for row in model_rows() if of_other_size(row)], result)
-    return f"{table} Other conditions as under Whole models. {where}."
+def of_several_texts(row: dict) -> bool:
+    """Whether it is a prefill of a size that is shown of one text alone."""
+    return row["measurement"] == "prefill" and row["tokens"] in OTHER_TOKENS and row["batch"] > 1
 
 
 def papers_section() -> str:
@@ -101,9 +96,10 @@ def storage_section() -> str:
 
 def profiles_section() -> str:
     """Where the time of whole models goes."""
-    lines = profile_lines(model_rows(), lambda row: predicted_parts(row, DEVICES["H100-measured"]))
+    rows = [row for row in model_rows() if row["model"] in PROFILED and row["variant"] in PROFILED_FORMS]
+    lines = profile_lines(rows, lambda row: predicted_parts(row, DEVICES["H100-measured"]))
     said = "Projections: all products, those of the output layer and of patches too."
-    table, where = table_of(lines, model_rows(), read_result(RESULTS / "models_h100.json"))
+    table, where = table_of(lines, rows, read_result(RESULTS / "models_h100.json"))
     return f"{table}\n\n{said} {where}."
 
 

@@ -1,4 +1,4 @@
-"""Tables of few tokens on layers in bits: beside dense layers, and by the settings that were tried."""
+"""Table of few tokens on layers in bits, beside dense layers."""
 
 from __future__ import annotations
 
@@ -36,22 +36,6 @@ def packed_decode_section() -> str:
         f"{result['protocol']}. A factor {size['n']} x {size['k']} as numbers, groups of {size['group']}: {numbers}. "
         f"Errors: {result['checks']}. {machine(result['environment'])}."
     )
-
-
-def packed_settings_section() -> str:
-    """us of each layer by the settings that were tried for one of its stages."""
-    result = read_result(RESULTS / "packed_decode_h200.json")
-    lines: dict[tuple, dict] = {}
-    for row in result["rows"]:
-        if row["settings"]:
-            key = row["stage"], *row["settings"].values(), row["tokens"]
-            settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items() if name != "early")
-            settings += ", all weights before the wait" * bool(row["settings"].get("early"))
-            line = lines.setdefault(
-                key, {"stage": row["stage"], "tokens": tokens_of(row["tokens"]), "settings": settings}
-            )
-            line[f"{row['in_features']} -> {row['out_features']}, {name_of(row)}"] = f"{us(row):.1f}"
-    return f"{format_table(list(lines.values()))}\n\nus of both stages. {machine(result['environment'])}."
 
 
 def us(row: dict) -> float:

@@ -6,19 +6,32 @@ import json
 
 from conditions import RESULTS, machine, table_of
 
-from hf_blr.bench.report.commits import commits_of, rows_of
+from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import wide
-from hf_blr.bench.report.quality_tables import largest_first, quality_columns, quality_lines, score
+from hf_blr.bench.report.quality_tables import quality_lines, score
 from hf_blr.markdown import format_table
 
-METHODS = {
-    "whitened SVD": "whitened SVD",
-    "ours": "ours",
-    "ours, block-joint": "+ blocks",
-    "ours, refined": "refined",
-    "ours, block-joint, refined": "+ blocks, refined",
+#: {structure and blocks: name}
+SIZED = {("low_rank", ""): "low-rank", ("pivoted", ""): "pivoted", ("blast", "16 x 16"): "BLAST 16x16"}
+FITTED, REFINED = "ours", "ours, refined"
+#: {method: its line}: from other papers' methods to the whole fit, each part of it added to what stands above
+LADDER = {
+    "plain SVD": "plain SVD, without text",
+    "whitened SVD": "fitted to activations",
+    "activations": "fitted to activations",
+    "SVD-LLM with update": "SVD-LLM with update",
+    "+ Fisher": "+ weighed by the loss",
+    "+ Fisher + shared budget": "+ one budget for all layers",
+    "ours": "+ sequential: the whole fit",
+    "ours, block-joint": "+ blocks refined",
+    "ours, refined": "the whole fit, then refined",
 }
+LADDER_LAYERS = {("low_rank", ""): "low-rank", ("blast", "4 x 16"): "BLAST 4x16"}
+#: the sizes at which shapes and parts of the fit are compared
+KEPT = ("80 %", "50 %")
+#: the heading under which the conditions stand
+SIZES = "Perplexity by structure and size"
 
 
 def demo_section() -> str:
@@ -32,63 +45,75 @@ def demo_section() -> str:
 
 
 def quality_section() -> str:
-    """One line for each size and structure: perplexities fitted and refined, `text / text`, and the fit's seconds."""
-    result = read_result(RESULTS / "quality.json")
-    rows = rows_of(result)
+    """One line for each size: perplexities of three structures, fitted and refined."""
+    result, rows, lines = measured()
     texts = texts_of(rows)
-
-    def cell(line):
-        seconds = line["seconds"] if line["method"] == "ours" else None
-        shown = {"MB": f"{line['MB']:.0f}", METHODS.get(line["method"], "ours"): scores(line, texts)}
-        return shown | ({} if seconds is None else {"fit, s": f"{seconds:.0f}"})
-
-    lines = [line for line in quality_lines(rows) if line["structure"] is None or line["method"] in METHODS]
+    names = {FITTED: "", REFINED: ", refined"}
     shown = wide(
-        sorted(lines, key=lambda line: (-line["ratio"], line["structure"] or "", numbers(line["blocks"]))),
-        lambda line: {
-            "kept": line["kept"],
-            "layers": f"{line['structure'] or line['method']} {line['blocks']}".strip(),
-        },
-        cell,
+        sorted(
+            (line for line in lines if layers_of(line) in SIZED and line["method"] in names),
+            key=lambda line: -line["ratio"],
+        ),
+        lambda line: {"kept": line["kept"]},
+        lambda line: {SIZED[layers_of(line)] + names[line["method"]]: scores(line, texts)},
     )
-    columns = ["kept", "layers", "MB", *METHODS.values(), "fit, s"]
-    table, where = table_of(shown, rows, result, columns)
-    return f"Perplexity on {' / '.join(texts)}:\n\n{table}\n\n{quality_conditions(result, where)}"
+    columns = ["kept", *(name + stage for name in SIZED.values() for stage in names.values())]
+    return with_conditions(shown, rows, result, columns)
 
 
-def square_blast_section() -> str:
-    """The most accurate structure beside low-rank."""
+def shapes_section() -> str:
+    """One line for each structure and its blocks, as fitted, a column for each size."""
+    result, rows, lines = measured()
+    texts = texts_of(rows)
+    shown = wide(
+        sorted(
+            (line for line in lines if line["kept"] in KEPT and line["method"] == FITTED),
+            key=lambda line: (line["structure"], numbers(line["blocks"])),
+        ),
+        lambda line: {"layers": f"{line['structure']} {line['blocks']}".strip()},
+        lambda line: {line["kept"]: scores(line, texts)},
+    )
+    return with_conditions(shown, rows, result, ["layers", *KEPT], SIZES)
+
+
+def ladder_section() -> str:
+    """What each part of the fit gives: a line for each method, a column for each of two structures at two sizes."""
+    result, rows, lines = measured()
+    texts = texts_of(rows)
+    shown = wide(
+        sorted(
+            (
+                line
+                for line in lines
+                if layers_of(line) in LADDER_LAYERS and line["kept"] in KEPT and line["method"] in LADDER
+            ),
+            key=lambda line: list(LADDER).index(line["method"]),
+        ),
+        lambda line: {"method": LADDER[line["method"]]},
+        lambda line: {f"{LADDER_LAYERS[layers_of(line)]}, {line['kept']}": scores(line, texts)},
+    )
+    columns = ["method", *(f"{name}, {kept}" for name in LADDER_LAYERS.values() for kept in KEPT)]
+    return with_conditions(shown, rows, result, columns, SIZES)
+
+
+def measured() -> tuple[dict, list[dict], list[dict]]:
+    """The file, its rows, and a line for each method and size with its perplexities on all texts."""
     result = read_result(RESULTS / "quality.json")
     rows = rows_of(result)
-    table, where = table_of(square_blast(rows), rows, result)
-    said = f"BLAST 16x16 (beside whitened SVD: on activations alone), then low-rank; {' / '.join(texts_of(rows))}:"
-    return f"{said}\n\n{table}\n\n{quality_conditions(result, where)}"
+    return result, rows, quality_lines(rows)
 
 
-def square_blast(rows: list[dict]) -> list[dict]:
-    """BLAST 16x16 and low-rank at every size and stage: perplexities, `text / text` of the one, then of the other."""
-    texts, lines = texts_of(rows), quality_lines(rows)
-    found = {(line["kept"], line["structure"], line["blocks"], line["method"]): line for line in lines}
-    table = []
-    for kept in dict.fromkeys(line["kept"] for line in largest_first(lines) if line["structure"]):
-        cells, used = {"kept": kept}, []
-        for method, column in METHODS.items():
-            square = "activations" if method == "whitened SVD" else method
-            both = (found.get((kept, "blast", "16 x 16", square)), found.get((kept, "low_rank", "", method)))
-            shown = [line if line and complete(line, texts) else None for line in both]
-            cells[column] = ", ".join(scores(line, texts) if line else "-" for line in shown)
-            used += filter(None, shown)
-        table.append(cells | {"commit": commits_of(used)})
-    return table
+def with_conditions(lines: list[dict], rows: list[dict], result: dict, columns: list[str], where_else: str = "") -> str:
+    """The table between what its cells are and on what they were measured, or under which heading that stands."""
+    table, where = table_of(lines, rows, result, columns)
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    said = f"Other conditions as under {where_else}" if where_else else f"{models}; {result['protocol']}"
+    return f"Perplexity on {' / '.join(texts_of(rows))}:\n\n{table}\n\n{said}. {where}."
 
 
-def quality_rows_section() -> str:
-    """All rows of the quality benchmark, one line for each method and size, a column for each text."""
-    result = read_result(RESULTS / "quality.json")
-    rows = rows_of(result)
-    lines = largest_first(quality_lines(rows))
-    table, where = table_of(lines, rows, result, quality_columns(rows, lines))
-    return f"{table}\n\n{quality_conditions(result, where)}"
+def layers_of(line: dict) -> tuple[str | None, str]:
+    """The structure and its blocks."""
+    return line["structure"], line["blocks"]
 
 
 def texts_of(rows: list[dict]) -> list[str]:
@@ -100,20 +125,5 @@ def scores(line: dict, texts: list[str]) -> str:
     return " / ".join(score(line[f"{text} ppl"]) for text in texts if f"{text} ppl" in line)
 
 
-def complete(line: dict, texts: list[str]) -> bool:
-    """Whether it was scored on all texts."""
-    return all(f"{text} ppl" in line for text in texts)
-
-
 def numbers(blocks: str) -> list[int]:
     return [int(part) for part in blocks.split(" x ") if part]
-
-
-def quality_conditions(result: dict, where: str) -> str:
-    models = ", ".join(dict.fromkeys(row["model"] for row in result["rows"]))
-    shared = max(row.get("statistics_seconds", 0.0) for row in result["rows"])
-    return (
-        f"{models}; {result['protocol']}. Seconds are those of the fit, or of the refinement, and missing where two "
-        f"runs shared the GPU; the statistics that all fits share took {shared:.0f} s. "
-        f"{where}."
-    )

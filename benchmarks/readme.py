@@ -11,8 +11,8 @@ import bits_times_section
 import config_section
 import experts_section
 import float8_section
+import float8_whole_section
 import front_section
-import goals
 import inventory_section
 import layer_sections
 import matrix_section
@@ -39,26 +39,22 @@ DOCUMENTS = {
         "sentences": sentences_section.sentences_section,
         "text-ratios": text_ratio_sections.text_ratio_section,
         "quality": quality_sections.quality_section,
-        "square-blast": quality_sections.square_blast_section,
-        "quality-rows": quality_sections.quality_rows_section,
+        "shapes": quality_sections.shapes_section,
+        "ladder": quality_sections.ladder_section,
         "speed": layer_sections.speed_section,
         "groups": layer_sections.groups_section,
         "experts": experts_section.experts_section,
-        "layer-goals": goals.layer_goals,
         "roofline": layer_sections.roofline_section,
         "models": model_sections.models_section,
         "papers": model_sections.papers_section,
-        "other-sizes": model_sections.other_sizes_section,
-        "model-goals": goals.model_goals,
         "profiles": model_sections.profiles_section,
         "storage": model_sections.storage_section,
-        "counters": goals.counters,
+        "counters": layer_sections.counters,
         "float8": float8_section.float8_section,
-        "one-token": layer_sections.one_token_section,
+        "float8-groups": float8_whole_section.groups_section,
+        "float8-prefill": float8_whole_section.prefill_section,
+        "float8-training": float8_whole_section.training_section,
         "packed-decode": packed_section.packed_decode_section,
-        "packed-settings": packed_section.packed_settings_section,
-        "stacks": layer_sections.stacks_section,
-        "monarch-last-stage": layer_sections.monarch_last_stage_section,
         "dependent-launches": model_sections.dependent_launches_section,
     },
     ROOT / "docs" / "api.md": {

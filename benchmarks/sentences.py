@@ -76,7 +76,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def sentence_batches(
-    texts: dict[str, str], tokenizer: Any, seed: int, count: int = FITTED
+    texts: dict[str, str], tokenizer: Any, seed: int, count: int = FITTED, size: int = BATCH
 ) -> tuple[list[dict[str, Tensor]], dict]:
     """Sentences of all texts that a seed has drawn, as the encoder reads them, and what a row says of them."""
     sentences = [sentence for text in texts.values() for sentence in sentences_of(text)]
@@ -84,8 +84,8 @@ def sentence_batches(
     # of like length together, so that little is padding
     drawn = sorted((sentences[i] for i in order), key=len)
     batches = [
-        dict(tokenizer(drawn[i : i + BATCH], padding=True, truncation=True, return_tensors="pt"))
-        for i in range(0, len(drawn), BATCH)
+        dict(tokenizer(drawn[i : i + size], padding=True, truncation=True, return_tensors="pt"))
+        for i in range(0, len(drawn), size)
     ]
     ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
     return batches, {
@@ -148,6 +148,7 @@ def main(argv=None):
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of refined rows, over all sentences of the parts")
     parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of refined rows")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sentences of a step of refined rows")
     parser.add_argument("--sentence-transformers", action="store_true", help="embed by that package")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="of the model in the rows; the folder's if left out")
@@ -188,12 +189,13 @@ def main(argv=None):
             report = compress(model, config, calibration=batches, progress=False)
             facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
             if run.kind == "refine":
-                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED)
+                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED, args.batch)
                 refine(model, dense, training, epochs=args.epochs, learning_rate=args.rate, seed=seed)
                 facts |= {
                     "finetune_tokens": args.epochs * trained["calibration_tokens"],
                     "finetune_sha256": trained["calibration_sha256"],
                     "epochs": args.epochs,
+                    "batch": args.batch,
                     "learning_rate": args.rate,
                 }
             rows = [

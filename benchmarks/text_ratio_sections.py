@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import string
+from collections.abc import Iterable
 from statistics import geometric_mean
 
 from conditions import RESULTS, table_of
@@ -23,9 +25,17 @@ def text_ratio_section(file: str = "quality_h200.json") -> str:
     rows = rows_of(result)
     texts = list(dict.fromkeys(row["dataset"] for row in rows))
     lines = ratio_lines(rows, texts)
+    letters = lettered(line["fitted to"] for line in lines)
+    lines = [line | {"fitted to": letters.get(line["fitted to"], line["fitted to"])} for line in lines]
     columns = ["kept", "layers", "method", "fitted to", "trained on", *texts, "mean", "worst", "of dense refined"]
     table, where = table_of(lines, rows, result, columns)
-    return f"{table}\n\n{conditions(result, rows)} {where}."
+    mixtures = "".join(f"Mixture {letter}: {mixture}. " for mixture, letter in letters.items())
+    return f"{table}\n\n{mixtures}{conditions(result, rows)} {where}."
+
+
+def lettered(sets: Iterable[str]) -> dict[str, str]:
+    """{mixture: a letter}, in the order of the table; sets of one kind of text keep their names."""
+    return dict(zip((name for name in dict.fromkeys(sets) if ", " in name), string.ascii_uppercase, strict=False))
 
 
 def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:

@@ -28,7 +28,15 @@ class BLRLinear(StoredFactors):
     Factors that are kept in bits are read by kernels for bits where the rule in `ops.rules.bits` says so; else they
     become numbers of the input's dtype in each forward, whatever then multiplies them.
 
-    Args: as of `StoredFactors`.
+    Args:
+        spec: the structure and the sizes of the layer.
+        bias: whether there is a bias `[N]`.
+        transposed: whether it replaces a `Conv1D`, which stores its weight `[K, N]`.
+        device, dtype: of the factors; of those that are kept in bits, the dtype that they stand for.
+        storage: the format in which factors are kept.
+
+    Raises:
+        TypeError: if the spec is of another structure than the class.
     """
 
     #: (group, place in it) once `hf_blr.fuse` has made this one of several layers that run together

@@ -16,6 +16,8 @@ from hf_blr.cli.bench import sizes
 from hf_blr.formats import FORMATS
 from hf_blr.structures import LowRank, Monarch
 
+STRUCTURES = ("low_rank", "pivoted", "monarch", "blast")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -61,6 +63,11 @@ def test_pivoted_layers_store_what_low_rank_does():
     assert not order.equal(torch.arange(pivoted.in_features).int())
 
 
+def test_chosen_structures_alone():
+    (case,) = cases.shape_cases([(32, 48)], [(2, 2)], 0.5, [1], [cases.FORWARD], ["blast", "low_rank"])
+    assert [(spec.structure, spec.num_blocks) for spec in case.specs] == [("blast", (2, 2)), ("low_rank", (1, 1))]
+
+
 def test_rows_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "layers.json"
     arguments = ["bench", "layers", "--shapes", "32x48", "--blocks", "4", "--tokens", "2", "--device", "cpu"]
@@ -88,7 +95,7 @@ def test_rows_from_the_command_line(tmp_path, capsys):
 
 
 def test_formats_are_rows_of_their_own():
-    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.FORWARD])[0]
+    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.FORWARD], STRUCTURES)[0]
     rows = layers.bench_case(case, timing.Timer("cpu", 0.0, 1), torch.float32, ["hf_blr"], formats=["plain", "int8"])
     kinds = [(row["structure"], row["format"]) for row in rows]
     assert kinds[0] == ("dense", "plain") and kinds[1:] == [
@@ -97,7 +104,7 @@ def test_formats_are_rows_of_their_own():
     # the error of arithmetic, not that of rounding the weights; no float8 on a CPU to compare with
     assert all(0 < row["rel_error"] < 1e-5 and row["dense_fp8_us"] is None for row in rows)
     # codes do not train
-    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.TRAINING])[0]
+    case = cases.shape_cases([(32, 48)], [(4, 4)], 0.5, [40], [cases.TRAINING], STRUCTURES)[0]
     rows = layers.bench_case(case, timing.Timer("cpu", 0.0, 1), torch.float32, ["hf_blr"], formats=["int8"])
     assert [row["structure"] for row in rows] == ["dense"]
 
@@ -123,7 +130,7 @@ def test_the_error_is_that_of_the_layer_measured(monkeypatch):
     right = layers.ops.linear_of
     doubled = {"blast": lambda *tensors: 2 * right("blast")(*tensors)}
     monkeypatch.setattr(layers.ops, "linear_of", lambda name: doubled.get(name, right(name)))
-    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [3], ["forward"])
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [3], ["forward"], STRUCTURES)
     rows = layers.bench_case(case, timing.Timer("cpu", 0.01, 3), torch.float32, ("hf_blr",))
     errors = {row["structure"]: row["rel_error"] for row in rows}
     assert errors["blast"] == pytest.approx(1, rel=1e-5) and errors["monarch"] < 1e-5
@@ -152,7 +159,7 @@ def test_first_calls_are_measured_with_nothing_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "loaded_kernels", lambda: [Kernel])
     monkeypatch.setattr(layers, "seconds_of", call)
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
-    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"])
+    (case,) = cases.shape_cases([(32, 32)], [(4, 4)], 0.5, [1], ["forward"], STRUCTURES)
     seconds = layers.first_call_seconds(case, "cpu", torch.float32, keep=tmp_path)
     assert list(seconds.values()) == [1.5] * 4
     assert all(caches == {} and folder != "before" for caches, folder in seen)

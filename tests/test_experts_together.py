@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_blr import ops
 from hf_blr.ops.dispatch import triton_problem
+from hf_blr.ops.expert_products import is_aligned
 from hf_blr.structures import structure_named
 
 each = pytest.mark.parametrize("structure", STRUCTURES)
@@ -84,6 +85,15 @@ def test_it_compiles_as_one_graph(structure):
     assert_close(compiled(*more), experts.one_by_one(*more))
     compiled(*more).sum().backward()
     assert all(p.grad is not None for p in experts.parameters())
+
+
+@pytest.mark.parametrize("width, aligned", [(8, True), (7, False)])
+def test_a_compiled_graph_may_ask_whether_rows_are_aligned(width, aligned):
+    """As it does on a GPU, to choose the product."""
+    x = torch.ones(3, width)
+    assert is_aligned(x) == aligned
+    compiled = torch.compile(lambda x: x * is_aligned(x), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), x * aligned)
 
 
 @pytest.mark.skipif(triton_problem() is not None, reason="needs Triton")

@@ -126,7 +126,7 @@ def test_auto_tries_it():
 
 
 def test_it_is_measured():
-    (case,) = cases.shape_cases([(64, 64)], [(4, 4)], 0.5, [3], ["forward+backward"])
+    (case,) = cases.shape_cases([(64, 64)], [(4, 4)], 0.5, [3], ["forward+backward"], ["kronecker"])
     rows = layers.bench_case(case, timing.Timer("cpu", 0.01, 3), torch.float32, ("hf_blr",))
     (row,) = [row for row in rows if row["structure"] == "kronecker"]
     assert row["us"] > 0 and row["rel_error"] < 1e-5

@@ -202,6 +202,16 @@ def test_compiles_as_one_graph():
 
 
 @interpreted
+def test_each_number_of_a_group_meets_each_token():
+    pytest.importorskip("triton")
+    block = alike()
+    hf_blr.fuse(block)
+    with torch.no_grad(), ops.use_impl("triton"), FlopCounterMode(display=False) as mode:
+        block.q_proj(torch.randn(9, 128).half())
+    assert mode.get_total_flops() == sum(module.spec.flops(9) for module in block.children())
+
+
+@interpreted
 @pytest.mark.parametrize("structure", ["blast", "dense"])
 def test_each_number_of_the_factors_meets_each_token(structure):
     pytest.importorskip("triton")
@@ -297,10 +307,19 @@ def test_tiles_of_products():
             (1024, 1584, 4096),
             (4096, 4096, 1024),
             (4096, 14336, 1584),
+            # of 256 columns, a fifth of the SMs would wait
+            (4096, 3168, 4096),
         )
         for c in [float8_config(t, n, k, 1, H100)]
     }
-    assert list(found.values()) == [(64, 128, 4), (64, 128, 4), (128, 128, 8), (128, 128, 4), (128, 256, 8)]
+    assert list(found.values()) == [
+        (64, 128, 4),
+        (64, 128, 4),
+        (128, 128, 8),
+        (128, 128, 4),
+        (128, 256, 8),
+        (128, 128, 4),
+    ]
     # no wider than the outputs, and within the memory of smaller cards
     assert float8_config(4096, 64, 256, 16, H100).bn == 64
     small = float8_config(4096, 14336, 1584, 1, Device((8, 9), 128, 101376))
@@ -354,6 +373,49 @@ def test_projections_with_one_input_cast_it_once(rounding, casts):
     assert block.q_proj(x.requires_grad_()).requires_grad and len(casts) == 5
     hf_blr.unfuse(block)
     assert block.q_proj.group is None
+
+
+def alike(dtype=torch.float16):
+    """q, k and v of low-rank layers, whose k and v are of one size, with their parent."""
+    block = torch.nn.Module()
+    for seed, (name, n, rank) in enumerate((("q_proj", 96, 48), ("k_proj", 64, 32), ("v_proj", 64, 32))):
+        torch.manual_seed(seed)
+        module = BLRLinear.from_spec(LowRank(128, n, rank), bias=True, dtype=dtype, storage=FORMATS["fp8"])
+        torch.nn.init.normal_(module.bias)
+        block.add_module(name, module)
+    # the bound of the largest serves all: by powers of two more, which change no rounding
+    for name, power in (("q_proj", -10), ("k_proj", -13), ("v_proj", -11)):
+        block.get_submodule(name).v.weight_scale.data.fill_(2.0**power)
+    return block.eval()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "dtype, packed", [(torch.float16, True), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str
+)
+def test_alike_layers_share_their_first_stage(rounding, monkeypatch, dtype, packed):
+    block, x = alike(dtype), torch.randn(3, 7, 128).to(dtype)
+    kernels = importlib.import_module("hf_blr.ops.triton.float8_low_rank")
+    by_cublas, launched = [], []
+    gemm, scaled_mm = kernels.float8_gemm, torch._scaled_mm
+    monkeypatch.setattr(kernels, "multiplies_by_cublas", lambda tokens, n, *_: n == 96 and dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, "float8_gemm", lambda *args, **kw: launched.append(args[2].shape) or gemm(*args, **kw))
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **kw: by_cublas.append(kw["out"].shape) or scaled_mm(*args, **kw)
+    )
+    hf_blr.fuse(block)
+    if not packed:
+        for module in block.children():
+            module.v.weight.data = module.v.weight.data.clone()
+    with torch.no_grad(), ops.use_impl("triton"):
+        assert block.q_proj(x[:, :0]).shape == (3, 0, 96)
+        for module in block.children():
+            assert relative(module(x), reference(module, x)) < (4e-3 if dtype == torch.float16 else 1e-2)
+    first, last = [(1, 1, 21, 112)], [(2, 1, 21, 64)]
+    if not packed:
+        first, last = [(1, 1, 21, 48), (1, 1, 21, 32), (1, 1, 21, 32)], [(1, 1, 21, 64)] * 2
+    assert sorted(launched) == sorted(first + last + ([] if dtype == torch.bfloat16 else [(1, 1, 21, 96)]))
+    assert by_cublas == ([(21, 96)] if dtype == torch.bfloat16 else [])
 
 
 @interpreted

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from float8_cases import patch_rounding
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny import tiny_llama
 from torch._dynamo.backends.common import aot_autograd
 from trainer_cases import trainer_for
@@ -16,7 +16,8 @@ from hf_blr.finetune import BLRCallback
 from hf_blr.finetune.float8 import close_float8, open_float8
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.ops import float8_training
-from hf_blr.ops.float8_training import transposed_codes, why_not_float8
+from hf_blr.ops.float8_products import cast, cast_columns, transposed
+from hf_blr.ops.float8_training import why_not_float8
 from hf_blr.ops.rules.bits import missing
 from hf_blr.structures import Dense, LowRank, Monarch, structure_named
 
@@ -153,7 +154,27 @@ def test_a_step_by_kernels_and_pytorchs_product(kernels, monkeypatch, tokens):
 @pytest.mark.parametrize("shape", [(16, 48), (33, 17), (1, 40), (0, 16)])
 def test_codes_are_transposed(kernels, shape):
     codes = torch.randn(shape).to(torch.float8_e4m3fn)
-    assert torch.equal(transposed_codes(codes, False).float(), codes.float().T)
+    rows, scale = transposed(codes, False)
+    assert torch.equal(rows.float(), codes.float().T) and torch.equal(scale, torch.ones(shape[1]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
+@pytest.mark.parametrize("shape", [(48, 33), (2, 16)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_takes_a_scale_before_it_is_cast(kernels, shape, scaled):
+    t = torch.randn(shape)
+    t[:, 3] = 0
+    rows, columns = (torch.randn(size).exp() if scaled else None for size in shape)
+    t[0, 1] = float("nan")
+    for found, wanted in (
+        (cast(t, False, columns), cast(t, True, columns)),
+        (cast_columns(t, rows, False), cast_columns(t, rows, True)),
+    ):
+        torch.testing.assert_close(found.scale, wanted.scale, equal_nan=True)
+        numbers = [part.codes.float() * part.scale[:, None] for part in (found, wanted)]
+        whole = wanted.scale.isfinite()
+        # a number between two codes may go to either
+        assert relative(numbers[0][whole], numbers[1][whole].double()) < 3e-3 and found.codes.is_contiguous()
 
 
 def test_a_layer_compiles_as_one_graph_that_leaves_the_products_alone():
@@ -168,10 +189,24 @@ def test_a_layer_compiles_as_one_graph_that_leaves_the_products_alone():
     backend = aot_autograd(fw_compiler=watched)
     found = results(torch.compile(module, fullgraph=True, backend=backend), x, grad)
     assert all(relative(a, b.double()) < 1e-5 for a, b in zip(found, wanted, strict=True))
-    for name in ("project", "project_backward", "expand", "expand_backward"):
+    for name in ("cast", "pair", "pair_backward"):
         assert f"hf_blr.float8_{name}.default" in seen
     # a compiler that saw them has made zeros of some
     assert not any("mm" in name for name in seen)
+
+
+def test_compiled_layers_with_one_input_cast_it_once():
+    (one, other), seen = (layer(), layer()), []
+
+    def watched(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=watched, partition_fn=min_cut_rematerialization_partition)
+    both = torch.compile(lambda x: one(x) + other(x), fullgraph=True, backend=backend)
+    both(numbers(32)[0].requires_grad_()).sum().backward()
+    found = [seen.count(f"hf_blr.float8_{name}.default") for name in ("cast", "pair", "pair_backward")]
+    assert found == [1, 2, 2]
 
 
 def test_the_mode_decides_and_not_gradients():

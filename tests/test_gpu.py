@@ -28,7 +28,9 @@ from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_ke
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import FactorInBits, format_named
 from hf_blr.inference.grouped import ProjectionGroup
+from hf_blr.linear import BLRLinear
 from hf_blr.ops.activations import ACTIVATIONS
+from hf_blr.structures import LowRank
 
 pytest.importorskip("triton")
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
@@ -399,3 +401,29 @@ def test_training_in_float8_is_that_of_the_reference(tokens, compiled):
     for found, wanted in zip(step("triton"), step("reference"), strict=True):
         # one more rounding at most, of numbers between two of float8
         assert (found.float() - wanted.float()).norm() / wanted.float().norm() < 0.03
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [40, 1000, 4096])
+def test_layers_in_float8_run_together(tokens, bias):
+    """The widest is cuBLAS' at many tokens, and stores between the others."""
+    if torch.cuda.get_device_capability() < LEAST_FLOAT8:
+        pytest.skip("the GPU does not multiply float8")
+    torch.manual_seed(0)
+    block, x = torch.nn.Module(), torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    for name, n, rank in (("q_proj", 2048, 256), ("k_proj", 512, 112), ("v_proj", 512, 112)):
+        spec = LowRank(1024, n, rank)
+        settings = {"device": "cuda", "dtype": torch.bfloat16, "storage": format_named("fp8")}
+        block.add_module(name, BLRLinear.from_spec(spec, bias=bias, **settings).eval())
+        for held in block.get_submodule(name).parameters(recurse=False):
+            torch.nn.init.normal_(held)
+    assert hf_blr.fuse(block) == [("q_proj", "k_proj", "v_proj")]
+    with torch.no_grad():
+        for module in block.children():
+            out, (group, _) = module(x), module.group
+            wanted = torch.nn.functional.linear(
+                x.double(), module.dense_weight(torch.float64), None if module.bias is None else module.bias.double()
+            )
+            # of x, of y, and of what is stored
+            assert ((out - wanted).norm() / wanted.norm()).item() < 0.042
+        assert group.unclaimed == 0

@@ -16,7 +16,9 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.inference.grouped import MARK, ProjectionGroup
 from hf_blr.linear import BLRLinear
-from hf_blr.structures import Blast
+from hf_blr.ops.triton.grouped import split
+from hf_blr.ops.triton.grouped_monarch import stacked
+from hf_blr.structures import Blast, LowRank
 
 pytest.importorskip("triton")
 
@@ -79,6 +81,14 @@ def test_factors_lie_side_by_side_and_take_no_more_memory(attention):
     assert sum(storages.values()) == 4 * sum(p.numel() for p in attention.parameters())
     assert k.u.data_ptr() + k.u.numel() * 4 == v.u.data_ptr()
     assert q.v[0].data_ptr() + q.v[0].numel() * 4 == k.v[0].data_ptr()
+
+
+def test_low_rank_layers_of_several_ranks_are_read_as_one():
+    block = nn.Module()
+    for name, rank in (("q_proj", 4), ("k_proj", 2), ("v_proj", 3)):
+        block.add_module(name, BLRLinear.from_spec(LowRank(8, 12, rank)))
+    hf_blr.fuse(block)
+    assert split(range(3), (stacked([module.v for module in block.children()]), 1)) == [range(3)]
 
 
 @torch.no_grad()

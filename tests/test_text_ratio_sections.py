@@ -68,3 +68,14 @@ def test_the_section_says_which_tokens_were_scored_and_fitted_to(results):
     assert section.splitlines()[2].startswith("| 100 % |           | dense ")
     assert "a (30 thousand tokens, aaaaaaaa); b (30 thousand tokens, bbbbbbbb)" in section
     assert "web: 262 thousand tokens, seed 0 (cccccccc)" in section and "card, torch 2, commit 1234567" in section
+
+
+def test_mixtures_have_letters_and_the_caption_says_which(results):
+    mixed = {**OURS, "calibration": "40 % own, 60 % web"}
+    rows = scored(OURS, 1.5, 1.5) + scored(mixed, 1.2, 1.2) + scored({**mixed, "method": "ours"}, 1.3, 1.3)
+    where = {"device": "card", "torch": "2", "commit": "1234567890", "date": "2026-01-01"}
+    (results / "quality_h200.json").write_text(json.dumps({"protocol": "p", "environment": where, "rows": rows}))
+    section = text_ratio_section()
+    cells = [[cell.strip() for cell in line.split("|")] for line in section.splitlines() if line[:3] == "| 5"]
+    assert [line[4] for line in cells] == ["A", "A", "web: 262 thousand tokens"]
+    assert "Mixture A: 40 % own, 60 % web: 262 thousand tokens. " in section

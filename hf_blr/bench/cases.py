@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_blr.bench.shapes import BASELINE, LAYERS, Layer, aligned_spec
-from hf_blr.structures import BLRSpec, make_spec, structures
+from hf_blr.structures import BLRSpec, make_spec, structure_named
 
 TOKENS = (1, 16, 128, 1024, 4096)
 FORWARD, TRAINING = "forward", "forward+backward"
@@ -46,14 +46,15 @@ def shape_cases(
     ratio: float,
     tokens: Sequence[int],
     directions: Sequence[str],
+    names: Sequence[str],
 ) -> list[Case]:
-    """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2)."""
+    """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2), in the structures of these names."""
     cases = []
     for k, n in shapes:
         specs = [
-            aligned_spec(record.name, k, n, ratio, pair)
-            for record in structures().values()
-            for pair in (blocks if record.spec.blocked else [None])
+            aligned_spec(name, k, n, ratio, pair)
+            for name in names
+            for pair in (blocks if structure_named(name).spec.blocked else [None])
         ]
         rank = make_spec(BASELINE, k, n, ratio=ratio).rank
         layer = Layer(f"{k}x{n}", k, n, rank, None, 1, "")

@@ -31,6 +31,7 @@ from hf_blr.bench.variants import Variant
 from hf_blr.cli import options
 from hf_blr.cli.options import block_counts as sizes
 from hf_blr.formats import FORMATS, PLAIN
+from hf_blr.structures import structures
 
 #: the paper's ranks, and ours, as `hf_blr.fuse` makes them run
 VARIANTS = (
@@ -61,14 +62,15 @@ def run(args: argparse.Namespace) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=options.default_device(), help="where to run")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights and inputs")
     parser.add_argument("--append", action="store_true", help="keep the rows that the --json file holds already")
     parser.add_argument("--commit", help="of the code measured; asked of git if left out")
     options.add_json(parser)
 
 
 def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="of the paper's table")
+    parser.add_argument("--models", nargs="*", default=list(LAYERS), choices=list(LAYERS), help="whose layers")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -78,11 +80,20 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
         help="other layers, in x out features, instead",
     )
     parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16)], help="B1xB2, with --shapes")
+    parser.add_argument(
+        "--structures", nargs="+", default=list(structures()), choices=list(structures()), help="with --shapes"
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS), help="rows of the input")
     directions = (cases.FORWARD, cases.TRAINING)
-    parser.add_argument("--directions", nargs="+", default=directions, choices=directions)
-    parser.add_argument("--impls", nargs="+", default=cases.IMPLS, choices=cases.IMPLS)
+    parser.add_argument("--directions", nargs="+", default=directions, choices=directions, help="what is timed")
+    parser.add_argument(
+        "--impls",
+        nargs="+",
+        default=cases.IMPLS,
+        choices=cases.IMPLS,
+        help="hf_blr: as layers run; eager and compiled: their plain form, without and with torch.compile",
+    )
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -100,7 +111,7 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_layers(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     if args.shapes:
-        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions)
+        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions, args.structures)
     else:
         todo = cases.paper_cases(args.models, args.tokens, args.directions)
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)
@@ -137,7 +148,7 @@ def compile_kernels(todo: list[cases.Case], args: argparse.Namespace, dtype: tor
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     request = Request()
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="of whose sizes")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -148,17 +159,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "projections with one input are to run together, as in low_rank/int4+fused; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
-    parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS)
+    parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS, help="what is measured")
     parser.add_argument("--forms", nargs="+", default=request.forms, choices=FORMS, help="of forwards and generation")
     parser.add_argument("--mode", default=request.mode, choices=MODES, help="of torch.compile")
     parser.add_argument("--ratio", type=float, default=request.ratio, help="kept / dense parameters of a layer")
     parser.add_argument("--tokens", nargs="+", type=int, help="of a forward; the usual ones if left out")
     parser.add_argument("--batches", nargs="+", type=int, default=request.batches, help="of a forward")
-    parser.add_argument("--decode-batches", nargs="+", type=int, default=request.decode_batches)
+    parser.add_argument(
+        "--decode-batches", nargs="+", type=int, default=request.decode_batches, help="texts of a generation"
+    )
     parser.add_argument("--prompt", type=int, default=request.prompt, help="tokens before generation")
     parser.add_argument("--new-tokens", type=int, default=request.new_tokens, help="tokens generated")
-    parser.add_argument("--training-batch", type=int, default=request.training_batch)
-    parser.add_argument("--training-tokens", type=int, default=request.training_tokens)
+    parser.add_argument("--training-batch", type=int, default=request.training_batch, help="texts of a training step")
+    parser.add_argument("--training-tokens", type=int, default=request.training_tokens, help="tokens of each")
     parser.add_argument(
         "--activation-budget",
         type=float,

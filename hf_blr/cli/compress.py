@@ -43,23 +43,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="what statistics and hidden states of the text may take, such as 6GB, beside the model and the block at "
-        "work; the rest goes to the disk, which takes longer, and the result is the same",
+        help="memory for statistics and hidden states of the text, such as 6GB, beside the model and the block at "
+        "work; the rest goes to --offload-folder, which takes longer, and the result is the same",
     )
     parser.add_argument(
-        "--offload-folder", type=Path, metavar="FOLDER", help="where that lies meanwhile; else where temporary files do"
+        "--offload-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="for what --max-memory leaves no room for; if left out, where temporary files are",
     )
     parser.add_argument(
         "--offload-weights",
         action="store_true",
         help="leave the dense weights in the checkpoint's files, and read each as its turn comes, on the CPU. Name a "
-        "--dataset: a model writes text of its own very slowly so",
+        "--dataset that is read: a model writes text of its own very slowly so",
     )
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
-        help="finished layers are written and leave memory when they take so much; OUT appears when all are written",
+        help="size of a file of OUT: finished layers are written, and leave memory, when they take so much",
     )
     parser.add_argument(
         "--status",
@@ -87,7 +90,7 @@ class Status(argparse.Action):
         try:
             print(status_of(values))
         except ValueError as error:
-            parser.error(str(error))
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         parser.exit()
 
 

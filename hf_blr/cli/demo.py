@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="tokens to fit to")
     parser.add_argument("--evaluation-tokens", type=int, default=3072, help="tokens to score, of each text")
     parser.add_argument("--epochs", type=int, default=1, help="over the tokens of the fit, to refine")
-    parser.add_argument("--prompt", default="The for statement in Python is used to")
+    parser.add_argument(
+        "--prompt", default="The for statement in Python is used to", help="what the result goes on from"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -86,7 +86,8 @@ def add_blr(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup
 
 def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
     """One option: a switch for a field that is True by default, a value for any other."""
-    flag, help = cli.pop("flag"), cli.pop("cli_help", field.metadata["help"].replace("%", "%%"))
+    said = field.metadata["help"]
+    flag, help = cli.pop("flag"), cli.pop("cli_help", (said[0].lower() + said[1:].rstrip(".")).replace("%", "%%"))
     cli.pop("none", None)
     if field.default is True:
         group.add_argument(flag, dest=field.name, action="store_false", help=help)
@@ -97,6 +98,8 @@ def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
         cli["type"] = block_counts
     if field.name == "dataset":
         cli["type"] = calibration_text
+    if cli.get("type") in (int, float):
+        cli["metavar"] = "N" if cli["type"] is int else "X"
     group.add_argument(flag, dest=field.name, default=cli.pop("cli_default", field.default), help=help, **cli)
 
 

@@ -27,11 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--device", default="H100-measured", choices=list(DEVICES), help="whose peaks")
     device.add_argument("--measure", action="store_true", help="measure the peaks of the GPU at hand")
-    parser.add_argument("--shapes", nargs="+", type=sizes, default=[(4096, 4096)], metavar="KxN")
-    parser.add_argument("--structures", nargs="+", default=list(structures()), choices=list(structures()), metavar="S")
-    parser.add_argument("--blocks", nargs="+", type=sizes, default=[(4, 4), (4, 16), (16, 16)], metavar="B1xB2")
+    parser.add_argument(
+        "--shapes", nargs="+", type=sizes, default=[(4096, 4096)], metavar="KxN", help="layers, in x out features"
+    )
+    known = list(structures())
+    parser.add_argument("--structures", nargs="+", default=known, choices=known, metavar="S", help="to compare")
+    blocks = [(4, 4), (4, 16), (16, 16)]
+    parser.add_argument("--blocks", nargs="+", type=sizes, default=blocks, metavar="B1xB2", help="of Monarch and BLAST")
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024, 4096])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024, 4096], help="rows of the input")
     parser.add_argument("--form", default="hf_blr", choices=FORMS[1:], help="the kernels that run")
     parser.add_argument("--stages", action="store_true", help="one row for each kernel")
     parser.add_argument("--check", type=Path, metavar="FILE", help="measured rows to compare with")

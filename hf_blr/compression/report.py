@@ -12,10 +12,16 @@ from hf_blr.structures import BLRSpec
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced layer; rounds as in `factorize.Factors`, `choice` only where bits were shared out.
+    """One replaced layer.
 
-    rel_error: as there, but of the factors as they are stored, rounded to their dtype, and on the calibration inputs
-        alone, without the damping that the fit adds to them. Of layers that are fitted to the weights, Frobenius.
+    Attributes:
+        name: of the module.
+        spec: its structure and sizes.
+        rel_error: ||(W - W') X^T|| / ||W X^T|| on the calibration inputs X `[T, K]`, of the factors as they are stored,
+            without the damping of the fit; of layers that are fitted to the weights, ||W - W'|| / ||W||.
+        rounds: of alternating solves that the fit took; 0 where there is a closed form.
+        seconds: of the fit.
+        choice: why it became so; None unless bits were shared out.
     """
 
     name: str
@@ -30,15 +36,21 @@ class LayerReport:
 class CompressionReport:
     """The outcome of `compress`.
 
-    Counts are numbers stored in the whole model; bytes are those of its parameters. `fitted_to` is "activations" or
-    "weights"; for the latter the errors are Frobenius errors. `calibration_tokens` counts the text that this
-    compression ran itself: none if it was given statistics and no text; `dataset` says in words which text of the
-    config's it was. `left_dense` holds the targets that the
-    allocation kept as they were, with their parameters, and `predicted_loss` is the rise of the loss in nats a token
-    that it predicted, to second order and without sequential fits; None if there was no allocation. `blocks` is empty
-    unless blocks were refined. `divergence` is what the compression cost on text that no fit saw: the mean KL
-    divergence from the dense model, in nats a token, over `held_out_tokens` of the config's text; None where no text
-    was held out (batches of the caller's own, few windows) or the model predicts no classes.
+    Attributes:
+        parameters_before, parameters_after: numbers stored in the whole model.
+        bytes_before, bytes_after: of its parameters.
+        fitted_to: "activations" or "weights".
+        calibration_tokens: of the text that this compression ran itself; 0 if it was given statistics and no text.
+        dataset: which text of the config's that was, in words; None if it was none of the config's.
+        seconds: of the whole compression.
+        layers: the replaced layers, in the model's order.
+        blocks: the refined blocks; empty unless `block_steps` was set.
+        predicted_loss: the rise of the loss that the shared budget predicted, in nats a token, to second order and
+            without sequential fits; None if no budget was shared out.
+        left_dense: {target that the budget kept as it was: its parameters}.
+        divergence: the mean KL divergence from the dense model on text that no fit saw, in nats a token; None where no
+            text was held out (batches of the caller's own, few windows) or the model predicts no classes.
+        held_out_tokens: that it was measured on.
     """
 
     parameters_before: int

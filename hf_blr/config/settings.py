@@ -20,12 +20,14 @@ class BLRSettings:
 
     structure: str = option(
         "blast",
-        'A structure\'s name; "dense", which keeps the whole matrix in `dense_format`; or "auto", which takes for each '
-        "layer the structure, blocks and rank of the least predicted loss (it needs text, `fisher`, and a ratio or "
-        "`bits_per_weight`).",
+        'What replaces the layers: a structure\'s name; "dense", which keeps the whole matrix in `dense_format`; or '
+        '"auto", which takes for each layer the structure, blocks and rank of the least predicted loss (it needs text, '
+        "`fisher`, and a ratio or `bits_per_weight`).",
         options.anything,
         flag="--structure",
         group=BECOMES,
+        cli_help="what replaces the layers: a structure; dense keeps whole matrices, in --dense-format; auto takes for "
+        "each layer the structure, blocks and rank of the least predicted loss, under --ratio or --bits-per-weight",
     )
     ratio: float | None = option(
         None,
@@ -34,6 +36,8 @@ class BLRSettings:
         options.ratio,
         flag="--ratio",
         group=BECOMES,
+        cli_help="kept / dense parameters of the replaced layers, 0 to 1: of all of them together, or of each with "
+        "--allocation uniform",
         type=float,
         size=True,
     )
@@ -43,14 +47,17 @@ class BLRSettings:
         integer(1, optional=True),
         flag="--rank",
         group=BECOMES,
+        cli_help="the rank of each replaced layer; for Monarch, of each block pair",
         type=int,
         size=True,
     )
     num_blocks: int | tuple[int, int] | None = option(
         None,
-        "b, or input and output blocks; 4 x 16 for BLAST and 4 x 4 for Monarch if left out.",
+        "(input blocks, output blocks) of BLAST and Monarch, or one number for both; if left out, (4, 16) for BLAST "
+        "and (4, 4) for Monarch.",
         options.anything,
         flag="--num-blocks",
+        cli_help="input and output blocks of BLAST and Monarch; 4x16 and 4x4 if left out",
         group=BECOMES,
         metavar="B or B1xB2",
     )
@@ -62,6 +69,8 @@ class BLRSettings:
         options.names_or_pattern,
         flag="--target-modules",
         group=BECOMES,
+        cli_help="names or endings of names of the layers to replace, or one regular expression; if left out, every "
+        "attention and MLP projection, and never the head, embeddings, routers or tied weights",
         nargs="+",
         metavar="NAME",
     )
@@ -71,6 +80,7 @@ class BLRSettings:
         options.names_or_pattern,
         flag="--keep-dense",
         group=BECOMES,
+        cli_help="names or endings of names of layers to leave dense, or one regular expression",
         nargs="+",
         metavar="NAME",
     )
@@ -91,6 +101,11 @@ class BLRSettings:
         options.anything,
         flag="--dataset",
         group=FITTED,
+        cli_help="text to fit to: self (the dense model writes it), self:chat (conversations), builtin (Python's own "
+        "documentation), wikitext2, c4, a text file or a folder of them, a .jsonl, .csv or .parquet file or a hub id "
+        "owner/name, each with an optional :column, a .safetensors file that `hf-blr write` wrote, or a mixture such "
+        "as self=0.5,wikitext2=0.5; none fits the weights alone; default is self, or builtin for a model that cannot "
+        "write",
         cli_default=DEFAULT,
         none="none",
     )
@@ -120,6 +135,8 @@ class BLRSettings:
         options.one_of(None, *ALLOCATIONS),
         flag="--allocation",
         group=FITTED,
+        cli_help="loss shares --ratio out over the layers so that the predicted loss is least, and may leave some "
+        "dense (if left out, wherever there is text); uniform gives each layer that ratio",
         choices=ALLOCATIONS,
     )
     block_steps: int = option(
@@ -129,12 +146,11 @@ class BLRSettings:
         integer(0),
         flag="--block-steps",
         group=FITTED,
+        cli_help="gradient steps that refine all factors of a block together once its layers are fitted; 0 for none",
         type=int,
     )
-    num_samples: int = option(
-        128, "Calibration windows at most.", integer(1), flag="--num-samples", group=FITTED, type=int
-    )
-    seqlen: int = option(2048, "Tokens in a calibration window.", integer(2), flag="--seqlen", group=FITTED, type=int)
+    num_samples: int = option(128, "Windows of text at most.", integer(1), flag="--num-samples", group=FITTED, type=int)
+    seqlen: int = option(2048, "Tokens in a window of text.", integer(2), flag="--seqlen", group=FITTED, type=int)
     fit_rounds: int = option(
         16,
         "Rounds of alternating least squares (BLAST) or block descent (Monarch) at most.",

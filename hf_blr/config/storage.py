@@ -60,6 +60,8 @@ class StorageSettings(BLRSettings):
         format_name,
         flag="--dense-format",
         group=STORED,
+        cli_help="how layers that keep their whole matrix are stored: those of --structure dense, and those that the "
+        "budget leaves dense",
         choices=tuple(FORMATS),
     )
     group_size: int | None = option(
@@ -78,6 +80,9 @@ class StorageSettings(BLRSettings):
         "least predicted loss. Needs text and `fisher`.",
         positive,
         flag="--bits-per-weight",
+        cli_help="with --structure auto, in place of a ratio: bits that all replaced layers may store for each number "
+        "of their dense matrices, all included; each layer gets the structure, rank and format of the least predicted "
+        "loss",
         group=STORED,
         type=float,
         size=True,

@@ -28,7 +28,7 @@ def damping_of(given: float | None, features: int, rows: int) -> float:
 
     So far, up to a factor, the eigenvalues of a Gram matrix of T samples stray from the true ones, relative to their
     mean (Marchenko and Pastur 1967). Directions in which the calibration text shows less than that may be large in
-    other text, and a fit that gives them up does worse there. docs/findings.md has the measurements.
+    other text, and a fit that gives them up does worse there. docs/log.md has the measurements.
 
     Args:
         given: the damping that a user wants, which is returned; None leaves it to the rule.

@@ -56,7 +56,7 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
         together: groups of names. Modules of these names in one parent that is no cross-attention run together,
             as far as they have the same structure, blocks, format, input size, dtype and device, and all or none a
             bias. In bits they do so up to 32 tokens. At many, those whose factors are kept in fp8 share the cast of
-            their input, for which the same input size and device are enough.
+            their input, for which the same input size and device are enough, and low-rank ones their first stage.
 
     Returns:
         The names of the modules of each group, and those of (projection, activation), which run together too.

@@ -12,6 +12,7 @@ from hf_blr.linear import BLRLinear
 from hf_blr.ops.cast import cast_rows
 from hf_blr.ops.dispatch import compute_dtype, resolve_impl
 from hf_blr.ops.rules.bits import FLOAT8, PACKED
+from hf_blr.structures import structure_named
 
 #: where an input carries what its other siblings will ask for: it dies with the input, and no thread sees another's
 MARK = "_hf_blr_group"
@@ -117,7 +118,8 @@ class ProjectionGroup:
 class GroupInBits(ProjectionGroup):
     """Layers whose factors are kept in bits.
 
-    At few tokens those that are alike run together; at many, layers in float8 share the cast of their input to it.
+    At few tokens those that are alike run together; at many, layers in float8 share the cast of their input to it, and
+    those that are alike their first stage, where the structure has kernels for that.
     """
 
     def __init__(self, modules: list[BLRLinear], alike: bool):
@@ -125,9 +127,12 @@ class GroupInBits(ProjectionGroup):
         self.alike = alike
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        structure = self.modules[0].spec.structure
         if self.modules[0].route_in_bits(x) == PACKED:
-            return ops.grouped_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits())
+            return ops.grouped_in_bits(structure, x, *self.layers_in_bits())
         cast = cast_rows(x)
+        if self.alike and structure_named(structure).float8_grouped:
+            return ops.grouped_float8(structure, cast, x.shape, compute_dtype(x), *self.layers_in_bits())
         return tuple(module.run_in_bits(FLOAT8, x, cast) for module in self.modules)
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:

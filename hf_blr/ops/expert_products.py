@@ -31,6 +31,9 @@ def product(x: Tensor, w: Tensor, offsets: Tensor, plain: bool) -> Tensor:
     Returns:
         `[S, N]`.
     """
+    if torch.compiler.is_compiling():
+        # a copy begins at an aligned byte, a slice at one that compilers do not show
+        x = x.contiguous()
     if plain or not takes_grouped_mm(x, w):
         out: Tensor = GroupedProduct.apply(x, w, offsets)
         return out
@@ -48,8 +51,13 @@ def takes_grouped_mm(x: Tensor, w: Tensor) -> bool:
 
 
 def is_aligned(t: Tensor) -> bool:
-    """Whether every row begins at a multiple of `ALIGNED` bytes, of memory that does."""
-    steps = [t.storage_offset(), *(stride for stride in t.stride() if stride != 1)]
+    """Whether every row begins at a multiple of `ALIGNED` bytes, of memory that does.
+
+    While a graph is compiled, t is taken to begin where its memory does.
+    """
+    steps = [stride for stride in t.stride() if stride != 1]
+    if not torch.compiler.is_compiling():
+        steps.append(t.storage_offset())
     # a matrix with one row or column shows no stride of its rows
     steps.append(max(t.shape[-2:]) if 1 in t.shape[-2:] else 0)
     return all(step * t.element_size() % ALIGNED == 0 for step in steps)

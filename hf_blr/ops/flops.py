@@ -29,6 +29,8 @@ def formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
     for record in (*structures().values(), *whole_structures().values()):
         if record.float8:
             yield getattr(torch.ops.hf_blr, f"{record.name}_float8"), float8_formula(len(record.spec.names(FACTOR)))
+        if record.float8_grouped:
+            yield getattr(torch.ops.hf_blr, f"{record.name}_float8_grouped"), float8_formula(None)
         if record.kernels:
             count = len(record.spec.names(FACTOR))
             yield getattr(torch.ops.hf_blr, record.name), forward_formula(count)
@@ -72,8 +74,8 @@ def backward_formula(count: int) -> Callable[..., int]:
     return formula
 
 
-def float8_formula(count: int) -> Callable[..., int]:
-    """Of an op on cast inputs, whose first `count` tensors of a list are factors."""
+def float8_formula(count: int | None) -> Callable[..., int]:
+    """Of an op on cast inputs, whose first `count` tensors of a list are factors; None: all of them."""
 
     def formula(x: Shape, x_scale: Shape, tensors: Sequence[Shape], *others: Any, **kwargs: Any) -> int:
         return products(x, *tensors[:count])

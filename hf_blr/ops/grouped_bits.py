@@ -1,4 +1,4 @@
-"""Layers in bits that share their input, at few tokens: one registered op for each kind of grouped kernels."""
+"""Layers in bits that share their input: registered ops for packed factors at few tokens, and for float8 at many."""
 
 from __future__ import annotations
 
@@ -29,6 +29,30 @@ def grouped_in_bits(structure: str, x: Tensor, layers: Layers, biases: Biases) -
     """
     out = call(structure, x, layers, biases, "", False)
     return out.split([width(layer[0]) for layer in layers], dim=-1)
+
+
+def grouped_float8(
+    structure: str,
+    cast: tuple[Tensor, Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layers: Layers,
+    biases: Biases,
+) -> tuple[Tensor, ...]:
+    """The outputs `[..., N]` in dtype of layers in float8 on one input; without a gradient.
+
+    Args:
+        structure: one whose record names `float8_grouped`.
+        cast: of `cast.cast_rows(x)`.
+        shape: of x `[..., K]`.
+        dtype: of the outputs, and of biases.
+        layers, biases: as in `grouped_in_bits`.
+    """
+    found = [codes_and_scales(structure, layer, dtype) for layer in layers]
+    codes, scales = ([part for layer in named for part in layer] for named in list(zip(*found, strict=True))[:2])
+    held = [None if bias is None else contiguous_rows(bias, dtype) for bias in biases]
+    out = getattr(torch.ops.hf_blr, f"{structure}_float8_grouped")(*cast, codes, scales, held, dtype)
+    return out.view(*shape[:-1], out.shape[-1]).split([width(layer[0]) for layer in layers], dim=-1)
 
 
 def gated_in_bits(structure: str, x: Tensor, layers: Layers, biases: Biases, activation: str) -> Tensor:
@@ -83,6 +107,34 @@ def define_grouped_packed(structure: str) -> None:
     )
 
 
+def define_grouped_float8(structure: str) -> None:
+    """Register the op: `<name>_float8_grouped(x, x_scale, tensors, scales, biases, dtype) -> out`.
+
+    x, x_scale and dtype as in `bits.define_float8`, tensors and scales of all layers one after the other; out `[T, sum
+    of N]`.
+    """
+    record = structure_named(structure)
+
+    def forward(x: Tensor, x_scale: Tensor, tensors: Any, scales: Any, biases: Any, dtype: torch.dtype) -> Tensor:
+        each = len(tensors) // len(biases)
+        by_name = [named[i::each] for named in (tensors, scales) for i in range(each)]
+        found: Tensor = resolved(record.float8_grouped)(x, x_scale, *by_name, biases, dtype)
+        return found
+
+    def fake(x: Tensor, x_scale: Tensor, tensors: list[Tensor], scales: Any, biases: Any, dtype: Any) -> Tensor:
+        total = sum(width(u) for u in tensors[:: len(tensors) // len(biases)])
+        return x.new_empty(x.shape[0], total, dtype=dtype)
+
+    define_op(
+        f"{structure}_float8_grouped(Tensor x, Tensor x_scale, Tensor[] tensors, Tensor?[] scales, Tensor?[] biases, "
+        "ScalarType dtype) -> Tensor",
+        forward,
+        fake,
+    )
+
+
 for _name in structures():
     if structure_named(_name).grouped:
         define_grouped_packed(_name)
+    if structure_named(_name).float8_grouped:
+        define_grouped_float8(_name)

@@ -44,6 +44,8 @@ class Structure:
         grouped: module with `forward` and `gated`, kernels that run several such layers on one input.
         float8: module with `forward`, kernels that multiply factors in float8; the op of
             `ops.bits_library.define_float8`.
+        float8_grouped: function that runs several such layers on one input in float8, with one first stage; the op of
+            `ops.grouped_bits.define_grouped_float8`.
         packed: function that runs kernels which read codes and scales at few tokens; the op of
             `ops.bits_library.define_packed`.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
@@ -75,6 +77,7 @@ class Structure:
     kernels_pay: str = ""
     grouped: str = ""
     float8: str = ""
+    float8_grouped: str = ""
     packed: str = ""
     stand_in: str = ""
     pair: str = ""

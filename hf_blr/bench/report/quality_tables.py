@@ -56,8 +56,8 @@ def quality_columns(rows: list[dict], lines: list[dict]) -> list[str]:
 
 
 def score(ppl: float) -> str:
-    """A perplexity as people compare it: two places, none from 100 on."""
-    return f"{ppl:.{2 if ppl < 100 else 0}f}"
+    """A perplexity as people compare it: two places, none from 100 on, a power of ten from 1e5 on."""
+    return f"{ppl:.0e}" if ppl >= 1e5 else f"{ppl:.{2 if ppl < 100 else 0}f}"
 
 
 #: what a plan took is said of so many structures and formats

@@ -1,4 +1,4 @@
-"""The cast of a layer's input to float8, see `ops.cast`, and the transpose of codes."""
+"""The cast of rows to float8, see `ops.cast`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
-from hf_blr.ops.rules.float8 import cast_config, transpose_tile
+from hf_blr.ops.rules.float8 import cast_config
 from hf_blr.ops.triton.tuned import launch
 
 
 @triton.jit
 def cast_rows_kernel(
     x_ptr,
+    factor_ptr,
     rows_ptr,
     scale_ptr,
     K,
@@ -21,10 +22,14 @@ def cast_rows_kernel(
     stride_rt,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
+    FACTOR: tl.constexpr,
     TILES: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """rows[t] = x[t] / scale[t] in float8, with scale[t] = ||x[t]|| / LARGEST; one token a program."""
+    """rows[t] = x[t] / scale[t] in float8, with scale[t] = ||x[t]|| / LARGEST; one token a program.
+
+    FACTOR: x is multiplied by factor `[K]` first.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     x_ptr += i_t * stride_xt
     rows_ptr += i_t * stride_rt
@@ -33,6 +38,8 @@ def cast_rows_kernel(
     for i in tl.static_range(TILES):
         o_k = i * BK + tl.arange(0, BK)
         b_x = tl.load(x_ptr + o_k, mask=o_k < K, other=0.0)
+        if FACTOR:
+            b_x = b_x.to(tl.float32) * tl.load(factor_ptr + o_k, mask=o_k < K, other=0.0)
         squares += b_x.to(tl.float32) * b_x.to(tl.float32)
         b_xs = b_xs + (b_x,)
     # NaN must not become the smallest norm
@@ -44,8 +51,8 @@ def cast_rows_kernel(
         tl.store(rows_ptr + o_k, b_row.to(rows_ptr.dtype.element_ty), mask=o_k < K)
 
 
-def cast_rows(x, largest, smallest_norm):
-    """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`."""
+def cast_rows(x, largest, smallest_norm, factor=None):
+    """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`, times factor `[K]` float32 if there is one."""
     tokens, k = x.shape
     rows, scale = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
     if not x.numel():
@@ -54,6 +61,7 @@ def cast_rows(x, largest, smallest_norm):
     def run(config):
         cast_rows_kernel[(tokens,)](
             x,
+            factor,
             rows,
             scale,
             k,
@@ -61,6 +69,7 @@ def cast_rows(x, largest, smallest_norm):
             rows.stride(0),
             LARGEST=largest,
             SMALLEST_NORM=smallest_norm,
+            FACTOR=factor is not None,
             TILES=triton.cdiv(k, config.bc),
             BK=config.bc,
             num_warps=config.warps,
@@ -68,24 +77,3 @@ def cast_rows(x, largest, smallest_norm):
 
     launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
     return rows, scale
-
-
-@triton.jit
-def transpose_codes_kernel(codes_ptr, out_ptr, M, L, B: tl.constexpr):
-    """out `[L, M]` of codes `[M, L]`, bytes, in tiles of B x B."""
-    o_m = tl.program_id(0) * B + tl.arange(0, B)
-    o_l = tl.program_id(1) * B + tl.arange(0, B)
-    m_m, m_l = o_m < M, o_l < L
-    b_codes = tl.load(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], mask=m_m[:, None] & m_l[None, :])
-    tl.store(out_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
-
-
-def transposed_codes(codes):
-    """`[L, M]` of codes `[M, L]` float8, contiguous both."""
-    m, length = codes.shape
-    out = codes.new_empty(length, m)
-    if codes.numel():
-        tile, warps = transpose_tile(m, length, device_of(codes))
-        grid = (triton.cdiv(m, tile), triton.cdiv(length, tile))
-        transpose_codes_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), m, length, B=tile, num_warps=warps)
-    return out

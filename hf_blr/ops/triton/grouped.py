@@ -49,7 +49,8 @@ def follows(a, b, axis) -> bool:
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and b.storage_offset() == a.storage_offset() + a.shape[axis] * a.stride(axis)
-        and a.stride() == b.stride()
+        # a stack of one matrix has any stride between matrices
+        and all(m == n or size == 1 for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True))
         and all(m == n for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if i != axis or axis == 0)
     )
 

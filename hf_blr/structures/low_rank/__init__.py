@@ -48,5 +48,6 @@ RECORD = Structure(
     # low-rank is Monarch with one block
     grouped="hf_blr.ops.triton.grouped_monarch",
     float8="hf_blr.ops.triton.float8_low_rank",
+    float8_grouped="hf_blr.ops.triton.float8_low_rank:grouped",
     packed="hf_blr.ops.triton.packed:low_rank",
 )

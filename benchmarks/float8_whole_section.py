@@ -1,0 +1,106 @@
+"""Groups of projections, whole models and training steps in float8, beside dense in bfloat16 and in float8."""
+
+from __future__ import annotations
+
+from conditions import RESULTS, machine, table_of
+from float8_training import MODEL, PROTOCOL
+
+from hf_blr.bench.report.commits import commits_of, rows_of
+from hf_blr.bench.report.files import read_result
+from hf_blr.bench.report.lines import wide
+from hf_blr.markdown import format_table
+
+FAMILIES = {"dense": "dense", "low_rank": "low-rank"}
+#: {column: parts of a profile}
+KINDS = {
+    "products": ("products", "blr"),
+    "attention": ("attention",),
+    "elementwise": ("elementwise",),
+    "idle": ("idle",),
+}
+
+
+def groups_section() -> str:
+    """Projections with one input, in float8 one by one and together."""
+    result = read_result(RESULTS / "float8_h200.json")
+    rows = [row for row in rows_of(result) if row["measured"] == "group"]
+
+    def speeds(row: dict) -> str:
+        return f"{row['us']:.0f}, {row['dense_us'] / row['us']:.2f}x, {row['dense_fp8_us'] / row['us']:.2f}x"
+
+    lines = wide(
+        rows,
+        lambda row: {
+            "group": row["group"],
+            "tokens": row["tokens"],
+            "dense": f"{row['dense_us']:.0f}",
+            "dense in float8": f"{row['dense_fp8_us']:.0f}",
+        },
+        lambda row: {f"{'bfloat16' if row['format'] == 'plain' else 'fp8'}, {row['how']}": speeds(row)},
+    )
+    table, where = table_of(lines, rows, result)
+    return (
+        f"{table}\n\nus, speed over dense in bfloat16 and in float8; low-rank, half of each projection kept; casts of "
+        "the input counted. Dense: the faster of one product for each projection and one with the concatenated "
+        "weights. Medians of CUDA-graph replays, L2 flushed before each. Since then gate and up take other tiles in "
+        f"their first stage at 4096 tokens, by which it alone took 89 us instead of 100. {where}."
+    )
+
+
+def training_section() -> str:
+    """A training step of decoder blocks, and the errors of gradients in float8."""
+    result = read_result(RESULTS / "float8_h200.json")
+    rows = rows_of(result)
+    steps = [row for row in rows if row["measured"] == "training step"]
+    dense = next(row for row in steps if row["variant"] == "dense" and not row["float8"])
+    lines = [
+        {
+            "": f"{FAMILIES[row['variant']]}, {'float8' if row['float8'] else 'bfloat16'}",
+            "ms": f"{row['ms']:.2f}",
+            "over dense": f"{dense['ms'] / row['ms']:.2f}x",
+            "peak memory / dense": f"{row['peak_bytes'] / dense['peak_bytes']:.2f}",
+        }
+        for row in steps
+    ]
+    size = f"{dense['blocks']} blocks of {MODEL}'s shape, {dense['batch']} x {dense['tokens']} tokens"
+    errors = [error_line(row) for row in rows if row["measured"] == "training error"]
+    where = machine(result["environment"] | {"commit": commits_of(steps)})
+    return (
+        f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
+        "(`benchmarks/dense_float8.py`).\n\nErrors against float64 of a low-rank layer in float8, of random numbers "
+        f"and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
+    )
+
+
+def error_line(row: dict) -> dict:
+    sizes = f"{row['in_features']} x {row['out_features']}, {row['rank']}"
+    line = {"in x out, rank": sizes, "tokens": row["tokens"]}
+    for title, impl in (("", "auto"), (", multiplied in float32", "reference")):
+        line |= {
+            name + title: f"{error:.4f}" for name, error in zip(("output", "dx", "du", "dv"), row[impl], strict=True)
+        }
+    return line
+
+
+def prefill_section() -> str:
+    """Prefill of whole models whose factors are kept in fp8."""
+    result = read_result(RESULTS / "models_h200.json")
+    rows = [row for row in rows_of(result) if row["model"].startswith(MODEL) and row["measurement"] == "prefill"]
+    by_variant = {row["variant"]: row for row in rows}
+    dense, rival = by_variant["dense"], by_variant["dense/fp8"]
+    lines = [
+        {
+            "variant": row["variant"],
+            "ms": f"{row['ms']:.2f}",
+            "over dense": f"{dense['ms'] / row['ms']:.2f}x",
+            "over dense/fp8": f"{rival['ms'] / row['ms']:.2f}x",
+            **{name: f"{sum(row['profile']['parts'][part] for part in parts):.2f}" for name, parts in KINDS.items()},
+        }
+        for row in rows
+    ]
+    where = machine(result["environment"] | {"commit": commits_of(rows)})
+    return (
+        f"{format_table(lines)}\n\n{dense['model']}, {dense['batch']} x {dense['tokens']} tokens, half of "
+        "each projection kept, compiled blocks in one CUDA graph; dense/fp8: the matrices in fp8, by cuBLAS behind a "
+        f"cast that joins the norm before. ms of kernels by kind from a profile of one replay. {where}."
+    )
