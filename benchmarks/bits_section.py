@@ -12,17 +12,16 @@ from text_ratio_sections import complete, conditions, described, mean_ratio, met
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
-from hf_blr.bench.report.lines import grouped, label_of, variant_of
+from hf_blr.bench.report.lines import grouped, label_of
 from hf_blr.bench.report.quality_tables import score, stored_in
 from hf_blr.markdown import format_table
 
-FILE, TIMES = "bits_h200.json", "models_h200.json"
-#: {measurement: tokens} of the milliseconds beside the perplexities, of one text
-SIZES = {"prefill": 1024, "decode": 1}
+FILE = "bits_h200.json"
 
-#: {bits: goals of a fit and of a refined model}; {format: what 80 % in low-rank factors may lose by it, in percent}
+#: {bits: goals of a fit and of a refined model}; {format: what 80 % in low-rank factors may lose by it, in percent,
+#: likewise}
 BUDGETS = {4.25: (18.8, 18.2), 3.5: (20.0, 18.6), 3.25: (22.0, 19.5), 2.25: (45.0, 28.0)}
-FACTORS = {"int8": 0.3, "fp8": 1.5, "int4": 6.0}
+FACTORS = {"int8": (0.3, 0.1), "fp8": (1.5, 0.5), "int4": (6.0, 3.0)}
 UNKNOWN = "not measured"
 
 Line = dict[str, Any]
@@ -34,15 +33,9 @@ def bits_section() -> str:
     rows = [row for row in rows_of(result) if turned(row)]
     texts = texts_of(rows)
     lines = sorted(bits_lines(rows, texts), key=lambda line: (line["fitted to"], -line["bits"], line["mean"]))
-    columns, said = ["bits", "layers", "kept", "stored in", "method", "fitted to", *texts, "mean"], ""
-    timed, model = times()
-    if any(line["timed as"] in timed for line in lines if line["stored in"] != "plain"):
-        for line in lines:
-            line |= timed.get(line["timed as"], {})
-        columns += [f"{measurement}, ms" for measurement in SIZES]
-        said = f"Milliseconds: {model}, a text of {SIZES['prefill']} tokens and one decoded token. "
+    columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", *texts, "mean"]
     table, where = table_of([shown(line) for line in lines], rows, result, columns)
-    return f"{table}\n\n{said}{conditions(result, rows)} {where}."
+    return f"{table}\n\n{conditions(result, rows)} {where}."
 
 
 def goals_section() -> str:
@@ -62,11 +55,11 @@ def goals_section() -> str:
             measured = found.get(("auto", 1.0, bits, trained))
             name = f"auto, {bits:g} bits{', refined' * trained}"
             table.append((name, f"{goal:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
-    plain = found.get(("low_rank", 0.8, "plain", False))
-    for name, most in FACTORS.items():
-        measured = found.get(("low_rank", 0.8, name, False))
-        known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
-        table.append((f"low-rank 80 % in {name}, over plain", f"at most {most:g} %", known))
+    for name, goals in FACTORS.items():
+        for most, trained in zip(goals, (False, True), strict=True):
+            plain, measured = (found.get(("low_rank", 0.8, each, trained)) for each in ("plain", name))
+            known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
+            table.append((f"low-rank 80 % in {name}, over plain{', refined' * trained}", f"at most {most:g} %", known))
     return format_table([dict(zip(("perplexity", "goal", "measured"), row, strict=True)) for row in table])
 
 
@@ -97,7 +90,6 @@ def bits_lines(rows: list[dict], texts: list[str]) -> list[Line]:
             "method": "" if row["method"] == "dense" else row["method"],
             "fitted to": described(row),
             "mean": geometric_mean([mean_ratio(run) for run in runs]),
-            "timed as": (variant_of(row) or "dense", row.get("format", "plain"), row["ratio"]),
             "commit": commits_of([each for run in runs for each in run]),
         }
         for i, text in enumerate(texts):
@@ -110,20 +102,3 @@ def bits_lines(rows: list[dict], texts: list[str]) -> list[Line]:
 
 def shown(line: Line) -> Line:
     return line | {"bits": f"{line['bits']:.2f}", "mean": f"{line['mean']:.3f}"}
-
-
-def times() -> tuple[dict[tuple, Line], str]:
-    """{(variant, format, ratio): milliseconds} of the model that most formats were timed on, and its name."""
-    rows = [
-        row
-        for row in read_result(RESULTS / TIMES)["rows"]
-        if "error" not in row and row.get("batch") == 1 and SIZES.get(row["measurement"]) == row["tokens"]
-    ]
-    models = grouped(rows, lambda row: row["model"])
-    model = max(models, key=lambda name: len({row.get("format") for row in models[name]}))
-    found: dict[tuple, Line] = {}
-    for row in models[model]:
-        key = row["variant"].removesuffix("+fused"), row.get("format", "plain"), row.get("ratio", 1.0)
-        cell, column = found.setdefault(key, {}), f"{row['measurement']}, ms"
-        cell[column] = f"{min(row['ms'], float(cell.get(column, 'inf'))):.2f}"
-    return found, model

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
+import bits_times_section
 import config_section
 import decode_section
 import experts_section
@@ -77,6 +78,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

@@ -20,7 +20,8 @@ def runs_in_bits() -> list[Run]:
     """Each row of factors has the same format for the layers that the budget leaves whole."""
 
     def stored(name: str, group: int) -> dict:
-        return {"dense_format": name} | ({"group_size": group} if name.startswith("int") else {})
+        # eight bits need no groups, and ranks that groups divide are few
+        return {"dense_format": name} | ({} if name in ("int8", "fp8") else {"group_size": group})
 
     def whole(name: str) -> Run:
         return Run(GPTQ, "dense", 1.0, settings=tuple(stored(name, GROUP).items()))

@@ -296,10 +296,10 @@ def call_plain(capability):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
     call_losses(bf16, 2048, 49152)
-    # all columns of a block of updates, and those of one group
-    for count, limits in ((128, (-8, 7, False)), (64, (-448.0, 448.0, True))):
-        held = torch.empty(8, 72, count)
-        rounding.round_columns(held, torch.empty(8, count, count), *limits)
+    # groups of a block whose scales are chosen, and one scale that is given
+    held, upper, tried = torch.empty(8, 72, 128), torch.empty(8, 128, 128), torch.empty(24)
+    rounding.round_columns(held, upper, -8, 7, False, 64, tried)
+    rounding.round_columns(held, upper, -448.0, 448.0, True, 128, tried[:1], torch.empty(8, 72, 1))
     call_experts(bf16, 8, 1, 438, 2048)
     call_experts(fp16, 128, 4, 384, 100, transposed=True)
 

@@ -1,8 +1,9 @@
-"""The page of accuracy at equal bytes: its lines, its milliseconds and its goals."""
+"""The page of accuracy at equal bytes: its lines, the milliseconds of models in bits, and its goals."""
 
 import json
 
 import bits_section
+import bits_times_section
 import pytest
 
 TEXTS = {"a": 10.0, "b": 40.0}
@@ -26,7 +27,8 @@ def scored(row, *ratios, basis=", turned"):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(bits_section, "RESULTS", tmp_path)
+    for module in (bits_section, bits_times_section):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
     auto = {**AUTO, "taken": {"dense int4": 20, "low_rank int4": 10}}
     rows = [row for each in (SHARED, FACTORS, INT4, WHOLE) for row in scored(each, 1.0, 4.0)]
     rows += scored(auto, 1.0, 2.25) + scored(FACTORS, 1.0, 1.0, basis="") + scored({**WHOLE, "seed": 1}, 9.0)
@@ -34,19 +36,14 @@ def results(tmp_path, monkeypatch):
     head = {"protocol": "p", "environment": where}
     (tmp_path / "bits_h200.json").write_text(json.dumps({**head, "rows": rows}))
 
-    def timed(variant, ms, measurement="prefill", tokens=1024, **more):
-        return (
-            {"model": "large", "variant": variant, "batch": 1, "measurement": measurement, "tokens": tokens}
-            | more
-            | {"ms": ms}
-        )
+    def timed(variant, ms, bits=16, measurement="prefill", tokens=1024, kept=1000):
+        # 500 numbers beside those of projections
+        sizes = {"model": "large", "projection_parameters": kept, "weight_bytes": 1000 + 125 * bits}
+        return {**sizes, "variant": variant, "batch": 1, "measurement": measurement, "tokens": tokens, "ms": ms}
 
-    models = [timed("dense", 8.0), timed("dense", 4.0, "decode", 1), timed("dense", 3.0, format="int4")]
-    models += [
-        timed("low_rank", 6.0, ratio=0.8),
-        timed("low_rank+fused", 5.0, ratio=0.8),
-        timed("dense", 1.0, tokens=64),
-    ]
+    models = [timed("dense/int4+fused", 3.0, 4.125), timed("dense", 8.0), timed("dense+attention", 7.0)]
+    models += [timed("dense", 4.0, measurement="decode", tokens=1), timed("dense", 1.0, tokens=64)]
+    models += [timed("blast:4x4/fp8", 6.0, 6.5, kept=800), timed("blast:4x4/fp8+fused", 5.0, 6.5, kept=800)]
     models += [{**timed("dense", 0.1), "model": "other"}, {**timed("dense", 0.1), "error": "failed"}]
     (tmp_path / "models_h200.json").write_text(json.dumps({**head, "rows": models}))
     return tmp_path
@@ -58,7 +55,7 @@ def cells(section):
     return [dict(zip(names, (cell.strip() for cell in line.split("|")[1:-1]), strict=True)) for line in lines]
 
 
-def test_lines_stand_by_their_bits_with_the_mean_of_all_texts_and_the_milliseconds_of_their_form(results):
+def test_lines_stand_by_their_bits_with_the_mean_of_all_texts(results):
     lines = cells(bits_section.bits_section())
     assert [(line["bits"], line["layers"], line["stored in"]) for line in lines] == [
         ("16.00", "dense", "plain"),
@@ -69,17 +66,25 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts_and_the_millisecon
     ]
     auto = lines[3]
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
-    assert [line["prefill, ms"] for line in lines] == ["8.00", "5.00", "3.00", "", ""]
-    assert [line["decode, ms"] for line in lines] == ["4.00", "", "", "", ""]
-    assert "Milliseconds: large, a text of 1024 tokens" in bits_section.bits_section()
 
 
-def test_without_a_time_in_bits_there_are_no_milliseconds(results):
+def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
+    lines = cells(bits_times_section.times_section())
+    shown = [tuple(line[name] for name in ("model", "layers", "stored in", "kept", "bits")) for line in lines]
+    assert shown == [
+        ("large", "dense", "plain", "100 %", "16.00"),
+        ("large", "blast 4x4", "fp8", "80 %", "6.50"),
+        ("large", "dense", "int4", "100 %", "4.12"),
+    ]
+    assert [line["prefill, ms"] for line in lines] == ["7.00", "5.00", "3.00"]
+    assert [line["decode, ms"] for line in lines] == ["4.00", "", ""]
+
+
+def test_without_a_model_in_bits_all_are_shown(results):
     models = json.loads((results / "models_h200.json").read_text())
-    models["rows"] = [row for row in models["rows"] if "format" not in row]
+    models["rows"] = [row for row in models["rows"] if "/" not in row["variant"]]
     (results / "models_h200.json").write_text(json.dumps(models))
-    assert "prefill, ms" not in cells(bits_section.bits_section())[0]
-    assert "Milliseconds" not in bits_section.bits_section()
+    assert [line["model"] for line in cells(bits_times_section.times_section())] == ["large", "other"]
 
 
 def test_goals_stand_beside_what_was_measured_and_what_was_not_says_so(results):
@@ -100,3 +105,4 @@ def test_goals_stand_beside_what_was_measured_and_what_was_not_says_so(results):
     assert found["auto, 3.5 bits"] == "10.00" and found["auto, 3.5 bits, refined"] == "9.00"
     assert found["auto, 4.25 bits"] == found["low-rank 80 % in fp8, over plain"] == "not measured"
     assert found["low-rank 80 % in int8, over plain"] == "0.2 %"
+    assert found["low-rank 80 % in int8, over plain, refined"] == "not measured"

@@ -50,7 +50,9 @@ def test_compress_evaluate_finetune_inspect(dense, tmp_path, capsys):
     assert main(evaluate) == 0
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert rows[1]["parameters"] < rows[0]["parameters"] and rows[1]["ppl"] != rows[0]["ppl"]
-    assert "window" in capsys.readouterr().out
+    assert "bits a weight" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0 and rows[0]["bits"] == 32
+    assert f"{rows[1]['bits']:.2f} bits a weight" in capsys.readouterr().out
 
     train = [
         "--dataset",

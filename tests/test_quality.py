@@ -130,9 +130,10 @@ def test_rows_in_bits_say_what_is_stored(folder, capsys):
     assert found.keys() == {("dense", "int4"), ("low_rank", "plain"), ("low_rank", "int8"), ("auto", "chosen")}
     # a code, the eighth part of a scale of 16 bits, and two numbers a layer for its shape
     assert 6 < found["dense", "int4"]["bits"] < 6.05 and found["dense", "int4"]["kept"] == 1
-    for form, each in (("plain", 16), ("int8", 10)):
+    # eight bits have one scale a row
+    for form, least, most in (("plain", 15.9, 16.1), ("int8", 8, 9)):
         row = found["low_rank", form]
-        assert row["bits"] == pytest.approx(each * row["kept"], rel=0.01) and row["kept"] <= 0.8
+        assert least < row["bits"] / row["kept"] < most and row["kept"] <= 0.8 and row["group_size"] is None
     shared = found["auto", "chosen"]
     assert 4 < shared["bits"] <= 4.25 == shared["bits_per_weight"] and sum(shared["taken"].values()) <= 7
     dense = next(row for row in rows if row["method"] == "dense")

@@ -8,9 +8,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from hf_blr.factorize import columns
 from hf_blr.factorize.columns import plain_round_columns
+from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import format_named
-from hf_blr.ops.triton.rounding import nearest_code, round_columns
+from hf_blr.ops.triton.rounding import nearest_code, nearest_scale, round_columns
 
 
 def problem(*shape, size, seed=0):
@@ -21,15 +23,66 @@ def problem(*shape, size, seed=0):
     return columns, upper + torch.eye(shape[-1])
 
 
-@pytest.mark.parametrize("name, size", [("int8", 50.0), ("int4", 3.0), ("int3", 1.5), ("int2", 1.0), ("fp8", 150.0)])
+def by_the_kernel(columns, upper, storage, scale=None):
+    fractions = storage.fractions(columns.device)
+    size = storage.group_size or columns.shape[-1]
+    return round_columns(columns, upper, *storage.limits, storage.form.float8, size, fractions, scale)
+
+
+FORMATS = [("int8", 50.0), ("int4", 3.0), ("int3", 1.5), ("int2", 1.0), ("fp8", 150.0)]
+
+
+@pytest.mark.parametrize("name, size", FORMATS)
 def test_it_rounds_as_the_plain_form_does(name, size):
     storage = format_named(name)
     # rows that no program's divide, columns that are no power of two, and a batch
     for shape in ((13, 32), (2, 3, 9, 19), (1, 1)):
         columns, upper = problem(*shape, size=size)
+        scale = (0.5 + torch.rand(*shape[:-1], 1, generator=torch.Generator().manual_seed(1))).bfloat16()
+        expected = plain_round_columns(columns, upper, storage, scale)
+        for found, wanted in zip(by_the_kernel(columns, upper, storage, scale), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("name, size", FORMATS)
+def test_it_chooses_the_scales_of_groups(name, size):
+    # one group, and several, of which later ones have seen the errors of those before; a group of zeros
+    for groups, width in ((None, 24), (16, 48), (8, 8)):
+        if groups and name == "fp8":
+            continue
+        storage = format_named(name, groups)
+        columns, upper = problem(9, width, size=size)
+        columns[5, : groups or width] = 0
         expected = plain_round_columns(columns, upper, storage)
-        found = round_columns(columns, upper, *storage.limits, storage.form.float8)
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4 * size)
+        found = by_the_kernel(columns, upper, storage)
+        assert torch.equal(found[2], expected.scale)
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0.0, atol=1e-4 * size)
+
+
+def test_a_factor_is_rounded_through_it_as_in_plain_pytorch(monkeypatch):
+    """All of it: blocks of rows and of columns, the last narrower, and scales of groups."""
+    storage, found = format_named("int4", 48), []
+    generator = torch.Generator().manual_seed(0)
+    weight, x, y = (torch.randn(*shape, generator=generator) for shape in ((9, 144), (200, 144), (40, 9)))
+    for by_kernel in (True, False):
+        monkeypatch.setattr(columns, "runs_kernel", lambda given, by_kernel=by_kernel: by_kernel)
+        found.append(rounded_in_metric(weight, x.T @ x, storage, y.T @ y))
+    assert torch.equal(found[0].values, found[1].values) and torch.equal(found[0].scale, found[1].scale)
+
+
+def test_scales_are_the_nearest_in_bfloat16():
+    x = torch.cat([torch.logspace(-37, 37, 2000), torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, 1e-45])])
+    x = torch.nn.functional.pad(x, (0, 2048 - len(x)), value=1.0)
+    found = torch.empty_like(x)
+    scales_kernel[(1,)](x, found, len(x))
+    assert torch.equal(found, x.bfloat16().clamp_min(torch.finfo(torch.bfloat16).tiny).float())
+
+
+@triton.jit
+def scales_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out_ptr + o, nearest_scale(tl.load(x_ptr + o)))
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_blr.cli import loading, options, saving
+from hf_blr.config import BLRConfig
 from hf_blr.markdown import format_table
 
 
@@ -70,18 +71,25 @@ def run_perplexity(args: argparse.Namespace) -> None:
     """One row a model."""
     from hf_blr.compression import parameter_sizes
     from hf_blr.evaluation import perplexity
+    from hf_blr.plan import plan_from_layers
+    from hf_blr.plan.rows import bits_a_weight
 
     rows, results = [], []
     for path, model, tokenizer in models_of(args):
         settings = {"seqlen": args.seqlen, "stride": args.stride, "max_windows": args.max_windows}
         result = perplexity(model, tokenizer, args.dataset, progress=True, **settings)
         parameters, size = parameter_sizes(model)
-        results.append({"model": path, "parameters": parameters, "bytes": size, **result.to_dict()})
+        config = getattr(model.config, "quantization_config", None)
+        plan = plan_from_layers(config.layers or {}) if isinstance(config, BLRConfig) else {}
+        # of what is compressed; a dense model's layers take what its dtype does
+        bits = bits_a_weight(plan, model.dtype) if plan else 8.0 * model.dtype.itemsize
+        results.append({"model": path, "parameters": parameters, "bytes": size, "bits": bits, **result.to_dict()})
         rows.append(
             {
                 "model": path,
                 "parameters (M)": parameters / 1e6,
                 "MB": size / 1e6,
+                "bits a weight": bits,
                 "perplexity": result.ppl,
                 "tokens/s": result.tokens_per_second,
             }

@@ -29,10 +29,13 @@ from hf_blr.compression.shapes import shapes_for
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
 from hf_blr.experts import layer_named
-from hf_blr.formats import FORMATS, PLAIN, Bits, Format, format_named, takes_groups
+from hf_blr.formats import FORMATS, PLAIN, Bits, Format, takes_groups
 from hf_blr.plan import LayerPlan, Plan
 from hf_blr.structures import BLRSpec
 from hf_blr.targets import override_for
+
+#: from so many bits of a code on one scale serves a row as well as one for each group, in fewer bits and at any rank
+ROWS_SUFFICE = 8
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,14 @@ def within_both(options: dict[str, list[Option]], budget: float, seconds: float)
 
 
 def formats_of(config: BLRConfig) -> tuple[Bits, ...]:
-    """Those of fewer bits, with the config's groups where they take any."""
+    """Those of fewer bits, with the config's groups where these gain anything."""
     group_size = None if config.group_size == -1 else config.group_size
-    found = (format_named(name, group_size if takes_groups(name) else None) for name in FORMATS)
-    return tuple(storage for storage in found if isinstance(storage, Bits))
+    found = []
+    for storage in FORMATS.values():
+        if isinstance(storage, Bits):
+            grouped = takes_groups(storage.name) and storage.bits < ROWS_SUFFICE
+            found.append(replace(storage, group_size=group_size) if grouped else storage)
+    return tuple(found)
 
 
 def widest(layer: LayerPlan, formats: tuple[Bits, ...], bits_per_weight: float) -> LayerPlan:

@@ -23,9 +23,9 @@ class Roots:
         found: Tensor = self._uppers[gram]
         return found
 
-    def moves(self, rows: Tensor, size: int) -> list[Tensor]:
+    def moves(self, rows: Tensor, size: int) -> Tensor:
         """`moves_of` these rows in blocks of this size."""
         if rows not in self._moves:
             self._moves[rows] = moves_of(rows, size)
-        found: list[Tensor] = self._moves[rows]
+        found: Tensor = self._moves[rows]
         return found

@@ -10,18 +10,15 @@ each other.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from hf_blr.factorize.columns import STRIDE, round_columns, runs_kernel
+from hf_blr.factorize.columns import column_blocks, round_columns
 from hf_blr.factorize.roots import Roots
 from hf_blr.factorize.row_blocks import ROW_BLOCKS, joined, split
 from hf_blr.formats import Bits, Codes
-
-#: columns between two updates of all columns behind them
-BLOCK = 128
 
 
 def rounded_in_metric(
@@ -43,81 +40,77 @@ def rounded_in_metric(
     if gram is None:
         return storage.nearest(factor.float())
     sweep = Sweep(factor, gram, storage, rows, roots or Roots())
-    blocks, columns = len(sweep.left), -(-factor.shape[-1] // BLOCK)
-    for step in range(columns + blocks - 1):
+    strips, count = len(sweep.given), len(sweep.blocks)
+    for step in range(count + strips - 1):
         # a block of rows is one block of columns behind the one before it, so that they can go on together
-        at = {b: (step - b) * BLOCK for b in range(blocks) if 0 <= step - b < columns}
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for b, first in at.items():
-            alike.setdefault(sweep.shape_at(first), []).append(b)
-        for together in alike.values():
-            sweep.round({b: at[b] for b in together})
-    numbers = joined(sweep.left, factor.shape[-2])
+        at = {b: sweep.blocks[step - b] for b in range(max(0, step - count + 1), min(strips, step + 1))}
+        for _, alike in groupby(at, key=lambda b: sweep.shape_at(*at[b])):
+            sweep.round({b: at[b] for b in alike})
+    numbers = joined(sweep.done[0], factor.shape[-2])
     scale = joined(torch.stack([torch.cat(scales, -1) for scales in sweep.scales]), factor.shape[-2])
     return storage.rounded(numbers, scale)
 
 
 class Sweep:
-    """One factor on its way to codes, in blocks of rows.
+    """One factor on its way to codes, in blocks of rows and of columns.
 
-    left: `[blocks, ..., m, k]`: numbers where codes are chosen, else what is to be rounded.
-    target: the same before the feedback between columns.
+    given: what is to be rounded `[blocks, ..., m, k]`.
+    done: of what is rounded, zero elsewhere, in one tensor `[3, blocks, ..., m, k]`: what codes stand for; what columns
+        were off that when their turn came; what feedback between columns and rounding have taken.
+    moves: as of `moves_of`, in strips `[blocks, ..., m, blocks * m]`, or None.
+    blocks: (first, end) of the blocks of columns.
     """
 
     def __init__(self, factor: Tensor, gram: Tensor, storage: Bits, rows: Tensor | None, roots: Roots):
         self.storage, self.k = storage, factor.shape[-1]
         self.size = storage.group_size or self.k
+        self.blocks = column_blocks(self.k, self.size)
         self.upper = roots.upper(gram).to(factor.dtype)
-        count = 1 if rows is None else ROW_BLOCKS
-        self.left = split(factor, count)
-        self.target = self.left.clone()
-        self.scales: list[list[Tensor]] = [[] for _ in range(count)]
-        moves = [] if rows is None else roots.moves(rows, self.left.shape[-2])
-        self.moves = [move.to(factor.dtype).view(*factor.shape[:-2], *move.shape[-2:]) for move in moves]
+        self.given = split(factor, 1 if rows is None else ROW_BLOCKS)
+        self.done = self.given.new_zeros(3, *self.given.shape)
+        self.scales: list[list[Tensor]] = [[] for _ in self.given]
+        self.moves = None
+        if rows is not None:
+            m = self.given.shape[-2]
+            moves = roots.moves(rows, m).to(factor.dtype).view(*factor.shape[:-2], ROW_BLOCKS * m, ROW_BLOCKS * m)
+            self.moves = moves.unflatten(-2, (ROW_BLOCKS, m)).movedim(-3, 0)
 
-    def starts(self, first: int) -> list[int]:
-        """The columns of this block with which groups begin, counted from its first."""
-        return [i for i in range(min(BLOCK, self.k - first)) if (first + i) % self.size == 0]
+    def shape_at(self, first: int, end: int) -> tuple[int, bool]:
+        """The width of a block of columns, and whether a group begins with it."""
+        return end - first, first % self.size == 0
 
-    def shape_at(self, first: int) -> tuple[int, ...]:
-        """Blocks of columns with the same can be rounded together."""
-        return (min(BLOCK, self.k - first), *self.starts(first))
+    def round(self, at: dict[int, tuple[int, int]]) -> None:
+        """Rounds, of each of these blocks of rows, this block of columns; neighbours with blocks of one shape."""
+        width, begins = self.shape_at(*next(iter(at.values())))
+        # a scale is chosen for all columns of its group
+        wide = max(width, self.size) if begins else width
+        target, now = self.standing(list(at), [slice(c, c + wide) for c, _ in at.values()])
+        scale = None
+        if not begins:
+            scale = torch.stack([self.scales[b][-1] for b in at])
+        elif wide > width:
+            scale = self.storage.scales(now.float())
+        upper = torch.stack([self.upper[..., c:e, c:e] for c, e in at.values()])
+        found = round_columns(now[..., :width], upper, self.storage, scale)
+        done = torch.stack([found.numbers, found.errors, target[..., :width] - found.numbers])
+        for place, (b, (c, e)) in enumerate(at.items()):
+            self.done[:, b, ..., c:e] = done[:, place]
+            if begins:
+                self.scales[b].append(found.scale[place])
 
-    def round(self, at: dict[int, int]) -> None:
-        """Rounds, of each of these blocks of rows, the block of columns that begins there."""
-        first = next(iter(at.values()))
-        width, starts = min(BLOCK, self.k - first), self.starts(first)
-        # columns of a group that begins here may lie beyond the block
-        wide = max([width, *(i + self.size for i in starts)])
-        part = torch.stack([self.left[b][..., c : c + wide] for b, c in at.items()])
-        upper = torch.stack([self.upper[..., c : c + width, c : c + wide] for c in at.values()])
-        scales: list[Tensor] = []
-        scale = None if starts[:1] == [0] else torch.stack([self.scales[b][-1] for b in at])
-        errors = part.new_empty(*part.shape[:-1], width)
-        stride = BLOCK if runs_kernel(part) else STRIDE
-        for begin, end in pairwise(sorted({*range(0, width, stride), *starts, width})):
-            if begin in starts:
-                group = part[..., begin : begin + self.size].clone()
-                # it has not seen the errors inside this block yet where it goes on beyond
-                group[..., width - begin :] -= errors[..., :begin] @ upper[..., :begin, width : begin + self.size]
-                scale = self.storage.scales(group.float())
-                scales.append(scale)
-            assert scale is not None
-            unit = scale.to(part.dtype)
-            own = round_columns(part[..., begin:end] / unit, upper[..., begin:end, begin:end], self.storage)
-            torch.mul(own, unit, out=errors[..., begin:end])
-            part[..., begin:width] -= errors[..., begin:end] @ upper[..., begin:end, begin:width]
-        for place, (b, c) in enumerate(at.items()):
-            self.left[b][..., c : c + width] = part[place, ..., :width]
-            self.scales[b] += [found[place] for found in scales]
-            self.left[b][..., c + width :] -= errors[place] @ self.upper[..., c : c + width, c + width :]
-            self.move_rows(b, slice(c, c + width))
+    def standing(self, at: list[int], columns: list[slice]) -> tuple[Tensor, Tensor]:
+        """What blocks of rows are to be in these columns, and what stands there when the columns before are rounded.
 
-    def move_rows(self, b: int, columns: slice) -> None:
-        """Lets the blocks of rows behind b make up for what b has lost in these columns."""
-        if b >= len(self.moves):
-            return
-        lost = self.target[b][..., columns] - self.left[b][..., columns]
-        moved = (self.moves[b] @ lost).unflatten(-2, (-1, lost.shape[-2])).movedim(-3, 0)
-        self.target[b + 1 :, ..., columns] += moved
-        self.left[b + 1 :, ..., columns] += moved
+        Both `[len(at), ..., m, columns]`.
+        """
+        target = torch.stack([self.given[b][..., c] for b, c in zip(at, columns, strict=True)])
+        blocks = slice(at[0], at[-1] + 1)
+        above, before = at[-1], max(c.start for c in columns)
+        if self.moves is not None and above:
+            # [len(at), ..., above * m, columns]
+            lost = torch.stack([self.done[2, :above, ..., c] for c in columns]).movedim(1, -3).flatten(-3, -2)
+            target += self.moves[blocks, ..., : lost.shape[-2]] @ lost
+        if not before:
+            return target, target
+        upper = torch.stack([self.upper[..., :before, c] for c in columns])
+        return target, target - self.done[1, blocks, ..., :before] @ upper

@@ -22,20 +22,20 @@ def upper_root(matrix: Tensor) -> Tensor:
     return inverse_root(matrix.double().flip(-1, -2), DAMPING).flip(-1, -2)
 
 
-def moves_of(rows: Tensor, size: int) -> list[Tensor]:
-    """[b]: the matrix `[..., rows behind, m]` by which the blocks behind b move for an error of b; none of the last."""
+def moves_of(rows: Tensor, size: int) -> Tensor:
+    """`[..., n, n]`: how rows move for an error in each, in blocks of this size; zero but for the blocks behind it."""
     wide = rows.double()
     mean = wide.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     # rows that fill up are coupled to nothing
     filled = torch.nn.functional.pad(wide, (0, size * ROW_BLOCKS - rows.shape[-1]) * 2)
     filled.diagonal(dim1=-2, dim2=-1)[..., rows.shape[-1] :] = mean
     upper = upper_root(in_blocks(filled, size))
-    found = []
+    moves = torch.zeros_like(upper)
     for b in range(ROW_BLOCKS - 1):
         own, behind = slice(b * size, (b + 1) * size), slice((b + 1) * size, None)
         move = torch.linalg.solve_triangular(upper[..., own, own], upper[..., own, behind], upper=True)
-        found.append(-move.mT)
-    return found
+        moves[..., behind, own] = -move.mT
+    return moves
 
 
 def in_blocks(matrix: Tensor, size: int) -> Tensor:
@@ -54,11 +54,8 @@ def felt_of_rows(metric: Tensor, rows: Tensor) -> Tensor:
     """
     n = len(rows)
     size = -(-n // ROW_BLOCKS)
-    moves = moves_of(rows, size)
     # errors of all rows, for an error of one in each
-    spread = torch.eye(size * ROW_BLOCKS, dtype=torch.float64, device=rows.device)
-    for b, move in enumerate(moves):
-        spread[(b + 1) * size :, b * size : (b + 1) * size] = -move
+    spread = torch.eye(size * ROW_BLOCKS, dtype=torch.float64, device=rows.device) - moves_of(rows, size)
     padded = torch.nn.functional.pad(metric.double(), (0, size * ROW_BLOCKS - n) * 2)
     felt = ((in_blocks(padded, size) @ spread) * spread).sum(0)
     return felt.view(ROW_BLOCKS, size).T.flatten()[:n]

@@ -75,6 +75,10 @@ class Bits(Format):
         """The scales `[..., n, groups]` with which `rounded` comes closest to a factor `[..., n, k]`."""
         raise NotImplementedError
 
+    def fractions(self, device: torch.device) -> Tensor:
+        """Of the scale that clips nothing, those that `scales` tries `[tries]`, float32; the first is one."""
+        return torch.ones(1, device=device)
+
     def rounded(self, factor: Tensor, scale: Tensor) -> Codes:
         """The nearest codes to a factor `[..., n, k]` with these scales `[..., n, groups]`.
 

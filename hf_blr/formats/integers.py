@@ -47,16 +47,19 @@ class Integer(Bits):
     def highest(self) -> int:
         return -self.lowest - 1
 
+    def fractions(self, device: torch.device) -> Tensor:
+        steps = torch.arange(SCALES if self.bits < CLIPS_BELOW else 1, device=device) / (SCALES - 1)
+        return SMALLEST_SCALE**steps
+
     def scales(self, factor: Tensor) -> Tensor:
         """Of least squared error for each group, among scales down to a fraction of the one that clips nothing."""
         groups = factor.unflatten(-1, (-1, self.group_size or factor.shape[-1]))
         full = torch.maximum(groups.amax(-1) / self.highest, groups.amin(-1) / self.lowest)
         # a group of zeros takes any scale
         full = torch.where(full > 0, full, 1.0)
-        steps = torch.arange(SCALES if self.bits < CLIPS_BELOW else 1, device=factor.device) / (SCALES - 1)
         best, least = full.to(SCALE_DTYPE), torch.full_like(full, float("inf"))
         # as many together as a large factor leaves room for
-        for some in (SMALLEST_SCALE**steps).to(factor.dtype).split(max(1, AT_ONCE // max(1, factor.numel()))):
+        for some in self.fractions(factor.device).to(factor.dtype).split(max(1, AT_ONCE // max(1, factor.numel()))):
             scale = (some.view(-1, *[1] * full.dim()) * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
             wide = scale.to(factor.dtype).unsqueeze(-1)
             error, place = (self.clamped(groups / wide) * wide - groups).square().sum(-1).min(0)

@@ -1,24 +1,22 @@
 """Layers whose factors are kept in bits, run by kernels that read codes and scales; without gradients.
 
-A structure that names kernels for them has two registered ops: `hf_blr::<name>_float8` multiplies in float8, and
-`hf_blr::<name>_packed` reads packed factors at few tokens. What neither takes is for `ops.linear`, with factors as
-numbers.
+A structure that names kernels for them has two registered ops (`bits_library`). What neither takes is for `ops.linear`,
+with factors as numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_blr.ops.cast import cast_rows
-from hf_blr.ops.dispatch import DTYPES, check_impl, compute_dtype, current_impl, why_not_triton
-from hf_blr.ops.library import contiguous_rows, define_op
+from hf_blr.ops.dispatch import check_impl, compute_dtype, current_impl, why_not_triton
+from hf_blr.ops.library import contiguous_rows
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.structures import FACTOR, BLRSpec, structure_named
-from hf_blr.structures.record import Structure
 
 
 class InBits(NamedTuple):
@@ -128,85 +126,3 @@ def codes_and_scales(
     scales = [t.scale if isinstance(t, InBits) else None for t in tensors]
     bits = [t.bits if isinstance(t, InBits) else 0 for t in tensors]
     return codes, scales, bits, [t.length if isinstance(t, InBits) else t.shape[-1] for t in tensors]
-
-
-def numbers_in_bits(factor: InBits, dtype: torch.dtype) -> Tensor | None:
-    """The factor `[..., n, k]` in this dtype by a kernel, in one pass; None where it takes no such factor.
-
-    The same numbers bit for bit as `formats.Codes.numbers` gives in several passes.
-    """
-    float8 = factor.codes.dtype == torch.float8_e4m3fn
-    words = factor.bits in (4, 8) and not (float8 and factor.length % 4)
-    if not words or dtype not in DTYPES or not factor.codes.is_cuda or why_not_triton(factor.scale, ()) is not None:
-        return None
-    return torch.ops.hf_blr.numbers(*factor, dtype)
-
-
-def define_numbers() -> None:
-    """Register `hf_blr::numbers(codes, scale, bits, length, dtype) -> factor`; codes and scale as in `InBits`."""
-
-    def run(codes: Tensor, scale: Tensor, *args: Any) -> Tensor:
-        from hf_blr.ops.triton.numbers import numbers
-
-        return numbers(codes.contiguous(), scale.contiguous(), *args)
-
-    def fake(codes: Tensor, scale: Tensor, bits: int, length: int, dtype: torch.dtype) -> Tensor:
-        return codes.new_empty(*codes.shape[:-1], length, dtype=dtype)
-
-    define_op("numbers(Tensor codes, Tensor scale, int bits, int length, ScalarType dtype) -> Tensor", run, fake)
-
-
-def define_float8(record: Structure) -> None:
-    """Register `hf_blr::<name>_float8(x, x_scale, tensors, scales, bias, dtype, activation) -> out`.
-
-    x `[T, K]` float8 times x_scale `[T]` float32 is the input; tensors and scales are of the structure's `kinds`, with
-    None for the scale of what is kept as numbers; out `[T, N]` in dtype.
-    """
-
-    def forward(*args: Any) -> Any:
-        return record.load("float8").forward(*args)
-
-    def fake(x: Tensor, scale: Tensor, tensors: list[Tensor], scales: Any, bias: Any, dtype: Any, *_: Any) -> Tensor:
-        return x.new_empty(x.shape[0], tensors[0].shape[:-1].numel(), dtype=dtype)
-
-    define_op(
-        f"{record.name}_float8(Tensor x, Tensor x_scale, Tensor[] tensors, Tensor?[] scales, Tensor? bias, "
-        "ScalarType dtype, str activation) -> Tensor",
-        forward,
-        fake,
-    )
-
-
-def define_packed(record: Structure) -> None:
-    """Register `hf_blr::<name>_packed(x, tensors, scales, bits, lengths, bias, activation) -> out`.
-
-    x `[T, K]`, T of 32 at most; tensors and scales as in `define_float8`, integers in 32-bit words; bits of a code, 0
-    for what is kept as numbers, and lengths of a row in numbers, for each of the tensors; out `[T, N]` in x's dtype.
-    """
-
-    def forward(*args: Any) -> Any:
-        return record.load("packed")(*args)
-
-    def fake(x: Tensor, tensors: list[Tensor], *_: Any) -> Tensor:
-        return x.new_empty(x.shape[0], tensors[0].shape[:-1].numel())
-
-    define_op(
-        f"{record.name}_packed(Tensor x, Tensor[] tensors, Tensor?[] scales, int[] bits, int[] lengths, Tensor? bias, "
-        "str activation) -> Tensor",
-        forward,
-        fake,
-    )
-
-
-def define_bits(record: Structure) -> None:
-    """Register the ops of the kernels for bits that a record names."""
-    defined: list[tuple[str, Callable[[Structure], None]]] = [
-        (record.float8, define_float8),
-        (record.packed, define_packed),
-    ]
-    for path, define in defined:
-        if path:
-            define(record)
-
-
-define_numbers()

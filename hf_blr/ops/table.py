@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_blr.ops.bits import define_bits
+from hf_blr.ops.bits_library import define_bits
 from hf_blr.ops.library import define_structure
 from hf_blr.structures import FACTOR, structure_named, structures, whole_structures
 

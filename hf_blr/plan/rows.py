@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import torch
 
@@ -61,24 +60,27 @@ def stored_rows(plan: Plan, dtype: torch.dtype) -> tuple[list[dict], str]:
     """
     specs = {name: layer.spec for name, layer in plan.items()}
     many = {name: layer.matrices for name, layer in plan.items()}
-    bytes_of = {name: layer.num_bytes(dtype) for name, layer in plan.items()}
-    dense_of = {name: many[name] * layer.spec.dense_parameters for name, layer in plan.items()}
-
-    def bits_a_weight(names: Iterable[str]) -> float:
-        names = list(names)
-        return 8 * sum(bytes_of[name] for name in names) / sum(dense_of[name] for name in names)
-
     rows = [
         {
             **row,
             "format": ", ".join(dict.fromkeys(plan[name].storage.name for name in group)),
-            "bits a weight": bits_a_weight(group),
+            "bits a weight": bits_a_weight({name: plan[name] for name in group}, dtype),
         }
         for row, group in zip(rows_by_kind(specs, many), by_kind(specs).values(), strict=True)
     ]
     kept = sum(layer.matrices * layer.spec.num_parameters for layer in plan.values())
-    dense = sum(dense_of.values())
+    dense, size = dense_numbers(plan), sum(layer.num_bytes(dtype) for layer in plan.values())
     return rows, (
         f"{len(plan)} layers hold {kept / 1e6:.1f} M of {dense / 1e6:.1f} M parameters ({100 * kept / dense:.1f} %), "
-        f"{sum(bytes_of.values()) / 1e6:.1f} MB, {bits_a_weight(plan):.2f} bits a weight"
+        f"{size / 1e6:.1f} MB, {bits_a_weight(plan, dtype):.2f} bits a weight"
     )
+
+
+def bits_a_weight(plan: Plan, dtype: torch.dtype) -> float:
+    """Stored for each number of the dense matrices of a plan's layers; dtype as in `stored_rows`."""
+    return 8 * sum(layer.num_bytes(dtype) for layer in plan.values()) / dense_numbers(plan)
+
+
+def dense_numbers(plan: Plan) -> int:
+    """Numbers of the dense matrices of a plan's layers."""
+    return sum(layer.matrices * layer.spec.dense_parameters for layer in plan.values())

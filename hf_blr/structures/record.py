@@ -42,11 +42,12 @@ class Structure:
         kernels: module with `forward` and `backward` for a GPU.
         kernels_pay: (tokens) -> whether the kernels beat PyTorch's products; "": always.
         grouped: module with `forward` and `gated`, kernels that run several such layers on one input.
-        float8: module with `forward`, kernels that multiply factors in float8; the op of `ops.bits.define_float8`.
+        float8: module with `forward`, kernels that multiply factors in float8; the op of
+            `ops.bits_library.define_float8`.
         float8_grouped: function that runs several such layers on one input in float8, with one first stage; the op of
             `ops.grouped_bits.define_grouped_float8`.
         packed: function that runs kernels which read codes and scales at few tokens; the op of
-            `ops.bits.define_packed`.
+            `ops.bits_library.define_packed`.
         stand_in: module with `opened` and `closed`: the form in which such a layer trains, if not as it is stored.
         pair: (**tensors) -> (u `[N, R]`, v `[R, K]`) whose product is the matrix, for two plain linear layers. "": no
             such pair is as small, and `linear` stands for the layer where no op of ours may.

@@ -25,7 +25,7 @@ def run(
     bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """What `ops.bits.define_packed` says of its op, by a structure's function for few tokens."""
+    """What `ops.bits_library.define_packed` says of its op, by a structure's function for few tokens."""
     if not len(x):
         return x.new_empty(0, tensors[0].shape[:-1].numel())
     return decode(x, *read(tensors, scales, bits, lengths), bias, activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -25,49 +26,107 @@ def nearest_code(b_x, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.co
 
 
 @triton.jit
+def nearest_scale(b_x):
+    """The nearest positive bfloat16 number to each value in float32, of ties the even one; in float32."""
+    b_bits = tl.maximum(b_x, 2.0**-126).to(tl.int32, bitcast=True)
+    return ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & ~0xFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def best_scale(b_left, inside, fractions_ptr, tries, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.constexpr):
+    """The scale `[BN]` of least squared error for the columns of b_left `[BN, BM]` that are inside."""
+    b_high = tl.max(tl.where(inside, b_left, -float("inf")), 1)
+    b_low = tl.min(tl.where(inside, b_left, float("inf")), 1)
+    b_full = tl.maximum(b_high / HIGHEST, b_low / LOWEST)
+    # a group of zeros takes any scale
+    b_full = tl.where(b_full > 0, b_full, 1.0)
+    b_best = nearest_scale(b_full)
+    b_least = tl.full(b_full.shape, float("inf"), tl.float32)
+    for i in range(tries):
+        b_scale = nearest_scale(tl.load(fractions_ptr + i) * b_full)
+        b_wide = b_scale[:, None]
+        b_off = nearest_code(b_left / b_wide, LOWEST, HIGHEST, FLOAT8) * b_wide - b_left
+        b_error = tl.sum(tl.where(inside, b_off * b_off, 0.0), 1)
+        b_best = tl.where(b_error < b_least, b_scale, b_best)
+        b_least = tl.minimum(b_error, b_least)
+    return b_best
+
+
+@triton.jit
 def round_columns_kernel(
     columns_ptr,
     upper_ptr,
+    fractions_ptr,
+    numbers_ptr,
     errors_ptr,
+    scale_ptr,
     n,
     m,
+    size,
+    tries,
+    CHOOSES: tl.constexpr,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     FLOAT8: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """errors `[B, n, m]` of columns `[B, n, m]`, with upper `[B, m, m]`; all contiguous."""
+    """numbers and errors `[B, n, m]` of columns `[B, n, m]`, with upper `[B, m, m]` and scale `[B, n, m / size]`; all
+    contiguous.
+    """
     i_b = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_m = tl.arange(0, BM)
-    places = i_b * n * m + o_n[:, None] * m + o_m[None, :]
-    inside = (o_n < n)[:, None] & (o_m < m)[None, :]
+    rows = i_b * n + o_n
+    there = o_n < n
+    places = rows[:, None] * m + o_m[None, :]
+    inside = there[:, None] & (o_m < m)[None, :]
     b_left = tl.load(columns_ptr + places, mask=inside, other=0.0)
     upper_ptr += i_b * m * m
-    for i in range(m):
-        b_upper = tl.load(upper_ptr + i * m + o_m, mask=(o_m > i) & (o_m < m), other=0.0)
-        b_column = tl.sum(tl.where((o_m == i)[None, :], b_left, 0.0), 1)
-        b_error = b_column - nearest_code(b_column, LOWEST, HIGHEST, FLOAT8)
-        b_left -= b_error[:, None] * b_upper[None, :]
-    # no column has moved since it was rounded
-    tl.store(errors_ptr + places, b_left - nearest_code(b_left, LOWEST, HIGHEST, FLOAT8), mask=inside)
+    groups = m // size
+    for g in range(groups):
+        if CHOOSES:
+            of_group = (o_m // size == g)[None, :] & inside
+            b_scale = best_scale(b_left, of_group, fractions_ptr, tries, LOWEST, HIGHEST, FLOAT8)
+            tl.store(scale_ptr + rows * groups + g, b_scale, mask=there)
+        else:
+            b_scale = tl.load(scale_ptr + rows * groups + g, mask=there, other=1.0)
+        for i in range(g * size, g * size + size):
+            b_upper = tl.load(upper_ptr + i * m + o_m, mask=(o_m >= i) & (o_m < m), other=0.0)
+            b_column = tl.sum(tl.where((o_m == i)[None, :], b_left, 0.0), 1)
+            b_error = b_column - nearest_code(b_column / b_scale, LOWEST, HIGHEST, FLOAT8) * b_scale
+            b_left -= b_error[:, None] * b_upper[None, :]
+            tl.store(errors_ptr + rows * m + i, b_error, mask=there)
+    tl.store(numbers_ptr + places, b_left, mask=inside)
 
 
-def round_columns(columns, upper, lowest, highest, float8):
-    """What columns `[..., n, m]` float32 are off their codes by; see `factorize.columns.round_columns`."""
+def round_columns(columns, upper, lowest, highest, float8, size, fractions, scale=None):
+    """(numbers, errors, scale) of columns `[..., n, m]` float32; see `factorize.columns.round_columns`.
+
+    Args:
+        size: of groups, where scales are chosen.
+        fractions: that are tried then, float32.
+    """
     columns, upper = columns.contiguous(), upper.contiguous()
-    errors = columns.new_empty(columns.shape)
-    if not columns.numel():
-        return errors
     n, m = columns.shape[-2:]
+    chooses, size = scale is None, size if scale is None else m
+    numbers, errors = columns.new_empty(columns.shape), columns.new_empty(columns.shape)
+    held = columns.new_empty(*columns.shape[:-1], m // size) if chooses else scale.float().contiguous()
+    if not columns.numel():
+        return numbers, errors, held.to(torch.bfloat16)
     grid = triton.cdiv(n, ROWS), columns.numel() // (n * m)
     round_columns_kernel[grid](
         columns,
         upper,
+        fractions,
+        numbers,
         errors,
+        held,
         n,
         m,
+        size,
+        len(fractions),
+        CHOOSES=chooses,
         LOWEST=float(lowest),
         HIGHEST=float(highest),
         FLOAT8=float8,
@@ -75,4 +134,4 @@ def round_columns(columns, upper, lowest, highest, float8):
         BN=ROWS,
         num_warps=1,
     )
-    return errors
+    return numbers, errors, held.to(torch.bfloat16) if chooses else scale
