@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_blr.calibration.grams import Grams
-from hf_blr.calibration.residual import add, rows_of
+from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.residual import add_product, wide_parts
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def plain_problem(inputs: Sequence[Tensor], real: list[Tensor | None]) -> Proble
     gram: Tensor | None = None
     count = 0
     for i, x in enumerate(inputs):
-        rows = rows_of(x, None if odd else real[i // calls])
-        gram = add(gram, rows.mT @ rows)
+        rows = real_rows(x, None if odd else real[i // calls])
+        for (part,) in wide_parts(rows):
+            gram = add_product(gram, part, part)
         count += len(rows)
     return Problem(gram, rows=count)

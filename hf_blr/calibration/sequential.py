@@ -23,9 +23,10 @@ from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
+from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
-from hf_blr.calibration.residual import add, counted, rows_of
+from hf_blr.calibration.residual import add_product, counted, wide_parts
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
@@ -189,42 +190,48 @@ class SequentialChain(WatchedChain):
         count = 0
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
-            if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
+            wanted = inputs[i] if len(inputs) == len(compressed) else None
+            if wanted is None or reached is None or reached.shape != wanted.shape:
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
                 return dict.fromkeys(group, plain_problem(inputs, real))
-            x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
-            count += len(reached)
+            rows = [real_rows(wanted, real[i]), real_rows(reached, real[i])]
+            count += len(rows[0])
+            if writer:
+                gap = dense.entered[i].float() - hidden.float()
+                for name in earlier:
+                    gap += dense.written[name][i].float() - written[name].float()
+                rows.append(real_rows(gap, real[i]))
             with tf32():
-                gram = add(gram, reached.mT @ reached)
-                # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
-                moved = add(moved, (x - reached).mT @ reached)
-                if writer:
-                    gap = dense.entered[i].float() - hidden.float()
-                    for name in earlier:
-                        gap += dense.written[name][i].float() - written[name].float()
-                    pull = add(pull, rows_of(gap, real[i]).mT @ reached)
+                for x, y, *lost in wide_parts(*rows):
+                    gram = add_product(gram, y, y)
+                    # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
+                    moved = add_product(moved, x - y, y)
+                    for part in lost:
+                        pull = add_product(pull, part, y)
         # there is a batch, or no block would have been traced
         assert gram is not None and moved is not None
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
-        damping = damping_of(damping, len(gram), count)
-        targets = {name: self.target(name, gram, moved, pull, share, damping) for name in group}
+        # W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference
+        weights = {name: self.wide_weight(name) for name in group}
+        images = {name: share * (weight @ moved.double()) for name, weight in weights.items()}
+        # in float64 these matrices are the largest that a calibration holds
+        del moved
+        if pull is not None:
+            images[group[0]] += pull.double()
+        try:
+            root = cholesky(damped(gram, damping_of(damping, len(gram), count)).double())
+        except ValueError as error:
+            raise ValueError(f"{group[0]}: {error}") from None
+        targets = {
+            name: (weights[name] + torch.cholesky_solve(image.mT, root).mT).float() for name, image in images.items()
+        }
         return {name: Problem(gram, target, count) for name, target in targets.items()}
 
-    def target(
-        self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Tensor:
-        """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
+    def wide_weight(self, name: str) -> Tensor:
+        """W `[N, K]` in float64."""
         layer = self.model.get_submodule(name)
         with at_hand(layer):
-            weight = dense_weight(layer).detach().double()
-        image = share * (weight @ moved.double())
-        if pull is not None:
-            image += pull.double()
-        try:
-            root = cholesky(damped(gram, damping).double())
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return (weight + torch.cholesky_solve(image.mT, root).mT).float()
+            return dense_weight(layer).detach().double()
