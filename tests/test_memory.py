@@ -2,6 +2,7 @@
 
 import copy
 
+import psutil
 import pytest
 import torch
 from resume_cases import CASES, OPTIONS, inputs, same_bits, timeless
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration import fisher
+from hf_blr.calibration import store as store_module
 from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.pieces import in_pieces
 from hf_blr.calibration.store import Store, StoredTensors, distinct, only
@@ -145,6 +147,26 @@ def test_a_store_keeps_as_much_in_memory_as_it_may(tmp_path):
         del tensors[2], tensors
         assert store.used == 0 and not list(tmp_path.rglob("*.pt"))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("room", [True, False])
+def test_what_a_gpu_has_no_room_for_goes_to_the_host_first(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "host_has_room", lambda size: room)
+    tensors = [torch.full((10,), float(i), device="cuda") for i in range(4)]
+    with Store(100, tmp_path) as store:
+        kept = store.list(tensors)
+        assert store.used == 80 and len(list(tmp_path.rglob("*.pt"))) == (0 if room else 2)
+        held = [each._place for each in kept._kept if torch.is_tensor(each._place)]
+        assert [place.device.type for place in held] == ["cuda", "cuda"] + ["cpu"] * 2 * room
+        assert all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True))
+
+
+def test_a_host_keeps_half_of_its_memory(monkeypatch):
+    memory = psutil.virtual_memory()._replace(total=100, available=60)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert store_module.host_has_room(10) and not store_module.host_has_room(11)
 
 
 def test_names_of_one_tensor_share_its_file(tmp_path):

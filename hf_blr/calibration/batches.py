@@ -17,7 +17,7 @@ from hf_blr.calibration.given import given_batches
 from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
-from hf_blr.calibration.pieces import in_files, in_pieces, joined
+from hf_blr.calibration.pieces import in_pieces, joined, put_away
 from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
@@ -80,7 +80,7 @@ def statistics_of(
                 grams = whole_model_grams(model, piece, batches, labels)
                 unreached = {labels[name] for name in piece} - set(grams)
                 part = Statistics(grams, {}, token_count(batches), frozenset(unreached), grams.rows)
-                found.append(part if store.limit is None else in_files(part, store))
+                found.append(part if store.limit is None else put_away(part, store))
     return found[0] if len(found) == 1 else joined(found)
 
 

@@ -23,7 +23,7 @@ from hf_blr.calibration.calls import Batch, hooked
 from hf_blr.calibration.grams import GramCollector
 from hf_blr.calibration.losses import NoLoss, sampled_loss
 from hf_blr.calibration.padding import real_rows
-from hf_blr.calibration.pieces import in_files, in_pieces, joined, recomputed
+from hf_blr.calibration.pieces import in_pieces, joined, put_away, recomputed
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
@@ -102,7 +102,7 @@ def fisher_statistics(
         part = statistics_of_piece(model, piece, batches, seed, labels, recompute=store.limit is not None)
         # stops at the first that is not zero
         felt = felt or any(gram.any() for gram in part.output_grams.values())
-        found.append(part if store.limit is None else in_files(part, store))
+        found.append(part if store.limit is None else put_away(part, store))
     if not felt:
         raise NoLoss(
             f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "

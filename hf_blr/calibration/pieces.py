@@ -1,4 +1,4 @@
-"""Statistics of a model whose matrices do not fit into memory together: part by part, and then in files."""
+"""Statistics of a model whose matrices do not fit into memory together: gathered part by part, and put away."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def in_pieces(
     return pieces
 
 
-def in_files(part: Statistics, store: Store) -> Statistics:
-    """The same statistics, with their matrices in files."""
+def put_away(part: Statistics, store: Store) -> Statistics:
+    """The same statistics, with their matrices out of the way; see `Store`."""
     return replace(
         part,
         grams=StoredTensors(store.keep_all(part.grams)),
