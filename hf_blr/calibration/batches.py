@@ -23,6 +23,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
+from hf_blr.processes import ALONE, Processes
 from hf_blr.targets import refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, load_windows
 
@@ -61,7 +62,12 @@ def collect_statistics(
 
 
 def statistics_of(
-    model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig, store: Store | None = None
+    model: nn.Module,
+    plan: Plan,
+    batches: list[Batch],
+    config: BLRConfig,
+    store: Store | None = None,
+    processes: Processes = ALONE,
 ) -> Statistics:
     """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
     store = store or Store()
@@ -69,7 +75,7 @@ def statistics_of(
         labels = expanded(model, plan)
         if config.fisher:
             try:
-                return fisher_statistics(model, list(labels), batches, config.seed, labels, store)
+                return fisher_statistics(model, list(labels), batches, config.seed, labels, store, processes)
             except NoLoss as error:
                 if config.allocation == "loss":
                     raise
@@ -77,7 +83,7 @@ def statistics_of(
         found = []
         with evaluating(model):
             for piece in in_pieces(model, list(labels), labels, store.limit, output_grams=False):
-                grams = whole_model_grams(model, piece, batches, labels)
+                grams = whole_model_grams(model, piece, batches, labels, processes)
                 unreached = {labels[name] for name in piece} - set(grams)
                 part = Statistics(grams, {}, token_count(batches), frozenset(unreached), grams.rows)
                 found.append(part if store.limit is None else put_away(part, store))

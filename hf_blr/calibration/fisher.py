@@ -27,8 +27,10 @@ from hf_blr.calibration.pieces import in_pieces, joined, put_away, recomputed
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
+from hf_blr.calibration.summed import summed_statistics
 from hf_blr.factorize.metric import metric_blocks
 from hf_blr.modes import evaluating
+from hf_blr.processes import ALONE, Processes
 
 #: models of fewer parameters than this take so many sequences at once on a GPU; 2048 tokens of one with 135 M and 49152
 #: words need 5 GB in float32
@@ -75,6 +77,7 @@ def fisher_statistics(
     seed: int = 0,
     labels: dict[str, str] | None = None,
     store: Store | None = None,
+    processes: Processes = ALONE,
 ) -> Statistics:
     """Both kinds of matrices, from one forward and one backward a sequence.
 
@@ -91,15 +94,19 @@ def fisher_statistics(
         seed: of what is drawn for the first sequence; the next one has the next number, whatever batch it is in.
         labels: {layer: the name under which its matrices are summed}, of layers that are counted together.
         store: where the matrices are kept.
+        processes: each runs its share of the batches, which all of them hold; each gets the sums.
 
     Raises:
         NoLoss: if the model puts out no numbers, or none that depends on any of the layers.
     """
     store, labels = store or Store(), labels or {}
+    share = processes.share(len(batches))
+    seed += sum(sequences_in(batch) for batch in batches[: share.start])
     found: list[Statistics] = []
     felt = False
     for piece in in_pieces(model, names, labels, store.limit, output_grams=True):
-        part = statistics_of_piece(model, piece, batches, seed, labels, recompute=store.limit is not None)
+        part = statistics_of_piece(model, piece, batches[share], seed, labels, recompute=store.limit is not None)
+        part = summed_statistics(part, processes)
         # stops at the first that is not zero
         felt = felt or any(gram.any() for gram in part.output_grams.values())
         found.append(part if store.limit is None else put_away(part, store))

@@ -77,7 +77,7 @@ class SequentialChain(WatchedChain):
                 hidden = self.store.list(piece.hidden)
                 compressed = Piece(piece.blocks, hidden, with_own_state(piece.calls), piece.batch_of)
                 yield from self.segment_problems(segment, compressed, damping, after_block)
-            elif (again := self.retraced(segment)) is not None:
+            elif (again := self.retraced_by_all(segment)) is not None:
                 yield from self.segment_problems(segment, again, damping, after_block)
             else:
                 logger.warning(
@@ -127,7 +127,8 @@ class SequentialChain(WatchedChain):
                 # the router sends them other tokens in the compressed model: there is nothing to regress on
                 inputs = {name: dense.inputs[name] for name in experts if name in dense.inputs}
                 masks = {name: [each.get(name) for each in segment.real] for name in inputs}
-                yield pooled({name: plain_problem(x, masks[name]) for name, x in inputs.items()}, experts)
+                problems = {name: plain_problem(x, masks[name], self.processes) for name, x in inputs.items()}
+                yield pooled(problems, experts)
             dense.inputs.clear()
             # a layer that is a block by itself has another in its place now
             block = self.model.get_submodule(prefix)
@@ -138,6 +139,11 @@ class SequentialChain(WatchedChain):
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
+
+    def retraced_by_all(self, segment: Segment) -> Piece | None:
+        """`retraced`, None in all processes if it is in one."""
+        again = self.retraced(segment)
+        return again if all(self.processes.gathered(again is not None)) else None
 
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
@@ -187,13 +193,13 @@ class SequentialChain(WatchedChain):
         gram: Tensor | None = None
         moved: Tensor | None = None
         pull: Tensor | None = None
-        count = 0
+        count, alike = 0, len(inputs) == len(compressed)
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
-            wanted = inputs[i] if len(inputs) == len(compressed) else None
+            wanted = inputs[i] if alike else None
             if wanted is None or reached is None or reached.shape != wanted.shape:
-                # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
-                return dict.fromkeys(group, plain_problem(inputs, real))
+                alike = False
+                break
             rows = [real_rows(wanted, real[i]), real_rows(reached, real[i])]
             count += len(rows[0])
             if writer:
@@ -208,8 +214,14 @@ class SequentialChain(WatchedChain):
                     moved = add_product(moved, x - y, y)
                     for part in lost:
                         pull = add_product(pull, part, y)
+        if not all(self.processes.gathered(alike)):
+            # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
+            return dict.fromkeys(group, plain_problem(inputs, real, self.processes))
         # there is a batch, or no block would have been traced
         assert gram is not None and moved is not None
+        for total in (gram, moved) if pull is None else (gram, moved, pull):
+            self.processes.add(total)
+        count = sum(self.processes.gathered(count))
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import Field
@@ -17,6 +18,7 @@ from hf_blr.bench.environment import environment
 from hf_blr.config import AUTO, QUANT_METHOD, BLRConfig, option_fields
 from hf_blr.config.texts import dataset_from
 from hf_blr.folders import clear_stopped, replacing_folder
+from hf_blr.processes import Processes
 from hf_blr.structures import block_pair_of, structures, whole_structures
 from hf_blr.text import can_write
 
@@ -148,6 +150,16 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_d
     model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
     model = model if on_disk else model.to(args.device)
     return model, AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
+
+
+def launched(args: argparse.Namespace) -> Processes:
+    """This process among those of torchrun or accelerate launch; `args.device` becomes its own GPU, where it has one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    args.device = str(PartialState(cpu=args.device == "cpu").device)
+    return Processes(joined=True)
 
 
 def stored_config(path: str, config: Any) -> BLRConfig:
