@@ -57,6 +57,15 @@ class Processes:
         if self.count > 1:
             self._in_place(tensor, dist.all_reduce)
 
+    def whole(self, part: Tensor, size: int) -> Tensor:
+        """The `size` rows of which each process holds its `share`."""
+        if self.count == 1:
+            return part
+        rows = part.new_zeros(size, *part.shape[1:])
+        rows[self.share(size)] = part
+        self.add(rows)
+        return rows
+
     def send(self, tensor: Tensor, owner: int) -> None:
         """Makes of it what the owner holds, in place; in bytes, since not every backend knows float8."""
         if self.count > 1:

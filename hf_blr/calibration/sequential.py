@@ -30,7 +30,7 @@ from hf_blr.calibration.residual import add_product, counted, wide_parts
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
-from hf_blr.dense import at_hand, dense_weight
+from hf_blr.dense import at_hand, dense_weight, feature_sizes
 from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
@@ -227,23 +227,27 @@ class SequentialChain(WatchedChain):
             return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
         # W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference
-        weights = {name: self.wide_weight(name) for name in group}
+        # each process for its share of the rows of W
+        weights = {name: self.own_rows(name) for name in group}
         images = {name: share * (weight @ moved.double()) for name, weight in weights.items()}
         # in float64 these matrices are the largest that a calibration holds
         del moved
         if pull is not None:
-            images[group[0]] += pull.double()
+            images[group[0]] += pull[self.processes.share(len(pull))].double()
         try:
             root = cholesky(damped(gram, damping_of(damping, len(gram), count)).double())
         except ValueError as error:
             raise ValueError(f"{group[0]}: {error}") from None
-        targets = {
-            name: (weights[name] + torch.cholesky_solve(image.mT, root).mT).float() for name, image in images.items()
-        }
-        return {name: Problem(gram, target, count) for name, target in targets.items()}
+        problems = {}
+        for name, image in images.items():
+            target = (weights[name] + torch.cholesky_solve(image.mT, root).mT).float()
+            size = feature_sizes(self.model.get_submodule(name))[1]
+            problems[name] = Problem(gram, self.processes.whole(target, size), count)
+        return problems
 
-    def wide_weight(self, name: str) -> Tensor:
-        """W `[N, K]` in float64."""
+    def own_rows(self, name: str) -> Tensor:
+        """This process' share of the rows of W `[N, K]`, in float64."""
         layer = self.model.get_submodule(name)
         with at_hand(layer):
-            return dense_weight(layer).detach().double()
+            weight = dense_weight(layer).detach()
+            return weight[self.processes.share(len(weight))].double()

@@ -153,7 +153,7 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_d
 
 
 def launched(args: argparse.Namespace) -> Processes:
-    """This process among those of torchrun or accelerate launch; `args.device` becomes its own GPU, where it has one."""
+    """This process among those of torchrun or accelerate launch; `args.device` becomes its own GPU, if it has one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     from accelerate import PartialState
