@@ -5,10 +5,10 @@
 Each number is measured in processes of its own under torchrun, one a GPU. Compression: the whole call of `compress`,
 low-rank at 0.7, of a model in memory, behind a small one that loads the libraries, by one process and by two; compared
 are their predictions on other tokens, beside what separates both from the dense model. Training: all factors by fused
-AdamW, in bfloat16, as many tokens on each GPU, steps behind a warm-up. What FSDP2 holds in shards is gathered, saved and
-read back by `from_pretrained`. Placement: logits of a checkpoint whose blocks lie on two GPUs, and on one, both after
-`fuse`. Tensor parallelism: the MLP of one block, whole, and with half of its inner features as each of two GPUs would
-hold it, beside the sum over both GPUs that the halves need; medians of CUDA graphs.
+AdamW, in bfloat16, as many tokens on each GPU, steps behind a warm-up. FSDP2's shards are gathered, saved, read back
+by `from_pretrained`. Placement: logits of a checkpoint whose blocks lie on two GPUs, and on one, both after `fuse`.
+Tensor parallelism: the MLP of one block, whole, and with half of its inner features as each of two GPUs would hold it,
+beside the sum over both GPUs that the halves need; medians of CUDA graphs.
 """
 
 from __future__ import annotations

@@ -110,6 +110,8 @@ def fisher_statistics(
         # stops at the first that is not zero
         felt = felt or any(gram.any() for gram in part.output_grams.values())
         found.append(part if store.limit is None else put_away(part, store))
+        # or it would stay beside the next one
+        del part
     if not felt:
         raise NoLoss(
             f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "

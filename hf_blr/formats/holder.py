@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,10 +67,8 @@ class FactorInBits(NeverCast):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, part in self.parts().items():
-            # after `hf_blr.fuse`; files want tensors that share no memory
-            if not keep_vars and part.untyped_storage().nbytes() > part.nbytes:
-                destination[prefix + name] = destination[prefix + name].clone()
+        if not keep_vars:
+            stand_alone(destination, prefix, self.parts())
 
     def __getstate__(self) -> dict[str, Any]:
         # plain pickles of float8 tensors cannot be read back (PyTorch 2.13); those of integers can
@@ -84,6 +82,18 @@ class FactorInBits(NeverCast):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, storage={self.storage.name}"
+
+
+def stand_alone(destination: dict[str, Any], prefix: str, held: Mapping[str, Tensor]) -> None:
+    """In a state dict, tensors that are parts of others, after `hf_blr.fuse`, become copies, as files want them.
+
+    Args:
+        destination, prefix: as of `nn.Module._save_to_state_dict`.
+        held: {name behind the prefix: tensor} of one module.
+    """
+    for name, tensor in held.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
 
 
 def as_integers(tensor: Tensor) -> Tensor:
