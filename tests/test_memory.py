@@ -5,7 +5,7 @@ import copy
 import psutil
 import pytest
 import torch
-from resume_cases import CASES, OPTIONS, inputs, same_bits, timeless
+from resume_cases import CASES, OPTIONS, inputs, reads_disk, same_bits, timeless
 from safetensors.torch import load_file
 from tiny import batches_for, tiny_llama, tiny_logits, tiny_mixtral, tiny_tokenizer
 from transformers import LlamaForCausalLM
@@ -94,7 +94,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param("disk", marks=reads_disk), "mixed"])
 def test_weights_are_read_from_the_checkpoint_as_their_turn_comes(place, tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "dense")
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
@@ -120,6 +120,7 @@ def test_weights_are_read_from_the_checkpoint_as_their_turn_comes(place, tmp_pat
     assert same_bits(LlamaForCausalLM.from_pretrained(tmp_path / "out"), loaded)
 
 
+@reads_disk
 def test_the_command_line_leaves_weights_in_their_files(tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
