@@ -69,9 +69,10 @@ class Processes:
     def send(self, tensor: Tensor, owner: int) -> None:
         """Makes of it what the owner holds, in place; in bytes, since not every backend knows float8."""
         if self.count > 1:
-            self._in_place(tensor.detach().reshape(-1).view(torch.uint8), lambda part: dist.broadcast(part, owner))
+            self._in_place(tensor, lambda part: dist.broadcast(part.view(-1).view(torch.uint8), owner))
 
     def _in_place(self, tensor: Tensor, act: Callable[[Tensor], Any]) -> None:
+        tensor = tensor.detach()
         # NCCL takes contiguous tensors of a GPU
         moved = (tensor.cuda() if "nccl" in dist.get_backend() else tensor).contiguous()
         act(moved)

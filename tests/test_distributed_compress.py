@@ -83,7 +83,7 @@ def sums(rank):
     total, column = torch.full((2, 3), float(rank + 1)), torch.arange(6.0).view(2, 3).T * (rank + 1)
     together.add(total)
     together.add(column)
-    sent = torch.full((3,), float(rank)).to(torch.float8_e4m3fn)
+    sent = torch.full((2, 3), float(rank)).to(torch.float8_e4m3fn).T
     together.send(sent, 1)
     return total, column, sent.float(), together.gathered(rank)
 
