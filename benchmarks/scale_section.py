@@ -10,8 +10,9 @@ import conditions
 from hf_blr.markdown import format_table
 
 GB = 1e9
-#: what tells runs apart whose numbers lie on one line
-SETTINGS = ("device", "model", "tokens", "max_memory")
+#: what tells runs apart whose numbers lie on one line, and whose lines differ by their fits alone
+SETTINGS = ("device", "model", "tokens", "max_memory", "structure")
+BUT_FITS = SETTINGS[:-1]
 #: {column: the field of a row}
 PEAKS = {
     "peak GB": "peak_bytes",
@@ -32,6 +33,12 @@ def scale_section(name: str = "scale.json") -> str:
         whole = group[0]["of_blocks"]
         if len({row["blocks"] for row in group}) > 1 and all(row["blocks"] < whole for row in group):
             lines.append({**line_of(extended(group, whole)), "measured": "computed"})
+        elif all(row["blocks"] < whole for row in group):
+            same = [other for other in rows if all(other[key] == group[0][key] for key in BUT_FITS)]
+            if (
+                row := with_other_fits(group[0], [each for each in same if each["structure"] == "low_rank"])
+            ) is not None:
+                lines.append({**line_of(row), "measured": "computed"})
     kills = [
         f"A run of {row['blocks']} blocks of {row['model']}, {row['tokens']} tokens, that was killed after "
         f"{row['killed_after']:.0f} s, with half of its layers finished, took {row['seconds_after_kill']:.0f} s more; "
@@ -42,8 +49,8 @@ def scale_section(name: str = "scale.json") -> str:
     ]
     return (
         f"{format_table(lines)}\n\n{''.join(kills)}"
-        "Computed: on the straight line through the sizes above it. Without a limit no peak, since statistics make it "
-        "in a larger model. "
+        "Computed: on the straight line through the sizes above it; of a structure with one size, on low-rank's line "
+        "with its own fits. Without a limit no peak, since statistics make it in a larger model. "
         f"`benchmarks/scale.py`; {conditions.machine(result['environment'])}, transformers "
         f"{result['environment']['transformers']}."
     )
@@ -61,6 +68,7 @@ def line_of(row: dict) -> dict:
     """What the table says of one run."""
     return {
         "model": row["model"],
+        "structure": row["structure"],
         "blocks": f"{row['blocks']} of {row['of_blocks']}",
         "parameters": f"{row['parameters'] / GB:.2f} B",
         "tokens": row["tokens"],
@@ -75,6 +83,16 @@ def line_of(row: dict) -> dict:
 def seconds_of(row: dict) -> float:
     """Of loading, compressing and saving."""
     return row["load_seconds"] + row["compress_seconds"] + row["save_seconds"]
+
+
+def with_other_fits(row: dict, others: list[dict]) -> dict | None:
+    """The whole model, on the line of these runs, with this run's fits in the place of theirs; None without a line."""
+    sizes, whole = {each["blocks"]: each for each in others}, row["of_blocks"]
+    if len(sizes) < 2 or row["blocks"] not in sizes:
+        return None
+    more = (row["fit_seconds"] - sizes[row["blocks"]]["fit_seconds"]) * whole / row["blocks"]
+    found = extended(others, whole)
+    return {**found, "structure": row["structure"], "compress_seconds": found["compress_seconds"] + more}
 
 
 def extended(rows: list[dict], blocks: int) -> dict:

@@ -6,9 +6,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_logits, tiny_mixtral, tiny_t5
+from resume_cases import OPTIONS
+from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_logits, tiny_mixtral, tiny_t5, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 from hf_blr import BLRConfig, compress
+from hf_blr.cli import main
 from hf_blr.compression import Journal
 from hf_blr.processes import Processes
 
@@ -73,6 +76,9 @@ def work(rank, folder):
         refused(config=config, calibration=[batches[0]["input_ids"][:1]]),
     ]
     found["sums"] = sums(rank)
+    # as torchrun says it
+    os.environ.update(WORLD_SIZE=str(PROCESSES), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(PROCESSES))
+    found["command"] = main(["compress", f"{folder}/dense", f"{folder}/out", *OPTIONS, "--device", "cpu"])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -92,8 +98,10 @@ def sums(rank):
 def processes(tmp_path_factory):
     """What each process ended with."""
     folder = str(tmp_path_factory.mktemp("processes"))
+    tiny_llama().save_pretrained(f"{folder}/dense")
+    tiny_tokenizer().save_pretrained(f"{folder}/dense")
     torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+    return folder, [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
 @pytest.mark.slow
@@ -101,7 +109,7 @@ def processes(tmp_path_factory):
 def test_two_processes_compress_as_one(case, processes):
     model, report = compressed(case)
     dense = CASES[case][0]()
-    (first, logits, said), (second, _, _) = (found[case] for found in processes)
+    (first, logits, said), (second, _, _) = (found[case] for found in processes[1])
     assert list(first) == list(second) == list(model.state_dict())
     assert all(torch.equal(first[name], second[name]) for name in first)
     lost = (tiny_logits(model) - tiny_logits(dense)).norm()
@@ -113,7 +121,7 @@ def test_two_processes_compress_as_one(case, processes):
 
 @pytest.mark.slow
 def test_what_processes_cannot_share_is_refused_by_all(processes):
-    for found in processes:
+    for found in processes[1]:
         journal, steps, other, little = found["refused"]
         assert journal.startswith("resume works in one process alone, got 2")
         assert steps.startswith("block_steps works in one process alone")
@@ -123,10 +131,20 @@ def test_what_processes_cannot_share_is_refused_by_all(processes):
 
 @pytest.mark.slow
 def test_sums_and_what_an_owner_sends(processes):
-    for found in processes:
+    for found in processes[1]:
         total, column, sent, ranks = found["sums"]
         assert (total == 3).all() and torch.equal(column, 3 * torch.arange(6.0).view(2, 3).T)
         assert (sent == 1).all() and ranks == [0, 1]
+
+
+@pytest.mark.slow
+def test_the_command_line_writes_one_checkpoint(processes, tmp_path):
+    folder, found = processes
+    assert [each["command"] for each in found] == [0, 0]
+    assert main(["compress", f"{folder}/dense", str(tmp_path / "alone"), *OPTIONS, "--device", "cpu"]) == 0
+    alone, together = (LlamaForCausalLM.from_pretrained(place) for place in (tmp_path / "alone", f"{folder}/out"))
+    lost = (tiny_logits(alone) - tiny_logits(tiny_llama())).norm()
+    assert (tiny_logits(together) - tiny_logits(alone)).norm() < 2e-3 * lost
 
 
 def test_without_a_group_of_processes_it_is_refused():
