@@ -87,11 +87,10 @@ def seconds_of(row: dict) -> float:
 
 def with_other_fits(row: dict, others: list[dict]) -> dict | None:
     """The whole model, on the line of these runs, with this run's fits in the place of theirs; None without a line."""
-    sizes, whole = {each["blocks"]: each for each in others}, row["of_blocks"]
-    if len(sizes) < 2 or row["blocks"] not in sizes:
+    if len({each["blocks"] for each in others}) < 2:
         return None
-    more = (row["fit_seconds"] - sizes[row["blocks"]]["fit_seconds"]) * whole / row["blocks"]
-    found = extended(others, whole)
+    whole, found = row["of_blocks"], extended(others, row["of_blocks"])
+    more = (row["fit_seconds"] - extended(others, row["blocks"])["fit_seconds"]) * whole / row["blocks"]
     return {**found, "structure": row["structure"], "compress_seconds": found["compress_seconds"] + more}
 
 
@@ -102,7 +101,7 @@ def extended(rows: list[dict], blocks: int) -> dict:
     """
     found = {**rows[0], "blocks": blocks, **dict.fromkeys(PEAKS.values())}
     limited = tuple(PEAKS.values()) if rows[0]["max_memory"] else ()
-    for field in ("parameters", "load_seconds", "compress_seconds", "save_seconds", *limited):
+    for field in ("parameters", "load_seconds", "compress_seconds", "save_seconds", "fit_seconds", *limited):
         values = [row.get(field) for row in rows]
         if None not in values:
             slope, intercept = linear_regression([row["blocks"] for row in rows], values)
