@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[name for name, _ in RUNS], default=[name for name, _ in RUNS])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="only those of so many")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
-    parser.add_argument("--out", type=Path, default=RESULTS / "several_gpus_h200.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "several_gpus.json")
     args = parser.parse_args()
     machine = environment()
     head = {"protocol": " ".join(__doc__.split("\n\n")[2].split())}
@@ -81,7 +81,8 @@ def measured(args: argparse.Namespace, name: str, count: int, folder: str) -> di
     options += ["--sizes", json.dumps(args.sizes), "--folder", folder, "--step", name]
     done = subprocess.run([*launch, *options], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    row = {"measured": name, "processes": count, "model": args.model, "blocks": args.blocks}
+    row = {"measured": name, "processes": count, "model": args.model, "blocks": args.blocks, "sizes": args.sizes}
+    row["device"] = args.device
     if not lines:
         # torchrun says much more behind what went wrong
         said = [line for line in done.stderr.splitlines() if line.startswith("[rank0]:")] or [done.stderr[-2000:]]
