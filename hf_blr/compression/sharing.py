@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_blr.calibration.calls import Batch
-from hf_blr.calibration.fisher import parts_of
+from hf_blr.calibration.sequences import parts_of
 from hf_blr.compression.journal.fingerprints import of_batches
 from hf_blr.config import BLRConfig
 from hf_blr.processes import Processes
