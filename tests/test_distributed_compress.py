@@ -67,6 +67,7 @@ def work(rank, folder):
     for case in CASES:
         model, report = compressed(case, distributed=True)
         found[case] = model.state_dict(), tiny_logits(model), report.to_dict()
+    found["limited"] = compressed("pivoted", distributed=True, max_memory="30KB")[0].state_dict()
     model, config = tiny_llama(), BLRConfig("low_rank", ratio=0.6)
     batches = batches_for(model)
     found["refused"] = [
@@ -117,6 +118,12 @@ def test_two_processes_compress_as_one(case, processes):
     assert (logits - tiny_logits(model)).norm() < (0.1 if case == "float8" else 2e-3) * lost
     assert {layer["name"] for layer in said["layers"]} == {layer.name for layer in report.layers}
     assert said["calibration_tokens"] == report.calibration_tokens
+
+
+@pytest.mark.slow
+def test_within_a_limit_they_end_with_the_same_bits(processes):
+    for found in processes[1]:
+        assert all(torch.equal(value, found["limited"][key]) for key, value in found["pivoted"][0].items())
 
 
 @pytest.mark.slow
