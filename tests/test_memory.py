@@ -6,6 +6,8 @@ import weakref
 import psutil
 import pytest
 import torch
+import zoo_inputs
+import zoo_models
 from resume_cases import CASES, OPTIONS, inputs, reads_disk, same_bits, timeless
 from safetensors.torch import load_file
 from tiny import batches_for, tiny_llama, tiny_logits, tiny_mixtral, tiny_tokenizer
@@ -58,6 +60,20 @@ def test_statistics_in_parts_are_those_of_one_pass(make, fisher):
             assert all(torch.equal(one[name], other[name]) for name in one)
         assert (parts.tokens, parts.unreached, parts.rows) == (whole.tokens, whole.unreached, whole.rows)
         assert store.used == 0
+
+
+# blocks that run twice, outputs that are views and are written to, stages of other shapes, and plain ones with padding
+@pytest.mark.parametrize("name", ["albert", "longformer", "swin", "llama"])
+def test_statistics_within_a_limit_have_the_bits_of_those_without(name):
+    model, config = zoo_models.build(name), BLRConfig("low_rank", ratio=0.5)
+    batches = zoo_inputs.padded_batches(name, zoo_inputs.samples(name, 6), (2, 3, 1))
+    free = collect_statistics(model, config, calibration=batches)
+    assert set(free.output_grams) == set(free.grams)
+    with Store(60_000) as store:
+        limited = collect_statistics(model, config, calibration=batches, store=store)
+        for one, other in ((free.grams, limited.grams), (free.output_grams, limited.output_grams)):
+            assert set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+        assert (limited.tokens, limited.unreached, limited.rows) == (free.tokens, free.unreached, free.rows)
 
 
 def test_parts_take_what_is_allowed_and_no_layer_is_left_out():

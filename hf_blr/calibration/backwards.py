@@ -25,7 +25,7 @@ from hf_blr.calibration.precision import calibrating, tf32
 from hf_blr.calibration.sequences import sequences_in
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
-from hf_blr.calibration.trace import Trace
+from hf_blr.calibration.trace import Broken, Trace
 
 
 class Backwards:
@@ -57,7 +57,11 @@ class Backwards:
         groups = blocks_of(model, body, names, batches)
         modules = {name: model.get_submodule(name) for name in groups}
         first = Trace(modules, set(), Store())
-        first.add(body, batches[0], 0)
+        try:
+            first.add(body, batches[0], 0)
+        except Broken:
+            # a block that runs more than once
+            return None
         pieces = first.pieces()
         if len(pieces) != 1 or first.apart or {name for group in groups.values() for name in group} != set(names):
             return None

@@ -61,9 +61,9 @@ def watch(
             else:
                 output_grams[label] = product
 
-        if not output.requires_grad:
+        if not output.requires_grad or output._is_view():
             # before the first watched layer nothing needs a gradient. A sum, since models write into outputs, which
-            # may not be where gradients end
+            # may not be where gradients end; a view that is written to loses its hook
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         output.register_hook(add)
         return output
