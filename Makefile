@@ -11,7 +11,14 @@ READY = $(VENV)/.installed
 # files stay whole, as their tests share fixtures; models are too small for more than one thread each
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install test test-quick test-long lint audit docs demo clean
+#: the oldest releases that setup.cfg allows, but for torch's, which brings its own
+LOWER = $(shell sed -n 's/^    \([a-z]*\) >= \([0-9.]*\).*/\1==\2/p' setup.cfg | grep -E '^(transformers|accelerate|peft|datasets|safetensors)==')
+LOWER_BIN = .venv-lower/bin
+#: loading, saving, compressing, adapters, the Trainer, text
+LOWER_TESTS = tests/test_integration_*.py tests/test_compress.py tests/test_peft_twins.py tests/test_finetune.py \
+	tests/test_resume.py tests/test_shards.py tests/test_memory.py tests/test_formats.py tests/test_text*.py
+
+.PHONY: install test test-quick test-long test-lower lint audit docs demo clean
 
 install: $(READY)
 
@@ -31,6 +38,12 @@ test-quick: $(READY)
 # thousands of damaged checkpoints; minutes
 test-long: $(READY)
 	$(PYTEST) -m long
+
+# the lower bounds of the dependencies, in an environment of their own; ten minutes
+test-lower:
+	test -x $(LOWER_BIN)/python || $(PYTHON) -m venv .venv-lower
+	$(LOWER_BIN)/pip install "$(TORCH)" $(LOWER) -e . "pytest >= 8" "pytest-xdist >= 3.6" "hypothesis >= 6"
+	OMP_NUM_THREADS=1 $(LOWER_BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(LOWER_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

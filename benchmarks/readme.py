@@ -24,6 +24,7 @@ import robustness_section
 import rounding_section
 import scale_section
 import sentences_section
+import several_gpus_section
 import text_ratio_sections
 import zoo_section
 
@@ -72,6 +73,9 @@ DOCUMENTS = {
         "robustness": robustness_section.robustness_section,
         "scale": scale_section.cpu_section,
         "scale-gpu": scale_section.gpu_section,
+    },
+    ROOT / "docs" / "several-gpus.md": {
+        "several-gpus": several_gpus_section.several_gpus_section,
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,

@@ -29,6 +29,7 @@ from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.structures import block_pair_of
 
 RESULTS = Path(__file__).parent / "results"
 #: of tokens that go through the model at once, as of a config's own text
@@ -47,7 +48,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="*", help="of the model, a run for each number; all if left out")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--structure", default="low_rank")
+    parser.add_argument(
+        "--structure", nargs="+", default=["low_rank"], help="a run for each; with blocks as in blast:4x16"
+    )
     parser.add_argument("--ratio", type=float, default=0.7)
     parser.add_argument("--max-memory", help="as of `hf-blr compress`")
     parser.add_argument("--offload-weights", action="store_true", help="as of `hf-blr compress`")
@@ -67,19 +70,20 @@ def main() -> None:
     result = ResultFile(args.out, head, append=True)
     for blocks in args.blocks or [whole_blocks(args.model)]:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            result.add([measured(args, blocks, Path(folder))])
-        print(result.rows[-1], flush=True)
+            step(["--blocks", str(blocks), "--folder", folder, "--step", "write"])
+            for structure in args.structure:
+                result.add([measured(args, blocks, structure, Path(folder))])
+                print(result.rows[-1], flush=True)
 
 
-def measured(args: argparse.Namespace, blocks: int, folder: Path) -> dict:
-    """The row of one size."""
-    own = ["--blocks", str(blocks), "--folder", str(folder)]
-    step([*own, "--step", "write"])
+def measured(args: argparse.Namespace, blocks: int, structure: str, folder: Path) -> dict:
+    """The row of one size and structure, of the checkpoint that lies in the folder."""
+    own = ["--blocks", str(blocks), "--structure", structure, "--folder", str(folder)]
     row = {
         "model": args.model,
         "blocks": blocks,
         "of_blocks": whole_blocks(args.model),
-        "structure": args.structure,
+        "structure": structure,
         "ratio": args.ratio,
         "tokens": args.sequences * args.length,
         "max_memory": args.max_memory,
@@ -147,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     batches = torch.randint(model.config.vocab_size, (args.sequences, args.length), device=args.device)
     report = compress(
         model,
-        BLRConfig(args.structure, ratio=args.ratio),
+        config_of(args.structure[0], args.ratio),
         calibration=list(batches.split(max(1, TOKENS_PER_FORWARD // args.length))),
         resume=args.folder / "journal" if args.step == "resume" else None,
         max_memory=args.max_memory,
@@ -168,6 +172,11 @@ def run(args: argparse.Namespace) -> None:
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else None,
     }
     print(MARK + json.dumps(numbers))
+
+
+def config_of(structure: str, ratio: float) -> BLRConfig:
+    name, _, blocks = structure.partition(":")
+    return BLRConfig(name, ratio=ratio, **({"num_blocks": block_pair_of(blocks)} if blocks else {}))
 
 
 class Anonymous:

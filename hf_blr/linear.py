@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.dense import is_transposed, stored_bias, stored_weight
 from hf_blr.formats import PLAIN, FactorInBits, Factors, Format
+from hf_blr.formats.holder import stand_alone
 from hf_blr.formats.values import check_fit
 from hf_blr.multiplied import MultipliedOut
 from hf_blr.ops.dispatch import compute_dtype
@@ -166,9 +167,7 @@ class BLRLinear(MultipliedOut):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.group is not None and not keep_vars:
-            # files want tensors that are contiguous and share no memory
-            for name in dict(self.named_parameters(recurse=False)):
-                destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
+            stand_alone(destination, prefix, dict(self.named_parameters(recurse=False)))
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it

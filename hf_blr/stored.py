@@ -151,8 +151,15 @@ class StoredFactors(nn.Module):
         return [part() if isinstance(part, FactorInBits) else part for part in parts]
 
     def settle_indices(self) -> None:
-        """Puts right what a moving average has made of the indices; raises as `IndexGuard.settle`."""
+        """Puts right what a moving average has made of the indices.
+
+        Raises:
+            ValueError: as `IndexGuard.settle`, or if an average has reached codes, which nothing puts right.
+        """
         self.guard.settle(self.indices())
+        for held in self.children():
+            if isinstance(held, FactorInBits):
+                held.look()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.settle_indices()

@@ -1,4 +1,4 @@
-"""A training step of two processes, each with half of the batch, equals one process's step on all of it."""
+"""A training step of two processes, each with half of the batch, equals one process's step on all of it: DDP, FSDP2."""
 
 import os
 from datetime import timedelta
@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import tiny_llama
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_blr import BLRConfig, compress
@@ -62,9 +65,19 @@ def work(rank, folder):
                     for tensor in module.tensors().values():
                         tensor.zero_()
         step(DistributedDataParallel(model), BATCH.chunk(PROCESSES)[rank])
-        found[structure] = factors_of(model), indices_of(model)
+        found[structure] = factors_of(model), indices_of(model), sharded_step(structure, rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def sharded_step(structure, rank):
+    """The factors after a step on parameters of which each process holds a part."""
+    model, mesh = model_for(structure), init_device_mesh("cpu", (PROCESSES,))
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=mesh)
+    step(model, BATCH.chunk(PROCESSES)[rank])
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {name: whole[name] for name in factors_of(model)}
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +103,10 @@ def test_two_processes_step_as_one(structure, processes):
     step(model, BATCH)
     expected = factors_of(model)
     for found in processes:
-        factors, found_indices = found[structure]
-        assert factors.keys() == expected.keys()
+        factors, found_indices, sharded = found[structure]
+        assert factors.keys() == sharded.keys() == expected.keys()
         # the model's norms and rotations round to float32
-        assert largest_error(before, factors, expected) < 1e-5
+        assert max(largest_error(before, after, expected) for after in (factors, sharded)) < 1e-5
         for name, of_module in indices.items():
             assert all(torch.equal(found_indices[name][k], v) for k, v in of_module.items())
     # bit for bit the same in both, or they would drift apart

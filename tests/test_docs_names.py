@@ -31,6 +31,7 @@ FOREIGN = {
     "--check": "benchmarks/readme.py",
     "--load-format": "vllm",
     "--model_args": "lm_eval",
+    "--nproc-per-node": "torchrun",
     "--tensor-parallel-size": "vllm",
 }
 #: a time, a size of memory or a rate, as a measurement has it

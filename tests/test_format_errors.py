@@ -1,11 +1,15 @@
 """Files, plans and settings in bits that must not pass: each error names what is wrong."""
 
+import pickle
+
 import pytest
 import torch
 from format_cases import DOWN, Q, checkpoint, edited, filled, replaced
+from tiny import tiny_llama, tiny_logits
+from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaForCausalLM
 
-from hf_blr import BLRConfig
+from hf_blr import BLRConfig, compress
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,30 @@ def test_broken_bits_on_disk_are_refused_too(folder, tmp_path):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         BLRConfig(**settings)
+
+
+@pytest.mark.parametrize("form", ["int8", "int3"])
+@pytest.mark.parametrize("seen", [lambda m: tiny_logits(m), lambda m: m.eval(), lambda m: m.state_dict()])
+def test_codes_that_were_averaged_are_refused(form, seen):
+    model = tiny_llama()
+    compress(model, BLRConfig("low_rank", ratio=0.6, factor_format=form, group_size=-1), progress=False)
+    average = AveragedModel(model)
+    assert torch.equal(tiny_logits(average.module), tiny_logits(model))
+    for _ in range(3):
+        average.update_parameters(model)
+    with pytest.raises(ValueError, match="codes were written into in place, as by a moving average"):
+        seen(average.module)
+
+
+def test_other_codes_may_come_in_place_of_what_is_there():
+    models = [tiny_llama(seed) for seed in (0, 1)]
+    for model in models:
+        compress(model, BLRConfig("low_rank", ratio=0.6, factor_format="int8", allocation="uniform"), progress=False)
+    one, other = models
+    tiny_logits(one)
+    copied = pickle.loads(pickle.dumps(one))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(tiny_logits(one), tiny_logits(other))
+    layer = copied.model.layers[0].mlp.up_proj
+    layer.u.take(other.model.layers[0].mlp.up_proj.u.codes())
+    assert tiny_logits(copied.eval()).isfinite().all()

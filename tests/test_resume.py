@@ -20,6 +20,7 @@ from hf_blr.cli import main
 from hf_blr.compression import Journal, replace
 from hf_blr.compression.allocation import Choice
 from hf_blr.compression.journal import files, status_of
+from hf_blr.compression.journal import folder as journal_folder
 from hf_blr.compression.journal.files import write_tensors
 from hf_blr.compression.start import Start
 from hf_blr.plan import resolve_plan
@@ -83,6 +84,20 @@ def test_finished_blocks_are_run_through_and_not_looked_at(tmp_path, monkeypatch
     assert all(group[0].startswith(second) for group in asked)
     # one of q, k and v was missing
     assert len(asked) == 4
+
+
+def test_the_file_of_a_refined_block_is_read_once_for_all_of_its_layers(tmp_path, monkeypatch):
+    config, batches, paths = BLRConfig("low_rank", ratio=0.6, block_steps=2), batches_for(tiny_llama()), []
+    with monkeypatch.context() as patch:
+        # a layer of the second block behind the first block
+        killed_at(patch, 9)
+        with pytest.raises(Killed):
+            compress(tiny_llama(), config, calibration=batches, resume=tmp_path, progress=False)
+    read = journal_folder.read_tensors
+    monkeypatch.setattr(journal_folder, "read_tensors", lambda path: paths.append(path) or read(path))
+    compress(tiny_llama(), config, calibration=batches, resume=tmp_path, progress=False)
+    # the other time for the report
+    assert [path.parent.name for path in paths].count("blocks") == 2
 
 
 def begun(folder, monkeypatch, **given):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from resume_cases import Killed, killed_at, same_bits
+from resume_cases import Killed, killed_at, reads_disk, same_bits
 from tiny import batches_for, tiny_llama, tiny_logits, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -62,6 +62,7 @@ def test_a_model_that_fits_into_a_shard_has_one_file(tmp_path):
     assert same_bits(LlamaForCausalLM.from_pretrained(tmp_path), model)
 
 
+@reads_disk
 def test_the_command_line_writes_shards_beside_and_resumes(tmp_path, monkeypatch):
     dense, out, seen = tmp_path / "dense", tmp_path / "out", []
     tiny_llama(num_hidden_layers=4).save_pretrained(dense)

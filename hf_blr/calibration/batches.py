@@ -17,12 +17,13 @@ from hf_blr.calibration.given import given_batches
 from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
-from hf_blr.calibration.pieces import in_files, in_pieces, joined
+from hf_blr.calibration.pieces import in_pieces, joined, put_away
 from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
+from hf_blr.processes import ALONE, Processes
 from hf_blr.targets import refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, load_windows
 
@@ -61,7 +62,12 @@ def collect_statistics(
 
 
 def statistics_of(
-    model: nn.Module, plan: Plan, batches: list[Batch], config: BLRConfig, store: Store | None = None
+    model: nn.Module,
+    plan: Plan,
+    batches: list[Batch],
+    config: BLRConfig,
+    store: Store | None = None,
+    processes: Processes = ALONE,
 ) -> Statistics:
     """Those of the plan's layers; without Fisher matrices if nothing weighs them and the config can do without."""
     store = store or Store()
@@ -69,7 +75,7 @@ def statistics_of(
         labels = expanded(model, plan)
         if config.fisher:
             try:
-                return fisher_statistics(model, list(labels), batches, config.seed, labels, store)
+                return fisher_statistics(model, list(labels), batches, config.seed, labels, store, processes)
             except NoLoss as error:
                 if config.allocation == "loss":
                     raise
@@ -77,10 +83,10 @@ def statistics_of(
         found = []
         with evaluating(model):
             for piece in in_pieces(model, list(labels), labels, store.limit, output_grams=False):
-                grams = whole_model_grams(model, piece, batches, labels)
+                grams = whole_model_grams(model, piece, batches, labels, processes)
                 unreached = {labels[name] for name in piece} - set(grams)
                 part = Statistics(grams, {}, token_count(batches), frozenset(unreached), grams.rows)
-                found.append(part if store.limit is None else in_files(part, store))
+                found.append(part if store.limit is None else put_away(part, store))
     return found[0] if len(found) == 1 else joined(found)
 
 

@@ -18,8 +18,10 @@ from hf_blr.calibration.precision import calibrating
 from hf_blr.calibration.progress import Progress
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Masks, Padding
+from hf_blr.calibration.summed import summed_grams
 from hf_blr.calibration.trace import Piece
 from hf_blr.modes import evaluating
+from hf_blr.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,6 +33,7 @@ def iterate_grams(
     batches: list[Batch],
     progress: Progress | None = None,
     store: Store | None = None,
+    processes: Processes = ALONE,
 ) -> Generator[Grams, None, None]:
     """Yields {layer name: Gram `[K, K]`} for the layers of one block after the other; all come from the dense model.
 
@@ -43,27 +46,33 @@ def iterate_grams(
         batches: keyword arguments of the model's forward, on its device.
         progress: blocks whose layers are all finished do not come.
         store: where hidden states are kept.
+        processes: each runs its share of the batches, which all of them hold; each gets the sums.
     """
     with evaluating(model), torch.no_grad():
-        chain = BlockChain.trace(model, names, batches, progress, store)
+        chain = BlockChain.trace(model, names, batches, progress, store, processes)
         if not chain.progress.has_all(chain.apart):
-            yield whole_model_grams(model, list(chain.apart), batches)
+            yield whole_model_grams(model, list(chain.apart), batches, processes=processes)
         while chain.segments:
             with closing(chain.run(chain.segments.pop(0))) as groups:
                 yield from groups
 
 
 def whole_model_grams(
-    model: nn.Module, names: list[str], batches: list[Batch], labels: dict[str, str] | None = None
+    model: nn.Module,
+    names: list[str],
+    batches: list[Batch],
+    labels: dict[str, str] | None = None,
+    processes: Processes = ALONE,
 ) -> Grams:
     """{layer name: Gram} from one pass over all batches; `labels` as in `GramCollector`."""
+    batches = batches[processes.share(len(batches))]
     body, padding = body_of(model, names, batches), Padding(model, names, batches)
     modules = {name: model.get_submodule(name) for name in names}
     with torch.no_grad(), GramCollector(modules, labels) as collector:
         for batch in batches:
             collector.real = padding.masks(batch)
             run(body, batch)
-    return collector.grams
+    return summed_grams(collector.grams, processes)
 
 
 def body_of(model: nn.Module, names: list[str], batches: list[Batch]) -> nn.Module:
@@ -94,6 +103,7 @@ class BlockChain:
     apart: {layer: why its block cannot be run alone}.
     progress: what need not be looked at again.
     store: where hidden states are kept.
+    processes: that share the text; `batches` are those of this one.
     """
 
     def __init__(
@@ -104,9 +114,10 @@ class BlockChain:
         apart: dict[str, str],
         progress: Progress,
         store: Store,
+        processes: Processes,
     ):
         self.model, self.batches, self.segments, self.apart = model, batches, segments, apart
-        self.progress, self.store = progress, store
+        self.progress, self.store, self.processes = progress, store, processes
 
     @classmethod
     @torch.no_grad()
@@ -117,12 +128,14 @@ class BlockChain:
         batches: list[Batch],
         progress: Progress | None = None,
         store: Store | None = None,
+        processes: Processes = ALONE,
     ) -> Self:
-        """Records what the blocks are called with on each batch.
+        """Records what the blocks are called with on each batch that is this process' own.
 
         Raises:
-            ValueError: if a block overflows its dtype.
+            ValueError: if a block overflows its dtype, or the model runs otherwise on the text of another process.
         """
+        batches = batches[processes.share(len(batches))]
         body = body_of(model, names, batches)
         groups = blocks_of(model, body, names, batches)
         blocks = {block: model.get_submodule(block) for block in groups}
@@ -140,7 +153,10 @@ class BlockChain:
             for name in layers
             if list_of(block) in trace.apart
         }
-        return cls(model, batches, segments, apart, progress or Progress(), store)
+        forms = processes.gathered((list(apart), [list(segment.groups) for segment in segments]))
+        if any(form != forms[0] for form in forms):
+            raise ValueError("the model runs its blocks otherwise on the text of another process; use one process")
+        return cls(model, batches, segments, apart, progress or Progress(), store, processes)
 
     def run(self, segment: Segment) -> Generator[Grams, None, None]:
         """Yields {layer: Gram} of one block of a segment after the other, while the block is as it was.
@@ -156,7 +172,7 @@ class BlockChain:
                     collector.real = segment.real[i]
                     hidden[i] = self.forward(block, entered, calls[i])
             if names:
-                yield collector.grams
+                yield summed_grams(collector.grams, self.processes)
 
     def retraced(self, segment: Segment) -> Piece | None:
         """What goes into a segment of the model as it is now; None if that has another form than before."""

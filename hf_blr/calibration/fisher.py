@@ -11,28 +11,26 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.calls import Batch, hooked
-from hf_blr.calibration.grams import GramCollector
+from hf_blr.calibration.backwards import Backwards
+from hf_blr.calibration.calls import Batch
+from hf_blr.calibration.grams import Grams
 from hf_blr.calibration.losses import NoLoss, sampled_loss
-from hf_blr.calibration.padding import real_rows
-from hf_blr.calibration.pieces import in_files, in_pieces, joined, recomputed
+from hf_blr.calibration.outputs import frozen, watching
+from hf_blr.calibration.pieces import in_pieces, joined, put_away, recomputed
 from hf_blr.calibration.precision import tf32
+from hf_blr.calibration.sequences import parts_of, sequences_at_once, sequences_in
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
-from hf_blr.factorize.metric import metric_blocks
+from hf_blr.calibration.summed import summed_statistics
 from hf_blr.modes import evaluating
-
-#: models of fewer parameters than this take so many sequences at once on a GPU; 2048 tokens of one with 135 M and 49152
-#: words need 5 GB in float32
-SMALL_MODEL, SEQUENCES_OF_SMALL_MODELS = 500e6, 4
+from hf_blr.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ def fisher_statistics(
     seed: int = 0,
     labels: dict[str, str] | None = None,
     store: Store | None = None,
+    processes: Processes = ALONE,
 ) -> Statistics:
     """Both kinds of matrices, from one forward and one backward a sequence.
 
@@ -91,24 +90,59 @@ def fisher_statistics(
         seed: of what is drawn for the first sequence; the next one has the next number, whatever batch it is in.
         labels: {layer: the name under which its matrices are summed}, of layers that are counted together.
         store: where the matrices are kept.
+        processes: each runs its share of the batches, which all of them hold; each gets the sums.
 
     Raises:
         NoLoss: if the model puts out no numbers, or none that depends on any of the layers.
     """
     store, labels = store or Store(), labels or {}
+    share = processes.share(len(batches))
+    seed += sum(sequences_in(batch) for batch in batches[: share.start])
     found: list[Statistics] = []
     felt = False
-    for piece in in_pieces(model, names, labels, store.limit, output_grams=True):
-        part = statistics_of_piece(model, piece, batches, seed, labels, recompute=store.limit is not None)
+    for part in parts_of_statistics(model, names, batches[share], seed, labels, store, processes):
+        part = summed_statistics(part, processes)
         # stops at the first that is not zero
         felt = felt or any(gram.any() for gram in part.output_grams.values())
-        found.append(part if store.limit is None else in_files(part, store))
+        found.append(part if store.limit is None else put_away(part, store))
+        # or it would stay beside the next one
+        del part
     if not felt:
         raise NoLoss(
             f"no gradient reaches the layers of {type(model).__name__}, so nothing weighs them; set fisher=False and "
             'allocation="uniform"'
         )
     return found[0] if len(found) == 1 else joined(found)
+
+
+def parts_of_statistics(
+    model: nn.Module,
+    names: list[str],
+    batches: list[Batch],
+    seed: int,
+    labels: dict[str, str],
+    store: Store,
+    processes: Processes,
+) -> Iterator[Statistics]:
+    """Those of some layers after the other: all at once without a limit, else block by block, or in passes."""
+    if store.limit is not None:
+        parts = list(parts_of(batches, sequences_at_once(model)))
+        with evaluating(model):
+            backwards = Backwards.of(model, names, parts, store)
+            if all(processes.gathered(backwards is not None)):
+                assert backwards is not None
+                for piece, grams, output_grams, tokens in backwards.matrices(parts, seed, labels):
+                    yield statistics_from(grams, output_grams, piece, labels, tokens)
+                return
+    for piece in in_pieces(model, names, labels, store.limit, output_grams=True):
+        yield statistics_of_piece(model, piece, batches, seed, labels, recompute=store.limit is not None)
+
+
+def statistics_from(
+    grams: Grams, output_grams: dict[str, Tensor], names: list[str], labels: dict[str, str], tokens: int
+) -> Statistics:
+    unreached = {labels.get(name, name) for name in names} - set(grams)
+    return Statistics(grams, output_grams, tokens, frozenset(unreached), grams.rows)
 
 
 def statistics_of_piece(
@@ -121,93 +155,23 @@ def statistics_of_piece(
     """
     output_grams: dict[str, Tensor] = {}
     tokens = sequences = 0
-    modules = {name: model.get_submodule(name) for name in names}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    collector = GramCollector(modules, labels)
     padding = Padding(model, names, batches)
-    handles = [
-        module.register_forward_hook(watch(name, labels.get(name, name), output_grams, collector))
-        for name, module in modules.items()
-    ]
-    model.requires_grad_(False)
-    try:
-        again = recomputed(model, names) if recompute else nullcontext()
-        with evaluating(model), hooked(handles), collector, again, torch.enable_grad():
-            for batch in parts_of(batches, sequences_at_once(model)):
-                collector.real = padding.masks(batch)
-                loss, count = sampled_loss(model, batch, seed + sequences)
-                tokens += count
-                sequences += sequences_in(batch)
-                if loss.requires_grad:
-                    collector.paused = True
-                    with tf32():
-                        loss.backward()
-                    collector.paused = False
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    grams = collector.grams
-    unreached = {labels.get(name, name) for name in names} - set(grams)
-    return Statistics(grams, output_grams, tokens, frozenset(unreached), grams.rows)
-
-
-def watch(
-    name: str, label: str, output_grams: dict[str, Tensor], collector: GramCollector
-) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """A forward hook that adds the gradients by the layer's outputs to the matrix G of that label, where they count."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        # numbers only: a hook that held on to its own tensor would keep the whole graph until the next collection
-        blocks, size = metric_blocks(output.shape[-1]), output.shape[-1]
-        real = collector.real.get(name)
-
-        def add(gradient: Tensor) -> None:
-            rows = real_rows(gradient.detach(), real)
-            g = rows.reshape(-1, blocks, size // blocks).float().transpose(0, 1)
-            product = g.mT @ g
-            if label in output_grams:
-                output_grams[label] += product
-            else:
-                output_grams[label] = product
-
-        if not torch.is_grad_enabled():
-            # the model itself lets no gradient through, as where it only picks what to attend to
-            return output
-        if not output.requires_grad:
-            # before the first watched layer nothing needs a gradient. A sum, since models write into outputs, which
-            # may not be where gradients end
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(add)
-        return output
-
-    return hook
-
-
-def sequences_at_once(model: nn.Module) -> int:
-    """How many go through one backward, which keeps every layer's activations: one, and more where they are small.
-
-    A GPU idles while one short sequence after the other is launched; a CPU does not.
-    """
-    parameters = list(model.parameters())
-    small = sum(p.numel() for p in parameters) < SMALL_MODEL
-    return SEQUENCES_OF_SMALL_MODELS if small and parameters[0].is_cuda else 1
-
-
-def parts_of(batches: list[Batch], count: int) -> Iterator[Batch]:
-    """The batches in parts of at most `count` sequences; whole where they hold something else than a row for each."""
-    for batch in batches:
-        size = sequences_in(batch)
-        if any(value.dim() and len(value) not in (1, size) for value in batch.values()) or size <= count:
-            yield batch
-            continue
-        for i in range(0, size, count):
-            yield {
-                key: value[i : i + count] if value.dim() and len(value) == size else value
-                for key, value in batch.items()
-            }
-
-
-def sequences_in(batch: Batch) -> int:
-    """How many sequences, or images, a batch holds."""
-    named = [batch[key] for key in ("input_ids", "inputs_embeds") if key in batch]
-    return len((named or [value for value in batch.values() if value.dim()])[0])
+    again = recomputed(model, names) if recompute else nullcontext()
+    with (
+        frozen(model),
+        evaluating(model),
+        watching(model, names, labels, output_grams) as collector,
+        again,
+        torch.enable_grad(),
+    ):
+        for batch in parts_of(batches, sequences_at_once(model)):
+            collector.real = padding.masks(batch)
+            loss, count = sampled_loss(model, batch, seed + sequences)
+            tokens += count
+            sequences += sequences_in(batch)
+            if loss.requires_grad:
+                collector.paused = True
+                with tf32():
+                    loss.backward()
+                collector.paused = False
+    return statistics_from(collector.grams, output_grams, names, labels, tokens)

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_blr.calibration.calls import handed, writes_to
 from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.residual import add_product, wide_parts
 from hf_blr.calibration.streams import Masks
 
 
@@ -79,9 +80,11 @@ class GramCollector:
             x = handed(args, kwargs)
             if self._input is None or x is not self._input or self._writes != writes_to(x):
                 self._close_group()
-                rows = real_rows(x.detach(), self.real.get(name)).float()
+                rows = real_rows(x.detach(), self.real.get(name))
                 # at once: what runs next may write into x
-                self._input, self._writes, self._gram, self._size = x, writes_to(x), rows.mT @ rows, len(rows)
+                self._input, self._writes, self._gram, self._size = x, writes_to(x), None, len(rows)
+                for (part,) in wide_parts(rows):
+                    self._gram = add_product(self._gram, part, part)
             self._reached.append(self.labels.get(name, name))
             for counted in {name, self._reached[-1]}:
                 self._rows[counted] = self._rows.get(counted, 0) + self._size

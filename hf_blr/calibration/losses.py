@@ -26,6 +26,10 @@ EMBEDDED = ("_embeds", "_embedding", "embeddings")
 SPANS = ("start_logits", "end_logits")
 
 
+#: rows of logits of which labels are drawn at a time
+ROWS = 256
+
+
 class NoLoss(ValueError):
     """The model has no loss that its layers could be weighed by."""
 
@@ -101,7 +105,10 @@ def one_class(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Cross entropy of a class drawn for each row of `[rows, classes]`, summed."""
     threshold = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     with torch.no_grad():
-        labels = (logits.softmax(-1).cumsum(-1) < threshold).sum(-1).clamp_max(logits.shape[-1] - 1)
+        # by parts: over a large vocabulary each step holds as much as all logits
+        parts = zip(logits.split(ROWS), threshold.split(ROWS), strict=True)
+        drawn = [(part.softmax(-1).cumsum(-1) < point).sum(-1) for part, point in parts]
+        labels = torch.cat(drawn).clamp_max(logits.shape[-1] - 1)
     return F.cross_entropy(logits, labels, reduction="sum")
 
 

@@ -1,9 +1,9 @@
-"""Statistics of a model whose matrices do not fit into memory together: part by part, and then in files."""
+"""Statistics of a model whose matrices do not fit into memory together: gathered part by part, and put away."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_blr.calibration.blocks import numbered
+from hf_blr.calibration.precision import calibrating
 from hf_blr.calibration.store import Kept, Store, StoredTensors
 from hf_blr.dense import feature_sizes
 from hf_blr.factorize.metric import metric_blocks
@@ -52,8 +53,8 @@ def in_pieces(
     return pieces
 
 
-def in_files(part: Statistics, store: Store) -> Statistics:
-    """The same statistics, with their matrices in files."""
+def put_away(part: Statistics, store: Store) -> Statistics:
+    """The same statistics, with their matrices out of the way; see `Store`."""
     return replace(
         part,
         grams=StoredTensors(store.keep_all(part.grams)),
@@ -90,7 +91,7 @@ def recomputed(model: nn.Module, names: list[str]) -> Iterator[None]:
     own = {name: vars(block).get("forward") for name, block in blocks.items()}
     try:
         for block in blocks.values():
-            vars(block)["forward"] = running_again(block.forward)
+            vars(block)["forward"] = running_again(block)
         yield
     finally:
         for name, block in blocks.items():
@@ -99,6 +100,11 @@ def recomputed(model: nn.Module, names: list[str]) -> Iterator[None]:
                 vars(block)["forward"] = own[name]
 
 
-def running_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose activations are not kept for the backward; nothing in it is random in evaluation mode."""
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+def running_again(block: nn.Module) -> Callable[..., Any]:
+    """Its forward, whose activations are not kept for the backward; nothing in it is random in evaluation mode."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # the first time it runs inside of the model, whose run says so
+        return nullcontext(), calibrating(block)
+
+    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -27,7 +27,7 @@ def calibrating(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if parameter is not None and parameter.is_cuda:
             stack.enter_context(use_impl("dense"))
-            stack.enter_context(RepeatedKeys())
+            stack.enter_context(Attention())
             stack.enter_context(tf32())
         yield
 
@@ -50,8 +50,8 @@ def tf32() -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-class RepeatedKeys(TorchFunctionMode):
-    """Attention in float32 gets its grouped keys and values repeated.
+class Attention(TorchFunctionMode):
+    """Attention in float32 gets its grouped keys and values repeated, and all attention has the same gradients twice.
 
     For grouped ones in float32 PyTorch has no kernel but the one that writes all attention weights to memory, which
     took more than half of a calibration run.
@@ -65,12 +65,52 @@ class RepeatedKeys(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
-            query, key, value, *rest = args
-            if query.dtype == torch.float32:
-                kwargs["enable_gqa"] = False
-                args = (query, *(repeated(t, query.shape[-3]) for t in (key, value)), *rest)
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention or len(args) < 3:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        if kwargs.get("enable_gqa") and query.dtype == torch.float32:
+            kwargs["enable_gqa"] = False
+            key, value = (repeated(t, query.shape[-3]) for t in (key, value))
+        others = [each for each in (*rest, *kwargs.values()) if torch.is_tensor(each)]
+        if not torch.is_grad_enabled() or any(each.requires_grad for each in others):
+            return func(query, key, value, *rest, **kwargs)
+        return RepeatableAttention.apply(lambda *qkv: func(*qkv, *rest, **kwargs), query, key, value)
+
+
+class RepeatableAttention(torch.autograd.Function):
+    """Attention whose gradients have the same bits each time; in their backward, fast kernels sum in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, attend: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.attend = attend
+        ctx.save_for_backward(*inputs)
+        return attend(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+
+        def gradients() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                return torch.autograd.grad(ctx.attend(*inputs), inputs, gradient)
+
+        try:
+            with deterministic():
+                return None, *gradients()
+        except RuntimeError:
+            # the form that is no single kernel sums in one order, and PyTorch asks for a setting that it does not need
+            return None, *gradients()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's algorithms inside sum in one order, or raise RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def repeated(heads: Tensor, count: int) -> Tensor:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_blr.calibration.grams import Grams
-from hf_blr.calibration.residual import add, rows_of
+from hf_blr.calibration.padding import real_rows
+from hf_blr.calibration.residual import add_product, wide_parts
+from hf_blr.calibration.summed import summed_grams
+from hf_blr.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ def problems_of(grams: Grams) -> dict[str, Problem]:
     return {name: Problem(gram, rows=grams.rows[name]) for name, gram in grams.items()}
 
 
-def plain_problem(inputs: Sequence[Tensor], real: list[Tensor | None]) -> Problem:
+def plain_problem(inputs: Sequence[Tensor], real: list[Tensor | None], processes: Processes = ALONE) -> Problem:
     """With all inputs of a layer, which may run several times in a run of its block; in order of the runs."""
     calls, odd = divmod(len(inputs), len(real))
     gram: Tensor | None = None
     count = 0
     for i, x in enumerate(inputs):
-        rows = rows_of(x, None if odd else real[i // calls])
-        gram = add(gram, rows.mT @ rows)
+        rows = real_rows(x, None if odd else real[i // calls])
+        for (part,) in wide_parts(rows):
+            gram = add_product(gram, part, part)
         count += len(rows)
-    return Problem(gram, rows=count)
+    grams = summed_grams(Grams({} if gram is None else {"": gram}, {"": count}), processes)
+    return Problem(grams.get(""), rows=grams.rows[""])

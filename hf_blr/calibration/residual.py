@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hf_blr.calibration.padding import real_rows
+
+#: rows that are made float32 at a time: a batch's, in an MLP, would take gigabytes
+ROWS = 4096
 
 #: a block's output may differ by this fraction from what its residual writers add up to, and count as explained: bf16
 #: streams round by as much
@@ -34,8 +39,15 @@ def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
     return real_rows(x, real).float()
 
 
-def add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
+def wide_parts(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each `[T, K]`, in float32, `ROWS` at a time."""
+    for parts in zip(*(each.split(ROWS) for each in rows), strict=True):
+        yield tuple(part.float() for part in parts)
+
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left^T right, in the memory of `total`."""
+    return left.mT @ right if total is None else total.addmm_(left.mT, right)
 
 
 def counted(hidden: Tensor, real: Tensor | None) -> Tensor:

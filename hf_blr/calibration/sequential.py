@@ -23,13 +23,14 @@ from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
+from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
-from hf_blr.calibration.residual import add, counted, rows_of
+from hf_blr.calibration.residual import add_product, counted, wide_parts
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
-from hf_blr.dense import at_hand, dense_weight
+from hf_blr.dense import at_hand, dense_weight, feature_sizes
 from hf_blr.experts import lies_in_experts
 from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
@@ -76,7 +77,7 @@ class SequentialChain(WatchedChain):
                 hidden = self.store.list(piece.hidden)
                 compressed = Piece(piece.blocks, hidden, with_own_state(piece.calls), piece.batch_of)
                 yield from self.segment_problems(segment, compressed, damping, after_block)
-            elif (again := self.retraced(segment)) is not None:
+            elif (again := self.retraced_by_all(segment)) is not None:
                 yield from self.segment_problems(segment, again, damping, after_block)
             else:
                 logger.warning(
@@ -126,7 +127,8 @@ class SequentialChain(WatchedChain):
                 # the router sends them other tokens in the compressed model: there is nothing to regress on
                 inputs = {name: dense.inputs[name] for name in experts if name in dense.inputs}
                 masks = {name: [each.get(name) for each in segment.real] for name in inputs}
-                yield pooled({name: plain_problem(x, masks[name]) for name, x in inputs.items()}, experts)
+                problems = {name: plain_problem(x, masks[name], self.processes) for name, x in inputs.items()}
+                yield pooled(problems, experts)
             dense.inputs.clear()
             # a layer that is a block by itself has another in its place now
             block = self.model.get_submodule(prefix)
@@ -137,6 +139,11 @@ class SequentialChain(WatchedChain):
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
+
+    def retraced_by_all(self, segment: Segment) -> Piece | None:
+        """`retraced`, None in all processes if it is in one."""
+        again = self.retraced(segment)
+        return again if all(self.processes.gathered(again is not None)) else None
 
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
@@ -186,45 +193,61 @@ class SequentialChain(WatchedChain):
         gram: Tensor | None = None
         moved: Tensor | None = None
         pull: Tensor | None = None
-        count = 0
+        count, alike = 0, len(inputs) == len(compressed)
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
-            if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
-                # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
-                return dict.fromkeys(group, plain_problem(inputs, real))
-            x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
-            count += len(reached)
+            wanted = inputs[i] if alike else None
+            if wanted is None or reached is None or reached.shape != wanted.shape:
+                alike = False
+                break
+            rows = [real_rows(wanted, real[i]), real_rows(reached, real[i])]
+            count += len(rows[0])
+            if writer:
+                gap = dense.entered[i].float() - hidden.float()
+                for name in earlier:
+                    gap += dense.written[name][i].float() - written[name].float()
+                rows.append(real_rows(gap, real[i]))
             with tf32():
-                gram = add(gram, reached.mT @ reached)
-                # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
-                moved = add(moved, (x - reached).mT @ reached)
-                if writer:
-                    gap = dense.entered[i].float() - hidden.float()
-                    for name in earlier:
-                        gap += dense.written[name][i].float() - written[name].float()
-                    pull = add(pull, rows_of(gap, real[i]).mT @ reached)
+                for x, y, *lost in wide_parts(*rows):
+                    gram = add_product(gram, y, y)
+                    # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
+                    moved = add_product(moved, x - y, y)
+                    for part in lost:
+                        pull = add_product(pull, part, y)
+        if not all(self.processes.gathered(alike)):
+            # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
+            return dict.fromkeys(group, plain_problem(inputs, real, self.processes))
         # there is a batch, or no block would have been traced
         assert gram is not None and moved is not None
+        for total in (gram, moved) if pull is None else (gram, moved, pull):
+            self.processes.add(total)
+        count = sum(self.processes.gathered(count))
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))
         share = 1.0 if writer else READER_SHARE
-        damping = damping_of(damping, len(gram), count)
-        targets = {name: self.target(name, gram, moved, pull, share, damping) for name in group}
-        return {name: Problem(gram, target, count) for name, target in targets.items()}
+        # W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference
+        # each process for its share of the rows of W
+        weights = {name: self.own_rows(name) for name in group}
+        images = {name: share * (weight @ moved.double()) for name, weight in weights.items()}
+        # in float64 these matrices are the largest that a calibration holds
+        del moved
+        if pull is not None:
+            images[group[0]] += pull[self.processes.share(len(pull))].double()
+        try:
+            root = cholesky(damped(gram, damping_of(damping, len(gram), count)).double())
+        except ValueError as error:
+            raise ValueError(f"{group[0]}: {error}") from None
+        problems = {}
+        for name, image in images.items():
+            target = (weights[name] + torch.cholesky_solve(image.mT, root).mT).float()
+            size = feature_sizes(self.model.get_submodule(name))[1]
+            problems[name] = Problem(gram, self.processes.whole(target, size), count)
+        return problems
 
-    def target(
-        self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Tensor:
-        """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
+    def own_rows(self, name: str) -> Tensor:
+        """This process' share of the rows of W `[N, K]`, in float64."""
         layer = self.model.get_submodule(name)
         with at_hand(layer):
-            weight = dense_weight(layer).detach().double()
-        image = share * (weight @ moved.double())
-        if pull is not None:
-            image += pull.double()
-        try:
-            root = cholesky(damped(gram, damping).double())
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return (weight + torch.cholesky_solve(image.mT, root).mT).float()
+            weight = dense_weight(layer).detach()
+            return weight[self.processes.share(len(weight))].double()

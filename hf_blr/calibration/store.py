@@ -1,4 +1,7 @@
-"""Where a calibration keeps its tensors: in memory as far as a limit allows, and in files beyond that."""
+"""Where a calibration keeps its tensors: in memory as far as a limit allows, and elsewhere beyond that.
+
+What a GPU has no room for goes to the memory of its host, as long as half of that stays free, and then to files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
+import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
@@ -21,8 +25,8 @@ class Store:
     """Keeps statistics and hidden states; a context manager that removes its files at the end.
 
     Args:
-        limit: bytes, or "6GB", that kept tensors take in memory at most, those that are just worked on not counted;
-            None: no limit, and no files.
+        limit: bytes, or "6GB", that kept tensors take in the memory of the device where they are made at most, those
+            that are just worked on not counted; None: no limit, and no files.
         folder: where a folder for the files is made; None: where the system keeps temporary ones.
     """
 
@@ -39,14 +43,16 @@ class Store:
         if self._made is not None:
             self._made.cleanup()
 
-    def keep(self, tensor: Tensor, in_file: bool = False) -> Kept:
-        """Keeps a tensor, in a file if it is asked for or there is no room left. Raises OSError for a full disk."""
+    def keep(self, tensor: Tensor, away: bool = False) -> Kept:
+        """Keeps a tensor, elsewhere if it is asked for or there is no room left. Raises OSError for a full disk."""
         size = tensor.numel() * tensor.element_size()
-        if not in_file and (self.limit is None or self.used + size <= self.limit):
+        if not away and (self.limit is None or self.used + size <= self.limit):
             self.used += size
             kept = Kept(tensor, tensor.device)
             weakref.finalize(kept, self._release, size).atexit = False
             return kept
+        if tensor.device.type != "cpu" and host_has_room(size):
+            return Kept(tensor.detach().cpu(), tensor.device)
         if self._made is None:
             if self._folder is not None:
                 Path(self._folder).mkdir(parents=True, exist_ok=True)
@@ -62,10 +68,10 @@ class Store:
         return kept
 
     def keep_all(self, tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
-        """Keeps tensors in files, those that names share once."""
+        """Keeps tensors elsewhere, those that names share once."""
         kept: dict[str, Kept] = {}
         for names, tensor in distinct(tensors):
-            kept |= dict.fromkeys(names, self.keep(tensor, in_file=True))
+            kept |= dict.fromkeys(names, self.keep(tensor, away=True))
         return {name: kept[name] for name in tensors}
 
     def list(self, tensors: Iterable[Tensor] = ()) -> StoredList:
@@ -83,10 +89,10 @@ class Kept:
         self._place, self._device = place, device
 
     def tensor(self) -> Tensor:
-        """The tensor, on the device where it was; each time another one where it lies in a file."""
+        """The tensor, on the device where it was; each time another one where it lies elsewhere."""
         if isinstance(self._place, Path):
             return torch.load(self._place, map_location=self._device, weights_only=True)
-        return self._place
+        return self._place.to(self._device)
 
 
 class StoredList(MutableSequence[Tensor]):
@@ -133,6 +139,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.kept)
+
+
+def host_has_room(size: int) -> bool:
+    """Whether half of this machine's memory stays free beside so many bytes."""
+    memory = psutil.virtual_memory()
+    return bool(memory.available - size >= memory.total // 2)
 
 
 def distinct(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:

@@ -50,7 +50,9 @@ class WatchedChain(BlockChain):
         writers: list[str] = []
         if names:
             # a block between others, of which nothing is fitted, has nothing to be looked for
-            run.groups, writers = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
+            found = self.survey(block, prefix, names, entered[0], calls[0], real[0].get(prefix))
+            # rounding could tell processes different things
+            run.groups, writers = self.processes.gathered(found)[0]
         run.inputs = {group[0]: self.store.list() for group in run.groups}
         run.written = {name: self.store.list() for name in writers}
         handles = [self.on_input(name, partial(keep, to)) for name, to in run.inputs.items()]

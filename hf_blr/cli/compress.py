@@ -4,6 +4,7 @@ Examples:
   hf-blr compress HuggingFaceTB/SmolLM2-135M out --structure blast --ratio 0.7 --dataset wikitext2
   hf-blr compress meta-llama/Llama-3.1-8B out --ratio 0.7 --resume journal   (the same again after it was stopped)
   hf-blr compress --status journal
+  torchrun --nproc-per-node 2 -m hf_blr compress meta-llama/Llama-3.1-8B out --ratio 0.7   (on two GPUs)
 """
 
 from __future__ import annotations
@@ -98,17 +99,22 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin
     from hf_blr.compression import Journal, Shards, compress
 
+    processes = options.launched(args)
     saving.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
     if args.offload_weights and args.device != "cpu":
         raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
     journal = None if args.resume is None else Journal(args.resume)
     model, tokenizer = loading.load_model(args.model, args, on_disk=args.offload_weights)
+    more = {"max_memory": args.max_memory, "offload_folder": args.offload_folder, "distributed": processes.count > 1}
+    if processes.rank:
+        # the first process writes
+        compress(model, config, tokenizer=tokenizer, resume=journal, progress=False, **more)
+        return
     # what took hours is kept until it is saved
     with journal or nullcontext(), replacing_folder(args.output) as new:
         shards = Shards(new, args.max_shard_size)
-        limits = {"max_memory": args.max_memory, "offload_folder": args.offload_folder}
-        report = compress(model, config, tokenizer=tokenizer, resume=journal, shards=shards, **limits)
+        report = compress(model, config, tokenizer=tokenizer, resume=journal, shards=shards, **more)
         record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)

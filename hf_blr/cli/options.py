@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import Field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hf_blr.config import AUTO, BLRConfig, option_fields
 from hf_blr.config.texts import dataset_from
+from hf_blr.processes import Processes
 from hf_blr.structures import block_pair_of, structures, whole_structures
-
-if TYPE_CHECKING:
-    pass
-
 
 DTYPE = "of the loaded weights: float32, bfloat16, float16, auto"
 
@@ -117,6 +115,16 @@ def calibration_text(text: str) -> str | dict[str, float]:
         return dataset_from(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def launched(args: argparse.Namespace) -> Processes:
+    """This process among those of torchrun or accelerate launch; `args.device` becomes its own GPU, if it has one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    args.device = str(PartialState(cpu=args.device == "cpu").device)
+    return Processes(joined=True)
 
 
 def default_device() -> str:

@@ -11,16 +11,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
-from hf_blr.compression.shapes import FLOOR, at_ranks, ratio_of, shapes_for
+from hf_blr.compression.shapes import FLOOR, at_ranks, fit_cost, ratio_of, shapes_for
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.experts import layer_named
 from hf_blr.formats import Format
 from hf_blr.plan import Plan, dense_plan
+from hf_blr.processes import ALONE, Processes
 from hf_blr.structures import BLRSpec, structure_named
 from hf_blr.targets import override_for
 
@@ -49,7 +50,12 @@ class Budget:
 
 
 def share_budget(
-    model: nn.Module, plan: Plan, statistics: Statistics, config: BLRConfig, budget: Budget | None = None
+    model: nn.Module,
+    plan: Plan,
+    statistics: Statistics,
+    config: BLRConfig,
+    budget: Budget | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Plan, float]:
     """The plan that the predicted loss likes best, and that loss in nats a token; layers best left dense are not in it.
 
@@ -70,7 +76,7 @@ def share_budget(
     many = {name: plan[name].matrices for name in free}
     shapes = {name: shapes_for(spec, config) for name, spec in free.items()}
     layers = {name: Layer(model, name, statistics, config) for name in free}
-    curves = {name: layer.curve() for name, layer in layers.items()}
+    curves = curves_of(layers, free, processes)
     factors = trial_factors(layers, shapes, ratio_of(config)) if config.structure == AUTO else {}
     options: dict[str, list[Option]] = {}
     for name, spec in free.items():
@@ -106,6 +112,15 @@ def share_budget(
             "compressed; give a smaller one"
         )
     return chosen, sum(option.loss for option in taken.values())
+
+
+def curves_of(layers: dict[str, Layer], specs: dict[str, BLRSpec], processes: Processes) -> dict[str, Tensor]:
+    """{layer: its `loss_curve`}; each is computed by one of the processes, which all hold the statistics."""
+    owners = processes.owners([fit_cost(specs[name]) for name in layers])
+    own = {name: layers[name] for name, owner in zip(layers, owners, strict=True) if owner == processes.rank}
+    said = processes.gathered({name: layer.curve() for name, layer in own.items()})
+    found = {name: curve for each in said for name, curve in each.items()}
+    return {name: found[name] for name in layers}
 
 
 def storage_of(name: str, spec: BLRSpec, config: BLRConfig) -> Format:

@@ -78,6 +78,14 @@ class Layer:
         """The layer of one matrix on which trials are made: of experts, the one that the loss feels most."""
         return max(self.parts(), key=lambda part: part[0])[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where fits of the layer run."""
+        layer = layer_named(self.model, self.name)
+        # what is offloaded lies on no device until then
+        with at_hand(layer):
+            return self.config.device_for(dense_weight(layer))
+
     def weight(self) -> Tensor:
         """W `[N, K]`, of the expert where there are several."""
         layer = layer_named(self.model, self.name)
@@ -86,14 +94,14 @@ class Layer:
             weight = weight if self.expert is None else weight[self.expert]
             return weight.to(self.config.device_for(weight)).float()
 
-    def grams(self) -> tuple[Tensor, Tensor]:
+    def grams(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """H `[K, K]` and the blocks of G; of experts, of all together."""
-        device = self.config.device_for(dense_weight(layer_named(self.model, self.name)))
         return self.statistics.grams[self.name].to(device), self.statistics.output_grams[self.name].to(device)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """W `[N, K]`, H `[K, K]` and the blocks of G."""
-        return self.weight(), *self.grams()
+        weight = self.weight()
+        return weight, *self.grams(weight.device)
 
     @property
     def options(self) -> FitOptions:
@@ -106,14 +114,13 @@ class Layer:
         Raises:
             ValueError: with the layer's name, where the statistics overflowed.
         """
-        gram, output_gram = self.grams()
         damping, pairs = self.options.damping, self.statistics.pairs(self.name)
-        try:
-            curves = [
-                share * loss_curve(part.weight(), gram, output_gram, pairs, damping) for share, part in self.parts()
-            ]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+        curves = []
+        for share, part in self.parts():
+            try:
+                curves.append(share * loss_curve(*part.matrices(), pairs, damping))
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
         return torch.stack(curves).sum(0)
 
     def trial(self, spec: BLRSpec) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,15 +25,17 @@ from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
 from hf_blr.compression.journal import Journal, Unkept
 from hf_blr.compression.problems import problem_groups
-from hf_blr.compression.replace import move_layer, replace_layer
+from hf_blr.compression.replace import fit_group, move_layer
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.compression.shards import Shards
+from hf_blr.compression.sharing import check_shared, shared_text
 from hf_blr.compression.start import Start, start_of
 from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.experts import dense_layers, expanded, opened
 from hf_blr.linear import blr_modules
 from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
+from hf_blr.processes import Processes
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
 
@@ -52,6 +53,7 @@ def compress(
     max_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
     shards: Shards | None = None,
+    distributed: bool = False,
     progress: bool = True,
 ) -> CompressionReport:
     """Replaces the config's target layers by block low-rank ones, in place.
@@ -83,6 +85,9 @@ def compress(
         offload_folder: where these files are, for as long as the call; None: where the system keeps temporary ones.
         shards: where finished layers are written as they come, instead of being kept in memory; the model is then to be
             saved by it. Experts, which are fitted one by one, stay in memory.
+        distributed: share the work with the other processes of torch.distributed, which all make this call with the
+            same model, config and text, each on its own device. Each runs its part of the text and fits its part of
+            the layers, and all end with the same model, which is that of one process up to rounding.
         progress: show progress bars.
 
     Returns:
@@ -92,11 +97,14 @@ def compress(
         TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
-            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), or the
-            folder of `resume` is about another model, config or text.
+            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), the
+            folder of `resume` is about another model, config or text, or several processes are given different text,
+            a journal or `block_steps`.
         OSError: if the journal or a shard cannot be written; what the journal holds stays.
     """
     started = time.perf_counter()
+    processes = Processes(distributed)
+    check_shared(processes, config, resume is not None)
     model = unwrapped(model)
     refuse_adapters(model)
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
@@ -116,6 +124,7 @@ def compress(
     else:
         batches, apart = draw() if use_text else ([], [])
         journal.begin(model, config, batches, statistics)
+    batches = shared_text(processes, batches, given=calibration is not None)
     targets = {name: layer.matrices * layer.spec.dense_parameters for name, layer in plan.items()}
     names = list(plan)
     if config.layers:
@@ -123,9 +132,9 @@ def compress(
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
     with Store(max_memory, offload_folder) as store:
-        start = journal.start(partial(start_of, model, plan, batches, statistics, config, store))
+        start = journal.start(partial(start_of, model, plan, batches, statistics, config, store, processes))
         held_out = HeldOut(model, apart, store)
-        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, progress)
+        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, processes, progress)
         divergence = held_out.divergence(model)
     after = parameter_sizes(model)
     report = CompressionReport(
@@ -166,6 +175,7 @@ def fit_layers(
     journal: Unkept,
     store: Store,
     shards: Shards | None,
+    processes: Processes,
     progress: bool,
 ) -> tuple[list[LayerReport], list[BlockReport]]:
     """Fits the layers of `start.plan` and puts them in place; their reports, in the model's order, and those of blocks.
@@ -179,21 +189,26 @@ def fit_layers(
         # experts are fitted one by one
         origin = expanded(model, names)
         fits = {name: replace(start.plan[of], experts=0) for name, of in origin.items() if of in start.plan}
-        groups = problem_groups(model, list(origin), fits, batches, start.statistics, config, blocks, journal, store)
+        groups = problem_groups(
+            model, list(origin), fits, batches, start.statistics, config, blocks, journal, store, processes
+        )
+
+        def output_gram(name: str) -> Tensor | None:
+            return start.output_grams.get(origin[name])
+
         bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
         # a generator that is left open keeps the model in evaluation mode
         with bar, closing(groups):
-            for name, problem in chain.from_iterable(group.items() for group in groups):
-                if name not in fits:
-                    move_layer(model, name, problem, journal)
-                    continue
-                output_gram = start.output_grams.get(origin[name])
-                report = replace_layer(model, name, fits[name], problem, output_gram, config, journal)
-                layers[name] = replace(report, choice=start.choices.get(origin[name]))
-                if shards is not None and name in start.plan:
-                    shards.add(model, name)
-                bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)
-                bar.update()
+            for group in groups:
+                for name in (name for name in group if name not in fits):
+                    move_layer(model, name, group[name], journal)
+                for name, (layer, report) in fit_group(model, fits, group, output_gram, config, journal, processes):
+                    model.set_submodule(name, layer)
+                    layers[name] = replace(report, choice=start.choices.get(origin[name]))
+                    if shards is not None and name in start.plan:
+                        shards.add(model, name)
+                    bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)
+                    bar.update()
     # where the budget left all layers dense, nothing was recorded
     forget_quantizer(model)
     return [layers[name] for name in fits], blocks

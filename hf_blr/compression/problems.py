@@ -22,6 +22,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.experts import lies_in_experts
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan
+from hf_blr.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def problem_groups(
     blocks: list[BlockReport],
     progress: Progress,
     store: Store,
+    processes: Processes,
 ) -> Generator[dict[str, Problem], None, None]:
     """{layer: Problem} for the layers to fit next, in the order in which they become ready.
 
@@ -48,12 +50,13 @@ def problem_groups(
         blocks: gets the reports of refined blocks.
         progress: what is finished, and who is told of more.
         store: where hidden states are kept.
+        processes: that share the text.
     """
     reached = [name for name in names if statistics is None or label_of(model, name) not in statistics.unreached]
     waiting = dict.fromkeys(plan)
     wanted = {*plan, *progress.layers}
     if batches:
-        groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress, store)
+        groups = calibrated_groups(model, reached, plan, batches, config, blocks, progress, store, processes)
     else:
         groups = groups_of_statistics(model, reached, plan, statistics)
     with closing(groups):
@@ -96,6 +99,7 @@ def calibrated_groups(
     blocks: list[BlockReport],
     progress: Progress,
     store: Store,
+    processes: Processes,
 ) -> Generator[dict[str, Problem], None, None]:
     """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
@@ -109,7 +113,7 @@ def calibrated_groups(
 
     if config.sequential:
         with evaluating(model):
-            chain = SequentialChain.trace(model, names, batches, progress, store)
+            chain = SequentialChain.trace(model, names, batches, progress, store, processes)
             apart = [name for name in chain.apart if name in plan]
             if apart:
                 reasons = "; ".join(dict.fromkeys(chain.apart[name] for name in apart))
@@ -117,11 +121,11 @@ def calibrated_groups(
                 if progress.has_all(apart):
                     yield progress.problems(apart)
                 else:
-                    yield with_pooled(model, whole_model_grams(model, apart, batches), apart)
+                    yield with_pooled(model, whole_model_grams(model, apart, batches, processes=processes), apart)
             yield from chain.problems(config.damping, refine if config.block_steps else None)
             return
     fitted = [name for name in names if name in plan]
-    with closing(iterate_grams(model, fitted, batches, progress, store)) as blockwise:
+    with closing(iterate_grams(model, fitted, batches, progress, store, processes)) as blockwise:
         left = progress.problems(fitted)
         for grams in blockwise:
             problems = with_pooled(model, grams, fitted)

@@ -64,7 +64,7 @@ class AfterFeedback:
 
     @classmethod
     def of(cls, layer: Layer) -> AfterFeedback:
-        gram, output_gram = layer.grams()
+        gram, output_gram = layer.grams(layer.device)
         root = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2))
         coupling = coupling_of(output_gram, 1, layer.options.damping, len(gram))
         whole = regroup(output_gram, 1)[0]

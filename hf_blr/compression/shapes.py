@@ -59,3 +59,8 @@ def at_ratio(shape: BLRSpec, ratio: float) -> BLRSpec:
         min(int(ratio * dense), dense - 1), shape.in_features, shape.out_features, shape.num_blocks
     )
     return replace(shape, rank=max(1, within))
+
+
+def fit_cost(spec: BLRSpec) -> float:
+    """About how long a fit takes, or a curve of losses: both decompose a matrix of the smaller side."""
+    return float(min(spec.in_features, spec.out_features)) ** 3

@@ -17,6 +17,7 @@ from hf_blr.compression.bits import share_bits
 from hf_blr.compression.budget import share_budget
 from hf_blr.config import AUTO, BLRConfig
 from hf_blr.plan import Plan
+from hf_blr.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,25 @@ class Start:
 
 
 def start_of(
-    model: nn.Module, plan: Plan, batches: list[Batch], statistics: Statistics | None, config: BLRConfig, store: Store
+    model: nn.Module,
+    plan: Plan,
+    batches: list[Batch],
+    statistics: Statistics | None,
+    config: BLRConfig,
+    store: Store,
+    processes: Processes,
 ) -> Start:
     """Runs the batches through the dense model and back, if nobody has yet, and shares out the budget.
 
     Args:
         store: where what is seen there is kept.
+        processes: that share the work; all of them get the same.
     """
     if statistics is not None:
         check_statistics(statistics, plan)
     elif batches and config.fisher:
         logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
-        statistics = statistics_of(model, plan, batches, config, store)
+        statistics = statistics_of(model, plan, batches, config, store, processes)
     weighed = statistics is not None and config.fisher and bool(statistics.output_grams)
     if config.structure == AUTO and not (weighed or config.layers):
         raise ValueError(
@@ -63,9 +71,11 @@ def start_of(
     predicted = None
     choices: dict[str, Choice] = {}
     if weighed and config.shares_budget and not config.layers:
-        plan, predicted = share_budget(model, plan, statistics, config)
+        plan, predicted = share_budget(model, plan, statistics, config, processes=processes)
     if config.bits_per_weight is not None and not config.layers:
         plan, predicted, choices = share_bits(model, plan, statistics, config)
+    # trials round otherwise on another GPU
+    plan, predicted, choices = processes.gathered((plan, predicted, choices))[0]
     needed = replace(
         statistics,
         # fits to text sum the Gram matrices of their own

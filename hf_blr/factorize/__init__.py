@@ -124,7 +124,7 @@ def metric_of(spec: BLRSpec, output_gram: Tensor | None, device: torch.device) -
 def unit_gram(gram: Tensor, damping: float) -> Tensor:
     """H `[K, K]` damped, with a mean diagonal of one."""
     gram = damped(gram, damping)
-    return gram / gram.diagonal().mean()
+    return gram.div_(gram.diagonal().mean())
 
 
 def zero_tensors(spec: BLRSpec, device: torch.device) -> dict[str, Tensor]:

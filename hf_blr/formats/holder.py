@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_blr.formats.averaged import CodeGuard
 from hf_blr.formats.bits import Bits
 from hf_blr.formats.codes import Codes
 from hf_blr.ops import InBits
@@ -38,6 +39,7 @@ class FactorInBits(NeverCast):
     def __init__(self, storage: Bits, shape: tuple[int, ...], device: torch.device | str | None = None):
         super().__init__()
         self.storage, self.shape = storage, shape
+        self.guard = CodeGuard()
         for name, (size, kind) in storage.parts(shape).items():
             value = torch.empty(size, device=device, dtype=storage.dtypes[kind])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -47,6 +49,8 @@ class FactorInBits(NeverCast):
 
         chosen: of factors of experts `[E, n, k]`, those that are wanted, in this order.
         """
+        if not torch.compiler.is_compiling():
+            self.look(new=False)
         parts = self.parts()
         if chosen is not None:
             own = (self.storage.code_part, "weight_scale")
@@ -62,8 +66,13 @@ class FactorInBits(NeverCast):
         """The codes and scales that it holds."""
         return self.storage.codes(self.parts(), self.shape)
 
+    def look(self, new: bool = True) -> None:
+        """Raises ValueError if the codes were written to by somebody else; notes new ones, if they are to be noted."""
+        self.guard.look(getattr(self, self.storage.code_part), new)
+
     def take(self, codes: Codes) -> None:
         """Hold these codes and scales."""
+        self.guard.forget()
         for name, part in self.storage.laid_out(codes).items():
             getattr(self, name).data.copy_(part)
 
@@ -73,15 +82,18 @@ class FactorInBits(NeverCast):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, part in self.parts().items():
-            # after `hf_blr.fuse`; files want tensors that share no memory
-            if not keep_vars and part.untyped_storage().nbytes() > part.nbytes:
-                destination[prefix + name] = destination[prefix + name].clone()
+        if not keep_vars:
+            stand_alone(destination, prefix, self.parts())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.guard.forget()
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.look()
         # plain pickles of float8 tensors cannot be read back (PyTorch 2.13); those of integers can
         integers = {name: nn.Parameter(as_integers(part), False) for name, part in self.parts().items()}
-        return {**self.__dict__, "_parameters": integers}
+        return {**self.__dict__, "_parameters": integers, "guard": self.guard.of_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -90,6 +102,18 @@ class FactorInBits(NeverCast):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, storage={self.storage.name}"
+
+
+def stand_alone(destination: dict[str, Any], prefix: str, held: Mapping[str, Tensor]) -> None:
+    """In a state dict, tensors that are parts of others, after `hf_blr.fuse`, become copies, as files want them.
+
+    Args:
+        destination, prefix: as of `nn.Module._save_to_state_dict`.
+        held: {name behind the prefix: tensor} of one module.
+    """
+    for name, tensor in held.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            destination[prefix + name] = destination[prefix + name].clone(memory_format=torch.contiguous_format)
 
 
 def as_integers(tensor: Tensor) -> Tensor:

@@ -25,7 +25,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         with at_hand(module):
             weight = stored_weight(module)
             if weight.is_meta:
-                raise ValueError(f"{name}: the weight is on the meta device; load the model's weights first")
+                raise ValueError(
+                    f"{name}: the weight is on the meta device; load the model's weights first. Those that device_map "
+                    "leaves on the disk are read by transformers 5.13 and later"
+                )
             check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
 
 

@@ -81,6 +81,7 @@ class Journal(Unkept):
             path.unlink()
         self.layers = names_in(self.folder / "layers")
         self.blocks = names_in(self.folder / "blocks")
+        self._latest: tuple[str, dict[str, Tensor]] | None = None
         if self.layers:
             logger.info("%s holds %d finished layers: they are not fitted again", self.folder, len(self.layers))
 
@@ -191,9 +192,15 @@ class Journal(Unkept):
         tensors, said = read_tensors(self.file("layers", name))
         for block in self.blocks:
             if f"{name}.".startswith(f"{block}."):
-                refined = read_tensors(self.file("blocks", block))[0]
+                refined = self.refined(block)
                 tensors = {key: refined.get(f"{name}.{key}", value) for key, value in tensors.items()}
         return tensors, said
+
+    def refined(self, block: str) -> dict[str, Tensor]:
+        """What a complete block's layers store, which come one after the other: the latest block stays in memory."""
+        if self._latest is None or self._latest[0] != block:
+            self._latest = block, read_tensors(self.file("blocks", block))[0]
+        return self._latest[1]
 
     def block_done(self, name: str, block: nn.Module, report: BlockReport | None) -> None:
         tensors: dict[str, Tensor] = {}
