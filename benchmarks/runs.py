@@ -41,6 +41,8 @@ AA_PASSES = 5
 CHOSEN = "chosen"
 #: kinds of runs that read no text
 TEXTLESS = ("weights", "descent")
+#: kinds of runs that train
+TRAINED = ("refine", "refine dense")
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ MEASURED_ON = (
 
 
 def row_key(row: dict) -> tuple:
-    """What a row measures; one that names no format is of plain factors."""
+    """What a row measures; one that names no format is of plain factors, and of no tokens to train on, not trained."""
     measured = (row.get(name) for name in MEASURED_ON)
-    return row["method"], row["structure"], tuple(row["blocks"] or ()), row.get("format", PLAIN.name), *measured
+    stored, trained = row.get("format", PLAIN.name), row.get("finetune_tokens") or 0
+    return row["method"], row["structure"], tuple(row["blocks"] or ()), stored, trained, *measured
