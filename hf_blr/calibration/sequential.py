@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_blr.calibration import outlook
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
+from hf_blr.calibration.outlook import Outlook, Stage
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
-from hf_blr.calibration.residual import add, counted, rows_of
+from hf_blr.calibration.residual import add, rows_of
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
 #: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
 READER_SHARE = 0.5
-#: how much of what the stream has lost before it a block is refined to make up for. With all of it as target, its inner
-#: layers give up the loss's own weighting to repair the stream; with none, losses pile up. Of those three, half gave
-#: the lowest perplexity
-STREAM_SHARE = 0.5
-
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
 AfterBlock = Callable[[str, nn.Module, Run, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
 
@@ -111,7 +106,8 @@ class SequentialChain(WatchedChain):
                 continue
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
-            wanted = self.between(block, hidden, dense.left, calls, real) if after_block is not None else []
+            view = self.seen_from(segment, prefix, Stage(block, calls, dense_calls, real), compressed)
+            wanted = view.wanted(hidden, dense.left) if after_block is not None else []
             experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
                 if group[0] in experts:
@@ -132,42 +128,32 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             report = None
             if after_block is not None:
-                report = after_block(prefix, block, partial(self.run_as, block, calls, real), hidden, wanted)
+                report = after_block(prefix, block, view.run, hidden, wanted)
             self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
+
+    def seen_from(self, segment: Segment, prefix: str, first: Stage, compressed: Piece) -> Outlook:
+        """That of a block, with the blocks of its segment behind it."""
+        names = list(segment.groups)
+        behind = names[names.index(prefix) + 1 :][: outlook.AHEAD]
+        stages = [
+            Stage(
+                self.model.get_submodule(name),
+                compressed.calls[name],
+                segment.piece.calls[name],
+                [masks.get(name) for masks in segment.real],
+            )
+            for name in behind
+        ]
+        return Outlook(self, [first, *stages])
 
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
         block = self.model.get_submodule(prefix)
         for i, x in enumerate(hidden):
             hidden[i] = self.forward(block, x, calls[i])
-
-    def between(
-        self,
-        block: nn.Module,
-        entered: Sequence[Tensor],
-        left: Sequence[Tensor],
-        calls: list[Call],
-        real: list[Tensor | None],
-    ) -> Sequence[Tensor]:
-        """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
-        return self.store.list(
-            counted(torch.lerp(self.forward(block, x, call), y, STREAM_SHARE), positions)
-            for x, y, call, positions in zip(entered, left, calls, real, strict=True)
-        )
-
-    def run_as(
-        self,
-        block: nn.Module,
-        calls: list[Call],
-        real: list[Tensor | None],
-        function: Callable[..., Any],
-        hidden: Tensor,
-        run: int,
-    ) -> Tensor:
-        return counted(self.forward_as(block, function, hidden, calls[run]), real[run])
 
     def group_problems(
         self,
