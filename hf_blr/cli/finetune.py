@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin, score_row
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, train
-    from hf_blr.finetune.distill import load_teacher
+    from hf_blr.finetune.teacher import load_teacher
     from hf_blr.text import load_windows, scored_dataset
 
     options.check_output(args.output, args.overwrite)

@@ -223,7 +223,7 @@ def save(
     from safetensors import SafetensorError
 
     from hf_blr.checkpoint.card import CARD, write_card
-    from hf_blr.finetune.callback import is_causal_lm
+    from hf_blr.finetune.language import is_causal_lm
 
     try:
         with replacing_folder(folder) if shards is None else nullcontext(shards.folder) as new:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
-from hf_blr.finetune.distill import Distiller, load_teacher
+from hf_blr.finetune.cautions import warn_of_decay, warn_of_rounding
+from hf_blr.finetune.distill import Distiller
 from hf_blr.finetune.float8 import close_float8, open_float8
+from hf_blr.finetune.language import is_causal_lm, perplexities
 from hf_blr.finetune.masters import Masters
+from hf_blr.finetune.teacher import load_teacher
 from hf_blr.finetune.trainable import (
-    factor_parameters,
     fresh_head,
     frozen_parts,
     has_adapters,
@@ -214,11 +214,7 @@ class BLRCallback(TrainerCallback):
             self.distiller.pop_metrics() if self.distiller is not None and "loss" in logs else {}
         )
         if is_causal_lm(model):
-            losses = {"perplexity": metrics.get("lm_loss", logs.get("loss"))}
-            for name in logs:
-                if name.startswith("eval_") and name.endswith("_loss"):
-                    losses[name.removesuffix("loss") + "perplexity"] = logs[name]
-            metrics |= {name: exp(loss) for name, loss in losses.items() if loss is not None}
+            metrics |= perplexities(logs, metrics.get("lm_loss"))
         # `logs` is what later callbacks show and the best model is chosen by; the history holds a copy of it
         logs.update(metrics)
         state.log_history[-1].update(metrics)
@@ -246,40 +242,3 @@ class BLRCallback(TrainerCallback):
         """
         if self.distiller is not None:
             self.distiller.detach()
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether it is a causal language model, inside `torch.compile`, data-parallel and PEFT wrappers."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
-    under_adapters = getattr(model, "get_base_model", None)
-    if under_adapters is not None:
-        model = under_adapters()
-    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    # FSDP2 puts a subclass of its own in the model's place
-    return any(cls.__name__ in names for cls in type(model).__mro__)
-
-
-def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    factors = {id(factor) for factor in factor_parameters(model) if factor.requires_grad}
-    decay = [g["weight_decay"] for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
-    if any(decay):
-        logger.warning(
-            f"weight_decay={max(decay)} applies to the factors, which lowers the rank of their products "
-            "instead of shrinking the weights: set it to 0, or use factor_parameter_groups"
-        )
-
-
-def warn_of_rounding(model: nn.Module) -> None:
-    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
-    if narrow:
-        dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
-        logger.warning(
-            f"{narrow[0]} and {len(narrow) - 1} more parameters train in {dtype}, which rounds small steps away: load "
-            "the model in float32, and set bf16=True in the TrainingArguments to compute in bfloat16"
-        )
-
-
-def exp(loss: float) -> float:
-    # beyond the largest double, where exp raises instead of returning inf
-    return math.inf if loss > 709 else math.exp(loss)

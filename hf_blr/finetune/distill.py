@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_blr.calibration.losses import predicted
 from hf_blr.calibration.padding import predicted_positions
 from hf_blr.finetune.divergence import feature_loss, sums
+from hf_blr.finetune.teacher import outputs_of
 from hf_blr.finetune.trainable import has_adapters
 from hf_blr.targets import unwrapped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-#: what a model's forward takes for its loss and a teacher must not get
-LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch")
 
 #: of a model's forward
 Args = tuple[Any, ...]
@@ -143,7 +137,7 @@ class Distiller:
         if self.handed is None and num_items is None and not count:
             # the model's own loss is a mean over nothing; a NaN of it would reach every factor
             return 0 * logits.sum()
-        teacher_logits = self.teacher_output(args, kwargs, logits.device).logits
+        teacher_logits = outputs_of(self.teacher, args, kwargs, logits.device, self.autocast).logits
         targets = torch.full_like(labels, -100, dtype=torch.long) if self.handed is None else labels
         divergence, own = sums(logits, teacher_logits, targets, mask, self.temperature)
         items = torch.as_tensor(count if num_items is None else num_items, device=logits.device)
@@ -157,19 +151,11 @@ class Distiller:
         device = next(iter(student.values())).device
         loss, count = feature_loss(
             student,
-            predicted(self.teacher, self.teacher_output(args, kwargs, device)),
+            predicted(self.teacher, outputs_of(self.teacher, args, kwargs, device, self.autocast)),
             predicted_positions(kwargs, model),
         )
         self.count(count, loss * count)
         return loss
-
-    def teacher_output(self, args: Args, kwargs: Kwargs, device: torch.device) -> Any:
-        inputs = {name: value for name, value in kwargs.items() if name not in LOSS_INPUTS}
-        if hasattr(self.teacher.config, "use_cache"):
-            inputs["use_cache"] = False
-        autocast = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
-        with torch.no_grad(), autocast:
-            return self.teacher(*args, **inputs)
 
     def labels(self, given: Kwargs) -> torch.Tensor:
         """`[...]`, the target of each row of logits, -100 for none."""
@@ -196,16 +182,3 @@ class Distiller:
         count, *found = sums.tolist()
         means = [total / count for total in found] if count else []
         return dict(zip(("distill_loss", "lm_loss"), means, strict=False))
-
-
-def load_teacher(teacher: nn.Module | str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
-    """The teacher on the student's device; one given by name is a causal LM, loaded in the student's
-    dtype."""
-    if isinstance(teacher, (str, os.PathLike)):
-        from transformers import AutoModelForCausalLM
-
-        teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=student.dtype)
-    if teacher is student:
-        raise ValueError("the teacher is the model that is trained: pass the dense model, or a copy made before")
-    # a dispatched teacher has hooks that bring its inputs to it
-    return teacher if getattr(teacher, "hf_device_map", None) else teacher.to(student.device)

@@ -1,4 +1,4 @@
-"""Training all factors on windows of text with the stock `Trainer`."""
+"""Training all factors together, towards the dense model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
@@ -18,7 +17,7 @@ from hf_blr.calibration.training_form import SCALES, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
-from hf_blr.finetune.dataset import BatchDataset, WindowDataset
+from hf_blr.finetune.loop import train
 from hf_blr.finetune.matrices import on_matrices
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
@@ -30,46 +29,6 @@ DENSE_STEP_TOKENS = 8192
 
 #: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
-
-
-def train(
-    model: nn.Module,
-    windows: Tensor | Sequence[Batch],
-    callbacks: list[TrainerCallback],
-    optimizer: torch.optim.Optimizer | None = None,
-    **arguments: Any,
-) -> list[dict[str, Any]]:
-    """Trains on windows `[n, seqlen]` or on ready batches; returns the Trainer's log history.
-
-    optimizer: None leaves the Trainer's own.
-    arguments: of `TrainingArguments`, `max_steps` among them, over defaults that suit factors.
-    """
-    settings = {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, arguments["max_steps"] // 20),
-        # decaying two factors is not decaying their product
-        "weight_decay": 0.0,
-        "logging_steps": max(1, arguments["max_steps"] // 10),
-        # asks the GPU after each step
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    data: dict[str, Any]
-    if torch.is_tensor(windows):
-        data = {"train_dataset": WindowDataset(windows)}
-    else:
-        data = {"train_dataset": BatchDataset(windows), "data_collator": BatchDataset.only}
-        arguments["per_device_train_batch_size"] = 1
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**{**settings, **arguments}),
-        **data,
-        callbacks=callbacks,
-        optimizers=(optimizer, None),
-    )
-    trainer.train()
-    return trainer.state.log_history
 
 
 def refine(

@@ -1,0 +1,31 @@
+"""Warnings about trainings that take place and may not do what is meant."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_blr.finetune.trainable import factor_parameters
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    factors = {id(factor) for factor in factor_parameters(model) if factor.requires_grad}
+    decay = [g["weight_decay"] for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
+    if any(decay):
+        logger.warning(
+            f"weight_decay={max(decay)} applies to the factors, which lowers the rank of their products "
+            "instead of shrinking the weights: set it to 0, or use factor_parameter_groups"
+        )
+
+
+def warn_of_rounding(model: nn.Module) -> None:
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+    if narrow:
+        dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
+        logger.warning(
+            f"{narrow[0]} and {len(narrow) - 1} more parameters train in {dtype}, which rounds small steps away: load "
+            "the model in float32, and set bf16=True in the TrainingArguments to compute in bfloat16"
+        )
