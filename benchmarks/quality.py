@@ -131,6 +131,9 @@ def main(argv=None):
         "--seeds", type=int, nargs="+", default=[0], help="of the windows drawn, the fits and the training"
     )
     parser.add_argument("--windows", type=int, default=protocol.WINDOWS, help="of a calibration set, at most")
+    parser.add_argument(
+        "--again", action="store_true", help="a part with fewer windows than its share comes again in the fit too"
+    )
     parser.add_argument("--train-windows", type=int, default=0, help="to refine on; those of the fit if left out")
     parser.add_argument(
         "--train-mixture", nargs="+", metavar="PART=SHARE", help="of these windows; that of the fit if left out"
@@ -180,9 +183,8 @@ def main(argv=None):
     wanted = dict.fromkeys(run for pattern in args.only for run in every if fnmatch(run.label, pattern))
     chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
-        on = Calibration.draw(
-            bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows, trained_on
-        )
+        sizes = args.windows, protocol.SEQLEN, args.train_windows
+        on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         epochs = epochs_of(on, args.train_tokens)
         earlier: dict[tuple, torch.nn.Module] = {}
