@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_blr import BLRConfig
 from hf_blr.formats import PLAIN
@@ -12,6 +12,7 @@ OURS = "ours"
 REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
 BLOCK_JOINT_REFINED = "ours, block-joint, refined"
+TWICE_FITTED, TWICE_FITTED_JOINT = "ours, two passes", "ours, two passes, block-joint"
 #: the dense model trained like ours: the fair row beside every refined one. Which learning rate suits it, as a share of
 #: the factors', is not known beforehand
 DENSE_REFINED, DENSE_RATES = "dense, refined", (0.1, 0.03, 1.0)
@@ -29,6 +30,8 @@ LADDER = {
 }
 #: gradient steps on each block by itself
 BLOCK_STEPS = 64
+#: the whole model fitted twice; and more steps on each block with it
+TWICE, TWICE_JOINT = {"passes": 2}, {"passes": 2, "block_steps": 128}
 #: what all fits had before damping followed the number of tokens
 SMALL_DAMPING = {"damping": 1e-4}
 #: twice the rounds of alternating least squares, and a later stop
@@ -129,6 +132,9 @@ def runs() -> list[Run]:
     joint += [
         Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
+    again = [ours("pivoted", ratio, None, TWICE_FITTED, TWICE) for ratio in (0.8, 0.5, 0.9)]
+    for run in [ours("pivoted", ratio, None, TWICE_FITTED_JOINT, TWICE_JOINT) for ratio in (0.8, 0.5, 0.9)]:
+        again += [run, replace(run, method=f"{run.method}, refined", kind="refine")]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
@@ -187,6 +193,7 @@ def runs() -> list[Run]:
         *low_rank,
         *storage,
         *dense[1:],
+        *again,
         *damping,
         *joint,
         *ladder[:6],
