@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from hf_blr.calibration import outlook
@@ -23,15 +22,14 @@ from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
 from hf_blr.calibration.outlook import Outlook, Stage
-from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
-from hf_blr.calibration.residual import add, rows_of
+from hf_blr.calibration.regression import Regression
+from hf_blr.calibration.residual import rows_of
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
 from hf_blr.dense import at_hand, dense_weight
 from hf_blr.experts import lies_in_experts
-from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
 
 logger = logging.getLogger(__name__)
@@ -169,48 +167,32 @@ class SequentialChain(WatchedChain):
         earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
         inputs = dense.inputs[group[0]]
         real = [masks.get(group[0]) for masks in dense.real]
-        gram: Tensor | None = None
-        moved: Tensor | None = None
-        pull: Tensor | None = None
-        count = 0
+        sums = Regression(READER_SHARE if writer is None else 1.0)
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
             if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
                 # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
                 return dict.fromkeys(group, plain_problem(inputs, real))
-            x, reached = rows_of(inputs[i], real[i]), rows_of(reached, real[i])
-            count += len(reached)
-            with tf32():
-                gram = add(gram, reached.mT @ reached)
-                # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
-                moved = add(moved, (x - reached).mT @ reached)
-                if writer:
-                    gap = dense.entered[i].float() - hidden.float()
-                    for name in earlier:
-                        gap += dense.written[name][i].float() - written[name].float()
-                    pull = add(pull, rows_of(gap, real[i]).mT @ reached)
+            gap: Tensor | None = None
+            if writer:
+                gap = dense.entered[i].float() - hidden.float()
+                for name in earlier:
+                    gap += dense.written[name][i].float() - written[name].float()
+                gap = rows_of(gap, real[i])
+            sums.add(rows_of(inputs[i], real[i]), rows_of(reached, real[i]), gap)
         # there is a batch, or no block would have been traced
-        assert gram is not None and moved is not None
-        if not gram.any():
+        assert sums.gram is not None
+        if not sums.gram.any():
             # behind a norm that is zero, say: any weight does
-            return dict.fromkeys(group, Problem(gram, rows=count))
-        share = 1.0 if writer else READER_SHARE
-        damping = damping_of(damping, len(gram), count)
-        targets = {name: self.target(name, gram, moved, pull, share, damping) for name in group}
-        return {name: Problem(gram, target, count) for name, target in targets.items()}
-
-    def target(
-        self, name: str, gram: Tensor, moved: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Tensor:
-        """W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference."""
-        layer = self.model.get_submodule(name)
-        with at_hand(layer):
-            weight = dense_weight(layer).detach().double()
-        image = share * (weight @ moved.double())
-        if pull is not None:
-            image += pull.double()
-        try:
-            root = cholesky(damped(gram, damping).double())
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return (weight + torch.cholesky_solve(image.mT, root).mT).float()
+            return dict.fromkeys(group, Problem(sums.gram, rows=sums.rows))
+        damping = damping_of(damping, len(sums.gram), sums.rows)
+        found: dict[str, Problem] = {}
+        for name in group:
+            layer = self.model.get_submodule(name)
+            with at_hand(layer):
+                weight = dense_weight(layer).detach().double()
+            try:
+                found[name] = Problem(sums.gram, sums.target(weight, damping), sums.rows)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return found
