@@ -245,7 +245,7 @@ def test_the_log_history_holds_what_one_wants_to_see(tmp_path):
 
 def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr("hf_blr.finetune.cautions.logger.warning", warned.append)
+    monkeypatch.setattr("hf_blr.finetune.said.logger.warning", warned.append)
     trainer_for(compressed_llama(), tmp_path, max_steps=1).train()
     assert not warned
     trainer_for(compressed_llama(), tmp_path, max_steps=1, weight_decay=0.1).train()
@@ -254,7 +254,7 @@ def test_weight_decay_on_factors_is_warned_of(tmp_path, monkeypatch):
 
 def test_training_in_bfloat16_is_warned_of(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr("hf_blr.finetune.cautions.logger.warning", warned.append)
+    monkeypatch.setattr("hf_blr.finetune.said.logger.warning", warned.append)
     trainer_for(compressed_llama().bfloat16(), tmp_path, max_steps=1).train()
     assert not warned
     trainer_for(compressed_llama().bfloat16(), tmp_path, BLRCallback(float32_factors=False), max_steps=1).train()

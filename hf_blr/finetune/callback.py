@@ -12,21 +12,19 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
-from hf_blr.finetune.cautions import warn_of_decay, warn_of_rounding
 from hf_blr.finetune.distill import Distiller
 from hf_blr.finetune.float8 import close_float8, open_float8
 from hf_blr.finetune.language import is_causal_lm, perplexities
 from hf_blr.finetune.masters import Masters
+from hf_blr.finetune.said import warn_of_decay, warn_of_rounding, what_trains
 from hf_blr.finetune.teacher import load_teacher
 from hf_blr.finetune.trainable import (
-    fresh_head,
     frozen_parts,
     has_adapters,
     let_gradients_in,
     mark_only_factors_trainable,
 )
 from hf_blr.formats import FactorInTraining
-from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
 
@@ -184,18 +182,10 @@ class BLRCallback(TrainerCallback):
         if self.reported or not state.is_world_process_zero:
             return
         self.reported = True
-        modules = len(blr_modules(model))
-        head = ["a fresh head"] if fresh_head(model) else []
-        extra = head + [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
-        bits = [self.selection["bits"] + " of factors in bits"] if trained_bits(model) else []
-        numbers = ["factors"] if any(layer.factors() for layer in blr_modules(model).values()) else []
-        what = "the PEFT adapters on" if has_adapters(model) else ", ".join([*numbers, *bits, *extra]) + " of"
+        extra = [name for name in ("norms", "biases") if self.selection[name]] + list(self.selection["also"])
+        what = what_trains(model, extra, self.selection["bits"], self.float8_layers)
         share = self.trainable / self.total
-        products = f", {len(self.float8_layers)} of them with products in float8" if self.float8_layers else ""
-        print(
-            f"BLRCallback trains {self.trainable:,} of {self.total:,} parameters ({share:.1%}): "
-            f"{what} a model with {modules} BLR modules{products}"
-        )
+        print(f"BLRCallback trains {self.trainable:,} of {self.total:,} parameters ({share:.1%}): {what}")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Warnings about trainings that take place and may not do what is meant."""
+"""What a training says at its start: what trains, and what may not do what is meant."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_blr.finetune.trainable import factor_parameters
+from hf_blr.calibration.training_form import trained_bits
+from hf_blr.finetune.trainable import factor_parameters, fresh_head, has_adapters
+from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
+
+
+def what_trains(model: nn.Module, extra: list[str], bits: str, float8_layers: list[str]) -> str:
+    """In words.
+
+    Args:
+        extra: what was asked for besides the factors.
+        bits: what trains of factors in bits.
+        float8_layers: those that multiply in float8.
+    """
+    modules = blr_modules(model)
+    parts = ["factors"] if any(layer.factors() for layer in modules.values()) else []
+    parts += [f"{bits} of factors in bits"] if trained_bits(model) else []
+    parts += (["a fresh head"] if fresh_head(model) else []) + extra
+    what = "the PEFT adapters on" if has_adapters(model) else f"{', '.join(parts)} of"
+    products = f", {len(float8_layers)} of them with products in float8" if float8_layers else ""
+    return f"{what} a model with {len(modules)} BLR modules{products}"
 
 
 def warn_of_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
