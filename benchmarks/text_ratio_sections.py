@@ -83,12 +83,9 @@ def method_of(row: dict) -> tuple:
     return row_key({**row, "dataset": None, "seed": None})
 
 
-def fitted_to(row: dict) -> tuple:
-    return row["calibration"], row["calibration_tokens"]
-
-
 def trained_on(row: dict) -> tuple:
-    return *fitted_to(row), row.get("finetune_tokens")
+    """The tokens, each of them, and how many in all epochs; what a model was fitted to before does not matter."""
+    return row.get("finetune_sha256"), row.get("finetune_tokens")
 
 
 def described(row: dict) -> str:
