@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, MutableSequence, Sequence
 
 from torch import Tensor, nn
 
-from hf_blr.calibration import outlook
+from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
-from hf_blr.calibration.outlook import Outlook, Stage
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
 from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.residual import rows_of
@@ -104,8 +103,8 @@ class SequentialChain(WatchedChain):
                 continue
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
-            view = self.seen_from(segment, prefix, Stage(block, calls, dense_calls, real), compressed)
-            wanted = view.wanted(hidden, dense.left) if after_block is not None else []
+            aim = Aim(self, block, calls, real)
+            wanted = aim.wanted(hidden, dense.left) if after_block is not None else []
             experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
                 if group[0] in experts:
@@ -126,26 +125,11 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             report = None
             if after_block is not None:
-                report = after_block(prefix, block, view.run, hidden, wanted)
+                report = after_block(prefix, block, aim.run, hidden, wanted)
             self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
-
-    def seen_from(self, segment: Segment, prefix: str, first: Stage, compressed: Piece) -> Outlook:
-        """That of a block, with the blocks of its segment behind it."""
-        names = list(segment.groups)
-        behind = names[names.index(prefix) + 1 :][: outlook.AHEAD]
-        stages = [
-            Stage(
-                self.model.get_submodule(name),
-                compressed.calls[name],
-                segment.piece.calls[name],
-                [masks.get(name) for masks in segment.real],
-            )
-            for name in behind
-        ]
-        return Outlook(self, [first, *stages])
 
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
