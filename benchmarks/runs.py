@@ -132,9 +132,11 @@ def runs() -> list[Run]:
     joint += [
         Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
-    again = [ours("pivoted", ratio, None, TWICE_FITTED, TWICE) for ratio in (0.8, 0.5, 0.9)]
-    for run in [ours("pivoted", ratio, None, TWICE_FITTED_JOINT, TWICE_JOINT) for ratio in (0.8, 0.5, 0.9)]:
-        again += [run, replace(run, method=f"{run.method}, refined", kind="refine")]
+    again = []
+    for ratio in (0.8, 0.5, 0.9):
+        for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT)):
+            run = ours("pivoted", ratio, None, method, settings)
+            again += [run, replace(run, method=f"{method}, refined", kind="refine")]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
