@@ -121,6 +121,16 @@ def test_a_bfloat16_model_is_refined_in_float32_and_stays_what_it_is():
     assert all(block.error_after < block.error_before for block in report.blocks)
 
 
+def test_steps_with_products_in_bfloat16_come_closer_in_float32(monkeypatch):
+    """As on a GPU."""
+    plain, *_ = compressed(tiny_llama, 20)
+    monkeypatch.setattr(joint, "in_bfloat16", lambda device: torch.autocast("cpu", torch.bfloat16))
+    model, report, _ = compressed(tiny_llama, 20)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(block.error_after < block.error_before for block in report.blocks)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.u, plain.model.layers[0].mlp.up_proj.u)
+
+
 def test_a_block_left_dense_is_left_alone():
     _, report, _ = compressed(tiny_llama, 5, target_modules=r".*layers\.1\..*proj")
     assert [block.name for block in report.blocks] == ["model.layers.1"]

@@ -6,7 +6,7 @@ from tiny import batches_for, divergence, tiny_llama
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.calibration import collect_statistics
-from hf_blr.compression import passes
+from hf_blr.compression import passes, pipeline
 
 SETTINGS = {"structure": "pivoted", "ratio": 0.3}
 
@@ -62,6 +62,24 @@ def test_the_first_pass_reads_a_part_of_the_text_and_leaves_the_model_alone(monk
     _, report, batches = made(3, lambda: dense, block_steps=2)
     assert [(count, steps) for _, count, steps in read] == 2 * [(len(batches) // 4, 0)] and len(report.blocks) == 2
     assert all(model is not dense for model, *_ in read)
+
+
+def test_a_resumed_run_does_not_make_its_first_pass_again(tmp_path, monkeypatch):
+    wanted, *_ = made(2)
+    model, config = tiny_llama(), BLRConfig(passes=2, **SETTINGS)
+    batches, own = batches_for(model, count=8), pipeline.fit_layers
+    monkeypatch.setattr(pipeline, "fit_layers", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, config, calibration=batches, resume=tmp_path / "kept", progress=False)
+    monkeypatch.setattr(pipeline, "fit_layers", own)
+    monkeypatch.setattr(passes, "fit_layers", stopped)
+    compress(model, config, calibration=batches, resume=tmp_path / "kept", progress=False)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in wanted.state_dict().items())
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
 
 
 def test_what_cannot_be_fitted_again_is_refused():
