@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import batches_for, divergence, tiny_llama
+from tiny import batches_for, divergence, tiny_llama, tiny_mixtral
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.calibration import collect_statistics
@@ -23,13 +23,14 @@ def made(passes, build=tiny_llama, **more):
     return model, report, batches
 
 
-def test_a_second_pass_is_that_with_statistics_of_the_model_that_the_first_left(whole_text):
-    first, _, batches = made(1)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])
+def test_a_second_pass_is_that_with_statistics_of_the_model_that_the_first_left(build, whole_text):
+    first, _, batches = made(1, build)
     config = BLRConfig(**SETTINGS)
     statistics = collect_statistics(to_dense(first), config, calibration=batches)
-    wanted = tiny_llama()
+    wanted = build()
     compress(wanted, config, calibration=batches, statistics=statistics, progress=False)
-    found, report, _ = made(2)
+    found, report, _ = made(2, build)
     state = found.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in wanted.state_dict().items())
     assert len(report.layers) == len(wanted.config.quantization_config.layers)
