@@ -30,10 +30,9 @@ def test_a_second_pass_is_that_with_statistics_of_the_model_that_the_first_left(
     statistics = collect_statistics(to_dense(first), config, calibration=batches)
     wanted = build()
     compress(wanted, config, calibration=batches, statistics=statistics, progress=False)
-    found, report, _ = made(2, build)
+    found, *_ = made(2, build)
     state = found.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in wanted.state_dict().items())
-    assert len(report.layers) == len(wanted.config.quantization_config.layers)
 
 
 def test_a_second_pass_comes_closer(whole_text):
