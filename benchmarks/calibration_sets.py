@@ -112,11 +112,12 @@ class Calibration:
         return found
 
     def facts(self) -> dict:
-        """What a row says of it."""
+        """What a row says of it; tokens that come a second time or more often are "repeated"."""
         return {
             "calibration": self.mixture.label,
             "calibration_tokens": self.windows.numel(),
             "calibration_windows": self.counts,
+            "calibration_repeated": self.windows.numel() - self.windows.unique(dim=0).numel(),
             "calibration_sha256": sha256_of(self.windows),
             "seed": self.seed,
         }

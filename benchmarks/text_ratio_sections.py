@@ -90,7 +90,8 @@ def trained_on(row: dict) -> tuple:
 
 def described(row: dict) -> str:
     """`50 % own, 50 % web: 262 thousand tokens`; nothing for what reads no text."""
-    return f"{row['calibration']}: {thousands(row['calibration_tokens'])}" if row["calibration"] else ""
+    again = f", {thousands(row['calibration_repeated'])} of them again" if row.get("calibration_repeated") else ""
+    return f"{row['calibration']}: {thousands(row['calibration_tokens'])}{again}" if row["calibration"] else ""
 
 
 def thousands(tokens: int) -> str:

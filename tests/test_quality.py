@@ -107,7 +107,9 @@ def test_a_part_with_less_than_its_share_is_trained_on_again():
     assert sorted(torch.bincount((code - 2000) // 10).tolist()) == [2, 3, 3]
     own = found.training[found.training[:, 0] < 1000, 0]
     assert len(own.unique()) == len(own) == 8
-    assert Calibration.draw(None, parts, mixture, 0, 16, 10, again=True).counts == {"own": 8, "code": 8}
+    again = Calibration.draw(None, parts, mixture, 0, 16, 10, again=True)
+    assert again.counts == {"own": 8, "code": 8} and again.facts()["calibration_repeated"] == 5 * 10
+    assert found.facts()["calibration_repeated"] == 0
 
 
 def test_one_run_compares_calibration_sets_and_seeds(folder):

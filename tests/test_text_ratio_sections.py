@@ -37,6 +37,8 @@ def test_calibration_sets_are_not_mixed_up_and_half_scored_runs_are_left_out():
     other = {**OURS, "calibration": "own"}
     rows = scored(OURS, 2.0, 2.0) + scored(other, 1.0, 1.0) + scored({**other, "seed": 1}, 9.0)
     best, worse = ratio_lines(rows, TEXTS)
+    (again,) = ratio_lines(scored({**OURS, "calibration_repeated": 45056}, 1.0, 4.0), TEXTS)
+    assert again["fitted to"] == "web: 262 thousand tokens, 45 thousand tokens of them again"
     assert best["fitted to"] == "own: 262 thousand tokens" and best["mean"] == "1.000" and worse["mean"] == "2.000"
 
 
