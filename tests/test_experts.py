@@ -13,7 +13,7 @@ from hf_blr import BLRConfig, collect_statistics, compress, fuse, to_dense
 from hf_blr.calibration.problem import Problem
 from hf_blr.calibration.routed import pooled
 from hf_blr.cli import main
-from hf_blr.compression import pipeline
+from hf_blr.compression import fits
 from hf_blr.compression.allocation import loss_curve
 from hf_blr.compression.budget import share_budget
 from hf_blr.compression.layer_trials import Layer
@@ -118,13 +118,13 @@ def test_each_expert_is_fitted_to_its_own_tokens_and_a_share_of_all(sequential, 
     model, seen = qwen3_moe(), {}
     batches, name = batches_for(model), "model.layers.0.mlp.experts.down_proj"
     own = routed_statistics(model, name, batches)
-    original = pipeline.replace_layer
+    original = fits.replace_layer
 
     def spy(model, layer, plan, problem, *rest):
         seen[layer] = problem
         return original(model, layer, plan, problem, *rest)
 
-    monkeypatch.setattr(pipeline, "replace_layer", spy)
+    monkeypatch.setattr(fits, "replace_layer", spy)
     config = BLRConfig("low_rank", ratio=0.5, sequential=sequential)
     compress(copy.deepcopy(model), config, calibration=batches, progress=False)
     tokens = 2 * sum(batch["input_ids"].numel() for batch in batches)
@@ -201,7 +201,7 @@ def test_the_predicted_loss_of_experts_is_that_of_each_on_its_share():
 
 
 def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_path):
-    model, original, count = tiny_mixtral(), pipeline.replace_layer, []
+    model, original, count = tiny_mixtral(), fits.replace_layer, []
 
     def stop(*args):
         count.append(args)
@@ -209,7 +209,7 @@ def test_stopped_in_the_middle_of_a_tensor_it_is_dense_again(monkeypatch, tmp_pa
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(pipeline, "replace_layer", stop)
+    monkeypatch.setattr(fits, "replace_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         compress(model, CONFIG, progress=False)
     # four projections and the first tensor; of the second one expert

@@ -12,7 +12,7 @@ from tiny import batches_for, tiny_inputs, tiny_logits, tiny_mixtral
 from hf_blr import BLRConfig, compress, to_dense, to_format
 from hf_blr.calibration.training_form import close_bits, open_bits
 from hf_blr.cli import main
-from hf_blr.compression import pipeline
+from hf_blr.compression import fits
 from hf_blr.experts import ExpertsLinear
 from hf_blr.factorize import factorize
 from hf_blr.formats import FORMATS, FactorInBits, format_named
@@ -50,14 +50,14 @@ def test_they_are_saved_loaded_streamed_and_made_dense(make, form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS_OF_BITS)
 def test_codes_are_chosen_with_the_gram_of_each_expert(form, monkeypatch):
-    model, seen, original = qwen3_moe(), {}, pipeline.replace_layer
+    model, seen, original = qwen3_moe(), {}, fits.replace_layer
     dense = copy.deepcopy(model)
 
     def spy(model, layer, plan, problem, *rest):
         seen[layer] = problem
         return original(model, layer, plan, problem, *rest)
 
-    monkeypatch.setattr(pipeline, "replace_layer", spy)
+    monkeypatch.setattr(fits, "replace_layer", spy)
     config = BLRConfig("low_rank", ratio=0.5, factor_format=form, sequential=False, fisher=False)
     compress(model, config, calibration=batches_for(model), progress=False)
     name = "model.layers.0.mlp.experts.down_proj"
