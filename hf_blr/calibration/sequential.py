@@ -103,7 +103,7 @@ class SequentialChain(WatchedChain):
                 continue
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
-            aim = Aim(self, block, calls, real)
+            aim = self.aim(block, calls, real)
             wanted = aim.wanted(hidden, dense.left) if after_block is not None else []
             experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
@@ -131,6 +131,14 @@ class SequentialChain(WatchedChain):
                 self.pass_on(prefix, hidden, calls)
             entered = dense.left
 
+    def aim(self, block: nn.Module, calls: list[Call], real: list[Tensor | None]) -> Aim:
+        """What the block is refined towards."""
+        return Aim(self, block, calls, real)
+
+    def regression(self, writes: bool) -> Regression:
+        """An empty one, for layers that write to the residual stream or do not."""
+        return Regression(1.0 if writes else READER_SHARE)
+
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
         block = self.model.get_submodule(prefix)
@@ -151,7 +159,7 @@ class SequentialChain(WatchedChain):
         earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
         inputs = dense.inputs[group[0]]
         real = [masks.get(group[0]) for masks in dense.real]
-        sums = Regression(READER_SHARE if writer is None else 1.0)
+        sums = self.regression(writer is not None)
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
             if len(inputs) != len(compressed) or reached is None or reached.shape != inputs[i].shape:
