@@ -75,8 +75,9 @@ class Calibration:
         seqlen: int,
         training: int = 0,
         trained_on: Mixture | None = None,
+        again: bool = False,
     ) -> Calibration:
-        """Draws windows; a part with fewer than its share gives all that it has.
+        """Draws windows; a part with fewer than its share gives all that it has, or comes again.
 
         Args:
             dense: the model that will be compressed.
@@ -87,11 +88,12 @@ class Calibration:
             seqlen: tokens in a window.
             training: windows to train on; 0 takes those of the fit.
             trained_on: the mixture of these; None: that of the fit.
+            again: whether parts come again in the fit too, so that the shares hold.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
         """
-        windows, counts = drawn(parts, mixture, seed, limit, seqlen)
+        windows, counts = drawn(parts, mixture, seed, limit, seqlen, again)
         more = drawn(parts, trained_on or mixture, seed, training, seqlen, again=True)[0] if training else windows
         return cls(dense, mixture, seed, windows, more, counts)
 
@@ -110,11 +112,12 @@ class Calibration:
         return found
 
     def facts(self) -> dict:
-        """What a row says of it."""
+        """What a row says of it; tokens that come a second time or more often are "repeated"."""
         return {
             "calibration": self.mixture.label,
             "calibration_tokens": self.windows.numel(),
             "calibration_windows": self.counts,
+            "calibration_repeated": self.windows.numel() - self.windows.unique(dim=0).numel(),
             "calibration_sha256": sha256_of(self.windows),
             "seed": self.seed,
         }

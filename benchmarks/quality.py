@@ -29,7 +29,7 @@ import baselines
 import protocol
 from calibration_sets import Calibration, Mixture
 from protocol import PROTOCOL, TURNED, Bench, check_tokens, read_ids, sha256_of
-from runs import TEXTLESS, Run, row_key, runs, shard, shard_of
+from runs import TEXTLESS, TRAINED, Run, row_key, runs, shard, shard_of
 from runs_in_bits import runs_in_bits
 from turned import turned
 
@@ -56,21 +56,19 @@ def too_small(bench: Bench, run: Run) -> str | None:
     return f"{left[0]} and {len(left) - 1} other layers have no such blocks" if left else None
 
 
-def make(
-    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], train_tokens: int
-) -> tuple[torch.nn.Module, dict]:
+def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], epochs: int) -> tuple[torch.nn.Module, dict]:
     """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        return model, trained(model, on, train_tokens, run.rate, **settings)
+        return model, trained(model, on, epochs, run.rate, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
-            model = make(replace(run, kind="compress"), on, {}, train_tokens)[0]
-        return model, trained(model, on, train_tokens, run.rate)
+            model = make(replace(run, kind="compress"), on, {}, epochs)[0]
+        return model, trained(model, on, epochs, run.rate)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -91,23 +89,24 @@ def make(
         return model, more | ({"taken": dict(taken.most_common())} if taken else {})
 
 
-def trained(model: torch.nn.Module, on: Calibration, tokens: int, rate: float, **settings) -> dict:
-    """Refines the model in place, on some `tokens` in whole epochs where there is text besides that of the fit.
-
-    Returns what its rows say of that.
-    """
-    epochs = max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
+def trained(model: torch.nn.Module, on: Calibration, epochs: int, rate: float, **settings) -> dict:
+    """Refines the model in place; returns what its rows say of that."""
     # code that is compiled once serves all runs
     compiled = torch.cuda.is_available()
     refine(model, on.dense, on.training, epochs=epochs, learning_rate=rate, compiled=compiled, seed=on.seed, **settings)
-    trained = {"finetune_tokens": epochs * on.training.numel(), "finetune_sha256": sha256_of(on.training)}
-    return {**trained, "learning_rate": rate}
+    return {"finetune_sha256": sha256_of(on.training), "learning_rate": rate}
 
 
-def facts_of(run: Run, on: Calibration) -> dict:
+def epochs_of(on: Calibration, tokens: int) -> int:
+    """How often the training windows come: for some `tokens` where there is text besides that of the fit."""
+    return max(1, round(tokens / on.training.numel())) if len(on.training) > len(on.windows) else EPOCHS
+
+
+def facts_of(run: Run, on: Calibration, epochs: int) -> dict:
     """What tells the run's rows from others, before anything is measured."""
     fitted = {"calibration": None, "calibration_tokens": 0, "seed": on.seed} if run.kind in TEXTLESS else on.facts()
-    return {**run.facts(), **fitted}
+    tokens = epochs * on.training.numel() if run.kind in TRAINED else 0
+    return {**run.facts(), **fitted, "finetune_tokens": tokens}
 
 
 def main(argv=None):
@@ -132,6 +131,9 @@ def main(argv=None):
         "--seeds", type=int, nargs="+", default=[0], help="of the windows drawn, the fits and the training"
     )
     parser.add_argument("--windows", type=int, default=protocol.WINDOWS, help="of a calibration set, at most")
+    parser.add_argument(
+        "--again", action="store_true", help="a part with fewer windows than its share comes again in the fit too"
+    )
     parser.add_argument("--train-windows", type=int, default=0, help="to refine on; those of the fit if left out")
     parser.add_argument(
         "--train-mixture", nargs="+", metavar="PART=SHARE", help="of these windows; that of the fit if left out"
@@ -166,8 +168,9 @@ def main(argv=None):
     commit = args.commit or machine["commit"]
     file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
     # a file grows over many runs, and commits
-    own = {"commit": commit, "finetune_tokens": 0, "fit_seconds": 0.0}
-    dense_facts = {"method": "dense", "ratio": 1.0, "calibration": None, "calibration_tokens": 0, "seed": None, **own}
+    own = {"commit": commit, "fit_seconds": 0.0}
+    dense_facts = {"method": "dense", "ratio": 1.0, "calibration": None, "calibration_tokens": 0, "seed": None}
+    dense_facts |= {"finetune_tokens": 0, **own}
     rows = bench.rows(bench.dense, dense_facts)
     check_tokens([*file.rows, *rows])
     done = {row_key(row) for row in file.rows}
@@ -180,13 +183,13 @@ def main(argv=None):
     wanted = dict.fromkeys(run for pattern in args.only for run in every if fnmatch(run.label, pattern))
     chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
-        on = Calibration.draw(
-            bench.dense, parts, mixture, seed, args.windows, protocol.SEQLEN, args.train_windows, trained_on
-        )
+        sizes = args.windows, protocol.SEQLEN, args.train_windows
+        on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
+        epochs = epochs_of(on, args.train_tokens)
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:
-            facts = {**facts_of(run, on), **own}
+            facts = {**facts_of(run, on, epochs), **own}
             keys = {row_key({**facts, "model": name, "dataset": text}) for text in bench.texts}
             if keys <= done or time.perf_counter() - started > args.seconds:
                 continue
@@ -201,7 +204,7 @@ def main(argv=None):
             fit = time.perf_counter()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            model, more = make(run, on, earlier, args.train_tokens)
+            model, more = make(run, on, earlier, epochs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 more["peak_memory"] = torch.cuda.max_memory_allocated()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_blr import BLRConfig
 from hf_blr.formats import PLAIN
@@ -12,6 +12,7 @@ OURS = "ours"
 REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
 BLOCK_JOINT_REFINED = "ours, block-joint, refined"
+TWICE_FITTED, TWICE_FITTED_JOINT = "ours, two passes", "ours, two passes, block-joint"
 #: the dense model trained like ours: the fair row beside every refined one. Which learning rate suits it, as a share of
 #: the factors', is not known beforehand
 DENSE_REFINED, DENSE_RATES = "dense, refined", (0.1, 0.03, 1.0)
@@ -29,6 +30,8 @@ LADDER = {
 }
 #: gradient steps on each block by itself
 BLOCK_STEPS = 64
+#: the whole model fitted twice; and more steps on each block with it
+TWICE, TWICE_JOINT = {"passes": 2}, {"passes": 2, "block_steps": 128}
 #: what all fits had before damping followed the number of tokens
 SMALL_DAMPING = {"damping": 1e-4}
 #: twice the rounds of alternating least squares, and a later stop
@@ -41,6 +44,8 @@ AA_PASSES = 5
 CHOSEN = "chosen"
 #: kinds of runs that read no text
 TEXTLESS = ("weights", "descent")
+#: kinds of runs that train
+TRAINED = ("refine", "refine dense")
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,11 @@ def runs() -> list[Run]:
     joint += [
         Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
+    again = []
+    for ratio in (0.8, 0.5, 0.9):
+        for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT)):
+            run = ours("pivoted", ratio, None, method, settings)
+            again += [run, replace(run, method=f"{method}, refined", kind="refine")]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)
@@ -185,6 +195,7 @@ def runs() -> list[Run]:
         *low_rank,
         *storage,
         *dense[1:],
+        *again,
         *damping,
         *joint,
         *ladder[:6],
@@ -235,6 +246,7 @@ MEASURED_ON = (
 
 
 def row_key(row: dict) -> tuple:
-    """What a row measures; one that names no format is of plain factors."""
+    """What a row measures; one that names no format is of plain factors, and of no tokens to train on, not trained."""
     measured = (row.get(name) for name in MEASURED_ON)
-    return row["method"], row["structure"], tuple(row["blocks"] or ()), row.get("format", PLAIN.name), *measured
+    stored, trained = row.get("format", PLAIN.name), row.get("finetune_tokens") or 0
+    return row["method"], row["structure"], tuple(row["blocks"] or ()), stored, trained, *measured

@@ -181,6 +181,9 @@ def main(argv=None):
             batches, fitted = on.batches, on.facts()
         for run in chosen:
             facts = {"model": name, **run.facts(), **fitted, "commit": commit}
+            if run.kind == "refine":
+                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED, args.batch)
+                facts["finetune_tokens"] = args.epochs * trained["calibration_tokens"]
             if {row_key({**facts, "dataset": text}) for text in texts} <= done:
                 continue
             model = copy.deepcopy(dense)
@@ -189,10 +192,8 @@ def main(argv=None):
             report = compress(model, config, calibration=batches, progress=False)
             facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
             if run.kind == "refine":
-                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED, args.batch)
                 refine(model, dense, training, epochs=args.epochs, learning_rate=args.rate, seed=seed)
                 facts |= {
-                    "finetune_tokens": args.epochs * trained["calibration_tokens"],
                     "finetune_sha256": trained["calibration_sha256"],
                     "epochs": args.epochs,
                     "batch": args.batch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conditions import RESULTS, table_of
-from text_ratio_sections import described, fitted_to, thousands
+from text_ratio_sections import described, thousands
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -15,7 +15,7 @@ def sentences_section(file: str = "sentences.json") -> str:
     result = read_result(RESULTS / file)
     rows = rows_of(result)
     lines = []
-    for of_method in grouped(rows, lambda row: (row["method"], label_of(row), row["ratio"], *fitted_to(row))).values():
+    for of_method in grouped(rows, lambda row: (row["method"], label_of(row), row["ratio"], described(row))).values():
         first = of_method[0]
         cosines = {
             text: sum(row["cosine"] for row in found) / len(found)

@@ -93,17 +93,15 @@ def method_of(row: dict) -> tuple:
     return row_key({**row, "dataset": None, "seed": None})
 
 
-def fitted_to(row: dict) -> tuple:
-    return row["calibration"], row["calibration_tokens"]
-
-
 def trained_on(row: dict) -> tuple:
-    return *fitted_to(row), row.get("finetune_tokens")
+    """The tokens, each of them, and how many in all epochs; what a model was fitted to before does not matter."""
+    return row.get("finetune_sha256"), row.get("finetune_tokens")
 
 
 def described(row: dict) -> str:
     """`50 % own, 50 % web: 262 thousand tokens`; nothing for what reads no text."""
-    return f"{row['calibration']}: {thousands(row['calibration_tokens'])}" if row["calibration"] else ""
+    again = f", {thousands(row['calibration_repeated'])} of them again" if row.get("calibration_repeated") else ""
+    return f"{row['calibration']}: {thousands(row['calibration_tokens'])}{again}" if row["calibration"] else ""
 
 
 def thousands(tokens: int) -> str:

@@ -8,7 +8,7 @@ from tiny import batches_for, build, divergence, tiny_bert, tiny_gpt2, tiny_llam
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, T5Config, T5EncoderModel
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration import arguments, sequential
+from hf_blr.calibration import aim, arguments
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import BlockChain, iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Call
@@ -111,7 +111,7 @@ def test_a_mask_of_ones_changes_nothing(sequential):
 
 
 def test_blocks_are_refined_on_batches_of_several_shapes(monkeypatch):
-    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    monkeypatch.setattr(aim, "STREAM_SHARE", 1.0)
     model = tiny_llama()
     batches = [{"input_ids": ids(8, n, seed=n)} for n in (24, 17, 20)]
     config = BLRConfig("blast", ratio=0.4, num_blocks=2, fisher=False, block_steps=30, fit_rounds=4)

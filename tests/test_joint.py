@@ -7,7 +7,7 @@ import torch
 from tiny import batches_for, divergence, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, compress
-from hf_blr.calibration import joint, sequential
+from hf_blr.calibration import aim, joint
 from hf_blr.formats import FactorInBits
 
 SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
@@ -28,7 +28,7 @@ def compressed(build, steps, structure="blast", blocks=(2, 4), dtype=torch.float
 )
 def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks, monkeypatch):
     """All of the way to the dense stream: half of it is what a trained model wants, and takes random ones less far."""
-    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    monkeypatch.setattr(aim, "STREAM_SHARE", 1.0)
     plain, without, batches = compressed(build, 0, structure, blocks)
     model, report, _ = compressed(build, 30, structure, blocks)
     assert without.blocks == [] and len(report.blocks) == 2
@@ -40,7 +40,7 @@ def test_blocks_come_closer_to_the_dense_ones(build, structure, blocks, monkeypa
 
 @pytest.mark.parametrize("structure, stored", [("low_rank", "int3"), ("pivoted", "fp8"), ("dense", "int2")])
 def test_blocks_in_bits_come_closer_by_their_scales(structure, stored, monkeypatch):
-    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    monkeypatch.setattr(aim, "STREAM_SHARE", 1.0)
     whole = structure == "dense"
     more = {"dense_format": stored} | ({"ratio": None} if whole else {"factor_format": stored, "allocation": "uniform"})
     plain, _, batches = compressed(tiny_llama, 0, structure, None, **more)
@@ -119,6 +119,16 @@ def test_a_bfloat16_model_is_refined_in_float32_and_stays_what_it_is():
     model, report, _ = compressed(tiny_llama, 30, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(block.error_after < block.error_before for block in report.blocks)
+
+
+def test_steps_with_products_in_bfloat16_come_closer_in_float32(monkeypatch):
+    """As on a GPU."""
+    plain, *_ = compressed(tiny_llama, 20)
+    monkeypatch.setattr(joint, "in_bfloat16", lambda device: torch.autocast("cpu", torch.bfloat16))
+    model, report, _ = compressed(tiny_llama, 20)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(block.error_after < block.error_before for block in report.blocks)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.u, plain.model.layers[0].mlp.up_proj.u)
 
 
 def test_a_block_left_dense_is_left_alone():

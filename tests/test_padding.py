@@ -9,7 +9,7 @@ from zoo_inputs import LENGTHS, samples
 from zoo_models import build as build_model
 
 from hf_blr import BLRConfig, collect_statistics, compress
-from hf_blr.calibration import sequential
+from hf_blr.calibration import aim
 from hf_blr.calibration.blockwise import whole_model_grams
 from hf_blr.calibration.padding import predicted_positions, real_positions, real_rows, token_count
 from hf_blr.calibration.problem import plain_problem
@@ -97,7 +97,7 @@ def test_writers_are_found_by_the_real_tokens_alone():
 
 
 def test_blocks_are_refined_for_the_real_tokens(monkeypatch):
-    monkeypatch.setattr(sequential, "STREAM_SHARE", 1.0)
+    monkeypatch.setattr(aim, "STREAM_SHARE", 1.0)
     errors = []
     config = BLRConfig("blast", ratio=0.4, num_blocks=2, fisher=False, block_steps=10, fit_rounds=4)
     for pad in (False, True):

@@ -87,6 +87,16 @@ def test_more_windows_to_train_on_than_to_fit_to(folder):
     assert trained.keys() == {runs.REFINED, "dense, refined at 0.1"}
 
 
+def test_rows_that_were_trained_on_more_tokens_are_others(folder):
+    sizes = ["--windows", "4", "--train-windows", "16", "--only", "low_rank 0.5 ours, refined"]
+    for tokens in ("512", "512", "1024"):
+        rows = measure(folder, *sizes, "--train-tokens", tokens)
+    # and the same number of them is not trained on twice
+    assert [row["finetune_tokens"] for row in rows if row["dataset"] == "ptb"] == [0, 512, 1024]
+    merge.main([str(folder / "all.json"), str(folder / "q.json")])
+    assert json.loads((folder / "all.json").read_text())["rows"] == rows
+
+
 def test_a_part_with_less_than_its_share_is_trained_on_again():
     parts = {"own": torch.arange(1000).view(100, 10), "code": 2000 + torch.arange(30).view(3, 10)}
     mixture = Mixture.parse(["own=0.5", "code=0.5"])
@@ -97,6 +107,9 @@ def test_a_part_with_less_than_its_share_is_trained_on_again():
     assert sorted(torch.bincount((code - 2000) // 10).tolist()) == [2, 3, 3]
     own = found.training[found.training[:, 0] < 1000, 0]
     assert len(own.unique()) == len(own) == 8
+    again = Calibration.draw(None, parts, mixture, 0, 16, 10, again=True)
+    assert again.counts == {"own": 8, "code": 8} and again.facts()["calibration_repeated"] == 5 * 10
+    assert found.facts()["calibration_repeated"] == 0
 
 
 def test_one_run_compares_calibration_sets_and_seeds(folder):

@@ -37,16 +37,21 @@ def test_calibration_sets_are_not_mixed_up_and_half_scored_runs_are_left_out():
     other = {**OURS, "calibration": "own"}
     rows = scored(OURS, 2.0, 2.0) + scored(other, 1.0, 1.0) + scored({**other, "seed": 1}, 9.0)
     best, worse = ratio_lines(rows, TEXTS)
+    (again,) = ratio_lines(scored({**OURS, "calibration_repeated": 45056}, 1.0, 4.0), TEXTS)
+    assert again["fitted to"] == "web: 262 thousand tokens, 45 thousand tokens of them again"
     assert best["fitted to"] == "own: 262 thousand tokens" and best["mean"] == "1.000" and worse["mean"] == "2.000"
 
 
 def test_refined_rows_are_divided_by_the_best_dense_model_refined_on_the_same_tokens():
-    dense = {**SHARED, **FITTED, "finetune_tokens": 8000}
+    tokens = {"finetune_tokens": 8000, "finetune_sha256": "t" * 64}
+    dense = {**SHARED, **FITTED, **tokens}
     rows = scored({**dense, "method": "dense, refined at 1"}, 1.5, 1.5)
     rows += scored({**dense, "method": "dense, refined at 0.1"}, 0.8, 0.8)
-    rows += scored({**dense, "method": "dense, refined at 0.1", "calibration": "own"}, 0.1, 0.1)
+    rows += scored({**dense, "method": "dense, refined at 0.1", "calibration": "own", "finetune_sha256": "o"}, 0.1, 0.1)
     rows += scored({**dense, "method": "dense, refined at 0.03", "finetune_tokens": 16000}, 0.1, 0.1)
-    rows += scored({**OURS, "finetune_tokens": 8000}, 1.0, 1.0) + scored({**OURS, "method": "ours"}, 1.2, 1.2)
+    # fitted to more text than the dense model's row names, and trained on the same
+    rows += scored({**OURS, **tokens, "calibration_tokens": 524288}, 1.0, 1.0)
+    rows += scored({**OURS, "method": "ours"}, 1.2, 1.2)
     lines = {line["method"]: line.get("of dense refined") for line in ratio_lines(rows, TEXTS)}
     assert lines["ours, refined"] == "1.250"
     assert {name for name, fair in lines.items() if fair} == {"ours, refined"}

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from hf_blr.calibration.aim import Aim
+from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import Run, order
 from hf_blr.calibration.precision import tf32
+from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.residual import counted
 from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.config import BLRConfig
@@ -25,19 +28,28 @@ DAMPING = 1e-4
 LEARNING_RATE = 1e-4
 
 
+class DenseAim(Aim):
+    """What leaves the block in the dense model."""
+
+    def wanted(self, entered: list[Tensor], left: list[Tensor]) -> list[Tensor]:
+        return [counted(y, positions) for y, positions in zip(left, self.real, strict=True)]
+
+
+class Anchored(Regression):
+    """The matrix that gives W X on X~, without any share left out and without the stream's errors."""
+
+    def add(self, x: Tensor, reached: Tensor, real: Tensor | None = None, gap: Tensor | None = None) -> None:
+        super().add(x, reached, real)
+
+
 class AnchoredChain(SequentialChain):
     """What the layers and blocks of the compressed model get is its own; what they aim at is the dense model's."""
 
-    def between(
-        self, block: nn.Module, entered: list[Tensor], left: list[Tensor], calls: list, real: list[Tensor | None]
-    ) -> list[Tensor]:
-        return [counted(y, positions) for y, positions in zip(left, real, strict=True)]
+    def aim(self, block: nn.Module, calls: list[Call], real: list[Tensor | None]) -> Aim:
+        return DenseAim(self, block, calls, real)
 
-    def target(
-        self, name: str, gram: Tensor, cross: Tensor, pull: Tensor | None, share: float, damping: float
-    ) -> Tensor:
-        """The matrix that gives W X on X~, without any share left out and without the stream's errors."""
-        return super().target(name, gram, cross, None, 1.0, damping)
+    def regression(self, writes: bool) -> Regression:
+        return Anchored(1.0)
 
 
 def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, passes: int) -> nn.Module:

@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.joint import BlockReport, Run
-from hf_blr.calibration.padding import real_rows
-from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
-from hf_blr.calibration.residual import add_product, counted, wide_parts
+from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.routed import pooled
 from hf_blr.calibration.trace import Piece
 from hf_blr.calibration.watched import DenseRun, WatchedChain
 from hf_blr.dense import at_hand, dense_weight, feature_sizes
 from hf_blr.experts import lies_in_experts
-from hf_blr.factorize.gram import cholesky, damped
 from hf_blr.factorize.options import damping_of
 
 logger = logging.getLogger(__name__)
@@ -40,11 +35,6 @@ logger = logging.getLogger(__name__)
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
 #: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
 READER_SHARE = 0.5
-#: how much of what the stream has lost before it a block is refined to make up for. With all of it as target, its inner
-#: layers give up the loss's own weighting to repair the stream; with none, losses pile up. Of those three, half gave
-#: the lowest perplexity
-STREAM_SHARE = 0.5
-
 #: (name, block, run, what entered, what should leave), as `refine_block` takes them
 AfterBlock = Callable[[str, nn.Module, Run, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
 
@@ -112,7 +102,8 @@ class SequentialChain(WatchedChain):
                 continue
             dense = self.run_dense(block, prefix, names, entered, dense_calls, segment.real)
             real = [masks.get(prefix) for masks in segment.real]
-            wanted = self.between(block, hidden, dense.left, calls, real) if after_block is not None else []
+            aim = self.aim(block, calls, real)
+            wanted = aim.wanted(hidden, dense.left) if after_block is not None else []
             experts = [name for name in names if lies_in_experts(self.model, name)]
             for group in dense.groups:
                 if group[0] in experts:
@@ -134,7 +125,7 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             report = None
             if after_block is not None:
-                report = after_block(prefix, block, partial(self.run_as, block, calls, real), hidden, wanted)
+                report = after_block(prefix, block, aim.run, hidden, wanted)
             self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)
@@ -145,36 +136,19 @@ class SequentialChain(WatchedChain):
         again = self.retraced(segment)
         return again if all(self.processes.gathered(again is not None)) else None
 
+    def aim(self, block: nn.Module, calls: list[Call], real: list[Tensor | None]) -> Aim:
+        """What the block is refined towards."""
+        return Aim(self, block, calls, real)
+
+    def regression(self, writes: bool) -> Regression:
+        """An empty one, for layers that write to the residual stream or do not."""
+        return Regression(1.0 if writes else READER_SHARE, self.processes)
+
     def pass_on(self, prefix: str, hidden: MutableSequence[Tensor], calls: list[Call]) -> None:
         """Replaces what enters a block by what leaves it as it is now, run by run."""
         block = self.model.get_submodule(prefix)
         for i, x in enumerate(hidden):
             hidden[i] = self.forward(block, x, calls[i])
-
-    def between(
-        self,
-        block: nn.Module,
-        entered: Sequence[Tensor],
-        left: Sequence[Tensor],
-        calls: list[Call],
-        real: list[Tensor | None],
-    ) -> Sequence[Tensor]:
-        """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream."""
-        return self.store.list(
-            counted(torch.lerp(self.forward(block, x, call), y, STREAM_SHARE), positions)
-            for x, y, call, positions in zip(entered, left, calls, real, strict=True)
-        )
-
-    def run_as(
-        self,
-        block: nn.Module,
-        calls: list[Call],
-        real: list[Tensor | None],
-        function: Callable[..., Any],
-        hidden: Tensor,
-        run: int,
-    ) -> Tensor:
-        return counted(self.forward_as(block, function, hidden, calls[run]), real[run])
 
     def group_problems(
         self,
@@ -190,60 +164,39 @@ class SequentialChain(WatchedChain):
         earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
         inputs = dense.inputs[group[0]]
         real = [masks.get(group[0]) for masks in dense.real]
-        gram: Tensor | None = None
-        moved: Tensor | None = None
-        pull: Tensor | None = None
-        count, alike = 0, len(inputs) == len(compressed)
+        sums, alike = self.regression(writer is not None), len(inputs) == len(compressed)
         for i, hidden in enumerate(compressed):
             reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
             wanted = inputs[i] if alike else None
             if wanted is None or reached is None or reached.shape != wanted.shape:
                 alike = False
                 break
-            rows = [real_rows(wanted, real[i]), real_rows(reached, real[i])]
-            count += len(rows[0])
+            gap: Tensor | None = None
             if writer:
                 gap = dense.entered[i].float() - hidden.float()
                 for name in earlier:
                     gap += dense.written[name][i].float() - written[name].float()
-                rows.append(real_rows(gap, real[i]))
-            with tf32():
-                for x, y, *lost in wide_parts(*rows):
-                    gram = add_product(gram, y, y)
-                    # not X X~^T - X~ X~^T, whose difference would keep the rounding of both
-                    moved = add_product(moved, x - y, y)
-                    for part in lost:
-                        pull = add_product(pull, part, y)
+            sums.add(wanted, reached, real[i], gap)
         if not all(self.processes.gathered(alike)):
             # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
             return dict.fromkeys(group, plain_problem(inputs, real, self.processes))
+        sums.gather()
         # there is a batch, or no block would have been traced
-        assert gram is not None and moved is not None
-        for total in (gram, moved) if pull is None else (gram, moved, pull):
-            self.processes.add(total)
-        count = sum(self.processes.gathered(count))
+        assert sums.gram is not None
+        gram, count = sums.gram, sums.rows
         if not gram.any():
             # behind a norm that is zero, say: any weight does
             return dict.fromkeys(group, Problem(gram, rows=count))
-        share = 1.0 if writer else READER_SHARE
-        # W* = W + (share W (X - X~) X~^T + D X~^T) (X~ X~^T)^-1, with D the residual stream's difference
         # each process for its share of the rows of W
         weights = {name: self.own_rows(name) for name in group}
-        images = {name: share * (weight @ moved.double()) for name, weight in weights.items()}
-        # in float64 these matrices are the largest that a calibration holds
-        del moved
-        if pull is not None:
-            images[group[0]] += pull[self.processes.share(len(pull))].double()
         try:
-            root = cholesky(damped(gram, damping_of(damping, len(gram), count)).double())
+            targets = sums.targets(weights, damping_of(damping, len(gram), count))
         except ValueError as error:
             raise ValueError(f"{group[0]}: {error}") from None
-        problems = {}
-        for name, image in images.items():
-            target = (weights[name] + torch.cholesky_solve(image.mT, root).mT).float()
-            size = feature_sizes(self.model.get_submodule(name))[1]
-            problems[name] = Problem(gram, self.processes.whole(target, size), count)
-        return problems
+        sizes = {name: feature_sizes(self.model.get_submodule(name))[1] for name in group}
+        return {
+            name: Problem(gram, self.processes.whole(target, sizes[name]), count) for name, target in targets.items()
+        }
 
     def own_rows(self, name: str) -> Tensor:
         """This process' share of the rows of W `[N, K]`, in float64."""

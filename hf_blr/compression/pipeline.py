@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_blr.calibration.batches import calibration_batches, device_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.held_out import HeldOut
-from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.store import Store
 from hf_blr.checkpoint.origin import base_name, record_origin
-from hf_blr.checkpoint.record import forget_quantizer, holders, record_replaced
+from hf_blr.compression.fits import fit_layers
 from hf_blr.compression.journal import Journal, Unkept
-from hf_blr.compression.problems import problem_groups
-from hf_blr.compression.replace import fit_group, move_layer
-from hf_blr.compression.report import CompressionReport, LayerReport
+from hf_blr.compression.passes import start_of_passes
+from hf_blr.compression.report import CompressionReport
 from hf_blr.compression.shards import Shards
 from hf_blr.compression.sharing import check_shared, shared_text
-from hf_blr.compression.start import Start, start_of
 from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
-from hf_blr.experts import dense_layers, expanded, opened
+from hf_blr.experts import dense_layers
 from hf_blr.linear import blr_modules
-from hf_blr.plan import Plan, check_plan, plan_from_layers, resolve_plan
+from hf_blr.plan import check_plan, plan_from_layers, resolve_plan
 from hf_blr.processes import Processes
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
-
-logger = logging.getLogger(__name__)
 
 
 def compress(
@@ -132,7 +123,9 @@ def compress(
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
     with Store(max_memory, offload_folder) as store:
-        start = journal.start(partial(start_of, model, plan, batches, statistics, config, store, processes))
+        start = journal.start(
+            partial(start_of_passes, model, plan, names, batches, statistics, config, store, processes, progress)
+        )
         held_out = HeldOut(model, apart, store)
         layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, processes, progress)
         divergence = held_out.divergence(model)
@@ -164,75 +157,6 @@ def compress(
     if not isinstance(resume, Journal):
         journal.remove()
     return report
-
-
-def fit_layers(
-    model: nn.Module,
-    names: list[str],
-    start: Start,
-    batches: list[Batch],
-    config: BLRConfig,
-    journal: Unkept,
-    store: Store,
-    shards: Shards | None,
-    processes: Processes,
-    progress: bool,
-) -> tuple[list[LayerReport], list[BlockReport]]:
-    """Fits the layers of `start.plan` and puts them in place; their reports, in the model's order, and those of blocks.
-
-    Args:
-        names: all targets, also those that stay dense.
-    """
-    layers: dict[str, LayerReport] = {}
-    blocks = journal.block_reports()
-    with recorded(model, start.plan, config), opened(model, start.plan):
-        # experts are fitted one by one
-        origin = expanded(model, names)
-        fits = {name: replace(start.plan[of], experts=0) for name, of in origin.items() if of in start.plan}
-        groups = problem_groups(
-            model, list(origin), fits, batches, start.statistics, config, blocks, journal, store, processes
-        )
-
-        def output_gram(name: str) -> Tensor | None:
-            return start.output_grams.get(origin[name])
-
-        bar = tqdm(total=len(fits), desc="fitting", unit="layer", disable=not progress)
-        # a generator that is left open keeps the model in evaluation mode
-        with bar, closing(groups):
-            for group in groups:
-                for name in (name for name in group if name not in fits):
-                    move_layer(model, name, group[name], journal)
-                for name, (layer, report) in fit_group(model, fits, group, output_gram, config, journal, processes):
-                    model.set_submodule(name, layer)
-                    layers[name] = replace(report, choice=start.choices.get(origin[name]))
-                    if shards is not None and name in start.plan:
-                        shards.add(model, name)
-                    bar.set_postfix_str(f"{name} error {report.rel_error:.3f}", refresh=False)
-                    bar.update()
-    # where the budget left all layers dense, nothing was recorded
-    forget_quantizer(model)
-    return [layers[name] for name in fits], blocks
-
-
-@contextmanager
-def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
-    """At the end, however it comes, the model's config says what is replaced; before the planned end, a warning too."""
-    try:
-        yield
-    except BaseException as error:
-        replaced = sum(name in plan for name in blr_modules(model))
-        if replaced:
-            logger.warning(
-                "%s stopped the compression when %d of %d layers were replaced. They stay so, and the config of a "
-                "transformers model names them: it can be saved and loaded as it is. To start anew, load the "
-                "dense model again",
-                type(error).__name__,
-                replaced,
-                len(plan),
-            )
-        raise
-    finally:
-        record_replaced(holders(model), config)
 
 
 def parameter_sizes(model: nn.Module) -> tuple[int, int]:

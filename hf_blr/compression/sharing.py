@@ -11,8 +11,9 @@ from hf_blr.processes import Processes
 
 def check_shared(processes: Processes, config: BLRConfig, resumes: bool) -> None:
     """Raises ValueError if what is asked for cannot be shared."""
-    if processes.count > 1 and (resumes or config.block_steps):
-        what = "resume" if resumes else "block_steps"
+    alone = {"resume": resumes, "block_steps": bool(config.block_steps), "passes": config.passes > 1}
+    if processes.count > 1 and any(alone.values()):
+        what = " and ".join(name for name, asked in alone.items() if asked)
         raise ValueError(
             f"{what} works in one process alone, got {processes.count}; leave it out, or start one process"
         )

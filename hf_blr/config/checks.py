@@ -41,6 +41,8 @@ def check_together(config: BLRConfig, planned: bool) -> None:
     """Raises ValueError for settings that contradict each other."""
     if config.block_steps and not config.sequential:
         raise ValueError("block_steps refine what sequential fits leave: set sequential=True, or block_steps=0")
+    if config.passes > 1 and not config.fisher:
+        raise ValueError("another pass is weighed by the model that the one before left: set fisher=True, or passes=1")
     if planned:
         return
     if config.bits_per_weight is not None:

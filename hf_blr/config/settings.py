@@ -139,6 +139,15 @@ class BLRSettings:
         "dense (if left out, wherever there is text); uniform gives each layer that ratio",
         choices=ALLOCATIONS,
     )
+    passes: int = option(
+        1,
+        "Times that the whole model is fitted. From the second on, what weighs the layers and shares the budget out is "
+        "gathered on the model that the pass before left. Needs text and `fisher`, and memory for a copy of the model.",
+        integer(1),
+        flag="--passes",
+        group=FITTED,
+        type=int,
+    )
     block_steps: int = option(
         0,
         "Gradient steps that refine all factors of a block together once its layers are fitted; 0 for none. Needs "

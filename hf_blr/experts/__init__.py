@@ -6,6 +6,7 @@ linear layer of its own (`opened`), so that whatever fits linear layers fits exp
 
 from hf_blr.experts.layers import ExpertsLinear
 from hf_blr.experts.module import Experts, put_layer
+from hf_blr.experts.multiplied import multiply_out
 from hf_blr.experts.opened import OpenedExperts, expanded, lies_in_experts, opened
 from hf_blr.experts.tensors import ExpertsTensor, dense_layers, layer_named, tensors_of
 
@@ -18,6 +19,7 @@ __all__ = [
     "expanded",
     "layer_named",
     "lies_in_experts",
+    "multiply_out",
     "opened",
     "put_layer",
     "tensors_of",

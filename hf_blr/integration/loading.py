@@ -6,14 +6,13 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.notice import take_notice_down
 from hf_blr.checkpoint.record import holders, record_plan, record_replaced
 from hf_blr.config import BLRConfig
-from hf_blr.experts import ExpertsLinear, put_layer
+from hf_blr.experts import ExpertsLinear, multiply_out
 from hf_blr.formats import Format, format_named
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.plan import plan_from_layers, resolve_plan
@@ -38,23 +37,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     refuse_offloaded(model)
     recorded = holders(model)
     try:
-        for name, module in modules.items():
-            if isinstance(module, ExpertsLinear):
-                put_layer(model, name, dense_experts(module))
-            else:
-                model.set_submodule(name, module.to_dense())
+        multiply_out(model, modules)
     finally:
         # stopped half-way, the configs name what is left
         record_replaced(recorded)
     return model
-
-
-def dense_experts(module: ExpertsLinear) -> nn.Parameter:
-    """The 3-D parameter that the factors stand for, in the layout of the model; multiplied out in float32 or better."""
-    weight = module.dense_weight(torch.promote_types(module.dtype, torch.float32)).detach().to(module.dtype)
-    # what is kept in bits cannot say whether the matrix would train
-    trains = next((factor.requires_grad for factor in module.factors().values()), True)
-    return nn.Parameter((weight.mT if module.transposed else weight).contiguous(), requires_grad=trains)
 
 
 def to_format(model: nn.Module, name: str, group_size: int | None = None) -> nn.Module:
