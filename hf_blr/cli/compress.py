@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.compression import Journal, Shards, compress
 
     processes = options.launched(args)
-    saving.check_output(args.output, args.overwrite)
+    if not processes.rank:
+        # which tries to write there, as one process at a time can
+        saving.check_output(args.output, args.overwrite)
     config = options.blr_config(args, layers=None if args.plan is None else read_plan(args.plan))
     if args.offload_weights and args.device != "cpu":
         raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
