@@ -20,6 +20,7 @@ import matrix_section
 import model_sections
 import packed_section
 import quality_sections
+import refined_section
 import robustness_section
 import rounding_section
 import scale_section
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = {
     ROOT / "README.md": {
         "front": front_section.front_section,
+        "refined": refined_section.refined_section,
     },
     ROOT / "docs" / "measured.md": {
         "front-protocol": front_section.protocol_section,
