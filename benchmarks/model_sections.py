@@ -41,7 +41,7 @@ def models_section() -> str:
     ]
     columns = ["model", "batch x tokens", "dense, ms", *VARIANTS.values(), "peak memory"]
     tables = []
-    for measurement in MEASUREMENTS:
+    for measurement in dict.fromkeys(line[""] for line in lines):
         table, where = table_of([line for line in lines if line[""] == measurement], rows, result, columns)
         tables.append(f"{TITLES[measurement]}:\n\n{table}\n\n")
     modes = sorted({row["mode"] for row in rows if "mode" in row})
@@ -55,9 +55,9 @@ def models_section() -> str:
         "\\* with `hf_blr.fuse`. Peak memory: as a share of dense's. Each in its fastest form among those measured, "
         f"dense too; torch.compile in mode {' and '.join(modes)}."
     )
-    also = f"Dense with the attention of fused models: {'; '.join(attending)}."
+    also = f"Dense with the attention of fused models: {'; '.join(attending)}. " if attending else ""
     return (
-        f"{''.join(tables)}{said} {also} {result['dtype']}, {result['protocol']}; half of each projection kept. "
+        f"{''.join(tables)}{said} {also}{result['dtype']}, {result['protocol']}; half of each projection kept. "
         f"{where}, transformers {result['environment']['transformers']}."
     )
 
