@@ -22,7 +22,6 @@ SHOWN = (
     (QUALITY, (REFINED, "pivoted", 0.9, "plain")),
     (QUALITY, (REFINED, "pivoted", 0.8, "plain")),
     (BITS, (f"{GPTQ}, refined", "dense", 1.0, "int4")),
-    (BITS, (OURS, "auto", 1.0, 3.5)),
     (BITS, (REFINED, "auto", 1.0, 3.5)),
 )
 TEXTS = ("wikitext2", "ptb", "c4", "code")
