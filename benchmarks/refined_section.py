@@ -69,13 +69,15 @@ def row_tokens(rows: list[dict]) -> float:
 
 def conditions_of(rows: list[dict]) -> str:
     """What the ratios are of, and what the same training does for the dense model."""
-    everything = rows_of(read_result(RESULTS / "quality_h200.json"))
+    result = read_result(RESULTS / QUALITY[0])
+    everything = rows_of(result)
     trained = {row["finetune_tokens"] for row in rows if row["structure"] == "pivoted"}
     fair = [row for row in everything if row["method"].startswith(DENSE_REFINED) and row["finetune_tokens"] in trained]
     return (
-        "Perplexity over that of the dense SmolLM2-135M-Instruct; `mean` is geometric. Lines in bits are of the model "
+        f"Perplexity over that of the dense {rows[0]['model']}; `mean` is geometric. Lines in bits are of the model "
         "in another basis, fitted to WikiText-2's validation part; the others are fitted to a mixture. Refined like "
-        f"pivoted, the dense model has {mean_ratio(fair):.3f}. NVIDIA H200, commits {commits_of(rows)}."
+        f"pivoted, the dense model has {mean_ratio(fair):.3f}. {result['environment']['device']}, commits "
+        f"{commits_of(rows)}."
     )
 
 

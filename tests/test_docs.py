@@ -7,12 +7,8 @@ from pathlib import Path
 import conditions
 import front_section
 import pytest
+from documents import DOCUMENTS, PAGES, README, ROOT
 from tiny import tiny_llama, tiny_tokenizer
-
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [README, *PAGES]
 
 #: a fence of Python, and the comment before it that says why it does not run
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", re.S)

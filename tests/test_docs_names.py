@@ -8,13 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, ROOT
 
 import hf_blr
 from hf_blr.cli import build_parser
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", *PAGES]
 #: the changelog names what was there once
 CURRENT = [*DOCUMENTS, ROOT / "DESIGN.md"]
 LINKING = [*CURRENT, ROOT / "CHANGELOG.md"]

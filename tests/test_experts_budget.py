@@ -94,7 +94,7 @@ def test_the_predicted_loss_is_that_of_each_expert_on_its_share(storage):
     n, k = tensor.shape[1:]
     trials = trials_of({name: layer}, {name: Dense.whole(k, n)}, formats)[layer.kind]
     options = options_of(layer, Dense.whole(k, n), trials, formats, torch.float32, CONFIG)
-    gram, output_gram = layer.grams(layer.device)
+    gram, output_gram = layer.grams(tensor.device)
     rows = [found.rows[f"{name}.{expert}"] for expert in range(6)]
     assert layer.tried().expert == rows.index(max(rows))
     for spec in (Dense.whole(k, n), LowRank(k, n, 16)):

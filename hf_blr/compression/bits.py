@@ -154,8 +154,9 @@ def options_of(
     config: BLRConfig,
 ) -> list[Option]:
     """All that a layer can become, with what it stores in bits and its predicted loss; of experts, all together."""
-    curve, feedback, leading = layer.curve(), AfterFeedback.of(layer), layer.leading
+    curve, leading = layer.curve(), layer.leading
     weights = [(share, part.weight()) for share, part in layer.parts()]
+    feedback = AfterFeedback.of(layer, weights[0][1].device)
     scale = sum(share * feedback.loss(weight) for share, weight in weights)
     found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype, leading), 0.0)]
 

@@ -78,14 +78,6 @@ class Layer:
         """The layer of one matrix on which trials are made: of experts, the one that the loss feels most."""
         return max(self.parts(), key=lambda part: part[0])[1]
 
-    @property
-    def device(self) -> torch.device:
-        """Where fits of the layer run."""
-        layer = layer_named(self.model, self.name)
-        # what is offloaded lies on no device until then
-        with at_hand(layer):
-            return self.config.device_for(dense_weight(layer))
-
     def weight(self) -> Tensor:
         """W `[N, K]`, of the expert where there are several."""
         layer = layer_named(self.model, self.name)
@@ -95,7 +87,7 @@ class Layer:
             return weight.to(self.config.device_for(weight)).float()
 
     def grams(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """H `[K, K]` and the blocks of G; of experts, of all together."""
+        """H `[K, K]` and the blocks of G on this device; of experts, of all together."""
         return self.statistics.grams[self.name].to(device), self.statistics.output_grams[self.name].to(device)
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from hf_blr.compression.allocation import interpolate
@@ -63,8 +64,8 @@ class AfterFeedback:
     columns: Tensor
 
     @classmethod
-    def of(cls, layer: Layer) -> AfterFeedback:
-        gram, output_gram = layer.grams(layer.device)
+    def of(cls, layer: Layer, device: torch.device) -> AfterFeedback:
+        gram, output_gram = layer.grams(device)
         root = cholesky(damped(gram, layer.options.damping).double().flip(-1, -2))
         coupling = coupling_of(output_gram, 1, layer.options.damping, len(gram))
         whole = regroup(output_gram, 1)[0]
@@ -87,7 +88,8 @@ def trials_of(
     found: dict[str, dict[BLRSpec, list[Trial]]] = {}
     for kind, name in middles(layers).items():
         layer = layers[name].tried()
-        curve, scale = layer.curve(), AfterFeedback.of(layer).loss(layer.weight())
+        curve, weight = layer.curve(), layer.weight()
+        scale = AfterFeedback.of(layer, weight.device).loss(weight)
         found[kind] = {}
         for shape in shapes_for(free[name], layer.config):
             ranks = in_most_formats(candidates(shape, formats), formats)
