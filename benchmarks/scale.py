@@ -29,6 +29,7 @@ from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.calibration.host import host_memory
 from hf_blr.structures import block_pair_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -169,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
         "fit_seconds": sum(layer.seconds for layer in report.layers),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
         "peak_anonymous_bytes": watch.peak,
+        "ram_bytes": host_memory()[0],
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else None,
     }
     print(MARK + json.dumps(numbers))

@@ -3,7 +3,6 @@
 import copy
 import weakref
 
-import psutil
 import pytest
 import torch
 import zoo_inputs
@@ -202,12 +201,6 @@ def test_what_a_gpu_has_no_room_for_goes_to_the_host_first(room, tmp_path, monke
         held = [each._place for each in kept._kept if torch.is_tensor(each._place)]
         assert [place.device.type for place in held] == ["cuda", "cuda"] + ["cpu"] * 2 * room
         assert all(torch.equal(one, other) for one, other in zip(kept, tensors, strict=True))
-
-
-def test_a_host_keeps_half_of_its_memory(monkeypatch):
-    memory = psutil.virtual_memory()._replace(total=100, available=60)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    assert store_module.host_has_room(10) and not store_module.host_has_room(11)
 
 
 def test_names_of_one_tensor_share_its_file(tmp_path):

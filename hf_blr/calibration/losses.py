@@ -105,9 +105,10 @@ def one_class(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Cross entropy of a class drawn for each row of `[rows, classes]`, summed."""
     threshold = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     with torch.no_grad():
-        # by parts: over a large vocabulary each step holds as much as all logits
+        # by parts: over a large vocabulary each step holds as much as all logits. In float64, since a GPU sums up one
+        # long row in any order
         parts = zip(logits.split(ROWS), threshold.split(ROWS), strict=True)
-        drawn = [(part.softmax(-1).cumsum(-1) < point).sum(-1) for part, point in parts]
+        drawn = [(part.softmax(-1).cumsum(-1, dtype=torch.float64) < point).sum(-1) for part, point in parts]
         labels = torch.cat(drawn).clamp_max(logits.shape[-1] - 1)
     return F.cross_entropy(logits, labels, reduction="sum")
 

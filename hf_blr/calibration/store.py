@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
 
-import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
+
+from hf_blr.calibration.host import host_has_room
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -139,12 +140,6 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.kept)
-
-
-def host_has_room(size: int) -> bool:
-    """Whether half of this machine's memory stays free beside so many bytes."""
-    memory = psutil.virtual_memory()
-    return bool(memory.available - size >= memory.total // 2)
 
 
 def distinct(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:

@@ -169,9 +169,10 @@ def loss_curve(weight: Tensor, gram: Tensor, output_gram: Tensor, pairs: int, da
     scale = output_gram.double().diagonal(dim1=-2, dim2=-1).mean()
     image = metric.whiten(weight.double()) @ cholesky(damped(gram, damping).double())
     square = image @ image.mT if image.shape[0] <= image.shape[1] else image.mT @ image
-    energy = torch.linalg.eigvalsh(square).clamp_min(0) * scale / (2 * pairs)
+    # on the CPU, since a GPU sums up one long row in any order
+    energy = (torch.linalg.eigvalsh(square).clamp_min(0) * scale / (2 * pairs)).cpu()
     # eigenvalues rise: the sum of the smallest, for every number of kept ones
-    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0).cpu()
+    return torch.cat([energy.new_zeros(1), energy.cumsum(0)]).flip(0)
 
 
 def predicted_loss(change: Tensor, gram: Tensor, output_gram: Tensor, pairs: int) -> float:
