@@ -73,6 +73,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "trust.md": {
         "robustness": robustness_section.robustness_section,
+        "endurance": robustness_section.endurance_section,
         "scale": scale_section.cpu_section,
         "scale-gpu": scale_section.gpu_section,
     },

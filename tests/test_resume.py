@@ -1,11 +1,9 @@
 """A compression that is stopped or killed and begun again: the same to the last bit, and no layer fitted twice."""
 
 import copy
-import random
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -260,23 +258,3 @@ def test_the_command_line_goes_on_where_a_process_was_killed(checkpoint, capsys)
     with pytest.raises(SystemExit):
         main(["compress", "--status", str(checkpoint / "journal")])
     assert "holds no journal: none was begun there, or its compression is complete" in capsys.readouterr().err
-
-
-@pytest.mark.long
-def test_thirty_kills_at_random_moments(checkpoint):
-    slow = ["--structure", "blast", "--rounds", "300", "--tolerance", "0", "--block-steps", "20"]
-    assert main(command(checkpoint, "straight", *slow)) == 0
-    journal, out, kills, draw = checkpoint / "journal", checkpoint / "out", 0, random.Random(0)
-    run = [sys.executable, "-m", "hf_blr", *command(checkpoint, "out", *slow, "--resume", str(journal), "--overwrite")]
-    while kills < 30 or not (out / "model.safetensors").exists():
-        with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not journal.exists():
-                time.sleep(0.01)
-            try:
-                process.wait(draw.uniform(0, 6) if kills < 30 else None)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
-    straight = checkpoint / "straight" / "model.safetensors"
-    assert straight.read_bytes() == (out / "model.safetensors").read_bytes()
-    assert not journal.exists()
