@@ -62,23 +62,28 @@ def shard_name(number: int) -> str:
     return f"model-{number:05d}-of-00002.safetensors"
 
 
-def whole(structure: str) -> Checkpoint:
-    """An undamaged checkpoint of a tiny model."""
+def whole(structure: str, sizes: dict[str, int] = SIZES, **settings: object) -> Checkpoint:
+    """An undamaged checkpoint of a tiny model; settings are those of its config."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, architectures=["LlamaForCausalLM"]))
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **HEADS, architectures=["LlamaForCausalLM"])).bfloat16()
     blocks = 2 if structures()[structure].spec.blocked else None
-    compress(model, BLRConfig(structure, ratio=0.6, num_blocks=blocks, fit_rounds=2), progress=False)
+    config = BLRConfig(structure, ratio=0.6, num_blocks=blocks, fit_rounds=2, **settings)
+    compress(model, config, progress=False)
     config = json.loads(model.config.to_json_string(use_diff=False))
     return Checkpoint(config, {"model.safetensors": model.state_dict()}, {})
 
 
-def damaged(checkpoint: Checkpoint, kind: str, rng: Random) -> tuple[Checkpoint, list[str]]:
+#: damages a checkpoint in place, and returns names of which a clear refusal has one
+Damage = Callable[[Checkpoint, Random], list[str]]
+
+
+def damaged(checkpoint: Checkpoint, damage: Damage, rng: Random) -> tuple[Checkpoint, list[str]]:
     """A damaged copy, and names of which a clear refusal has one."""
     new = Checkpoint(copy.deepcopy(checkpoint.config), {"model.safetensors": dict(checkpoint.tensors)}, {})
     # some in PyTorch's own file format
     if rng.random() < 0.3:
         new.files = {"pytorch_model.bin": new.tensors}
-    return new, KINDS[kind](new, rng)
+    return new, damage(new, rng)
 
 
 def of_kind(checkpoint: Checkpoint, kind: str, rng: Random) -> str:
@@ -240,7 +245,7 @@ def model_size(checkpoint: Checkpoint, rng: Random) -> list[str]:
     return sorted(checkpoint.blr["layers"])
 
 
-KINDS: dict[str, Callable[[Checkpoint, Random], list[str]]] = {
+KINDS: dict[str, Damage] = {
     "a tensor is missing": missing,
     "a factor has another shape": misshapen,
     "a factor of integers": wrong_dtype,

@@ -40,6 +40,6 @@ def endurance_section() -> str:
     return (
         f"{format_table(lines)}\n\nWrong: other bits than the first time, or than a run that nothing stopped; after a "
         "full disk also an error that is no line saying so, and an old model that is gone. Memory: at the end, less "
-        f"that after a tenth. `python benchmarks/endurance.py`; {conditions.machine(result['environment'])}, transformers "
-        f"{result['environment']['transformers']}."
+        "that after a tenth. `python benchmarks/endurance.py`; "
+        f"{conditions.machine(result['environment'])}, transformers {result['environment']['transformers']}."
     )

@@ -1,4 +1,4 @@
-"""Checkpoints and configs that a stranger damaged: none loads, and every refusal names what is wrong."""
+"""Checkpoints that a stranger damaged and wrong inputs: none is taken, and every refusal names what is wrong."""
 
 import json
 import logging
@@ -8,7 +8,8 @@ from random import Random
 import pytest
 import robustness
 import torch
-from damage import KINDS, of_kind, whole
+from damage import of_kind
+from damage_bits import FORMATS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -33,7 +34,7 @@ CHECKS = dict(derandomize=True, database=None, deadline=None, suppress_health_ch
 def wholes():
     bars = transformers_logging.is_progress_bar_enabled()
     robustness.quiet()
-    yield {name: whole(name) for name in structures()}
+    yield robustness.wholes()
     transformers_logging.set_verbosity_warning()
     logging.getLogger("hf_blr").setLevel(logging.NOTSET)
     if bars:
@@ -41,29 +42,35 @@ def wholes():
 
 
 def check(wholes, kind, seed):
-    rng = Random(seed)
-    result, message = robustness.outcome(wholes[robustness.structure_for(kind, rng)], kind, rng)
+    result, message = robustness.outcome(wholes, kind, Random(seed))
     assert result == robustness.CLEAR, message
 
 
-@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 2**32))
+@given(kind=st.sampled_from(robustness.ALL_KINDS), seed=st.integers(0, 2**32))
 @settings(max_examples=CASES, **CHECKS)
 def test_damage_is_refused_by_name(wholes, kind, seed):
     check(wholes, kind, seed)
 
 
 @pytest.mark.long
-@given(kind=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 2**32))
+@given(kind=st.sampled_from(robustness.ALL_KINDS), seed=st.integers(0, 2**32))
 @settings(max_examples=MANY, **CHECKS)
 def test_damage_is_refused_by_name_many_times(wholes, kind, seed):
     check(wholes, kind, seed)
 
 
-@pytest.mark.parametrize("structure", structures())
-def test_the_undamaged_checkpoint_loads(structure, wholes, tmp_path):
-    wholes[structure].write(tmp_path)
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "corpus").iterdir()), ids=lambda folder: folder.name)
+@pytest.mark.usefixtures("wholes")
+def test_what_was_once_refused_is_refused_for_good(folder):
+    result, message = robustness.outcome_of_load(folder, json.loads((folder / "names.json").read_text()))
+    assert result == robustness.CLEAR, message
+
+
+@pytest.mark.parametrize("name", [*structures(), *FORMATS])
+def test_the_undamaged_checkpoint_loads(name, wholes, tmp_path):
+    wholes[name].write(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in wholes[structure].tensors.items())
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in wholes[name].tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.pieces import in_pieces, joined, put_away
-from hf_blr.calibration.store import Store
+from hf_blr.calibration.store import Store, StoredTensors
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
@@ -26,6 +26,7 @@ from hf_blr.plan import Plan, check_plan, resolve_plan
 from hf_blr.processes import ALONE, Processes
 from hf_blr.targets import refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, load_windows
+from hf_blr.text.windows import check_ids
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +92,22 @@ def statistics_of(
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
-    """Raises ValueError if the statistics were collected without a planned layer."""
+    """Raises ValueError if the statistics were collected without a planned layer, or of another model."""
     missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
     if missing:
         raise ValueError(
             f"statistics.grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
             "collect them with this config"
         )
+    # those in files would all be read for it
+    grams = {} if isinstance(statistics.grams, StoredTensors) else statistics.grams
+    for name in (name for name in plan if name in grams):
+        size, shape = plan[name].spec.in_features, list(grams[name].shape)
+        if shape != [size, size]:
+            raise ValueError(
+                f"statistics.grams holds a matrix {shape} for {name}, which has {size} inputs; collect them with "
+                "this model"
+            )
 
 
 def calibration_batches(
@@ -133,6 +143,10 @@ def calibration_batches(
         fitted, apart = set_apart(windows, config.num_samples)
         batches = [{"input_ids": part} for part in fitted.split(max(1, TOKENS_PER_FORWARD // seqlen))]
         held_out = [{"input_ids": window[None]} for window in apart]
+    for batch in (*batches, *held_out):
+        # beside images or sounds, an id may only say where those belong
+        if "input_ids" in batch and not any(value.is_floating_point() for value in batch.values()):
+            check_ids(model, batch["input_ids"])
     return on_device(batches, device), on_device(held_out, device)
 
 

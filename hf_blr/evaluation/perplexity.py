@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from hf_blr.config.texts import describe
-from hf_blr.evaluation.scorable import check_causal, check_counts, check_ids
+from hf_blr.evaluation.scorable import check_causal, check_counts
 from hf_blr.evaluation.score import Perplexity
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
 from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
+from hf_blr.text.windows import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from hf_blr.text import can_write
 from hf_blr.text.windows import check_positions
 
@@ -38,13 +36,3 @@ def check_causal(model: PreTrainedModel) -> None:
         f"{type(model).__name__} is no causal language model ({reason}), so it has no perplexity; compare its "
         "outputs with the dense model's, or its scores on a task"
     )
-
-
-def check_ids(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    largest = int(tokens.max()) if len(tokens) else 0
-    if vocabulary is not None and largest >= vocabulary:
-        raise ValueError(
-            f"token id {largest} is beyond the vocabulary of {vocabulary} of {type(model).__name__}: "
-            "is this the tokenizer of this model?"
-        )

@@ -20,7 +20,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             'on one device, without device_map, or with the CPU and "disk" alone'
         )
     for name, layer in plan.items():
-        module = layer_named(model, name)
+        try:
+            module = layer_named(model, name)
+        except AttributeError:
+            raise ValueError(f"{name}: the plan lists it, and {type(model).__name__} has no such module") from None
         check_layer(name, module, layer)
         with at_hand(module):
             weight = stored_weight(module)

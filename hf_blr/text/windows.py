@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: text (and keywords) -> an encoding with "input_ids": a tokenizer of transformers, or what behaves like one
 Tokenizer = Callable[..., Any]
@@ -69,6 +69,23 @@ def check_positions(model: Any, seqlen: int) -> None:
         raise ValueError(
             f"seqlen={seqlen} is beyond the {positions} positions of {type(model).__name__}; "
             f"use seqlen={positions} or less"
+        )
+
+
+def check_ids(model: Any, ids: Tensor) -> None:
+    """Raises ValueError if one of the token ids has no row in the table that the transformers model reads them from."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        # it reads no tokens, or is a module of somebody's own
+        return
+    if not isinstance(table, nn.Embedding) or not ids.numel():
+        return
+    wrong = next((each for each in (int(ids.min()), int(ids.max())) if not 0 <= each < table.num_embeddings), None)
+    if wrong is not None:
+        raise ValueError(
+            f"token id {wrong} is beyond the vocabulary of {table.num_embeddings} of {type(model).__name__}: "
+            "is this the tokenizer of this model?"
         )
 
 
