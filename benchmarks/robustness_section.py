@@ -17,9 +17,9 @@ def robustness_section() -> str:
     total = {"kind": "all", **{key: sum(row[key] for row in rows) for key in counts}}
     return (
         f"{format_table([*rows, total])}\n\n"
-        f"Clear: an error that the command line prints as one line, and that names the damaged tensor, module, file or "
-        f"field. `python benchmarks/robustness.py --cases {total['tried']}`, {result['seconds']:.0f} s, seed "
-        f"{result['seed']}; {conditions.machine(result['environment'])}, transformers "
+        "Clear: an error that the command line prints as one line, and that names the damaged tensor, module, file, "
+        f"field or argument. `python benchmarks/robustness.py --cases {total['tried']}`, "
+        f"{result['seconds']:.0f} s, seed {result['seed']}; {conditions.machine(result['environment'])}, transformers "
         f"{result['environment']['transformers']}."
     )
 

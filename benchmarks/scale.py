@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 
 from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.7)
     parser.add_argument("--max-memory", help="as of `hf-blr compress`")
     parser.add_argument("--offload-weights", action="store_true", help="as of `hf-blr compress`")
+    parser.add_argument("--gpu-memory", help='such as "24GB": PyTorch gets no more of the GPU')
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="where checkpoints go meanwhile; else where temporary files do")
     parser.add_argument("--kill", action="store_true", help="also kill a run, go on with it, and compare")
@@ -89,6 +91,7 @@ def measured(args: argparse.Namespace, blocks: int, structure: str, folder: Path
         "tokens": args.sequences * args.length,
         "max_memory": args.max_memory,
         "offload_weights": args.offload_weights,
+        "gpu_memory": args.gpu_memory,
         "device": args.device,
         **step([*own, "--step", "run"]),
     }
@@ -141,6 +144,9 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    if args.gpu_memory is not None:
+        room = convert_file_size_to_int(args.gpu_memory) / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(room)
     watch = Anonymous()
     clock = [now()]
     place = {"": "disk" if args.offload_weights else args.device}

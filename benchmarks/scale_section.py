@@ -73,6 +73,7 @@ def line_of(row: dict) -> dict:
         "parameters": f"{row['parameters'] / GB:.2f} B",
         "tokens": row["tokens"],
         "max_memory": row["max_memory"] or "",
+        "RAM GB": f"{row['ram_bytes'] / GB:.1f}" if "ram_bytes" in row else "",
         "seconds": f"{seconds_of(row):.0f}",
         **{column: f"{row[field] / GB:.1f}" if row.get(field) else "" for column, field in PEAKS.items()},
         "measured": "",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_blr.factorize import FitOptions, factorize, relative_error
-from hf_blr.factorize.gram import cholesky, conjugate_gradients, damped
+from hf_blr.factorize.gram import cholesky, cholesky_in_place, conjugate_gradients, damped
 from hf_blr.factorize.options import damping_of
 from hf_blr.factorize.svd import low_rank_factors
 from hf_blr.ops.table import implementation_of
@@ -286,6 +286,25 @@ def test_cholesky_lifts_only_the_members_that_fail():
     assert torch.isfinite(factor).all()
     assert torch.equal(factor[0], good / 2)
     torch.testing.assert_close(factor[1] @ factor[1].T, singular, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rank", [40, 7])
+def test_cholesky_in_place_is_the_same_in_less_memory(rank, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    x = torch.randn(rank, 40, dtype=torch.float64, device=device)
+    gram, made = x.mT @ x, []
+    gram = (gram + gram.mT) / 2
+
+    def make():
+        made.append(gram.clone())
+        return made[-1]
+
+    factor = cholesky_in_place(make)
+    assert torch.equal(factor, cholesky(gram))
+    # a singular one is made again
+    assert (factor.data_ptr() == made[0].data_ptr()) == (rank == 40) and len(made) == 1 + (rank < 40)
 
 
 def test_the_less_text_the_more_damping():

@@ -18,6 +18,8 @@ from hf_blr.calibration import store as store_module
 from hf_blr.calibration.backwards import Backwards
 from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.pieces import in_pieces
+from hf_blr.calibration.regression import Regression
+from hf_blr.calibration.sequential import SequentialChain
 from hf_blr.calibration.store import Store, StoredTensors, distinct, only
 from hf_blr.cli import main
 from hf_blr.compression import replace
@@ -124,6 +126,25 @@ def test_activations_are_not_kept_for_the_backward(monkeypatch):
     for way in ("blocks", "passes"):
         assert all(torch.equal(statistics[way][name], statistics["all"][name]) for name in names)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_a_regression_has_read_is_gone_before_it_is_solved(monkeypatch):
+    model, reached, left = tiny_llama(), [], []
+    inputs_of, targets = SequentialChain.inputs_of, Regression.targets
+
+    def watched(*args):
+        found, written = inputs_of(*args)
+        reached.extend(weakref.ref(tensor) for tensor in (found, *written.values()))
+        return found, written
+
+    def solved(*args):
+        left.append(sum(each() is not None for each in reached))
+        return targets(*args)
+
+    monkeypatch.setattr(SequentialChain, "inputs_of", watched)
+    monkeypatch.setattr(Regression, "targets", solved)
+    compress(model, BLRConfig("low_rank", ratio=0.6), calibration=batches_for(model), progress=False)
+    assert left and not any(left)
 
 
 PLACES = {

@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.residual import add_product, wide_parts
-from hf_blr.factorize.gram import cholesky, damped
+from hf_blr.factorize.gram import cholesky_in_place, damped
 from hf_blr.processes import ALONE, Processes
 
 
@@ -70,7 +70,8 @@ class Regression:
         Raises:
             ValueError: if nothing was added, or numbers that are not finite.
         """
-        if self.gram is None or self.moved is None:
+        gram = self.gram
+        if gram is None or self.moved is None:
             raise ValueError("no row was added to regress on")
         images = {name: self.share * (weight @ self.moved.double()) for name, weight in weights.items()}
         # in float64 these matrices are the largest that a calibration holds
@@ -78,7 +79,7 @@ class Regression:
         if self.pull is not None:
             for image in images.values():
                 image += self.pull[self.processes.share(len(self.pull))].double()
-        root = cholesky(damped(self.gram, damping).double())
+        root = cholesky_in_place(lambda: damped(gram, damping).double())
         return {
             name: (weights[name] + torch.cholesky_solve(image.mT, root).mT).float() for name, image in images.items()
         }

@@ -160,26 +160,14 @@ class SequentialChain(WatchedChain):
         damping: float | None,
     ) -> dict[str, Problem]:
         """The regressions of one group, from all batches."""
-        writer = group[0] if group[0] in dense.written and len(group) == 1 else None
-        earlier = list(dense.written)[: list(dense.written).index(writer)] if writer else []
-        inputs = dense.inputs[group[0]]
-        real = [masks.get(group[0]) for masks in dense.real]
-        sums, alike = self.regression(writer is not None), len(inputs) == len(compressed)
-        for i, hidden in enumerate(compressed):
-            reached, written = self.inputs_of(block, group[0], hidden, calls[i], earlier)
-            wanted = inputs[i] if alike else None
-            if wanted is None or reached is None or reached.shape != wanted.shape:
-                alike = False
-                break
-            gap: Tensor | None = None
-            if writer:
-                gap = dense.entered[i].float() - hidden.float()
-                for name in earlier:
-                    gap += dense.written[name][i].float() - written[name].float()
-            sums.add(wanted, reached, real[i], gap)
-        if not all(self.processes.gathered(alike)):
+        writes = group[0] in dense.written and len(group) == 1
+        # what it reads must be gone before the regression, whose matrices are the largest of all
+        sums = self.sums(block, calls, dense, group[0], compressed, writes)
+        if not all(self.processes.gathered(sums is not None)):
             # a layer that runs more than once, or experts that see other tokens now: there is nothing to regress on
+            inputs, real = dense.inputs[group[0]], [masks.get(group[0]) for masks in dense.real]
             return dict.fromkeys(group, plain_problem(inputs, real, self.processes))
+        assert sums is not None
         sums.gather()
         # there is a batch, or no block would have been traced
         assert sums.gram is not None
@@ -197,6 +185,34 @@ class SequentialChain(WatchedChain):
         return {
             name: Problem(gram, self.processes.whole(target, sizes[name]), count) for name, target in targets.items()
         }
+
+    def sums(
+        self,
+        block: nn.Module,
+        calls: list[Call],
+        dense: DenseRun,
+        name: str,
+        compressed: Sequence[Tensor],
+        writes: bool,
+    ) -> Regression | None:
+        """Those of all batches, for the first layer of a group; None where its inputs in both models are not alike."""
+        inputs, real = dense.inputs[name], [masks.get(name) for masks in dense.real]
+        if len(inputs) != len(compressed):
+            return None
+        earlier = list(dense.written)[: list(dense.written).index(name)] if writes else []
+        sums = self.regression(writes)
+        for i, hidden in enumerate(compressed):
+            reached, written = self.inputs_of(block, name, hidden, calls[i], earlier)
+            wanted = inputs[i]
+            if reached is None or reached.shape != wanted.shape:
+                return None
+            gap: Tensor | None = None
+            if writes:
+                gap = dense.entered[i].float() - hidden.float()
+                for other in earlier:
+                    gap += dense.written[other][i].float() - written[other].float()
+            sums.add(wanted, reached, real[i], gap)
+        return sums
 
     def own_rows(self, name: str) -> Tensor:
         """This process' share of the rows of W `[N, K]`, in float64."""

@@ -59,6 +59,18 @@ def cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
+def cholesky_in_place(make: Callable[[], Tensor]) -> Tensor:
+    """`cholesky` of one matrix `[n, n]` in the memory of what `make` returns, which is made again if it must be lifted.
+
+    make: returns a new tensor each time, exactly symmetric.
+    """
+    # column by column, as the solvers want it: the same numbers
+    matrix = make().mT
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+    return cholesky(make()) if failed else matrix
+
+
 def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
     """X with matrix X = rhs, for a (batch of) positive semi-definite `[..., n, n]` and rhs `[..., n, m]`."""
     root = cholesky(matrix)
