@@ -30,17 +30,14 @@ def scale_section(name: str = "scale.json") -> str:
     for row in rows:
         groups.setdefault(tuple(row[key] for key in SETTINGS), []).append(row)
     for group in groups.values():
-        whole = group[0]["of_blocks"]
-        if len({row["blocks"] for row in group}) > 1 and all(row["blocks"] < whole for row in group):
-            lines.append({**line_of(extended(group, whole)), "measured": "computed"})
-        elif all(row["blocks"] < whole for row in group):
-            same = [other for other in rows if all(other[key] == group[0][key] for key in BUT_FITS)]
-            if (
-                row := with_other_fits(group[0], [each for each in same if each["structure"] == "low_rank"])
-            ) is not None:
-                lines.append({**line_of(row), "measured": "computed"})
+        whole, largest = group[0]["of_blocks"], max(group, key=lambda row: row["blocks"])
+        same = [row for row in rows if all(row[key] == largest[key] for key in BUT_FITS)]
+        line = [row for row in same if row["structure"] == "low_rank"]
+        if largest["blocks"] < whole and len({row["blocks"] for row in line}) > 1:
+            lines.append({**line_of(with_fits_of(largest, line)), "measured": "computed"})
     kills = [
-        f"A run of {row['blocks']} blocks of {row['model']}, {row['tokens']} tokens, that was killed after "
+        f"A run of {row['blocks']} blocks of {row['model']}, {row['structure']}, {row['tokens']} tokens"
+        f"{', within ' + row['max_memory'] if row['max_memory'] else ''}, that was killed after "
         f"{row['killed_after']:.0f} s, with half of its layers finished, took {row['seconds_after_kill']:.0f} s more; "
         f"one that nobody killed takes {seconds_of(row):.0f} s. The files are "
         f"{'the same to the last bit' if row['same_bits'] else 'not the same to the last bit'}.\n\n"
@@ -49,8 +46,8 @@ def scale_section(name: str = "scale.json") -> str:
     ]
     return (
         f"{format_table(lines)}\n\n{''.join(kills)}"
-        "Computed: on the straight line through the sizes above it; of a structure with one size, on low-rank's line "
-        "with its own fits. Without a limit no peak, since statistics make it in a larger model. "
+        "Computed: on the straight line through low-rank's sizes above it; of another structure with its own fits, "
+        "those of its largest size. Without a limit no peak, since statistics make it in a larger model. "
         f"`benchmarks/scale.py`; {conditions.machine(result['environment'])}, transformers "
         f"{result['environment']['transformers']}."
     )
@@ -73,7 +70,8 @@ def line_of(row: dict) -> dict:
         "parameters": f"{row['parameters'] / GB:.2f} B",
         "tokens": row["tokens"],
         "max_memory": row["max_memory"] or "",
-        "RAM GB": f"{row['ram_bytes'] / GB:.1f}" if "ram_bytes" in row else "",
+        "of the GPU": row.get("gpu_memory") or "",
+        "of RAM, GB": f"{row['ram_bytes'] / GB:.1f}" if "ram_bytes" in row else "",
         "seconds": f"{seconds_of(row):.0f}",
         **{column: f"{row[field] / GB:.1f}" if row.get(field) else "" for column, field in PEAKS.items()},
         "measured": "",
@@ -86,12 +84,13 @@ def seconds_of(row: dict) -> float:
     return row["load_seconds"] + row["compress_seconds"] + row["save_seconds"]
 
 
-def with_other_fits(row: dict, others: list[dict]) -> dict | None:
-    """The whole model, on the line of these runs, with this run's fits in the place of theirs; None without a line."""
-    if len({each["blocks"] for each in others}) < 2:
-        return None
-    whole, found = row["of_blocks"], extended(others, row["of_blocks"])
-    more = (row["fit_seconds"] - extended(others, row["blocks"])["fit_seconds"]) * whole / row["blocks"]
+def with_fits_of(row: dict, line: list[dict]) -> dict:
+    """The whole model, on the line of these runs, with this run's fits in the place of theirs."""
+    whole = row["of_blocks"]
+    found = extended(line, whole)
+    if row in line:
+        return found
+    more = (row["fit_seconds"] - extended(line, row["blocks"])["fit_seconds"]) * whole / row["blocks"]
     return {**found, "structure": row["structure"], "compress_seconds": found["compress_seconds"] + more}
 
 

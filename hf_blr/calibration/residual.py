@@ -23,20 +23,21 @@ def residual_writers(added: Tensor, outputs: dict[str, Tensor], real: Tensor | N
     args: added `[..., hidden]`; {layer: its output}, of which those of another shape cannot be writers; the positions
     that count.
     """
-    candidates = {name: rows_of(out, real) for name, out in outputs.items() if out.shape == added.shape}
-    added = rows_of(added, real)
+    candidates = {name: out for name, out in outputs.items() if out.shape == added.shape}
     if not candidates:
         return []
+    # inner products of what was added and of each candidate
+    products = added.new_zeros(len(candidates) + 1, len(candidates) + 1, dtype=torch.float64)
+    for parts in wide_parts(*(real_rows(x, real) for x in (added, *candidates.values()))):
+        columns = torch.stack([part.flatten() for part in parts])
+        products += columns @ columns.mT
     # regressed on all of them, the writers come out as one and the others as zero
-    columns = torch.stack([out.flatten() for out in candidates.values()], 1)
-    weights = torch.linalg.lstsq(columns.mT @ columns, columns.mT @ added.flatten()).solution
-    writers = [name for name, weight in zip(candidates, weights.tolist(), strict=True) if weight > 0.5]
-    unexplained = added - sum(candidates[name] for name in writers)
-    return writers if unexplained.norm() <= RESIDUAL_TOLERANCE * added.norm() else []
-
-
-def rows_of(x: Tensor, real: Tensor | None) -> Tensor:
-    return real_rows(x, real).float()
+    weights = torch.linalg.lstsq(products[1:, 1:], products[1:, :1]).solution.flatten()
+    writes = weights > 0.5
+    signs = torch.cat([products.new_ones(1), -writes.double()])
+    unexplained = signs @ products @ signs
+    explained = unexplained <= RESIDUAL_TOLERANCE**2 * products[0, 0]
+    return [name for name, each in zip(candidates, writes.tolist(), strict=True) if each and explained]
 
 
 def wide_parts(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

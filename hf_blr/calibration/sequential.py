@@ -196,23 +196,24 @@ class SequentialChain(WatchedChain):
         writes: bool,
     ) -> Regression | None:
         """Those of all batches, for the first layer of a group; None where its inputs in both models are not alike."""
-        inputs, real = dense.inputs[name], [masks.get(name) for masks in dense.real]
-        if len(inputs) != len(compressed):
-            return None
+        sums, alike = self.regression(writes), len(dense.inputs[name]) == len(compressed)
         earlier = list(dense.written)[: list(dense.written).index(name)] if writes else []
-        sums = self.regression(writes)
-        for i, hidden in enumerate(compressed):
+
+        def add(i: int, hidden: Tensor) -> bool:
             reached, written = self.inputs_of(block, name, hidden, calls[i], earlier)
-            wanted = inputs[i]
+            wanted = dense.inputs[name][i]
             if reached is None or reached.shape != wanted.shape:
-                return None
+                return False
             gap: Tensor | None = None
             if writes:
                 gap = dense.entered[i].float() - hidden.float()
                 for other in earlier:
                     gap += dense.written[other][i].float() - written[other].float()
-            sums.add(wanted, reached, real[i], gap)
-        return sums
+            sums.add(wanted, reached, dense.real[i].get(name), gap)
+            return True
+
+        # a call each, so that nothing of one batch is held while the next runs
+        return sums if alike and all(add(i, hidden) for i, hidden in enumerate(compressed)) else None
 
     def own_rows(self, name: str) -> Tensor:
         """This process' share of the rows of W `[N, K]`, in float64."""

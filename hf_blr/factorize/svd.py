@@ -19,12 +19,12 @@ def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> t
     n, k = weight.shape[-2:]
     # squaring W X halves the digits; float64 keeps enough of them
     wide = weight.double()
-    metric = None if gram is None else gram.double()
     if n <= k:
-        right = wide if metric is None else wide @ metric
+        # in float64 the Gram matrix is larger than all else, and nobody's once it is multiplied
+        right = wide if gram is None else wide @ gram.double()
         basis = leading_eigenvectors(right @ wide.mT, rank)[1]
     else:
-        image = wide if metric is None else wide @ cholesky(metric)
+        image = wide if gram is None else wide @ cholesky(gram.double())
         values, vectors = leading_eigenvectors(image.mT @ image, rank)
         sigma = values.clamp_min(0).sqrt()
         # directions that the inputs never excite have no left vector
