@@ -20,7 +20,8 @@ def several_gpus_section() -> str:
     if about["device"] == "cuda":
         parts.append(placed(rows["placement", 1]))
         parts.append(format_table([gain_of(rows[name, 1], rows[name, 2]) for name in NAMES]))
-        parts.append(format_table([split_of(row) for row in rows["tensor_parallel", 2]["rows"]]))
+        if ("tensor_parallel", 2) in rows:
+            parts.append(format_table([split_of(row) for row in rows["tensor_parallel", 2]["rows"]]))
     else:
         parts.append("On a CPU that does other work too, times say nothing, and the script has not run on GPUs yet.")
     parts.append(
