@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_blr.calibration.padding import real_rows
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.residual import add_product, wide_parts
-from hf_blr.factorize.gram import cholesky_in_place, damped
+from hf_blr.factorize.gram import cholesky_in_place, damped, solve_root
 from hf_blr.processes import ALONE, Processes
 
 
@@ -80,6 +79,4 @@ class Regression:
             for image in images.values():
                 image += self.pull[self.processes.share(len(self.pull))].double()
         root = cholesky_in_place(lambda: damped(gram, damping).double())
-        return {
-            name: (weights[name] + torch.cholesky_solve(image.mT, root).mT).float() for name, image in images.items()
-        }
+        return {name: (weights[name] + solve_root(root, image.mT).mT).float() for name, image in images.items()}

@@ -73,8 +73,14 @@ def cholesky_in_place(make: Callable[[], Tensor]) -> Tensor:
 
 def solve_psd(matrix: Tensor, rhs: Tensor) -> Tensor:
     """X with matrix X = rhs, for a (batch of) positive semi-definite `[..., n, n]` and rhs `[..., n, m]`."""
-    root = cholesky(matrix)
-    # of a batch, `cholesky_solve` goes through the members one by one on a GPU
+    return solve_root(cholesky(matrix), rhs)
+
+
+def solve_root(root: Tensor, rhs: Tensor) -> Tensor:
+    """X with L L^T X = rhs, for a (batch of) L `[..., n, n]` and rhs `[..., n, m]`.
+
+    On a GPU `cholesky_solve` copies L, and goes through a batch one by one.
+    """
     half = torch.linalg.solve_triangular(root, rhs, upper=False)
     return torch.linalg.solve_triangular(root.mT, half, upper=True)
 
