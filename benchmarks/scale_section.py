@@ -13,6 +13,8 @@ GB = 1e9
 #: what tells runs apart whose numbers lie on one line, and whose lines differ by their fits alone
 SETTINGS = ("device", "model", "tokens", "max_memory", "structure")
 BUT_FITS = SETTINGS[:-1]
+#: in which order rows stand, with the number of blocks last
+BY = ("model", "max_memory", "tokens", "structure")
 #: {column: the field of a row}
 PEAKS = {
     "peak GB": "peak_bytes",
@@ -24,7 +26,7 @@ PEAKS = {
 def scale_section(name: str = "scale.json") -> str:
     """One line for each run, lines for whole models that are computed from two sizes or more, and the conditions."""
     result = json.loads((conditions.RESULTS / name).read_text())
-    rows = result["rows"]
+    rows = sorted(result["rows"], key=lambda row: [str(row[key] or "") for key in BY] + [row["blocks"]])
     lines = [line_of(row) for row in rows]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
