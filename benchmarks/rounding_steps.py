@@ -36,7 +36,7 @@ from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.calibration.regression import Regression
 from hf_blr.cli import loading, options
-from hf_blr.factorize import Factors, columns, rounding
+from hf_blr.factorize import Factors, columns, rounding, with_codes
 from hf_blr.factorize.bits import ToRound, rotation
 from hf_blr.structures import BLRSpec
 
@@ -53,7 +53,9 @@ def without_rows(problem: ToRound, factor: Tensor, gram: Tensor | None, rows: Te
 
 
 def without_refit(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:
-    """Low-rank factors by all other steps."""
+    """Low-rank factors by all other steps; layers that stay whole have no u."""
+    if "u" not in fitted.tensors:
+        return with_codes(fitted, spec, problem)
     turn = rotation(spec.rank, problem.seed, fitted.tensors["v"])
     u, v = fitted.tensors["u"] @ turn.mT, turn @ fitted.tensors["v"]
     rows = problem.round(v, problem.gram, problem.behind(u[None]))
