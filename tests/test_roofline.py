@@ -11,6 +11,7 @@ from hf_blr.bench.peaks import deviations, measure_peaks, predictions, spec_of
 from hf_blr.cli import main
 from hf_blr.formats import PLAIN, format_named
 from hf_blr.roofline.devices import DEVICES, Peaks
+from hf_blr.roofline.experts import predict_experts
 from hf_blr.roofline.stages import FORMS, bound_of, break_even, predict, predict_stored, stages
 from hf_blr.roofline.training import training_stages
 from hf_blr.structures import FACTOR, Blast, Dense, LowRank, Monarch, Pivoted
@@ -305,6 +306,20 @@ def test_packed_factors_count_with_their_bytes():
         stages(spec, 33, storage=storage)
     with pytest.raises(ValueError, match="int3"):
         stages(spec, 1, storage=format_named("int3"))
+
+
+@pytest.mark.parametrize(
+    "spec", [LOW_RANK, Blast(4096, 4096, 1024, (4, 4)), Dense(4096, 4096, 4096)], ids=lambda spec: spec.structure
+)
+def test_layers_in_fp8_multiply_in_float8_at_many_tokens_where_the_card_does(spec):
+    fp8 = format_named("fp8")
+    assert predict_stored(spec, fp8, 4096, DEVICES["H100"]) == predict(spec, 4096, DEVICES["H100"], "float8")
+    # few tokens read codes, and a card without float8 makes numbers of them
+    assert predict_stored(spec, fp8, 32, DEVICES["H100"]) == predict(spec, 32, DEVICES["H100"], storage=fp8)
+    assert predict_stored(spec, fp8, 4096, DEVICES["A100"]) > predict(spec, 4096, DEVICES["A100"])
+    # experts have no such products
+    one, many = (predict_experts(spec, storage, 4096, 1, DEVICES["H100"]) for storage in (PLAIN, fp8))
+    assert many > one
 
 
 def test_layers_in_bits_take_what_is_stored_at_few_tokens_and_a_pass_to_numbers_at_many():
