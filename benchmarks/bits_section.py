@@ -23,6 +23,8 @@ FILE = "bits_h200.json"
 BUDGETS = {4.25: (18.8, 18.2), 3.5: (20.0, 18.6), 3.25: (22.0, 19.5), 2.25: (45.0, 28.0)}
 FACTORS = {"int8": (0.3, 0.1), "fp8": (1.5, 0.5), "int4": (6.0, 3.0)}
 UNKNOWN = "not measured"
+#: bytes that a GGUF file keeps for 256 numbers, of each K-quant (`block_q6_K` and so on in ggml)
+K_QUANTS, K_BLOCK = {"Q6_K": 210, "Q5_K": 176, "Q4_K": 144, "Q3_K": 110, "Q2_K": 84}, 256
 
 Line = dict[str, Any]
 
@@ -36,6 +38,30 @@ def bits_section() -> str:
     columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", *texts, "mean"]
     table, where = table_of([shown(line) for line in lines], rows, result, columns)
     return f"{table}\n\n{conditions(result, rows)} {where}."
+
+
+def k_quants_section() -> str:
+    """Beside the size of each K-quant the best of ours that stores no more, as fitted and refined."""
+    result = read_result(RESULTS / FILE)
+    rows = [row for row in rows_of(result) if turned(row)]
+    lines = [line for line in bits_lines(rows, texts_of(rows)) if line["method"] != ""]
+    table = []
+    for name, size in K_QUANTS.items():
+        bits = 8 * size / K_BLOCK
+        within = [line for line in lines if line["bits"] <= bits]
+        cells = {"K-quant": name, "bits": f"{bits:.2f}"}
+        for head, trained in (("best fit of no more bits", False), ("best refined of no more bits", True)):
+            found = [line for line in within if line["method"].endswith("refined") == trained]
+            best = min(found, key=lambda line: line["mean"], default=None)
+            cells[head] = UNKNOWN if best is None else worded(best)
+        table.append(cells)
+    return format_table(table)
+
+
+def worded(line: Line) -> str:
+    kept = "" if line["kept"] == "100 %" or line["layers"] == "auto" else f" {line['kept']}"
+    stored = "" if line["layers"] == "auto" else f" in {line['stored in']}"
+    return f"{line['layers']}{kept}{stored}, {line['bits']:.2f} bits, mean {line['mean']:.3f}"
 
 
 def goals_section() -> str:

@@ -68,6 +68,16 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts(results):
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
 
 
+def test_beside_a_k_quant_stands_the_best_of_no_more_bits(results):
+    found = {line["K-quant"]: line for line in cells(bits_section.k_quants_section())}
+    # 210 bytes of 256 numbers, and 84
+    assert found["Q6_K"]["bits"] == "6.56" and found["Q2_K"]["bits"] == "2.62"
+    fit, refined = "best fit of no more bits", "best refined of no more bits"
+    assert found["Q6_K"][fit] == found["Q4_K"][fit] == "auto, 3.49 bits, mean 1.500"
+    assert found["Q3_K"][fit] == "low_rank 80 % in int4, groups of 64, 3.39 bits, mean 2.000"
+    assert found["Q2_K"][fit] == found["Q6_K"][refined] == "not measured"
+
+
 def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
     lines = cells(bits_times_section.times_section())
     shown = [tuple(line[name] for name in ("model", "layers", "stored in", "kept", "bits")) for line in lines]
