@@ -81,6 +81,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,
+        "rounding-steps": rounding_section.steps_section,
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,

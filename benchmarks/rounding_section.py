@@ -41,7 +41,7 @@ def steps_section() -> str:
     for step in dict.fromkeys(row["without"] for row in result["rows"]):
         line = {"without": step}
         for name, rows in (("whole", whole), ("low-rank", factors)):
-            for text in texts:
+            for text in texts if rows else ():
                 line[f"{name}, {text}"] = f"{rows[step]['ppl'][text]:.2f}" if step in rows else ""
         lines.append(line)
     first, fitted = result["rows"][0], result["fitted_to"]
