@@ -17,6 +17,7 @@ import front_section
 import inventory_section
 import layer_sections
 import matrix_section
+import means_section
 import model_sections
 import packed_section
 import quality_sections
@@ -42,6 +43,7 @@ DOCUMENTS = {
         "demo": quality_sections.demo_section,
         "sentences": sentences_section.sentences_section,
         "text-ratios": text_ratio_sections.text_ratio_section,
+        "means": means_section.means_section,
         "quality": quality_sections.quality_section,
         "shapes": quality_sections.shapes_section,
         "ladder": quality_sections.ladder_section,
