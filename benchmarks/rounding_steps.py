@@ -143,7 +143,7 @@ def row_of(bench: Bench, run: Run, on: Calibration, step: str) -> dict[str, Any]
         run = replace(run, settings=(*run.settings, ("sequential", False)))
     started = time.perf_counter()
     with without(step):
-        model, more = make(run, on, {}, 1)
+        model, more = make(run, on, {}, {})
     seconds = time.perf_counter() - started
     return {
         "model": bench.name,
