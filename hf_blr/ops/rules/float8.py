@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
@@ -58,15 +58,26 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
     return ColumnConfig(1, min(4096, pow2(k)), 4 if k <= 8192 else 8)
 
 
-def columns_cast_config(device: Device) -> ColumnConfig:
-    """For `cast_columns_kernel`: 16 columns, which fill a sector of L2, and 512 rows at a time.
+@dataclass(frozen=True)
+class ColumnTiles:
+    """Tiles over rows and columns of a cast of columns, and the rows whose squares a program sums."""
 
-    H200, us of a graph, of which its start is 10: 2048 x 1024 13, 14336 x 1584, which leaves SMs idle, 84; 1024 rows by
-    16 warps 68, 32 columns 107.
+    bm: int
+    bl: int
+    chunk: int
+    warps: int
+
+
+def column_tiles(m: int, length: int, device: Device) -> ColumnTiles:
+    """For `column_squares_kernel` and `cast_columns_kernel`: rows of 128 bytes, and chunks for all SMs.
+
+    Columns whole, 16 a program, took 68 us for 14336 x 1584 and left most of the SMs idle (H200).
     """
     if device == INTERPRETER:
-        return ColumnConfig(16, 16, 4)
-    return ColumnConfig(512, 16, 8)
+        return ColumnTiles(16, 16, 32, 4)
+    across = -(-length // 64)
+    chunk = -(-m * across // (2 * device.sms * 64)) * 64
+    return ColumnTiles(64, 64, chunk, 4)
 
 
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:
