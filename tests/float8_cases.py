@@ -21,8 +21,10 @@ SIZES = {
     "blast": ((2, 4), 48),
     "dense": ((1, 1), 64),
 }
-#: how often numbers are rounded to float8 on the way: x, y, z
-ROUNDINGS = {"low_rank": 2, "pivoted": 3, "monarch": 2, "blast": 3, "dense": 1}
+#: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
+ONE_ROUNDING = 0.028
+#: how often numbers are rounded to float8 on the way: x, and y or z
+ROUNDINGS = {"low_rank": 2, "pivoted": 3, "monarch": 2, "blast": 2, "dense": 1}
 
 
 def layer(structure, k=128, n=64, bias=True, dtype=torch.float32, seed=0):
@@ -70,10 +72,14 @@ def reference(module, x):
         y = rounded((rest @ (codes["c"] * scales["c"]).T + pivots) / peak)
         out = y @ (codes["u"] * scales["u"]).T * peak * x_scale[:, None]
     elif spec.structure == "blast":
-        y = rounded(torch.einsum("tjp,jrp->jtr", rows.view(-1, b1, p), codes["v"]) / bound(p))
+        y = torch.einsum("tjp,jrp->jtr", rows.view(-1, b1, p), codes["v"]) / bound(p)
         weights = module.s.double() * scales["v"][..., 0]
-        peak = LONGER * weights.square().sum(1).sqrt().amax(-1)[:, None, None]
-        z = rounded(torch.einsum("ijr,jtr->itr", (weights / peak).to(module.s.dtype).double(), y))
+        peak = weights.square().sum(1).sqrt().amax(-1)[:, None, None]
+        z = torch.zeros(b2, *y.shape[1:], dtype=torch.float64)
+        for weight, part in zip((weights / peak).half().double().unbind(1), y.half().double(), strict=True):
+            # added up in half precision
+            z = (weight[:, None] * part + z).half().double()
+        z = rounded(z)
         out = torch.einsum("itr,iqr->tiq", z * peak * bound(p), codes["u"] * scales["u"]).flatten(1)
         out = out * x_scale[:, None]
     else:
@@ -92,7 +98,7 @@ def bound(length):
 
 
 def patch_rounding(monkeypatch):
-    """Let the interpreter round float32 to float8 to the nearest, as GPUs do; it drops the bits by itself.
+    """Let the interpreter round numbers to float8 to the nearest, as GPUs do; it drops the bits by itself.
 
     Nothing may come that e4m3 has no number for.
     """
@@ -102,9 +108,10 @@ def patch_rounding(monkeypatch):
     convert = interpreter._convert_float
 
     def rounding(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.float8e4nv):
+        kinds = {tl.float32: np.float32, tl.float16: np.float16}
+        if source not in kinds or target != tl.float8e4nv:
             return convert(values, source, target, mode)
-        wide = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        wide = torch.from_numpy(np.ascontiguousarray(values).view(kinds[source]).astype(np.float32))
         # up to half a step beyond the largest rounds to it
         assert not (wide.abs() > LARGEST + 16).any()
         return wide.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8).numpy()

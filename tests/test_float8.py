@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
+from float8_cases import ONE_ROUNDING, ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
 from tiny import tiny_llama, tiny_logits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,10 +19,8 @@ from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
-from hf_blr.structures import LowRank, Monarch, structure_named
+from hf_blr.structures import Blast, LowRank, Monarch, structure_named
 
-#: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
-ONE_ROUNDING = 0.028
 #: of the few of one token
 OF_A_TOKEN = 0.032
 
@@ -230,6 +228,7 @@ def test_the_rule():
     assert route(LowRank(4096, 4096, 1023), 4096, form, float8=True, packed=False) == NUMBERS
     # so many small products that they are slower
     assert route(Monarch(4096, 4096, 64, (16, 16)), 4096, form, float8=True, packed=False) == NUMBERS
+    assert route(Blast(4096, 4096, 992, (16, 16)), 4096, form, float8=True, packed=False) == FLOAT8
     assert missing(FLOAT8, (9, 0)) is None and missing(FLOAT8, (8, 9)) is None and missing(FLOAT8, None) is None
     assert "8.9" in missing(FLOAT8, (8, 6)) and missing(NUMBERS, (8, 6)) is None
 

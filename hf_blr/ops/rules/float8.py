@@ -43,6 +43,16 @@ def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activate
     return many and rounds_to_bfloat16 and not activates and n % 16 == 0
 
 
+def mixed_config(b2: int, p: int, device: Device) -> GemmConfig:
+    """For `project_and_mix_kernel`, whose B2 sums of a tile take some 128 registers of a thread at most."""
+    if device == INTERPRETER:
+        return SMALLEST_GEMM
+    if b2 <= 4:
+        return fit_gemm(GemmConfig(128, 64, 128, 4, 4), 1, device)
+    tokens = max(16, min(64, 512 // pow2(b2)))
+    return fit_gemm(GemmConfig(tokens, 64, min(256, max(32, pow2(p))), 4, 3), 1, device)
+
+
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
     """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
     if device == INTERPRETER:
@@ -60,24 +70,26 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
 
 @dataclass(frozen=True)
 class ColumnTiles:
-    """Tiles over rows and columns of a cast of columns, and the rows whose squares a program sums."""
+    """A cast of columns: (rows, columns, warps) of the tiles that are summed and of those that are cast.
 
-    bm: int
-    bl: int
+    chunk: rows whose squares a program sums, of both kinds of tiles a multiple.
+    """
+
+    summed: tuple[int, int, int]
+    cast: tuple[int, int, int]
     chunk: int
-    warps: int
 
 
 def column_tiles(m: int, length: int, device: Device) -> ColumnTiles:
-    """For `column_squares_kernel` and `cast_columns_kernel`: rows of 128 bytes, and chunks for all SMs.
+    """For `column_squares_kernel` and `cast_columns_kernel`: rows of 128 bytes, and chunks for two programs an SM.
 
     Columns whole, 16 a program, took 68 us for 14336 x 1584 and left most of the SMs idle (H200).
     """
     if device == INTERPRETER:
-        return ColumnTiles(16, 16, 32, 4)
-    across = -(-length // 64)
-    chunk = -(-m * across // (2 * device.sms * 64)) * 64
-    return ColumnTiles(64, 64, chunk, 4)
+        return ColumnTiles((16, 16, 4), (16, 16, 4), 32)
+    rows, columns = 256, 64
+    programs = -(-2 * device.sms // -(-length // columns))
+    return ColumnTiles((rows, columns, 8), (64, columns, 4), rows * -(-m // (rows * programs)))
 
 
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:

@@ -17,11 +17,11 @@ def column_squares_kernel(
     """squares[c, l], the sum over the CHUNK rows m of chunk c of (factor[m] t[m, l])^2, for t `[M, L]`."""
     i_c = tl.program_id(1)
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
-    squares = tl.zeros((BL,), tl.float32)
+    b_squares = tl.zeros((BM, BL), tl.float32)
     for start in range(i_c * CHUNK, min(M, i_c * CHUNK + CHUNK), BM):
         b_t = scaled_tile(t_ptr, factor_ptr, start + tl.arange(0, BM), o_l, M, L, FACTOR)
-        squares += tl.sum(b_t * b_t, 0)
-    tl.store(squares_ptr + i_c * L + o_l, squares, mask=o_l < L)
+        b_squares += b_t * b_t
+    tl.store(squares_ptr + i_c * L + o_l, tl.sum(b_squares, 0), mask=o_l < L)
 
 
 @triton.jit
@@ -101,20 +101,12 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
     tiles = column_tiles(m, length, device_of(t))
     chunks = triton.cdiv(m, tiles.chunk)
     squares = t.new_empty(chunks, length, dtype=torch.float32)
-    across = triton.cdiv(length, tiles.bl)
-    column_squares_kernel[(across, chunks)](
-        t,
-        factor,
-        squares,
-        m,
-        length,
-        tiles.chunk,
-        FACTOR=factor is not None,
-        BM=tiles.bm,
-        BL=tiles.bl,
-        num_warps=tiles.warps,
+    bm, bl, warps = tiles.summed
+    column_squares_kernel[(triton.cdiv(length, bl), chunks)](
+        t, factor, squares, m, length, tiles.chunk, FACTOR=factor is not None, BM=bm, BL=bl, num_warps=warps
     )
-    cast_columns_kernel[(across, triton.cdiv(m, tiles.bm))](
+    bm, bl, warps = tiles.cast
+    cast_columns_kernel[(triton.cdiv(length, bl), triton.cdiv(m, bm))](
         t,
         factor,
         squares,
@@ -130,9 +122,9 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
         FACTOR=factor is not None,
         BOTH=codes is not None,
         BC=triton.next_power_of_2(chunks),
-        BM=tiles.bm,
-        BL=tiles.bl,
-        num_warps=tiles.warps,
+        BM=bm,
+        BL=bl,
+        num_warps=warps,
     )
     return rows, scale
 
