@@ -20,6 +20,8 @@ class Peaks:
         few_bandwidth: bytes a second that our kernels for 2 to 32 tokens draw from memory: weights pass through shared
             memory into products of small tiles, which keep less of them on the way; None: `bandwidth`.
         scores: attention's scores a second, each with its exponential, where that and not the products is the limit.
+        gathers: numbers a second that a kernel reads from wherever an index says, of any width; None where it is not
+            known, and then not a bound.
         tile_seconds: what our kernels for many tokens take for each 128 x 128 outputs beyond the arithmetic, with all
             multiprocessors at work: tiles start, and are stored, while nothing is multiplied.
         float8_flops: operations a second of a product of float8; None where the device has none.
@@ -38,6 +40,7 @@ class Peaks:
     few_bandwidth: float | None = None
     scores: float | None = None
     odd_bandwidth: float | None = None
+    gathers: float | None = None
     tile_seconds: float = 0.0
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0

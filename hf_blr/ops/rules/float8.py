@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
-from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm
+from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm, gemm_tiles
 
 
 def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
@@ -41,6 +41,11 @@ def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activate
     """
     many = -(-tokens // 128) * -(-n // 128) > device.sms
     return many and rounds_to_bfloat16 and not activates and n % 16 == 0
+
+
+def last_tiles(tokens: int, n: int, device: Device) -> int:
+    """Of 128 x 128 outputs, in a last stage of one block that is ours; 0 where it is cuBLAS'."""
+    return 0 if multiplies_by_cublas(tokens, n, True, False, device) else gemm_tiles(tokens, n, 1)
 
 
 def mixed_config(b2: int, p: int, device: Device) -> GemmConfig:
