@@ -23,8 +23,8 @@ SIZES = {
 }
 #: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
 ONE_ROUNDING = 0.028
-#: how often numbers are rounded to float8 on the way: x, and y or z
-ROUNDINGS = {"low_rank": 2, "pivoted": 3, "monarch": 2, "blast": 2, "dense": 1}
+#: how often numbers are rounded to float8 on the way: x, y, z
+ROUNDINGS = {"low_rank": 2, "pivoted": 3, "monarch": 2, "blast": 3, "dense": 1}
 
 
 def layer(structure, k=128, n=64, bias=True, dtype=torch.float32, seed=0):
@@ -72,14 +72,10 @@ def reference(module, x):
         y = rounded((rest @ (codes["c"] * scales["c"]).T + pivots) / peak)
         out = y @ (codes["u"] * scales["u"]).T * peak * x_scale[:, None]
     elif spec.structure == "blast":
-        y = torch.einsum("tjp,jrp->jtr", rows.view(-1, b1, p), codes["v"]) / bound(p)
+        y = rounded(torch.einsum("tjp,jrp->jtr", rows.view(-1, b1, p), codes["v"]) / bound(p))
         weights = module.s.double() * scales["v"][..., 0]
-        peak = weights.square().sum(1).sqrt().amax(-1)[:, None, None]
-        z = torch.zeros(b2, *y.shape[1:], dtype=torch.float64)
-        for weight, part in zip((weights / peak).half().double().unbind(1), y.half().double(), strict=True):
-            # added up in half precision
-            z = (weight[:, None] * part + z).half().double()
-        z = rounded(z)
+        peak = LONGER * weights.square().sum(1).sqrt().amax(-1)[:, None, None]
+        z = rounded(torch.einsum("ijr,jtr->itr", (weights / peak).to(module.s.dtype).double(), y))
         out = torch.einsum("itr,iqr->tiq", z * peak * bound(p), codes["u"] * scales["u"]).flatten(1)
         out = out * x_scale[:, None]
     else:

@@ -21,9 +21,7 @@ def test_kernels_build_and_fit(capability):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
     casts = {"cast_columns_kernel", "cast_rows_kernel", "column_squares_kernel", "transpose_codes_kernel"}
-    float8 = (
-        casts | {"float8_gemm_kernel", "mix_weights_kernel", "project_and_mix_kernel"} if capability >= 89 else set()
-    )
+    float8 = casts | {"float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
     plain = {
         "attend_kernel",
         "attend_sum_kernel",

@@ -88,10 +88,9 @@ def float8_stages(spec: BLRSpec, tokens: int, itemsize: int, layers: int, chip: 
     """In bytes: the structure's stages on numbers of one byte, behind a cast; outputs are of itemsize."""
     x, out = tokens * spec.in_features, tokens * spec.out_features
     yield Stage("cast", 0, x * itemsize, (x,), product=False)
-    kernels = list(structure_named(spec.structure).load("stages")(spec, tokens, "float8", False, layers, chip))
-    first = next(i for i, stage in enumerate(kernels) if stage.outside >= x)
+    first, *others = structure_named(spec.structure).load("stages")(spec, tokens, "float8", False, layers, chip)
     # what the cast has just written
-    kernels[first] = replace(kernels[first], outside=kernels[first].outside - x, between=(x, *kernels[first].between))
+    kernels = [replace(first, outside=first.outside - x, between=(x, *first.between)), *others]
     kernels[-1] = replace(kernels[-1], outside=kernels[-1].outside + (itemsize - 1) * out)
     for stage in kernels:
         yield replace(stage, float8=stage.product)

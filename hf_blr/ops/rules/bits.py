@@ -15,9 +15,9 @@ from hf_blr.structures.spec import FACTOR, BLRSpec
 NUMBERS, FLOAT8, PACKED = "numbers", "float8", "packed"
 #: what tensor descriptors and float8 products take rows in, in bytes
 ALIGNED = 16
-#: block pairs up to which products in float8 pay, where the rank is less than half of a tile, and where it is not: one
-#: product a pair is small then
-MOST_PAIRS, MOST_WIDE_PAIRS, WIDE_RANK = 64, 256, 128
+#: block pairs up to which products in float8 pay. 4096 x 4096, half kept, 1024 tokens, H200, us: Monarch 4x4 30, 16x16
+#: 50; BLAST 4x4 42, 16x16 82: products are small, and y and z many. Dense in bfloat16 takes 47
+MOST_PAIRS = 64
 #: compute capability from which tensor cores multiply float8_e4m3fn
 LEAST_FLOAT8 = (8, 9)
 
@@ -48,7 +48,7 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
     """
     if packed and tokens <= FEW_TOKENS and reads_packed(spec, form):
         return PACKED
-    if math.prod(spec.num_blocks) > (MOST_PAIRS if spec.rank < WIDE_RANK else MOST_WIDE_PAIRS):
+    if math.prod(spec.num_blocks) > MOST_PAIRS:
         return NUMBERS
     lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
     if float8 and form.float8 and not any(length % ALIGNED for length in lengths):

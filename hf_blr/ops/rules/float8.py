@@ -48,16 +48,6 @@ def last_tiles(tokens: int, n: int, device: Device) -> int:
     return 0 if multiplies_by_cublas(tokens, n, True, False, device) else gemm_tiles(tokens, n, 1)
 
 
-def mixed_config(b2: int, p: int, device: Device) -> GemmConfig:
-    """For `project_and_mix_kernel`, whose B2 sums of a tile take some 128 registers of a thread at most."""
-    if device == INTERPRETER:
-        return SMALLEST_GEMM
-    if b2 <= 4:
-        return fit_gemm(GemmConfig(128, 64, 128, 4, 4), 1, device)
-    tokens = max(16, min(64, 512 // pow2(b2)))
-    return fit_gemm(GemmConfig(tokens, 64, min(256, max(32, pow2(p))), 4, 3), 1, device)
-
-
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
     """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
     if device == INTERPRETER:
@@ -94,7 +84,7 @@ def column_tiles(m: int, length: int, device: Device) -> ColumnTiles:
         return ColumnTiles((16, 16, 4), (16, 16, 4), 32)
     rows, columns = 256, 64
     programs = -(-2 * device.sms // -(-length // columns))
-    return ColumnTiles((rows, columns, 8), (64, columns, 4), rows * -(-m // (rows * programs)))
+    return ColumnTiles((rows, columns, 8), (64, columns, 2), rows * -(-m // (rows * programs)))
 
 
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:
