@@ -74,6 +74,23 @@ MEASURED = {
         odd_bandwidth=0.73e12,
         product_seconds=6e-6,
         kernel_seconds=1.5e-6,
-    )
+    ),
+    # a product of 8192^3, casts, and the layers of `results/layers_h200.json`: products of float8 at the rate of dense
+    # layers, gathers at that of pivoted ones, starts as they fit best
+    "H200-measured": Peaks(
+        "H200-measured",
+        flops=790e12,
+        bandwidth=3.9e12,
+        l2=60e6,
+        l2_bandwidth=9.6e12,
+        few_bandwidth=2.6e12,
+        scores=1.28e12,
+        tile_seconds=10e-9,
+        odd_bandwidth=0.73e12,
+        gathers=0.7e12,
+        product_seconds=8e-6,
+        kernel_seconds=1.5e-6,
+        float8_flops=1430e12,
+    ),
 }
 DEVICES = DATASHEETS | MEASURED
