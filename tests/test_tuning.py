@@ -122,7 +122,7 @@ def test_layers_of_one_size_are_tuned_in_each_format(folder, monkeypatch):
     layers = [BLRLinear.from_spec(spec, dtype=torch.float16, storage=FORMATS[name]) for name in ("plain", "fp8")]
     with ops.use_impl("triton"):
         path = hf_blr.tune(torch.nn.Sequential(*layers).eval(), tokens=(40,))
-    assert {"block_gemm", "float8_gemm", "cast_rows"} == {key.split()[0] for key in json.loads(path.read_text())}
+    assert {"block_gemm", "float8_gemm", "cast_rows"} < {key.split()[0] for key in json.loads(path.read_text())}
 
 
 @pytest.mark.slow
