@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_model(path: str, args: argparse.Namespace, on_disk: bool = False) -> tuple[Any, Any]:
+def load_model(path: str, args: argparse.Namespace, reader: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
     """(model, reader) for MODEL and the loading options; a BLR checkpoint loads as one.
 
     Where `on_disk` says so, weights stay in the checkpoint's files, and accelerate reads them for each forward.
@@ -34,7 +34,7 @@ def load_model(path: str, args: argparse.Namespace, on_disk: bool = False) -> tu
     placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
     model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
     model = model if on_disk else model.to(args.device)
-    return model, load_reader(path, model, source)
+    return model, load_reader(path, model, source) if reader else None
 
 
 def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any]) -> Any:
