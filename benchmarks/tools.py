@@ -66,10 +66,8 @@ TOOLS = {
     "lm-eval": Tool("lm_eval", ("test_tasks",)),
     "sentence-transformers": Tool("sentence-transformers", ("test_sentences", "test_examples"), "sentence"),
     "diffusers": Tool("diffusers", ("test_diffusers",)),
-    "torch.export": Tool(
-        "torch", ("test_export", "test_linears"), "not onnx", "factors of experts have no form in plain linear layers"
-    ),
-    "ONNX": Tool("onnxruntime", ("test_linears",), "onnx", "factors of experts, likewise"),
+    "torch.export": Tool("torch", ("test_export", "test_linears"), "not onnx"),
+    "ONNX": Tool("onnxruntime", ("test_linears",), "onnx"),
     "vLLM, on the CPU": Tool(
         "vllm",
         ("test_vllm", "test_vllm_shards"),

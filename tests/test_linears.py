@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from expert_cases import gpt_oss, llama4
 from tiny import batches_for, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_mixtral, tiny_vit
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import hf_blr
 from hf_blr import BLRConfig
+from hf_blr.experts import ExpertsLinear, PlainExperts
 from hf_blr.integration import blr_modules
 from hf_blr.integration.linears import plain_form
 from hf_blr.structures import structures
@@ -127,10 +129,47 @@ def test_what_is_saved_of_it_is_refused_by_every_load(exportable, tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_what_has_no_plain_form_is_refused_before_anything_changes():
+@pytest.mark.parametrize("structure", structures())
+def test_experts_become_products_of_rows(structure):
+    config = BLRConfig(
+        structure, ratio=0.6, allocation="uniform", factor_format="int8" if structure == "blast" else "plain"
+    )
+    model = compressed(tiny_mixtral, config)
+    expected = tiny_logits(model)
+    hf_blr.to_linears(model)
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, PlainExperts)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gpt_oss, llama4])
+def test_experts_of_other_conventions_become_products_of_rows_too(make):
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):
+            torch.nn.init.normal_(parameter)
+    # of one tensor the matrices stay dense
+    config = BLRConfig("low_rank", ratio=0.6, target_modules=["gate_up_proj", "q_proj"])
+    hf_blr.compress(model, config, progress=False)
+    expected = tiny_logits(model)
+    hf_blr.to_linears(model)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_mixture_takes_any_number_of_tokens():
+    model = hf_blr.to_linears(compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6), num_hidden_layers=1))
+    inputs = {"input_ids": tiny_inputs(model)["input_ids"], "use_cache": False}
+    exported = torch.export.export(model.requires_grad_(False), (), inputs, dynamic_shapes=SHAPES, strict=False)
+    assert not [node.target for node in exported.graph.nodes if "hf_blr" in str(node.target)]
+    for shape in ((2, 12), (3, 31)):
+        ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(exported.module()(input_ids=ids, use_cache=False).logits, model(ids).logits)
+
+
+def test_what_has_no_plain_form_is_refused_before_anything_changes(monkeypatch):
     model = compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: factors of experts have no form"):
+    monkeypatch.setattr(ExpertsLinear, "alone", True)
+    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: low_rank runs one expert after the"):
         hf_blr.to_linears(model)
     assert model.state_dict().keys() == before.keys()
     with pytest.raises(ValueError, match="has no BLR modules"):
