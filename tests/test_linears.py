@@ -134,10 +134,9 @@ def test_what_is_saved_of_it_is_refused_by_every_load(exportable, tmp_path):
 
 @pytest.mark.parametrize("structure", structures())
 def test_experts_become_products_of_rows(structure):
-    config = BLRConfig(
-        structure, ratio=0.6, allocation="uniform", factor_format="int8" if structure == "blast" else "plain"
-    )
-    model = compressed(tiny_mixtral, config)
+    bits = {"factor_format": "int8"} if structure == "blast" else {}
+    model = tiny_mixtral(num_hidden_layers=1)
+    hf_blr.compress(model, BLRConfig(structure, ratio=0.6, fit_rounds=1, **bits), progress=False)
     expected = tiny_logits(model)
     hf_blr.to_linears(model)
     assert isinstance(model.model.layers[0].mlp.experts.down_proj, PlainExperts)
@@ -159,7 +158,8 @@ def test_experts_of_other_conventions_become_products_of_rows_too(make):
 
 
 def test_what_has_no_plain_form_is_refused_before_anything_changes(monkeypatch):
-    model = compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6))
+    model = tiny_mixtral(num_hidden_layers=1)
+    hf_blr.compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(ExpertsLinear, "alone", True)
     with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: low_rank runs one expert after the"):
