@@ -47,8 +47,8 @@ TOOLS = {
     "a load without this package": Tool(
         "transformers",
         ("test_notice",),
-        not_done="with `attn_implementation=`, or for files older than 0.1.0: a warning and random weights, as "
-        "Transformers passes over formats that it does not know",
+        not_done="with `attn_implementation=`, before Transformers 5.4, or for files older than 0.1.0: a warning and "
+        "random weights, as Transformers passes over formats that it does not know",
     ),
     "model cards, push_to_hub": Tool("huggingface_hub", ("test_card",)),
     "PEFT": Tool(

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from expert_cases import gpt_oss, llama4
+from packaging.version import Version
 from tiny import batches_for, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_mixtral, tiny_vit
 from torch import nn
 
@@ -125,6 +127,7 @@ def test_an_onnx_file_takes_any_number_of_tokens(exportable, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.4"), reason="this release overwrites the notice")
 def test_what_is_saved_of_it_is_refused_by_every_load(exportable, tmp_path):
     exportable[0].save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()

@@ -51,7 +51,7 @@ def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any]) -> An
         return AutoTokenizer.from_pretrained(path, **source) if reads_text(model) else None
     try:
         return AutoProcessor.from_pretrained(path)
-    except (OSError, TypeError, ValueError):
+    except (ImportError, OSError, TypeError, ValueError):
         # where a processor of its kind has a tokenizer too, which a classifier of sounds lacks
         return AutoFeatureExtractor.from_pretrained(path)
 
