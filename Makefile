@@ -19,8 +19,7 @@ LOWER_TESTS = tests/test_integration_*.py tests/test_compress.py tests/test_peft
 	tests/test_resume.py tests/test_shards.py tests/test_memory.py tests/test_formats.py tests/test_text*.py
 
 #: what `test` leaves out where the tools are missing
-TOOL_TESTS = tests/test_diffusers.py tests/test_linears.py tests/test_serve.py tests/test_tasks.py tests/test_sentences.py \
-	tests/test_examples.py
+TOOL_TESTS = tests/test_diffusers.py tests/test_linears.py tests/test_serve.py tests/test_tasks.py
 #: the newest vLLM that was tried
 VLLM ?= vllm==0.33.0
 
@@ -51,7 +50,7 @@ test-lower:
 	$(LOWER_BIN)/pip install "$(TORCH)" $(LOWER) -e . "pytest >= 8" "pytest-xdist >= 3.6" "hypothesis >= 6"
 	OMP_NUM_THREADS=1 $(LOWER_BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(LOWER_TESTS)
 
-# tools that would be much to install for everybody: exports, servers, diffusers, lm-eval, sentence-transformers
+# tools that would be much to install for everybody: exports, servers, diffusers, lm-eval
 test-tools:
 	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
 	.venv-tools/bin/pip install "$(TORCH)" "$(TRANSFORMERS)" -e ".[tools]" "pytest >= 8" "pytest-xdist >= 3.6"
