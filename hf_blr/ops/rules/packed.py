@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
+#: words whose numbers of one place tensor cores multiply at once
+CHUNK = 16
 
 
 def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
@@ -96,3 +98,67 @@ def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Devic
 def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
     """The setting with the longest steps, of its length at most, each of which lies in one group; 0: no groups."""
     return replace(config, length=min(config.length, largest_power_of_two(group))) if group else config
+
+
+@dataclass(frozen=True)
+class PlacesConfig:
+    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
+
+    warps: of rows in one part; else each part has a warp.
+    programs: of `decode_words_kernel`, for each multiprocessor: these stay; 0: a program for each tile.
+    """
+
+    rows: int
+    words: int
+    parts: int
+    warps: int
+    stages: int
+    programs: int = 0
+
+
+def multiplies_by_places(group: int, per: int) -> bool:
+    """Whether `decode_places_kernel` takes words of `per` numbers, `group` of which share a scale, or whole rows: 0."""
+    return group % (CHUNK * per) == 0
+
+
+def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
+    if device == INTERPRETER:
+        return PlacesConfig(16, CHUNK, 2, 4, 1)
+    if tokens <= 16 and row <= 4096:
+        parts = 8 if row > 2048 else 4
+        config = PlacesConfig(16, CHUNK, parts // layers, parts, 4, 3)
+    elif row > 256 * per:
+        config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
+    else:
+        config = PlacesConfig(32, CHUNK, 1, 2, 5)
+    return fitting(whole_groups(config, per, group), row, layers, tokens, per, device)
+
+
+def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
+    """The setting with the longest steps, of its words at most, each of which lies in one group; 0: no groups."""
+    return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
+
+
+def fitting(config: PlacesConfig, row: int, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+    """The setting, with shorter steps and fewer stages where shared memory asks for that."""
+    if config.programs:
+        # x is in registers, and a stage has whole rows
+        stage = 4 * layers * config.rows * -(-row // (per * config.parts * config.words)) * config.parts * config.words
+        return replace(config, stages=min(config.stages, 1 + device.shared_memory // stage))
+    while True:
+        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
+        stages = min(config.stages, 1 + device.shared_memory // stage)
+        if stages >= min(config.stages, 3) or config.words == CHUNK:
+            return replace(config, stages=stages)
+        config = replace(config, words=config.words // 2)
+
+
+def places_rows(tokens: int) -> int:
+    """Tokens are columns of a tensor-core tile, of at least 8."""
+    return max(8, pow2(tokens))
+
+
+def places_inputs(tokens: int) -> int:
+    """Rows of x that a step keeps in shared memory: one for one token, which all columns share."""
+    return 1 if tokens == 1 else places_rows(tokens)

@@ -14,6 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_blr.ops.rules.packed import PER_WORD
+from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
+
+#: of `byte_at`: a byte, two of the zeros of 2^23, and its exponent
+BYTES_ASM = tl.constexpr([f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + j:#x};" for j in range(4)])
+#: of `merged`
+UPPER_ASM = tl.constexpr("lop3.b32 $0, $1, 0xF0000, 0x43000000, 0xEA;")
+LOWER_ASM = tl.constexpr("lop3.b32 $0, $1, 0xF000, 0x45000000, 0xEA;")
 
 
 class Weights(NamedTuple):
@@ -94,16 +101,46 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
         b = ((b_w & (15 << (4 * place))) | 0x4B000000).to(tl.float32, bitcast=True)
         b_n = b * (2.0 ** (-4 * place)) - (2.0 ** (23 - 4 * place) + 8.0)
     elif FORM == "int8":
-        place: tl.constexpr = j % 2
-        b_w = b_w if j < 2 else b_w >> 16
-        b = ((b_w & (255 << (8 * place))) | 0x4B000000).to(tl.float32, bitcast=True)
-        b_n = b * (2.0 ** (-8 * place)) - (2.0 ** (23 - 8 * place) + 128.0)
+        b_n = byte_at(b_w, j).to(tl.float32, bitcast=True) - (2.0**23 + 128.0)
     else:
-        # e4m3's exponent, of bias 7, as float32's, of bias 127; subnormal numbers come right too
-        b_n = b_w << (24 - 8 * j)
-        b = (b_n & -2147483648) | ((b_n >> 4) & 0x07F00000)
-        b_n = b.to(tl.float32, bitcast=True) * (2.0**120)
+        b_n = float8_at(b_w, j) * (2.0**120)
     return b_n
+
+
+@triton.jit
+def byte_at(b_w, j: tl.constexpr):
+    """Byte j of words in the mantissa of 2^23."""
+    if ASSEMBLES:
+        ASM: tl.constexpr = BYTES_ASM[j]
+        b = tl.inline_asm_elementwise(ASM, "=r,r", [b_w], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        b = ((b_w >> (8 * j)) & 255) | 0x4B000000
+    return b
+
+
+@triton.jit
+def float8_at(b_w, j: tl.constexpr):
+    """Number j of words of e4m3 times 2^-120: its exponent, of bias 7, as float32's, of bias 127.
+
+    Subnormal numbers come right too.
+    """
+    # the shift to the right copies the sign, which the mask keeps once
+    b = ((b_w << (24 - 8 * j)) >> 4) & -2014314496
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
+    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
+    if ASSEMBLES and FORM == "int4" and tl.float32 != DTYPE:
+        tiles = int4_places(b_w, DTYPE)
+    elif ASSEMBLES and tl.float32 != DTYPE:
+        tiles = byte_places(b_w, FORM, DTYPE)
+    else:
+        tiles = ()
+        for j in tl.static_range(PER):
+            tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)
+    return tiles
 
 
 @triton.jit
@@ -171,11 +208,73 @@ def sum_of_columns(b_xs, b_ws, b_cs, FORM: tl.constexpr, PER: tl.constexpr, SCAL
         if FORM == "plain":
             acc += b_xs[step].to(tl.float32) * b_ws[step].to(tl.float32)
         else:
-            b = b_xs[step * PER].to(tl.float32) * number_at(b_ws[step], 0, FORM)
-            for j in tl.static_range(1, PER):
-                b += b_xs[step * PER + j].to(tl.float32) * number_at(b_ws[step], j, FORM)
+            b = sum_of_words(b_xs, step * PER, b_ws[step], FORM, PER)
             acc += b * b_cs[step].to(tl.float32) if SCALED > 0 else b
     return acc
+
+
+@triton.jit
+def sum_of_words(b_xs, FIRST: tl.constexpr, b_w, FORM: tl.constexpr, PER: tl.constexpr):
+    """The sum over the places of words of their numbers times those of x, b_xs[FIRST] and so on, in float32."""
+    if FORM == "int4" and b_xs[0].dtype != tl.float32:
+        b = nibble_sum(b_xs, FIRST, b_w)
+    elif FORM == "fp8":
+        # 2^120 in two steps, so that neither products nor x leave what float32 holds
+        b = b_xs[FIRST].to(tl.float32) * (2.0**40) * float8_at(b_w, 0)
+        for j in tl.static_range(1, PER):
+            b += b_xs[FIRST + j].to(tl.float32) * (2.0**40) * float8_at(b_w, j)
+        b *= 2.0**80
+    else:
+        b = b_xs[FIRST].to(tl.float32) * number_at(b_w, 0, FORM)
+        for j in tl.static_range(1, PER):
+            b += b_xs[FIRST + j].to(tl.float32) * number_at(b_w, j, FORM)
+    return b
+
+
+@triton.jit
+def nibble_sum(b_xs, FIRST: tl.constexpr, b_w):
+    """As `sum_of_words` of int4 and of x in 16 bits, an instruction for each number but for one to read it.
+
+    Four bits in the upper mantissa of 2^7, or of 2^11 four bits lower, are 128 or 2048 too large, and 8 for integers'
+    offset. That much of x comes off once for all rows. Rounding of the larger sums is 1e-5 of the result.
+    """
+    x_0, x_1 = b_xs[FIRST].to(tl.float32), b_xs[FIRST + 1].to(tl.float32)
+    x_2, x_3 = b_xs[FIRST + 2].to(tl.float32), b_xs[FIRST + 3].to(tl.float32)
+    x_4, x_5 = b_xs[FIRST + 4].to(tl.float32), b_xs[FIRST + 5].to(tl.float32)
+    x_6, x_7 = b_xs[FIRST + 6].to(tl.float32), b_xs[FIRST + 7].to(tl.float32)
+    b = (x_0 + x_2 + x_4 + x_6 + x_7) * -136.0 + (x_1 + x_3 + x_5) * -2056.0
+    b_left, b_right = b_w << 8, b_w >> 8
+    b += x_0 * upper_nibble(b_w << 16)
+    b += x_1 * lower_nibble(b_left)
+    b += x_2 * upper_nibble(b_left)
+    b += x_3 * lower_nibble(b_w)
+    b += x_4 * upper_nibble(b_w)
+    b += x_5 * lower_nibble(b_right)
+    b += x_6 * upper_nibble(b_right)
+    b += x_7 * upper_nibble(b_w >> 12)
+    return b
+
+
+@triton.jit
+def upper_nibble(b_w):
+    """128 plus bits 16 to 19."""
+    return merged(b_w, UPPER_ASM, 0xF0000, 0x43000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lower_nibble(b_w):
+    """2048 plus bits 12 to 15."""
+    return merged(b_w, LOWER_ASM, 0xF000, 0x45000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def merged(b_w, ASM: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr):
+    """(b_w & MASK) | MAGIC in one instruction, where Triton makes two."""
+    if ASSEMBLES:
+        b = tl.inline_asm_elementwise(ASM, "=r,r", [b_w], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        b = (b_w & MASK) | MAGIC
+    return b
 
 
 @triton.jit

@@ -24,12 +24,13 @@ from hf_blr.ops.triton.tuned import launch
 def rows_of(w_ptr, i_q, Q, C, stride_wq, STEPS: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr):
     """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BQ, BC]`, zero outside; read once, so the first to leave L2."""
     o_q = i_q * BQ + tl.arange(0, BQ)
+    # steps are distances that a load's own offset holds
+    row_ptr = w_ptr + o_q[:, None] * stride_wq
     pieces = ()
     for step in tl.static_range(STEPS):
         o_c = step * BC + tl.arange(0, BC)
         m = (o_q < Q)[:, None] & (o_c < C)[None, :]
-        o = o_q[:, None] * stride_wq + o_c[None, :]
-        pieces = pieces + (tl.load(w_ptr + o, mask=m, other=0, eviction_policy="evict_first"),)
+        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=m, other=0, eviction_policy="evict_first"),)
     return pieces
 
 
