@@ -34,6 +34,13 @@ def word_vector(per: int) -> int:
     return 8 // per
 
 
+def steps_of(columns: int, step: int) -> tuple[int, int]:
+    """(steps, tail) of a row: how many whole steps it has, at least one, and a power of two that holds the rest or 0."""
+    steps, rest = divmod(columns, step)
+    tail = pow2(rest) if rest else 0
+    return (steps + 1, 0) if 2 * tail > step or not steps else (steps, tail)
+
+
 def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
     """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
 
@@ -125,13 +132,14 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
     if device == INTERPRETER:
         return PlacesConfig(16, CHUNK, 2, 4, 1)
-    if tokens <= 16 and row <= 4096:
-        parts = 8 if row > 2048 else 4
-        config = PlacesConfig(16, CHUNK, parts // layers, parts, 4, 3)
-    elif row > 256 * per:
+    if row > 4096:
         config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
+    elif row > 2048:
+        config = PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
+    elif rows > 64 * device.sms:
+        config = PlacesConfig(64, CHUNK, 1, 4, 4)
     else:
-        config = PlacesConfig(32, CHUNK, 1, 2, 5)
+        config = PlacesConfig(32, CHUNK, 2, 2, 5) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
     return fitting(whole_groups(config, per, group), row, layers, tokens, per, device)
 
 

@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blr.ops.rules.device import Device
 from hf_blr.ops.rules.packed import PER_WORD
+from hf_blr.ops.triton.halves import sum_of_two_words, sum_of_word
 from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
 
 #: of `byte_at`: a byte, two of the zeros of 2^23, and its exponent
 BYTES_ASM = tl.constexpr([f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + j:#x};" for j in range(4)])
-#: of `merged`
-UPPER_ASM = tl.constexpr("lop3.b32 $0, $1, 0xF0000, 0x43000000, 0xEA;")
-LOWER_ASM = tl.constexpr("lop3.b32 $0, $1, 0xF000, 0x45000000, 0xEA;")
 
 
 class Weights(NamedTuple):
@@ -66,6 +65,10 @@ class Weights(NamedTuple):
     def itemsize(self) -> float:
         """Bytes of a number."""
         return self.data.element_size() / self.per
+
+    def form_on(self, device: Device) -> str:
+        """The form as kernels of one token unpack it: below compute capability 8.9 nothing converts float8."""
+        return "fp8_bits" if self.form == "fp8" and device.capability < (8, 9) else self.form
 
     def named(self, kernel: str) -> str:
         """The kernel's name among measured settings."""
@@ -197,84 +200,43 @@ def by_place(b_x, FORM: tl.constexpr):
 
 
 @triton.jit
-def sum_of_columns(b_xs, b_ws, b_cs, FORM: tl.constexpr, PER: tl.constexpr, SCALED: tl.constexpr):
-    """The sum over a tuple of tiles of columns of their numbers times those of x, in float32.
+def sum_of_columns(
+    b_ps,
+    b_ws,
+    b_cs,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """The sum over COUNT tiles of columns, from b_ws[FIRST] on, of their numbers times those of x, in float32.
 
-    b_xs has PER tiles for each of b_ws, by the place of a number in its column; with SCALED, b_cs has the columns'
-    scales.
+    b_ps is what `paired` made of x for these tiles; with SCALED, b_cs has the columns' scales.
     """
-    acc = tl.zeros(b_ws[0].shape, tl.float32)
-    for step in tl.static_range(len(b_ws)):
-        if FORM == "plain":
-            acc += b_xs[step].to(tl.float32) * b_ws[step].to(tl.float32)
+    acc = tl.zeros(b_ws[FIRST].shape, tl.float32)
+    if FORM == "plain":
+        for step in tl.static_range(COUNT):
+            acc += b_ps[step].to(tl.float32) * b_ws[FIRST + step].to(tl.float32)
+    elif b_ps[0].dtype == tl.int32:
+        if SCALED > 0:
+            for step in tl.static_range(COUNT):
+                acc += sum_of_word(b_ps, step * (PER // 2), b_ws[FIRST + step], FORM) * b_cs[FIRST + step].to(
+                    tl.float32
+                )
         else:
-            b = sum_of_words(b_xs, step * PER, b_ws[step], FORM, PER)
-            acc += b * b_cs[step].to(tl.float32) if SCALED > 0 else b
+            for step in tl.static_range(0, COUNT - 1, 2):
+                acc += sum_of_two_words(b_ps, step * (PER // 2), b_ws[FIRST + step], b_ws[FIRST + step + 1], FORM)
+            if COUNT % 2 == 1:
+                acc += sum_of_word(b_ps, (COUNT - 1) * (PER // 2), b_ws[FIRST + COUNT - 1], FORM)
+        acc *= b_ps[COUNT * (PER // 2)]
+    else:
+        for step in tl.static_range(COUNT):
+            b = b_ps[step * PER].to(tl.float32) * number_at(b_ws[FIRST + step], 0, FORM)
+            for j in tl.static_range(1, PER):
+                b += b_ps[step * PER + j].to(tl.float32) * number_at(b_ws[FIRST + step], j, FORM)
+            acc += b * b_cs[FIRST + step].to(tl.float32) if SCALED > 0 else b
     return acc
-
-
-@triton.jit
-def sum_of_words(b_xs, FIRST: tl.constexpr, b_w, FORM: tl.constexpr, PER: tl.constexpr):
-    """The sum over the places of words of their numbers times those of x, b_xs[FIRST] and so on, in float32."""
-    if FORM == "int4" and b_xs[0].dtype != tl.float32:
-        b = nibble_sum(b_xs, FIRST, b_w)
-    elif FORM == "fp8":
-        # 2^120 in two steps, so that neither products nor x leave what float32 holds
-        b = b_xs[FIRST].to(tl.float32) * (2.0**40) * float8_at(b_w, 0)
-        for j in tl.static_range(1, PER):
-            b += b_xs[FIRST + j].to(tl.float32) * (2.0**40) * float8_at(b_w, j)
-        b *= 2.0**80
-    else:
-        b = b_xs[FIRST].to(tl.float32) * number_at(b_w, 0, FORM)
-        for j in tl.static_range(1, PER):
-            b += b_xs[FIRST + j].to(tl.float32) * number_at(b_w, j, FORM)
-    return b
-
-
-@triton.jit
-def nibble_sum(b_xs, FIRST: tl.constexpr, b_w):
-    """As `sum_of_words` of int4 and of x in 16 bits, an instruction for each number but for one to read it.
-
-    Four bits in the upper mantissa of 2^7, or of 2^11 four bits lower, are 128 or 2048 too large, and 8 for integers'
-    offset. That much of x comes off once for all rows. Rounding of the larger sums is 1e-5 of the result.
-    """
-    x_0, x_1 = b_xs[FIRST].to(tl.float32), b_xs[FIRST + 1].to(tl.float32)
-    x_2, x_3 = b_xs[FIRST + 2].to(tl.float32), b_xs[FIRST + 3].to(tl.float32)
-    x_4, x_5 = b_xs[FIRST + 4].to(tl.float32), b_xs[FIRST + 5].to(tl.float32)
-    x_6, x_7 = b_xs[FIRST + 6].to(tl.float32), b_xs[FIRST + 7].to(tl.float32)
-    b = (x_0 + x_2 + x_4 + x_6 + x_7) * -136.0 + (x_1 + x_3 + x_5) * -2056.0
-    b_left, b_right = b_w << 8, b_w >> 8
-    b += x_0 * upper_nibble(b_w << 16)
-    b += x_1 * lower_nibble(b_left)
-    b += x_2 * upper_nibble(b_left)
-    b += x_3 * lower_nibble(b_w)
-    b += x_4 * upper_nibble(b_w)
-    b += x_5 * lower_nibble(b_right)
-    b += x_6 * upper_nibble(b_right)
-    b += x_7 * upper_nibble(b_w >> 12)
-    return b
-
-
-@triton.jit
-def upper_nibble(b_w):
-    """128 plus bits 16 to 19."""
-    return merged(b_w, UPPER_ASM, 0xF0000, 0x43000000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def lower_nibble(b_w):
-    """2048 plus bits 12 to 15."""
-    return merged(b_w, LOWER_ASM, 0xF000, 0x45000000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def merged(b_w, ASM: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr):
-    """(b_w & MASK) | MAGIC in one instruction, where Triton makes two."""
-    if ASSEMBLES:
-        b = tl.inline_asm_elementwise(ASM, "=r,r", [b_w], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        b = (b_w & MASK) | MAGIC
-    return b
 
 
 @triton.jit

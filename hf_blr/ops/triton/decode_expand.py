@@ -141,10 +141,10 @@ def decode_expand(z, u, bias, out, activation=""):
     """
     u = weights_of(u)
     (blocks, q, r), tokens = u.shape, z.shape[1]
-    if by_places(u):
-        return expand_by_places(z, u, bias, out, activation)
     if tokens == 1:
         return expand_one(z, u, bias, out, activation)
+    if by_places(u):
+        return expand_by_places(z, u, bias, out, activation)
     device = device_of(z)
     sizes = (r, *z.stride()[:2])
     vec, vec_w = vector_width(*sizes), vector_width(*u.strides)

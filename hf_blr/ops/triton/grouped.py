@@ -20,7 +20,7 @@ def gates(u, tokens):
 def finish_gated(z, u, bias, activation):
     """`[T, N]` of two layers whose u lie in one `[2*B2, Q, R]`, where these are `gates`."""
     out = z.new_empty(z.shape[1], u.shape[0] // 2 * u.shape[1])
-    expand = expand_by_places if by_places(u) else expand_one
+    expand = expand_one if len(out) == 1 else expand_by_places
     expand(z, u, bias, out, activation, gated=True)
     return out
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hf_blr.ops.rules.device import device_of
-from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.rules.low_rank import kernels_pay
 from hf_blr.ops.rules.monarch import monarch_route
 from hf_blr.ops.triton.bits import Weights
@@ -24,9 +23,7 @@ def forward(x, us, vs, biases):
     out = x.new_empty(tokens, sum(u.shape[0] * u.shape[1] for u in us))
     if tokens == 0:
         return out
-    # at few tokens only stages of one rank were measured together
-    ranks_alike = [v.shape[1] for v in vs] if tokens <= FEW_TOKENS and b1 == 1 else None
-    for part in split(range(len(vs)), (vs, 1), same=ranks_alike):
+    for part in split(range(len(vs)), (vs, 1)):
         v = joined(vs, part, 1)
         # low-rank: the same exception from the kernels for few tokens as in its own rule
         few = route_of(x, us, vs, biases, part).few and (b1 > 1 or kernels_pay(tokens) or isinstance(v, Weights))
