@@ -12,7 +12,7 @@ from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.rules.packed import multiplies_by_places  # noqa: E402
+from hf_blr.ops.rules.packed import multiplies_by_places, steps_of  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
@@ -69,9 +69,14 @@ def test_place_by_place(form, group, monkeypatch):
     grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
     # one step of the last stage, five of the first
     sizes = (1, 1, 640, 40, 128)
-    assert_packed_within_budget("low_rank", form, group, 1, sizes, torch.float16, activation="gelu")
+    assert_packed_within_budget("low_rank", form, group, 2, sizes, torch.float16, activation="gelu")
     assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16, bias=False)
     assert len(grids) == 4
+
+
+def test_a_short_last_step():
+    # whole steps, and the power of two that holds the rest unless that is a step itself
+    assert [steps_of(n, 64) for n in (198, 192, 230, 20)] == [(3, 8), (3, 0), (4, 0), (1, 0)]
 
 
 def test_what_is_multiplied_place_by_place():

@@ -148,10 +148,10 @@ def decode_project(x, v, s, z, add=False):
     v = weights_of(v)
     (b1, rows, p), tokens = v.shape, x.shape[0]
     device, mix = device_of(x), s is not None
-    if not mix and by_places(v):
-        return project_by_places(x, v, z, add)
     if tokens == 1 and not add:
         return project_mixed_one(x, v, s, z) if mix else project_one(x, v, z)
+    if not mix and by_places(v):
+        return project_by_places(x, v, z, add)
     b2 = z.shape[0]
     parts = b1 if mix else 4
     if v.form == "plain":
