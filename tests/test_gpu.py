@@ -150,6 +150,24 @@ def test_layers_in_bits_on_one_input_multiply_place_by_place(form, group, dtype,
             assert (out - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
 
 
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30], ids=str)
+def test_layers_in_bits_on_one_input_of_any_size(form, size):
+    torch.manual_seed(0)
+    # rows of three steps and a short one
+    layer = BLRLinear.from_spec(
+        LowRank(1600, 384, 400), bias=False, storage=format_named(form), dtype=torch.bfloat16, device="cuda"
+    ).eval()
+    x = torch.randn(1, 1600, device="cuda") * size
+    # most models have features like these
+    x[:, 7] *= 1000
+    x = x.to(torch.bfloat16)
+    wanted = F.linear(x.double(), layer.dense_weight(torch.float64))
+    with torch.no_grad(), ops.use_impl("triton"):
+        out = layer(x)
+    assert (out - wanted).norm() <= 2 * torch.finfo(torch.bfloat16).eps * wanted.norm()
+
+
 @pytest.mark.parametrize("form, group, bits", [("int4", 20, 4), ("int8", None, 8), ("fp8", None, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_numbers_in_one_pass(form, group, bits, dtype):
