@@ -10,6 +10,7 @@ from hf_blr.formats import format_named  # noqa: E402
 from hf_blr.formats.codes import Codes  # noqa: E402
 from hf_blr.ops.triton import pairs  # noqa: E402
 
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["int4", "int8", "fp8"])
 def test_every_code_at_every_place(form, kind):

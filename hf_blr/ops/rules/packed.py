@@ -35,7 +35,7 @@ def word_vector(per: int) -> int:
 
 
 def steps_of(columns: int, step: int) -> tuple[int, int]:
-    """(steps, tail) of a row: how many whole steps it has, at least one, and a power of two that holds the rest or 0."""
+    """(steps, tail) of a row: whole steps, at least one, and a power of two that holds the rest; 0: nothing is left."""
     steps, rest = divmod(columns, step)
     tail = pow2(rest) if rest else 0
     return (steps + 1, 0) if 2 * tail > step or not steps else (steps, tail)
@@ -51,16 +51,19 @@ def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneCon
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
-    if row <= 2048:
-        warps = 2
-    elif row > 16384:
-        # one row: two spill. Not timed
-        warps = 16
+    if row <= 1024:
+        config = OneConfig(16, min(pow2(row), 512), 2, 6)
+    elif row <= 2048:
+        config = OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
+    elif row <= 8192:
+        config = OneConfig(8, 1024, 4, 3)
+    elif row <= 16384:
+        config = OneConfig(4, 2048, 8, 2) if per == 8 else OneConfig(2, 2048, 8, 3)
     else:
-        warps = 8 if per == 8 or row > 8192 else 4
-    tile = {2: 8, 16: 1}.get(warps, 4)
+        # one row: two spill. Not timed
+        config = OneConfig(1, 4096, 16, 1)
     # two layers hold twice as much
-    return OneConfig(max(1, tile // layers), min(pow2(row), 256 * warps), warps, 16 // warps)
+    return replace(config, rows=max(1, config.rows // layers))
 
 
 def packed_one_mix_config(b1: int, part: int, rows: int, device: Device) -> OneConfig:
@@ -112,7 +115,6 @@ class PlacesConfig:
     """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
 
     warps: of rows in one part; else each part has a warp.
-    programs: of `decode_words_kernel`, for each multiprocessor: these stay; 0: a program for each tile.
     """
 
     rows: int
@@ -120,7 +122,6 @@ class PlacesConfig:
     parts: int
     warps: int
     stages: int
-    programs: int = 0
 
 
 def multiplies_by_places(group: int, per: int) -> bool:
@@ -133,14 +134,14 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     if device == INTERPRETER:
         return PlacesConfig(16, CHUNK, 2, 4, 1)
     if row > 4096:
-        config = PlacesConfig(16, 2 * CHUNK, 8, 8, 4)
+        config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
     elif row > 2048:
-        config = PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
+        config = PlacesConfig(32 if rows > 16 * device.sms else 16, 2 * CHUNK, 4, 4, 4)
     elif rows > 64 * device.sms:
-        config = PlacesConfig(64, CHUNK, 1, 4, 4)
+        config = PlacesConfig(128, CHUNK, 1, 4, 3) if per == 8 else PlacesConfig(64, 2 * CHUNK, 1, 4, 3)
     else:
-        config = PlacesConfig(32, CHUNK, 2, 2, 5) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
-    return fitting(whole_groups(config, per, group), row, layers, tokens, per, device)
+        config = PlacesConfig(16, CHUNK, 2, 2, 6) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
+    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
 
 
 def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
@@ -148,12 +149,8 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
     return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
 
 
-def fitting(config: PlacesConfig, row: int, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
-    if config.programs:
-        # x is in registers, and a stage has whole rows
-        stage = 4 * layers * config.rows * -(-row // (per * config.parts * config.words)) * config.parts * config.words
-        return replace(config, stages=min(config.stages, 1 + device.shared_memory // stage))
     while True:
         stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
         stages = min(config.stages, 1 + device.shared_memory // stage)

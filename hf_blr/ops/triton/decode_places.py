@@ -1,4 +1,4 @@
-"""1 to 32 tokens on weights in bits, multiplied place by place: all stages but the first of BLAST.
+"""2 to 32 tokens on weights in bits, multiplied place by place: all stages but the first of BLAST.
 
 A word holds numbers of several places, 0 to 7 of int4. Tensor cores take the numbers of one place of sixteen words with
 the inputs that meet them, so that a number is multiplied by the thread that unpacked it. What a step of this layout
@@ -22,7 +22,6 @@ from hf_blr.ops.rules.packed import (
 )
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
-from hf_blr.ops.triton.decode_words import decode_words_kernel
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -179,12 +178,8 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     def run(config: PlacesConfig):
         config = whole_groups(config, w.per, w.group)
         part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
-        tiles, blocks, kernel, own = triton.cdiv(q, config.rows), all_blocks // layers, decode_places_kernel, {}
-        if config.programs:
-            tiles = min(tiles, max(1, config.programs * device.sms // blocks))
-            kernel, own = decode_words_kernel, {"STEPS": part // config.words}
         parts = config.parts * layers
-        kernel[(tiles, blocks)](
+        decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
             x,
             w.data,
             w.scale,
@@ -221,8 +216,7 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             # a warp has a part; rows in one part are shared
             num_warps=config.warps if parts == 1 else parts,
             # no more than a row has steps
-            num_stages=config.stages if config.programs else min(config.stages, max(2, part // config.words + 1)),
-            **own,
+            num_stages=min(config.stages, max(2, part // config.words + 1)),
             **device.launch_options,
         )
 
