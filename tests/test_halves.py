@@ -53,5 +53,5 @@ def test_sums_of_products(form, words):
 @pytest.mark.parametrize("form", FORMS)
 def test_no_sum_overflows(form):
     _, largest, top = FORMS[form]
-    of_a_half = 2 * halves.PAIRS[form]
+    of_a_half = 2 * halves.PRODUCTS[form][1]
     assert of_a_half * largest * 2.0 ** (top.value + 1) < torch.finfo(torch.float16).max

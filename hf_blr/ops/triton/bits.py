@@ -18,9 +18,6 @@ from hf_blr.ops.rules.packed import PER_WORD
 from hf_blr.ops.triton.halves import sum_of_two_words, sum_of_word
 from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
 
-#: of `byte_at`: a byte, two of the zeros of 2^23, and its exponent
-BYTES_ASM = tl.constexpr([f"prmt.b32 $0, $1, 0x4B000000, {0x7440 + j:#x};" for j in range(4)])
-
 
 class Weights(NamedTuple):
     """A factor `[..., n, k]` as kernels read it.
@@ -104,32 +101,16 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
         b = ((b_w & (15 << (4 * place))) | 0x4B000000).to(tl.float32, bitcast=True)
         b_n = b * (2.0 ** (-4 * place)) - (2.0 ** (23 - 4 * place) + 8.0)
     elif FORM == "int8":
-        b_n = byte_at(b_w, j).to(tl.float32, bitcast=True) - (2.0**23 + 128.0)
+        place: tl.constexpr = j % 2
+        b_w = b_w if j < 2 else b_w >> 16
+        b = ((b_w & (255 << (8 * place))) | 0x4B000000).to(tl.float32, bitcast=True)
+        b_n = b * (2.0 ** (-8 * place)) - (2.0 ** (23 - 8 * place) + 128.0)
     else:
-        b_n = float8_at(b_w, j) * (2.0**120)
+        # e4m3's exponent, of bias 7, as float32's, of bias 127; subnormal numbers come right too
+        b_n = b_w << (24 - 8 * j)
+        b = (b_n & -2147483648) | ((b_n >> 4) & 0x07F00000)
+        b_n = b.to(tl.float32, bitcast=True) * (2.0**120)
     return b_n
-
-
-@triton.jit
-def byte_at(b_w, j: tl.constexpr):
-    """Byte j of words in the mantissa of 2^23."""
-    if ASSEMBLES:
-        ASM: tl.constexpr = BYTES_ASM[j]
-        b = tl.inline_asm_elementwise(ASM, "=r,r", [b_w], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        b = ((b_w >> (8 * j)) & 255) | 0x4B000000
-    return b
-
-
-@triton.jit
-def float8_at(b_w, j: tl.constexpr):
-    """Number j of words of e4m3 times 2^-120: its exponent, of bias 7, as float32's, of bias 127.
-
-    Subnormal numbers come right too.
-    """
-    # the shift to the right copies the sign, which the mask keeps once
-    b = ((b_w << (24 - 8 * j)) >> 4) & -2014314496
-    return b.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """One token on words in bits: sums of products in float16, two at a time, by assembler, which Triton has nothing for.
 
 A register holds two numbers of float16, so that an instruction serves both. x is scaled so that no sum of the few
-products that stay in float16 overflows; sums of these are in float32.
+products that stay in float16 overflows; those sums are added in float32.
 """
 
 from __future__ import annotations
@@ -11,47 +11,55 @@ import triton.language as tl
 
 from hf_blr.ops.triton.pairs import ASSEMBLES
 
-#: {form: pairs of numbers of x that meet a word}
-PAIRS = {"int4": 4, "int8": 2, "fp8": 2, "fp8_bits": 2}
 #: the exponent of x's largest number: of twice as many products as a word has in each half, none overflows
 TOP_INT4, TOP_INT8, TOP_FP8 = tl.constexpr(8), tl.constexpr(5), tl.constexpr(4)
 
 
-def sum_program(form: str, words: int) -> str:
-    """$0, in float32: the sum of the numbers of words $1, ... times those of x, whose pairs follow the words.
+def of_int4(word: str, x: list[str]) -> str:
+    """Adds numbers j and j + 4 of a word times pair j of x to `sum`."""
+    # four bits in the mantissa of 1024 and, four bits higher, of 64; integers have an offset of 8
+    even = "lop3.b32 t, {}, 0x000F000F, 0x64006400, 0xEA; mov.b32 c, 0xE408E408; add.rn.f16x2 t, t, c;"
+    odd = "lop3.b32 t, {}, 0x00F000F0, 0x64006400, 0xEA; mov.b32 c, 0x2C002C00; mov.b32 d, 0xD480D480; "
+    odd += "fma.rn.f16x2 t, t, c, d;"
+    numbers = even.format(word), odd.format(word), f"shr.b32 h, {word}, 8; " + even.format("h"), odd.format("h")
+    return " ".join(f"{number} {added(pair)}" for number, pair in zip(numbers, x, strict=True))
 
-    Pairs are numbers j and j + 4 of int4, numbers 2j and 2j + 1 of bytes.
-    """
-    pairs = PAIRS[form]
-    lines = [".reg .b32 t, h, sum, magic, sixteenth, low, high;", ".reg .b16 a, b;", ".reg .f32 x, y;"]
-    lines += ["mov.b32 magic, 0x64646464; mov.b32 sixteenth, 0x2C002C00;", "mov.b32 sum, 0;"]
+
+def of_int8(word: str, x: list[str]) -> str:
+    """Adds numbers 2j and 2j + 1 of a word times pair j of x to `sum`."""
+    # two bytes, each in the mantissa of 1024; integers have an offset of 128
+    number = "prmt.b32 t, {}, 0x64646464, {}; mov.b32 c, 0xE480E480; add.rn.f16x2 t, t, c;"
+    return " ".join(f"{number.format(word, b)} {added(pair)}" for b, pair in zip(("0x4140", "0x4342"), x, strict=True))
+
+
+def of_fp8(word: str, x: list[str]) -> str:
+    """As `of_int8`."""
+    numbers = f"mov.b32 {{a, b}}, {word}; cvt.rn.f16x2.e4m3x2 t, a;", "cvt.rn.f16x2.e4m3x2 t, b;"
+    return " ".join(f"{number} {added(pair)}" for number, pair in zip(numbers, x, strict=True))
+
+
+def of_fp8_bits(word: str, x: list[str]) -> str:
+    """As `of_int8`, where nothing converts float8: e4m3's exponent, of bias 7, as float16's, of bias 15."""
+    number = "prmt.b32 t, {}, 0, {}; shr.b32 h, t, 1; and.b32 h, h, 0x3F803F80; mov.b32 c, 0x80008000; "
+    number += "lop3.b32 t, t, c, h, 0xEA; mov.b32 c, 0x5C005C00; mul.rn.f16x2 t, t, c;"
+    return " ".join(f"{number.format(word, b)} {added(pair)}" for b, pair in zip(("0x1404", "0x3424"), x, strict=True))
+
+
+def added(pair: str) -> str:
+    return f"fma.rn.f16x2 sum, t, {pair}, sum;"
+
+
+#: {form: what adds the products of a word, and how many pairs of x it takes}
+PRODUCTS = {"int4": (of_int4, 4), "int8": (of_int8, 2), "fp8": (of_fp8, 2), "fp8_bits": (of_fp8_bits, 2)}
+
+
+def sum_program(form: str, words: int) -> str:
+    """$0, in float32: the sum of the numbers of words $1, ... times those of x, whose pairs follow the words."""
+    products, pairs = PRODUCTS[form]
+    lines = [".reg .b32 t, h, c, d, sum; .reg .b16 a, b; .reg .f32 x, y; mov.b32 sum, 0;"]
     for i in range(words):
-        word = f"${1 + i}"
-        x = [f"${1 + words + pairs * i + j}" for j in range(pairs)]
-        if form == "int4":
-            # four bits in the mantissa of 1024 and, four bits higher, of 64; integers have an offset of 8
-            for source, (first, second) in ((word, x[:2]), ("h", x[2:])):
-                if source == "h":
-                    lines.append(f"shr.b32 h, {word}, 8;")
-                lines.append(f"lop3.b32 t, {source}, 0x000F000F, 0x64006400, 0xEA; mov.b32 low, 0xE408E408;")
-                lines.append(f"add.rn.f16x2 t, t, low; fma.rn.f16x2 sum, t, {first}, sum;")
-                lines.append(f"lop3.b32 t, {source}, 0x00F000F0, 0x64006400, 0xEA; mov.b32 high, 0xD480D480;")
-                lines.append(f"fma.rn.f16x2 t, t, sixteenth, high; fma.rn.f16x2 sum, t, {second}, sum;")
-        elif form == "int8":
-            # a byte in the mantissa of 1024; integers have an offset of 128
-            for picked, pair in (("0x4140", x[0]), ("0x4342", x[1])):
-                lines.append(f"prmt.b32 t, {word}, magic, {picked}; mov.b32 low, 0xE480E480;")
-                lines.append(f"add.rn.f16x2 t, t, low; fma.rn.f16x2 sum, t, {pair}, sum;")
-        elif form == "fp8_bits":
-            # e4m3's exponent, of bias 7, as float16's, of bias 15
-            lines.append("mov.b32 low, 0x80008000; mov.b32 high, 0x5C005C00;")
-            for picked, pair in (("0x1404", x[0]), ("0x3424", x[1])):
-                lines.append(f"prmt.b32 t, {word}, 0, {picked}; shr.b32 h, t, 1; and.b32 h, h, 0x3F803F80;")
-                lines.append(f"lop3.b32 t, t, low, h, 0xEA; mul.rn.f16x2 t, t, high; fma.rn.f16x2 sum, t, {pair}, sum;")
-        else:
-            lines.append(f"mov.b32 {{a, b}}, {word};")
-            for half, pair in (("a", x[0]), ("b", x[1])):
-                lines.append(f"cvt.rn.f16x2.e4m3x2 t, {half}; fma.rn.f16x2 sum, t, {pair}, sum;")
+        first = 1 + words + pairs * i
+        lines.append(products(f"${1 + i}", [f"${j}" for j in range(first, first + pairs)]))
     lines.append("mov.b32 {a, b}, sum; cvt.f32.f16 x, a; cvt.f32.f16 y, b; add.rn.f32 $0, x, y;")
     return "{ " + " ".join(lines) + " }"
 
