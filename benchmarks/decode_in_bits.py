@@ -100,7 +100,7 @@ def main() -> None:
     jobs = [
         (args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in args.variants
     ]
-    # a dense model and its copy in bits lie in memory while one is built
+    # two are built at a time: each takes the memory of a dense model
     shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
     processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
     for process in processes:

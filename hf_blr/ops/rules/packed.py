@@ -44,26 +44,25 @@ def steps_of(columns: int, step: int) -> tuple[int, int]:
 def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
     """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
 
-    A row lies across all warps, so that x stands in registers once. H200, us a low-rank layer in int4 with groups of
-    128, last stage by (4 or 8, 1024, 4, 4), (8, 512, 2, 8) and (4, 512, 2, 12): 4096 x 4096, rank 1024, 7.8, 6.4, 6.1;
-    4096 x 14336, rank 1536, 15.1, 12.0, 13.0; in fp8 7.4, 7.0, 9.1 and 24.0, 16.8, 15.8. First stage by (4, 1024, 4, 4)
-    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs, which differ by 5 % at most.
+    A row lies across all warps, so that x stands in registers once. H200, us of one stage, the best of seven settings
+    and the next, of rows that share one scale: 14336 x 1584 int4 6.5, 7.0, fp8 8.2, 8.9; 4096 x 1024 2.1, 2.3 and 2.5,
+    2.6; 3168 x 4096 4.2, 4.4 and 5.2, 5.5; 1584 x 14336 6.6, 7.4 and 9.8, 10.9. One run. Two layers at once were timed
+    by (4, 512, 2, 8) alone.
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
+    if row <= 2048 and layers > 1:
+        return OneConfig(4, min(pow2(row), 512), 2, 8)
     if row <= 1024:
-        config = OneConfig(16, min(pow2(row), 512), 2, 6)
-    elif row <= 2048:
-        config = OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
-    elif row <= 8192:
-        config = OneConfig(8, 1024, 4, 3)
-    elif row <= 16384:
-        config = OneConfig(4, 2048, 8, 2) if per == 8 else OneConfig(2, 2048, 8, 3)
-    else:
-        # one row: two spill. Not timed
-        config = OneConfig(1, 4096, 16, 1)
-    # two layers hold twice as much
-    return replace(config, rows=max(1, config.rows // layers))
+        return OneConfig(16, min(pow2(row), 512), 2, 6)
+    if row <= 2048:
+        return OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
+    if row <= 8192:
+        return OneConfig(8 // layers, 1024, 4, 3)
+    if row <= 16384:
+        return OneConfig(4 // layers, 2048, 8, 2) if per == 8 else OneConfig(2 // layers, 2048, 8, 3)
+    # one row: two spill. Not timed
+    return OneConfig(1, 4096, 16, 1)
 
 
 def packed_one_mix_config(b1: int, part: int, rows: int, device: Device) -> OneConfig:
@@ -130,13 +129,21 @@ def multiplies_by_places(group: int, per: int) -> bool:
 
 
 def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
-    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once.
+
+    H200, us of one stage at 16 tokens, the best of two to five settings and the next: 14336 x 1584 int4 14.3, 15.1, fp8
+    16.6, 19.2; 4096 x 1024 3.6, 4.0 and 4.5, 4.9; 3168 x 4096 7.4, 8.1 and 9.5, 11.7; 1024 x 4096 5.5, 5.7 and 5.6,
+    7.1; 1584 x 14336 14.9, 15.2 and 17.0, 17.7. One run. Two layers at once were timed by (64, 16, 1, 4, 4) alone.
+    """
     if device == INTERPRETER:
         return PlacesConfig(16, CHUNK, 2, 4, 1)
     if row > 4096:
         config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
     elif row > 2048:
-        config = PlacesConfig(32 if rows > 16 * device.sms else 16, 2 * CHUNK, 4, 4, 4)
+        wide = per == 8 and rows > 16 * device.sms
+        config = PlacesConfig(32, 2 * CHUNK, 4, 4, 3) if wide else PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
+    elif layers > 1:
+        config = PlacesConfig(64, CHUNK, 1, 4, 4)
     elif rows > 64 * device.sms:
         config = PlacesConfig(128, CHUNK, 1, 4, 3) if per == 8 else PlacesConfig(64, 2 * CHUNK, 1, 4, 3)
     else:
