@@ -56,19 +56,24 @@ def too_small(bench: Bench, run: Run) -> str | None:
     return f"{left[0]} and {len(left) - 1} other layers have no such blocks" if left else None
 
 
-def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], epochs: int) -> tuple[torch.nn.Module, dict]:
-    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`."""
+def make(
+    run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], training: dict
+) -> tuple[torch.nn.Module, dict]:
+    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`.
+
+    training: arguments of `refine`.
+    """
     dense, settings = on.dense, dict(run.settings)
     if run.kind == "refine dense":
         model = copy.deepcopy(dense)
         # transformers would not train what was read from a GGUF file
         forget_quantizer(model)
-        return model, trained(model, on, epochs, run.rate, **settings)
+        return model, trained(model, on, run.rate, **training, **settings)
     elif run.kind == "refine":
         model = earlier.pop(run.family, None)
         if model is None:
-            model = make(replace(run, kind="compress"), on, {}, epochs)[0]
-        return model, trained(model, on, epochs, run.rate)
+            model = make(replace(run, kind="compress"), on, {}, training)[0]
+        return model, trained(model, on, run.rate, **training)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -89,12 +94,16 @@ def make(run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], epoch
         return model, more | ({"taken": dict(taken.most_common())} if taken else {})
 
 
-def trained(model: torch.nn.Module, on: Calibration, epochs: int, rate: float, **settings) -> dict:
-    """Refines the model in place; returns what its rows say of that."""
+def trained(model: torch.nn.Module, on: Calibration, rate: float, **settings) -> dict:
+    """Refines the model in place; returns what its rows say of that.
+
+    rate: unless the settings have another.
+    """
     # code that is compiled once serves all runs
-    compiled = torch.cuda.is_available()
-    refine(model, on.dense, on.training, epochs=epochs, learning_rate=rate, compiled=compiled, seed=on.seed, **settings)
-    return {"finetune_sha256": sha256_of(on.training), "learning_rate": rate}
+    settings = {"learning_rate": rate, "compiled": torch.cuda.is_available(), "seed": on.seed, **settings}
+    refine(model, on.dense, on.training, **settings)
+    said = {"learning_rate": settings["learning_rate"], "finetune_batch": settings["batch_size"]}
+    return {"finetune_sha256": sha256_of(on.training), **said}
 
 
 def epochs_of(on: Calibration, tokens: int) -> int:
@@ -139,6 +148,8 @@ def main(argv=None):
         "--train-mixture", nargs="+", metavar="PART=SHARE", help="of these windows; that of the fit if left out"
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
+    parser.add_argument("--train-batch", type=int, default=8, help="windows of a step of a training")
+    parser.add_argument("--train-rate", type=float, help="its learning rate; that of the run if left out")
     parser.add_argument(
         "--turned", action="store_true", help="the dense model in another basis of its residual stream, before all else"
     )
@@ -187,6 +198,9 @@ def main(argv=None):
         on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         epochs = epochs_of(on, args.train_tokens)
+        training = {"epochs": epochs, "batch_size": args.train_batch}
+        if args.train_rate is not None:
+            training["learning_rate"] = args.train_rate
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:
             facts = {**facts_of(run, on, epochs), **own}
@@ -204,7 +218,7 @@ def main(argv=None):
             fit = time.perf_counter()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            model, more = make(run, on, earlier, epochs)
+            model, more = make(run, on, earlier, training)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 more["peak_memory"] = torch.cuda.max_memory_allocated()

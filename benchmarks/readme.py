@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,6 +18,7 @@ import front_section
 import inventory_section
 import layer_sections
 import matrix_section
+import means_section
 import model_sections
 import packed_section
 import quality_sections
@@ -41,7 +43,9 @@ DOCUMENTS = {
         "front-protocol": front_section.protocol_section,
         "demo": quality_sections.demo_section,
         "sentences": sentences_section.sentences_section,
+        "sentences-h200": partial(sentences_section.sentences_section, "sentences_h200.json"),
         "text-ratios": text_ratio_sections.text_ratio_section,
+        "means": means_section.means_section,
         "quality": quality_sections.quality_section,
         "shapes": quality_sections.shapes_section,
         "ladder": quality_sections.ladder_section,

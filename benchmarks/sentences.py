@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids, sha256_of
-from runs import OURS, REFINED, Run, row_key
+from runs import OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
 
 from hf_blr import BLRConfig, compress
 from hf_blr.bench.environment import environment
@@ -57,13 +57,22 @@ def runs(ratios: list[float]) -> list[Run]:
     kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
         (OURS, "pivoted", None, {}),
         (REFINED, "pivoted", None, {}),
+        (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
+        (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
         (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
         (OURS, "low_rank", None, {}),
         ("whitened SVD", "low_rank", None, OFF),
     ]
     return [
-        Run(method, structure, ratio, blocks, "refine" if method == REFINED else "compress", tuple(settings.items()))
+        Run(
+            method,
+            structure,
+            ratio,
+            blocks,
+            "refine" if method.endswith("refined") else "compress",
+            tuple(settings.items()),
+        )
         for ratio in ratios
         for method, structure, blocks, settings in kinds
     ]
@@ -76,7 +85,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def sentence_batches(
-    texts: dict[str, str], tokenizer: Any, seed: int, count: int = FITTED, size: int = BATCH
+    texts: dict[str, str], tokenizer: Any, seed: int, count: int, size: int = BATCH
 ) -> tuple[list[dict[str, Tensor]], dict]:
     """Sentences of all texts that a seed has drawn, as the encoder reads them, and what a row says of them."""
     sentences = [sentence for text in texts.values() for sentence in sentences_of(text)]
@@ -142,6 +151,7 @@ def main(argv=None):
     parser.add_argument("--parts", nargs="+", required=True, metavar="PART", help="as of quality.py")
     parser.add_argument("--calibration", nargs="+", metavar="PART=SHARE", help="as of quality.py, for windows")
     parser.add_argument("--fit-to", choices=("windows", "sentences"), default="windows", help="of the parts")
+    parser.add_argument("--fitted", type=int, default=FITTED, help="sentences of a fit to sentences, at most")
     parser.add_argument("--only", nargs="+", default=["*"], help="labels or patterns, as of quality.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
@@ -174,7 +184,7 @@ def main(argv=None):
     chosen = [run for run in runs(args.ratios) if any(fnmatch(run.label, pattern) for pattern in args.only)]
     for seed in args.seeds:
         if args.fit_to == "sentences":
-            batches, fitted = sentence_batches(texts_of(args.parts), tokenizer, seed)
+            batches, fitted = sentence_batches(texts_of(args.parts), tokenizer, seed, args.fitted)
         else:
             mixture = Mixture.parse(args.calibration)
             on = Calibration.draw(dense, read_ids(args.parts, tokenizer), mixture, seed, WINDOWS, SEQLEN)

@@ -24,13 +24,18 @@ def text_ratio_section(file: str = "quality_h200.json") -> str:
     result = read_result(RESULTS / file)
     rows = rows_of(result)
     texts = list(dict.fromkeys(row["dataset"] for row in rows))
-    lines = ratio_lines(rows, texts)
-    letters = lettered(line["fitted to"] for line in lines)
-    lines = [line | {"fitted to": letters.get(line["fitted to"], line["fitted to"])} for line in lines]
+    lines, letters = lettered_lines(rows, texts)
     columns = ["kept", "layers", "method", "fitted to", "trained on", *texts, "mean", "worst", "of dense refined"]
     table, where = table_of(lines, rows, result, columns)
     mixtures = "".join(f"Mixture {letter}: {mixture}. " for mixture, letter in letters.items())
     return f"{table}\n\n{mixtures}{conditions(result, rows)} {where}."
+
+
+def lettered_lines(rows: list[dict], texts: list[str]) -> tuple[list[dict], dict[str, str]]:
+    """(`ratio_lines` with a letter for each mixture, {mixture: its letter})."""
+    lines = ratio_lines(rows, texts)
+    letters = lettered(line["fitted to"] for line in lines)
+    return [line | {"fitted to": letters.get(line["fitted to"], line["fitted to"])} for line in lines], letters
 
 
 def lettered(sets: Iterable[str]) -> dict[str, str]:

@@ -9,12 +9,15 @@ import torch
 from tiny import tiny_llama
 
 from hf_blr import BLRConfig, compress
-from hf_blr.finetune import refine
+from hf_blr.finetune import matrices, refine
 from hf_blr.finetune.matrices import on_matrices
-from hf_blr.linear import BLRLinear
+from hf_blr.finetune.products import products
+from hf_blr.linear import BLRLinear, blr_modules
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 LEFT = "model.layers.1.mlp.down_proj"
+#: outputs, rank and inputs of pairs
+SHAPES = [(6, 2, 5), (3, 3, 4), (7, 1, 5)]
 
 
 def compressed(structure):
@@ -82,6 +85,38 @@ def test_compiled_blocks_share_their_code_and_train_the_same(monkeypatch, dense_
         torch.testing.assert_close(found.get_parameter(name), parameter, rtol=1e-3, atol=1e-4, msg=name)
     # the teacher's blocks, the first one of the model, whose input needs no gradient, and all others
     assert len(graphs) == 3
+
+
+def test_products_and_their_gradients_are_those_of_each_pair():
+    torch.manual_seed(0)
+    pairs = [(torch.randn(n, r).requires_grad_(), torch.randn(r, k).requires_grad_()) for n, r, k in SHAPES]
+    weights = [torch.randn(n, k) for n, _, k in SHAPES]
+    factors = [factor for pair in pairs for factor in pair]
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = [u.to(dtype) @ v.to(dtype) for u, v in pairs]
+        found = products(pairs, dtype)
+        # the last matrix is not used
+        by = [
+            torch.autograd.grad(
+                [(w * m.float()).sum() for w, m in zip(weights[:-1], each[:-1], strict=True)], factors[:-2]
+            )
+            for each in (wanted, found)
+        ]
+        torch.testing.assert_close(found, tuple(wanted), rtol=0, atol=0)
+        torch.testing.assert_close(by[1], by[0], rtol=0, atol=0)
+
+
+def test_layers_that_are_made_together_are_neighbours(monkeypatch):
+    model, made = compressed("low_rank").train(), []
+    monkeypatch.setattr("hf_blr.finetune.matrices.TOGETHER", 4)
+    own = matrices.products
+    monkeypatch.setattr(matrices, "products", lambda pairs, dtype: made.append(list(pairs)) or own(pairs, dtype))
+    with on_matrices(model, tiny_llama(), torch.float32, compiled=False):
+        model(input_ids=WINDOWS)
+    layers = [(module.u, module.v) for module in blr_modules(model).values()]
+    assert [len(pairs) for pairs in made] == [4] * (len(layers) // 4) + [len(layers) % 4] * (len(layers) % 4 > 0)
+    for (u, v), (wanted_u, wanted_v) in zip([pair for pairs in made for pair in pairs], layers, strict=True):
+        assert u is wanted_u and v is wanted_v
 
 
 def test_a_forward_that_raises_leaves_the_layers_in_their_places():

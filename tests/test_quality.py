@@ -76,8 +76,11 @@ def test_rows_say_on_which_tokens_they_are(folder):
     assert (plain["calibration"], plain["calibration_tokens"], plain.get("calibration_sha256")) == (None, 0, None)
 
 
-def test_more_windows_to_train_on_than_to_fit_to(folder):
+def test_more_windows_to_train_on_than_to_fit_to(folder, monkeypatch):
     sizes = ["--windows", "4", "--train-windows", "16", "--train-tokens", "1600"]
+    sizes += ["--train-batch", "4", "--train-rate", "0.002"]
+    given, refine = [], quality.refine
+    monkeypatch.setattr(quality, "refine", lambda *args, **how: given.append(how) or refine(*args, **how))
     rows = measure(folder, *sizes, "--only", "1 dense, refined at 0.1", "low_rank 0.5 ours", "low_rank 0.5 ours, *")
     assert {row["calibration_tokens"] for row in rows if row["method"] != "dense"} == {128}
     trained = {row["method"]: row for row in rows if row["finetune_tokens"]}
@@ -85,6 +88,8 @@ def test_more_windows_to_train_on_than_to_fit_to(folder):
     assert {row["finetune_tokens"] for row in trained.values()} == {1536}
     assert len({row["finetune_sha256"] for row in trained.values()}) == 1
     assert trained.keys() == {runs.REFINED, "dense, refined at 0.1"}
+    assert all((how["batch_size"], how["learning_rate"]) == (4, 0.002) for how in given) and len(given) == 2
+    assert all((row["finetune_batch"], row["learning_rate"]) == (4, 0.002) for row in trained.values())
 
 
 def test_rows_that_were_trained_on_more_tokens_are_others(folder):

@@ -2,6 +2,7 @@
 
 import json
 
+import means_section
 import pytest
 import text_ratio_sections
 from text_ratio_sections import ratio_lines, text_ratio_section
@@ -84,3 +85,27 @@ def test_mixtures_have_letters_and_the_caption_says_which(results):
     cells = [[cell.strip() for cell in line.split("|")] for line in section.splitlines() if line[:3] == "| 5"]
     assert [line[4] for line in cells] == ["A", "A", "web: 262 thousand tokens"]
     assert "Mixture A: 40 % own, 60 % web: 262 thousand tokens. " in section
+
+
+def test_sizes_of_one_method_stand_in_one_line_and_what_loses_most_is_first():
+    rows = scored({**OURS, "method": "ours"}, 2.0, 2.0) + scored({**OURS, "method": "ours", "ratio": 0.8}, 1.1, 1.1)
+    rows += scored({**OURS, "method": "ours", "ratio": 0.8, "seed": 1}, 1.2, 1.2)
+    rows += scored({**OURS, "method": "theirs"}, 4.0, 4.0) + scored({**OURS, "ratio": 0.8}, 1.5, 1.5)
+    lines = means_section.by_size(ratio_lines(rows, TEXTS))
+    assert [(line["method"], line["80 %"], line["50 %"]) for line in lines] == [
+        ("theirs", "", "4.000"),
+        ("ours", "1.149 ± 0.050", "2.000"),
+        ("ours, refined", "1.500", ""),
+    ]
+    assert list(lines[0])[-3:] == ["80 %", "50 %", "commit"]
+
+
+def test_the_letters_of_mixtures_are_those_of_the_first_table(tmp_path, monkeypatch):
+    """Also where a mixture comes first in a row of the dense model, which only that table shows."""
+    mixed = {**SHARED, **FITTED, "calibration": "50 % a, 50 % b", "method": "dense, refined at 1"}
+    rows = scored({**mixed, "finetune_tokens": 8000, "finetune_sha256": "t"}, 0.9, 0.9)
+    rows += scored({**OURS, "calibration": "50 % c, 50 % d"}, 2.0, 2.0)
+    environment = {"device": "a card", "torch": "2", "commit": "1234567", "date": "2026-01-01"}
+    (tmp_path / "q.json").write_text(json.dumps({"rows": rows, "environment": environment, "protocol": "tokens"}))
+    monkeypatch.setattr(means_section, "RESULTS", tmp_path)
+    assert "| B " in means_section.means_section("q.json")

@@ -25,7 +25,7 @@ from hf_blr.calibration.losses import NoLoss, sampled_loss
 from hf_blr.calibration.outputs import frozen, watching
 from hf_blr.calibration.pieces import in_pieces, joined, put_away, recomputed
 from hf_blr.calibration.precision import tf32
-from hf_blr.calibration.sequences import parts_of, sequences_at_once, sequences_in
+from hf_blr.calibration.sequences import parts_of, sequences_in
 from hf_blr.calibration.store import Store
 from hf_blr.calibration.streams import Padding
 from hf_blr.calibration.summed import summed_statistics
@@ -126,7 +126,7 @@ def parts_of_statistics(
 ) -> Iterator[Statistics]:
     """Those of some layers after the other: all at once without a limit, else block by block, or in passes."""
     if store.limit is not None:
-        parts = list(parts_of(batches, sequences_at_once(model)))
+        parts = list(parts_of(batches, model))
         with evaluating(model):
             backwards = Backwards.of(model, names, parts, store)
             if all(processes.gathered(backwards is not None)):
@@ -164,7 +164,7 @@ def statistics_of_piece(
         again,
         torch.enable_grad(),
     ):
-        for batch in parts_of(batches, sequences_at_once(model)):
+        for batch in parts_of(batches, model):
             collector.real = padding.masks(batch)
             loss, count = sampled_loss(model, batch, seed + sequences)
             tokens += count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_blr.calibration.calls import Batch
-from hf_blr.calibration.sequences import parts_of
+from hf_blr.calibration.sequences import rows_of
 from hf_blr.compression.journal.fingerprints import of_batches
 from hf_blr.config import BLRConfig
 from hf_blr.processes import Processes
@@ -37,7 +37,7 @@ def shared_text(processes: Processes, batches: list[Batch], given: bool) -> list
         device = next(iter(batches[0].values())).device
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in processes.gathered(on_cpu)[0]]
     if len(batches) < processes.count:
-        batches = list(parts_of(batches, 1))
+        batches = [part for batch in batches for part in rows_of(batch, 1)]
     if len(batches) < processes.count:
         raise ValueError(
             f"{processes.count} processes share {len(batches)} sequences; give more text, or fewer processes"

@@ -18,8 +18,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_blr.dense import is_transposed, stored_bias, stored_weight
 from hf_blr.experts import ExpertsLinear
+from hf_blr.finetune.products import products
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.ops.table import implementation_of
 from hf_blr.targets import remaining_targets
+
+#: layers whose matrices are made together: their gradients wait for each other
+TOGETHER = 16
 
 
 class Projection(nn.Module):
@@ -43,29 +48,48 @@ class Matrices:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compiled: bool):
         self.dtype = dtype
-        experts = {name for name, module in blr_modules(model).items() if isinstance(module, ExpertsLinear)}
-        names = [*(blr_modules(model).keys() - experts), *remaining_targets(model)]
+        layers = {name: module for name, module in blr_modules(model).items() if not isinstance(module, ExpertsLinear)}
+        names = [*layers, *remaining_targets(model)]
         self.layers = {name: model.get_submodule(name) for name in names}
         self.projections = {name: Projection() for name in names}
+        #: what holds each, and its name there: `set_submodule` walks the model from its root
+        self.places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
         self.blocks = compiled_forwards(model) if compiled else {}
 
     def before(self, model: nn.Module, *_: Any) -> None:
         if not model.training:
             return
+        matrices = self.matrices()
         for name, projection in self.projections.items():
-            layer = self.layers[name]
             # no parameters of the projection, which no optimizer should see
-            projection.__dict__["matrix"] = self.matrix(layer)
-            projection.__dict__["added"] = stored_bias(layer)
-            model.set_submodule(name, projection)
+            projection.__dict__["matrix"] = matrices[name]
+            projection.__dict__["added"] = stored_bias(self.layers[name])
+            self.put(name, projection)
         for block, forward in self.blocks.items():
             block.forward = forward
 
     def after(self, model: nn.Module, *_: Any) -> None:
         for name, layer in self.layers.items():
-            model.set_submodule(name, layer)
+            self.put(name, layer)
         for block in self.blocks:
             block.__dict__.pop("forward", None)
+
+    def put(self, name: str, module: nn.Module) -> None:
+        owner, attribute = self.places[name]
+        setattr(owner, attribute, module)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """{layer: its matrix}; those of pairs many at a time."""
+        found, pairs = {}, {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, BLRLinear) and (pair := implementation_of(layer.spec.structure).pair):
+                pairs[name] = pair(**layer.tensors(self.dtype))
+            else:
+                found[name] = self.matrix(layer)
+        names = list(pairs)
+        for some in (names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)):
+            found |= zip(some, products([pairs[name] for name in some], self.dtype), strict=True)
+        return found
 
     def matrix(self, layer: nn.Module) -> Tensor:
         if isinstance(layer, BLRLinear):
