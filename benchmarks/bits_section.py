@@ -23,6 +23,8 @@ FILE = "bits_h200.json"
 BUDGETS = {4.25: (18.8, 18.2), 3.5: (20.0, 18.6), 3.25: (22.0, 19.5), 2.25: (45.0, 28.0)}
 FACTORS = {"int8": (0.3, 0.1), "fp8": (1.5, 0.5), "int4": (6.0, 3.0)}
 UNKNOWN = "not measured"
+#: bytes that a GGUF file keeps for 256 numbers, of each K-quant (`block_q6_K` and so on in ggml)
+K_QUANTS, K_BLOCK = {"Q6_K": 210, "Q5_K": 176, "Q4_K": 144, "Q3_K": 110, "Q2_K": 84}, 256
 
 Line = dict[str, Any]
 
@@ -38,6 +40,30 @@ def bits_section() -> str:
     return f"{table}\n\n{conditions(result, rows)} {where}."
 
 
+def k_quants_section() -> str:
+    """Beside the size of each K-quant the best of ours that stores no more, as fitted and refined."""
+    result = read_result(RESULTS / FILE)
+    rows = [row for row in rows_of(result) if turned(row)]
+    lines = [line for line in bits_lines(rows, texts_of(rows)) if line["method"] != ""]
+    table = []
+    for name, size in K_QUANTS.items():
+        bits = 8 * size / K_BLOCK
+        within = [line for line in lines if line["bits"] <= bits]
+        cells = {"K-quant": name, "bits": f"{bits:.2f}"}
+        for head, trained in (("best fit of no more bits", False), ("best refined of no more bits", True)):
+            found = [line for line in within if line["method"].endswith("refined") == trained]
+            best = min(found, key=lambda line: line["mean"], default=None)
+            cells[head] = UNKNOWN if best is None else worded(best)
+        table.append(cells)
+    return format_table(table)
+
+
+def worded(line: Line) -> str:
+    kept = "" if line["kept"] == "100 %" or line["layers"] == "auto" else f" {line['kept']}"
+    stored = "" if line["layers"] == "auto" else f" in {line['stored in']}"
+    return f"{line['layers']}{kept}{stored}, {line['bits']:.2f} bits, mean {line['mean']:.3f}"
+
+
 def goals_section() -> str:
     """What was aimed at on WikiText-2, by models that are fitted to its validation part, beside what was measured."""
     rows = [row for row in read_result(RESULTS / FILE)["rows"] if turned(row) and row["dataset"] == "wikitext2"]
@@ -45,7 +71,9 @@ def goals_section() -> str:
     for row in rows:
         if row["calibration"] == "valid" and row["method"] != COLUMNS:
             trained = row.get("finetune_tokens", 0) > 0
-            found[row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"], trained] = row["ppl"]
+            key = row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"], trained
+            # the best way to train it
+            found[key] = min(row["ppl"], found.get(key, row["ppl"]))
     whole = {4.25: "int4", 3.25: "int3"}
     table = []
     for bits, goals in BUDGETS.items():

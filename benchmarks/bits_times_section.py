@@ -12,22 +12,23 @@ from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import grouped
 from hf_blr.bench.variants import Variant
 
-FILE = "models_h200.json"
+#: whole models in many forms, and decoding in bits; of one card
+FILES = "models_h200.json", "decode_h200.json"
 #: {measurement: tokens} of one text
 SIZES = {"prefill": 1024, "decode": 1}
 
 
 def times_section() -> str:
     """One line for each form of the layers, large ones first, of each model that has one in fewer bits."""
-    result = read_result(RESULTS / FILE)
-    rows = [row for row in rows_of(result) if "error" not in row and row.get("batch") == 1]
+    results = [read_result(RESULTS / file) for file in FILES]
+    rows = [row for result in results for row in rows_of(result) if "error" not in row and row.get("batch") == 1]
     rows = [row for row in rows if SIZES.get(row["measurement"]) == row["tokens"]]
     models = grouped(rows, lambda row: row["model"])
     shown = {name: found for name, found in models.items() if any("/" in row["variant"] for row in found)} or models
     lines = [line for found in shown.values() for line in lines_of(found)]
     of_lines = [row for found in shown.values() for row in found]
-    table, where = table_of(lines, of_lines, result)
-    return f"{table}\n\nA prefill of 1024 tokens and one decoded token, of one text. {result['protocol']}. {where}."
+    table, where = table_of(lines, of_lines, results[0])
+    return f"{table}\n\nA prefill of 1024 tokens and one decoded token, of one text. {results[0]['protocol']}. {where}."
 
 
 def lines_of(rows: list[dict]) -> list[dict[str, Any]]:

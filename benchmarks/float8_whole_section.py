@@ -5,10 +5,13 @@ from __future__ import annotations
 from conditions import RESULTS, machine, table_of
 from float8_training import MODEL, PROTOCOL
 
+from hf_blr.bench.model_peaks import model_predictions
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import wide
+from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
+from hf_blr.roofline.devices import DEVICES
 
 FAMILIES = {"dense": "dense", "low_rank": "low-rank"}
 #: {column: parts of a profile}
@@ -25,8 +28,10 @@ def groups_section() -> str:
     result = read_result(RESULTS / "float8_h200.json")
     rows = [row for row in rows_of(result) if row["measured"] == "group"]
 
-    def speeds(row: dict) -> str:
-        return f"{row['us']:.0f}, {row['dense_us'] / row['us']:.2f}x, {row['dense_fp8_us'] / row['us']:.2f}x"
+    def cell(row: dict) -> dict[str, str]:
+        how = f"{'bfloat16' if row['format'] == PLAIN.name else row['format']}, {row['how']}"
+        speeds = f"{row['us']:.0f}, {row['dense_us'] / row['us']:.2f}x, {row['dense_fp8_us'] / row['us']:.2f}x"
+        return {how: speeds} | ({"error": f"{row['rel_error']:.4f}"} if how == "fp8, together" else {})
 
     lines = wide(
         rows,
@@ -36,14 +41,14 @@ def groups_section() -> str:
             "dense": f"{row['dense_us']:.0f}",
             "dense in float8": f"{row['dense_fp8_us']:.0f}",
         },
-        lambda row: {f"{'bfloat16' if row['format'] == 'plain' else 'fp8'}, {row['how']}": speeds(row)},
+        cell,
     )
     table, where = table_of(lines, rows, result)
     return (
         f"{table}\n\nus, speed over dense in bfloat16 and in float8; low-rank, half of each projection kept; casts of "
-        "the input counted. Dense: the faster of one product for each projection and one with the concatenated "
-        "weights. Medians of CUDA-graph replays, L2 flushed before each. Since then gate and up take other tiles in "
-        f"their first stage at 4096 tokens, by which it alone took 89 us instead of 100. {where}."
+        "the input counted. Error: the largest of the projections in fp8, together, against float64 of the dequantised "
+        "factors. Dense: the faster of one product for each projection and one with the concatenated weights. Medians "
+        f"of CUDA-graph replays, L2 flushed before each. {where}."
     )
 
 
@@ -86,7 +91,7 @@ def prefill_section() -> str:
     """Prefill of whole models whose factors are kept in fp8."""
     result = read_result(RESULTS / "models_h200.json")
     rows = [row for row in rows_of(result) if row["model"].startswith(MODEL) and row["measurement"] == "prefill"]
-    by_variant = {row["variant"]: row for row in rows}
+    by_variant = {row["variant"]: row for row in model_predictions(rows, DEVICES["H200-measured"])}
     dense, rival = by_variant["dense"], by_variant["dense/fp8"]
     lines = [
         {
@@ -94,13 +99,15 @@ def prefill_section() -> str:
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
             "over dense/fp8": f"{rival['ms'] / row['ms']:.2f}x",
+            "predicted ms": f"{row['predicted_ms']:.2f}",
             **{name: f"{sum(row['profile']['parts'][part] for part in parts):.2f}" for name, parts in KINDS.items()},
         }
-        for row in rows
+        for row in by_variant.values()
     ]
     where = machine(result["environment"] | {"commit": commits_of(rows)})
     return (
         f"{format_table(lines)}\n\n{dense['model']}, {dense['batch']} x {dense['tokens']} tokens, half of "
         "each projection kept, compiled blocks in one CUDA graph; dense/fp8: the matrices in fp8, by cuBLAS behind a "
-        f"cast that joins the norm before. ms of kernels by kind from a profile of one replay. {where}."
+        "cast that joins the norm before. Predicted: by the counts of `hf-blr roofline`. ms of kernels by kind from a "
+        f"profile of one replay. {where}."
     )

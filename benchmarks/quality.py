@@ -33,7 +33,7 @@ from runs import TEXTLESS, TRAINED, Run, row_key, runs, shard, shard_of
 from runs_in_bits import runs_in_bits
 from turned import turned
 
-from hf_blr import compress
+from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.checkpoint.record import forget_quantizer
@@ -43,6 +43,8 @@ from hf_blr.plan import resolve_plan
 
 #: steps of BLAST's own descent
 DESCENT_STEPS = 100
+#: what a plan says of a layer's format
+STORED = ("format", "group_size")
 #: over the windows of the fit, unless there are others to train on
 EPOCHS = 8
 
@@ -74,6 +76,8 @@ def make(
         if model is None:
             model = make(replace(run, kind="compress"), on, {}, training)[0]
         return model, trained(model, on, run.rate, **training)
+    elif run.kind == "refine around":
+        return refined_around(run, on, training)
     elif run.kind == "svd_llm":
         return baselines.svd_llm_updated(dense, run.ratio, on.statistics, on.batches), {}
     elif run.kind == "aa_svd":
@@ -92,6 +96,23 @@ def make(
         more = {"mean_rel_error": report.mean_rel_error, "predicted_loss": report.predicted_loss}
         taken = Counter(layer.choice.taken for layer in report.layers if layer.choice)
         return model, more | ({"taken": dict(taken.most_common())} if taken else {})
+
+
+def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.Module, dict]:
+    """Trains the plain factors on half of the training windows, rounds what they became, and trains the scales on half.
+
+    The ranks are those of the fit in bits, which groups divide; what it leaves whole is rounded with the factors.
+    """
+    halves = [replace(on, training=half) for half in on.training.chunk(2)]
+    fitted = make(replace(run, kind="compress"), on, {}, training)[0]
+    layers = fitted.config.quantization_config.layers
+    factors = {name: layer for name, layer in layers.items() if layer["structure"] != "dense"}
+    plain = {name: {key: layer[key] for key in layer if key not in STORED} for name, layer in factors.items()}
+    model = copy.deepcopy(on.dense)
+    compress(model, BLRConfig(layers=plain), calibration=on.batches, statistics=on.statistics, progress=False)
+    trained(model, halves[0], run.rate, **training)
+    compress(to_dense(model), BLRConfig(layers=layers), calibration=on.batches, progress=False)
+    return model, {**trained(model, halves[1], run.rate, **training), "finetune_sha256": sha256_of(on.training)}
 
 
 def trained(model: torch.nn.Module, on: Calibration, rate: float, **settings) -> dict:

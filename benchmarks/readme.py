@@ -17,6 +17,7 @@ import float8_whole_section
 import front_section
 import inventory_section
 import layer_sections
+import layers_in_formats_section
 import matrix_section
 import means_section
 import model_sections
@@ -59,6 +60,8 @@ DOCUMENTS = {
         "storage": model_sections.storage_section,
         "counters": layer_sections.counters,
         "float8": float8_section.float8_section,
+        "layers-in-formats": layers_in_formats_section.layers_section,
+        "layers-in-formats-predicted": layers_in_formats_section.predicted_section,
         "float8-groups": float8_whole_section.groups_section,
         "float8-prefill": float8_whole_section.prefill_section,
         "float8-training": float8_whole_section.training_section,
@@ -85,9 +88,11 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "formats.md": {
         "rounding": rounding_section.rounding_section,
+        "rounding-steps": rounding_section.steps_section,
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "k-quants": bits_section.k_quants_section,
         "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "log.md": {

@@ -45,7 +45,7 @@ CHOSEN = "chosen"
 #: kinds of runs that read no text
 TEXTLESS = ("weights", "descent")
 #: kinds of runs that train
-TRAINED = ("refine", "refine dense")
+TRAINED = ("refine", "refine dense", "refine around")
 
 
 @dataclass(frozen=True)

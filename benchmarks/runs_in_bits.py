@@ -46,10 +46,12 @@ def runs_in_bits() -> list[Run]:
         *with_refined(whole("int4")),
         *with_refined(whole("int3")),
         *(run for bits in BUDGETS for run in with_refined(shared(bits, GROUP))),
-        *with_refined(factors("low_rank", 0.8, "int4")),
+        *(run for name in ("int4", "int8", "fp8") for run in with_refined(factors("low_rank", 0.8, name))),
         *(of_columns(name) for name in ("int4", "int3")),
         *(whole(name) for name in ("int8", "fp8", "int2")),
-        *(factors("low_rank", 0.8, name) for name in ("int8", "fp8", "int3")),
+        # factors train as numbers on one half of the text, are rounded, and their scales train on the other
+        replace(factors("low_rank", 0.8, "int4"), method=f"{OURS}, rounded between, refined", kind="refine around"),
+        factors("low_rank", 0.8, "int3"),
         *(factors("low_rank", 0.5, name) for name in ("int8", "int4", "fp8")),
         *(factors(structure, 0.8, "int4") for structure in ("pivoted", "blast", "monarch")),
         # with groups that divide the rows of blocks, which then compete

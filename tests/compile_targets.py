@@ -184,9 +184,9 @@ def call_float8(tokens, k, n, rank, b1, b2):
     p, q, x = k // b1, n // b2, torch.empty(tokens, k, dtype=torch.bfloat16)
     rows, x_scale = cast.cast_rows(x, 448.0, 1e-30)
     cast_columns.transposed_codes(rows)
+    cast_columns.cast_both(x, 448.0, 1e-30)
     cast.cast_rows(x, 448.0, 1e-30, torch.empty(k))
-    for factor in (None, torch.empty(tokens)):
-        cast_columns.cast_columns(x, 448.0, 1e-30, factor)
+    cast_columns.cast_columns(x, 448.0, 1e-30, torch.empty(tokens))
     s, r = x.new_empty(b2, b1, rank), rank // b1
     order = torch.arange(k, dtype=torch.int32)
     for module, shapes in (

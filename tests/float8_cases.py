@@ -21,6 +21,8 @@ SIZES = {
     "blast": ((2, 4), 48),
     "dense": ((1, 1), 64),
 }
+#: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
+ONE_ROUNDING = 0.028
 #: how often numbers are rounded to float8 on the way: x, y, z
 ROUNDINGS = {"low_rank": 2, "pivoted": 3, "monarch": 2, "blast": 3, "dense": 1}
 
@@ -92,7 +94,7 @@ def bound(length):
 
 
 def patch_rounding(monkeypatch):
-    """Let the interpreter round float32 to float8 to the nearest, as GPUs do; it drops the bits by itself.
+    """Let the interpreter round numbers to float8 to the nearest, as GPUs do; it drops the bits by itself.
 
     Nothing may come that e4m3 has no number for.
     """
@@ -102,9 +104,10 @@ def patch_rounding(monkeypatch):
     convert = interpreter._convert_float
 
     def rounding(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.float8e4nv):
+        kinds = {tl.float32: np.float32, tl.float16: np.float16}
+        if source not in kinds or target != tl.float8e4nv:
             return convert(values, source, target, mode)
-        wide = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).copy())
+        wide = torch.from_numpy(np.ascontiguousarray(values).view(kinds[source]).astype(np.float32))
         # up to half a step beyond the largest rounds to it
         assert not (wide.abs() > LARGEST + 16).any()
         return wide.clamp(-LARGEST, LARGEST).to(FLOAT8).view(torch.uint8).numpy()

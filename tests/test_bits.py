@@ -13,7 +13,8 @@ from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, allocate_both, choice_of, loss_of, within
 from hf_blr.compression.bits import TimeLimit, formats_of, options_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
-from hf_blr.compression.rounding_trials import AfterFeedback, storable, trials_of
+from hf_blr.compression.rounding_loss import AfterFeedback, storable
+from hf_blr.compression.rounding_trials import trials_of
 from hf_blr.factorize import factorize
 from hf_blr.factorize.bits import coupling_of
 from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS

@@ -46,6 +46,8 @@ def results(tmp_path, monkeypatch):
     models += [timed("blast:4x4/fp8", 6.0, 6.5, kept=800), timed("blast:4x4/fp8+fused", 5.0, 6.5, kept=800)]
     models += [{**timed("dense", 0.1), "model": "other"}, {**timed("dense", 0.1), "error": "failed"}]
     (tmp_path / "models_h200.json").write_text(json.dumps({**head, "rows": models}))
+    decode = [timed("dense/int4+fused", 2.0, 4.125, measurement="decode", tokens=1)]
+    (tmp_path / "decode_h200.json").write_text(json.dumps({**head, "rows": decode}))
     return tmp_path
 
 
@@ -68,6 +70,16 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts(results):
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
 
 
+def test_beside_a_k_quant_stands_the_best_of_no_more_bits(results):
+    found = {line["K-quant"]: line for line in cells(bits_section.k_quants_section())}
+    # 210 bytes of 256 numbers, and 84
+    assert found["Q6_K"]["bits"] == "6.56" and found["Q2_K"]["bits"] == "2.62"
+    fit, refined = "best fit of no more bits", "best refined of no more bits"
+    assert found["Q6_K"][fit] == found["Q4_K"][fit] == "auto, 3.49 bits, mean 1.500"
+    assert found["Q3_K"][fit] == "low_rank 80 % in int4, groups of 64, 3.39 bits, mean 2.000"
+    assert found["Q2_K"][fit] == found["Q6_K"][refined] == "not measured"
+
+
 def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
     lines = cells(bits_times_section.times_section())
     shown = [tuple(line[name] for name in ("model", "layers", "stored in", "kept", "bits")) for line in lines]
@@ -77,13 +89,15 @@ def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
         ("large", "dense", "int4", "100 %", "4.12"),
     ]
     assert [line["prefill, ms"] for line in lines] == ["7.00", "5.00", "3.00"]
-    assert [line["decode, ms"] for line in lines] == ["4.00", "", ""]
+    # of a file of its own
+    assert [line["decode, ms"] for line in lines] == ["4.00", "", "2.00"]
 
 
 def test_without_a_model_in_bits_all_are_shown(results):
     models = json.loads((results / "models_h200.json").read_text())
     models["rows"] = [row for row in models["rows"] if "/" not in row["variant"]]
-    (results / "models_h200.json").write_text(json.dumps(models))
+    for file, found in (("models_h200.json", models), ("decode_h200.json", {**models, "rows": []})):
+        (results / file).write_text(json.dumps(found))
     assert [line["model"] for line in cells(bits_times_section.times_section())] == ["large", "other"]
 
 

@@ -20,7 +20,7 @@ def test_kernels_build_and_fit(capability):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
-    casts = {"cast_columns_kernel", "cast_rows_kernel", "transpose_codes_kernel"}
+    casts = {"cast_columns_kernel", "cast_rows_kernel", "column_squares_kernel", "transpose_codes_kernel"}
     float8 = casts | {"float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
     plain = {
         "attend_kernel",

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from float8_cases import ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
+from float8_cases import ONE_ROUNDING, ROUNDINGS, SIZES, exact, layer, patch_rounding, reference, relative
 from tiny import tiny_llama, tiny_logits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,8 +21,6 @@ from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
 from hf_blr.structures import LowRank, Monarch, structure_named
 
-#: of one rounding to e4m3, relative, of many numbers: half a step is 2^-4 of the smallest number of a binade
-ONE_ROUNDING = 0.028
 #: of the few of one token
 OF_A_TOKEN = 0.032
 

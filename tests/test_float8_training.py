@@ -16,7 +16,7 @@ from hf_blr.finetune import BLRCallback
 from hf_blr.finetune.float8 import close_float8, open_float8
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.ops import float8_training
-from hf_blr.ops.float8_products import cast, cast_columns, transposed
+from hf_blr.ops.float8_products import cast, cast_both, cast_columns, transposed
 from hf_blr.ops.float8_training import why_not_float8
 from hf_blr.ops.rules.bits import missing
 from hf_blr.structures import Dense, LowRank, Monarch, structure_named
@@ -167,14 +167,17 @@ def test_what_takes_a_scale_before_it_is_cast(kernels, shape, scaled):
     rows, columns = (torch.randn(size).exp() if scaled else None for size in shape)
     t[0, 1] = float("nan")
     for found, wanted in (
+        *zip(cast_both(t, False), cast_both(t, True), strict=True),
         (cast(t, False, columns), cast(t, True, columns)),
         (cast_columns(t, rows, False), cast_columns(t, rows, True)),
     ):
         torch.testing.assert_close(found.scale, wanted.scale, equal_nan=True)
         numbers = [part.codes.float() * part.scale[:, None] for part in (found, wanted)]
-        whole = wanted.scale.isfinite()
+        # a scale may lie along the other axis
+        missing = wanted.codes.isnan() if wanted.scale.isfinite().all() else wanted.scale.isnan()
+        assert missing.any() and torch.equal(numbers[0][missing].isnan(), numbers[1][missing].isnan())
         # a number between two codes may go to either
-        assert relative(numbers[0][whole], numbers[1][whole].double()) < 3e-3 and found.codes.is_contiguous()
+        assert relative(numbers[0][~missing], numbers[1][~missing].double()) < 3e-3 and found.codes.is_contiguous()
 
 
 def test_a_layer_compiles_as_one_graph_that_leaves_the_products_alone():

@@ -79,7 +79,13 @@ def test_the_file_is_as_large_as_the_bits_say(tmp_path):
     model = tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=1).bfloat16()
     rest = 2 * sum(p.numel() for name, p in model.named_parameters() if "_proj" not in name)
     weights = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
-    for name, group_size, bits in (("int4", 64, 4.25), ("int3", 64, 3.25), ("int8", 128, 8.125), ("fp8", None, 8.04)):
+    for name, group_size, bits in (
+        ("int4", 64, 4.25),
+        ("int3", 64, 3.25),
+        ("int2", 64, 2.25),
+        ("int8", 128, 8.125),
+        ("fp8", None, 8.04),
+    ):
         config = BLRConfig("dense", dense_format=name, group_size=group_size)
         stored = streamed(model, tmp_path, config)
         stored.save_pretrained(tmp_path / name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expert_cases import STRUCTURES, make_experts, make_tokens
+from float8_cases import ONE_ROUNDING, ROUNDINGS, exact, relative
 from kernel_cases import (
     FUNCTIONS,
     GROUPED,
@@ -32,11 +33,11 @@ from hf_blr.inference.fusion import run_together
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.activations import ACTIVATIONS
-from hf_blr.structures import LowRank
+from hf_blr.structures import LowRank, structure_named
 
 pytest.importorskip("triton")
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
-from hf_blr.ops.rules.bits import LEAST_FLOAT8, PACKED  # noqa: E402
+from hf_blr.ops.rules.bits import FLOAT8, LEAST_FLOAT8, PACKED  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.triton import decode_expand  # noqa: E402
 
@@ -425,6 +426,50 @@ def test_gradients_of_experts(structure):
     for actual, wanted in zip(found[1], found[0], strict=True):
         assert ((actual - wanted).norm() / wanted.norm()).item() < 2e-2
     assert not any(p.grad[-1].any() for p in experts.parameters())
+
+
+@pytest.mark.parametrize("tokens", [40, 1000, 4096])
+@pytest.mark.parametrize(
+    "structure, blocks, rank",
+    [
+        ("low_rank", (1, 1), 256),
+        ("pivoted", (1, 1), 320),
+        ("dense", (1, 1), 1024),
+        ("monarch", (4, 4), 64),
+        ("monarch", (2, 8), 48),
+        ("blast", (4, 4), 256),
+        ("blast", (4, 16), 240),
+        ("blast", (2, 6), 80),
+    ],
+)
+def test_layers_in_float8_keep_the_error_budget(structure, blocks, rank, tokens):
+    if torch.cuda.get_device_capability() < LEAST_FLOAT8:
+        pytest.skip("the GPU does not multiply float8")
+    torch.manual_seed(0)
+    spec = structure_named(structure).spec(1024, 1536, rank, blocks)
+    settings = {"device": "cuda", "dtype": torch.bfloat16, "storage": format_named("fp8")}
+    module = BLRLinear.from_spec(spec, bias=structure != "dense", **settings).eval()
+    if structure == "pivoted":
+        module.order.copy_(torch.randperm(1024))
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    # one massive activation, none, and two other sizes
+    x[0, 7], x[1], x[2], x[3] = 1000, 0, x[2] * 1e-6, x[3] * 1e6
+    with torch.no_grad():
+        assert module.route_in_bits(x) == FLOAT8
+        out, wanted = module(x), exact(module, x)
+        assert torch.equal(out[1], torch.zeros_like(out[1]) if module.bias is None else module.bias)
+        for rows in (slice(4, None), slice(0, 1), slice(2, 3), slice(3, 4)):
+            # what is stored is rounded too
+            allowed = 1.05 * ROUNDINGS[structure] ** 0.5 * ONE_ROUNDING * (1 if rows.stop is None else 1.5)
+            assert relative(out[rows], wanted[rows]) < allowed, rows
+        run = Timer("cuda").captured(lambda: out.copy_(module(x)))
+        out.zero_()
+        run()
+        assert torch.equal(out, module(x))
+        if tokens == 1000:
+            compiled = torch.compile(module, fullgraph=True)(x)
+            # the cast is another kernel there
+            assert relative(compiled[4:], wanted[4:]) < 1.05 * ROUNDINGS[structure] ** 0.5 * ONE_ROUNDING
 
 
 @pytest.mark.parametrize("compiled", [False, True])

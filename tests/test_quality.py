@@ -13,6 +13,8 @@ import torch
 from calibration_sets import Calibration, Mixture
 from tiny import tiny_llama, tiny_tokenizer
 
+import hf_blr.linear
+
 #: one block, as runs are many
 SIZE = {"num_hidden_layers": 1}
 WINDOWS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -161,6 +163,21 @@ def test_rows_in_bits_say_what_is_stored(folder, capsys):
     assert 8 * saved == pytest.approx((16 - found["dense", "int4"]["bits"]) * numbers)
     capsys.readouterr()
     assert measure(folder, *only, "--turned") == rows and "ours in int8" not in capsys.readouterr().out
+
+
+def test_factors_that_are_rounded_between_train_on_half_of_the_text_each_time(folder, monkeypatch):
+    trained = []
+
+    def refine(model, dense, windows, **settings):
+        trained.append((windows, {module.storage.name for module in hf_blr.linear.blr_modules(model).values()}))
+
+    monkeypatch.setattr(quality, "refine", refine)
+    rows = measure(folder, "--only", "low_rank 0.8 ours, rounded between, refined in int4")
+    (first, before), (second, after) = trained
+    assert before == {"plain"} and after == {"int4"}
+    assert torch.cat([first, second]).shape == (8, 32) and not torch.equal(first, second)
+    row = rows[-1]
+    assert row["format"] == "int4" and row["bits"] < 6 and row["finetune_tokens"] == 2 * 8 * 32
 
 
 def test_more_bits_than_a_row_claims_are_refused(folder):

@@ -11,6 +11,8 @@ import pytest
 from hf_blr.bench.report.cells import sort_value
 from hf_blr.bench.report.conditions import kind_of, protocol_of, where_of
 from hf_blr.bench.report.files import read_result, write_result
+from hf_blr.bench.report.layer_plots import form_of
+from hf_blr.bench.report.layer_tables import layer_lines
 from hf_blr.bench.report.model_tables import by_size, compared
 from hf_blr.bench.report.page import page
 from hf_blr.bench.report.quality_tables import usable
@@ -129,6 +131,24 @@ def test_layer_tables_show_the_rows_of_the_file():
         == ("Llama-7B", "q,k,v,o", "blast", [4, 4], 1024, "forward", "hf_blr")
     ]
     assert row["1024 tokens"] == f"{measured[0]:.2f}x"
+
+
+def test_layer_tables_and_plots_tell_formats_apart():
+    row = {"model": "", "layer": "q", "blocks": [1, 1], "tokens": 1024, "direction": "forward", "impl": "hf_blr"}
+    dense = row | {"structure": "dense", "rank": 64, "impl": "cublas", "us": 8.0, "speedup_vs_dense": 1.0}
+    rows = [dense, dense | {"format": "fp8", "us": 4.0, "speedup_vs_dense": 2.0}]
+    for name, speed in (("plain", 2.0), ("fp8", 4.0)):
+        rows.append(row | {"structure": "low_rank", "rank": 16, "format": name, "speedup_vs_dense": speed})
+    lines = layer_lines([row | {"commit": "c"} for row in rows])
+    shown = [(line["structure"], line["format"], line["1024 tokens"]) for line in lines]
+    assert shown == [
+        ("dense", "plain", 8.0),
+        ("dense", "fp8", "2.00x"),
+        ("low_rank", "plain", "2.00x"),
+        ("low_rank", "fp8", "4.00x"),
+    ]
+    assert "format" not in layer_lines([{**dense, "commit": "c"}])[0]
+    assert [form_of(row) for row in rows] == ["dense", "dense fp8", "low_rank", "low_rank fp8"]
 
 
 def test_conditions_name_machine_versions_and_commit():

@@ -183,6 +183,24 @@ def test_most_of_what_was_measured_was_predicted():
         assert row["deviation"] == pytest.approx(row["predicted_ms"] / measured - 1)
 
 
+def test_prefill_in_float8_is_predicted():
+    rows = json.loads((RESULTS / "models_h200.json").read_text())["rows"]
+    rows = [row for row in rows if row["model"] == "Llama-3-8B, 8 blocks"]
+    predicted = {row["variant"]: row for row in model_predictions(rows, DEVICES["H200-measured"])}
+    assert {"dense/fp8", "low_rank/fp8+fused"} < predicted.keys()
+    assert all(abs(row["deviation"]) < 0.25 for row in predicted.values())
+    # a card without float8, and formats whose kernels are not counted
+    assert len(model_predictions(rows, DEVICES["A100"])) == len(predicted) - 2
+    other = {**rows[0], "variant": "low_rank/int4+fused"}
+    assert model_predictions([other], DEVICES["H200"]) == []
+
+
+def test_layers_in_float8_share_their_cast():
+    wide, narrow = (Projection(LowRank(4096, n, r), "float8") for n, r in ((4096, 1024), (1024, 400)))
+    names = [stage.name for stage in group_stages((wide, narrow, narrow), 4096)]
+    assert names == ["cast", *["project", "expand"] * 3]
+
+
 def test_rows_of_other_kinds_are_left_out():
     row = {"model": "Llama-7B", "variant": "dense", "measurement": "prefill", "batch": 1, "tokens": 128, "ms": 6.0}
     others = [

@@ -10,8 +10,11 @@ from tiny import tiny_llama
 import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
+from hf_blr.formats import FORMATS
+from hf_blr.linear import BLRLinear
 from hf_blr.ops.rules import columns, few_tokens, mix, products
 from hf_blr.ops.triton import tuned
+from hf_blr.structures import Monarch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures with a clock of its own, on the CPU")
 RULE = mix.MixConfig(16, 16, False, 4)
@@ -111,6 +114,15 @@ def test_pivoted_layers_are_tuned(folder, monkeypatch):
     with ops.use_impl("triton"):
         kinds = {key.split()[0] for key in json.loads(hf_blr.tune(model, tokens=(1, 40)).read_text())}
     assert kinds == {"columns", "pivoted_project", "decode_one"}
+
+
+def test_layers_of_one_size_are_tuned_in_each_format(folder, monkeypatch):
+    monkeypatch.setattr(tuned, "fastest", lambda run, configs: configs[0])
+    spec = Monarch(128, 64, 16, (4, 2))
+    layers = [BLRLinear.from_spec(spec, dtype=torch.float16, storage=FORMATS[name]) for name in ("plain", "fp8")]
+    with ops.use_impl("triton"):
+        path = hf_blr.tune(torch.nn.Sequential(*layers).eval(), tokens=(40,))
+    assert {"block_gemm", "float8_gemm", "cast_rows"} < {key.split()[0] for key in json.loads(path.read_text())}
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hf_blr.bench.forms import repeated_blocks
-from hf_blr.bench.models import SHAPES
+from hf_blr.bench.models import shape_of
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.dense import feature_sizes, is_dense_linear
-from hf_blr.formats import PLAIN
+from hf_blr.formats import FORMATS, PLAIN
 from hf_blr.inference import attention
 from hf_blr.inference.fusion import TOGETHER
 from hf_blr.linear import BLRLinear, blr_modules
@@ -42,11 +42,10 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
     found = []
     for row in rows:
         measured = row.get("graph_ms" if row["measurement"] == "decode" else "ms")
-        shape = SHAPES.get(row["model"])
+        shape = shape_of(row["model"])
         if measured is None or shape is None or shape.kind == "diffusion" or row.get("form") not in PREDICTED_FORMS:
             continue
-        if Variant.parse(row["variant"]).storage != PLAIN.name:
-            # peaks are of 16 bits
+        if not is_counted(Variant.parse(row["variant"]).storage, row["measurement"], device):
             continue
         sizes = sizes_of_row(row)
         if row["measurement"] == "prefill":
@@ -61,12 +60,17 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
     return found
 
 
+def is_counted(storage: str, measurement: str, device: Peaks) -> bool:
+    """Whether kernels of this format are: numbers, and those of fp8 at many tokens."""
+    return storage == PLAIN.name or (storage == "fp8" and measurement == "prefill" and device.float8_flops is not None)
+
+
 def predicted_parts(row: dict, device: Peaks) -> dict[str, float]:
     """Milliseconds of each part of a row's forward or decoding step, {part: ms}.
 
     {} for diffusion models, and for models whose shape is not known.
     """
-    shape = SHAPES.get(row["model"])
+    shape = shape_of(row["model"])
     if shape is None or shape.kind == "diffusion":
         return {}
     sizes = sizes_of_row(row)
@@ -87,7 +91,8 @@ def sizes_of_row(row: dict) -> ModelSizes:
 @functools.lru_cache
 def model_sizes_of(name: str, variant: str, ratio: float) -> ModelSizes:
     """Those of a variant, of the model built without memory."""
-    shape, parsed = SHAPES[name], Variant.parse(variant)
+    shape, parsed = shape_of(name), Variant.parse(variant)
+    assert shape is not None
     return sizes_of(build_model(shape, parsed, ratio, "meta", torch.bfloat16), parsed.fused)
 
 
@@ -140,7 +145,8 @@ def projection_groups(block: nn.Module, fused: bool) -> tuple[tuple[Projection, 
             together = (parent, group, type(module), module.spec.num_blocks) if fused else (name,)
             # cuBLAS adds that of a structure of plain products by itself
             by_us = module.spec.blocked or (fused and group != own)
-            projection = Projection(module.spec, adds=module.bias is not None and by_us)
+            form = "float8" if module.storage == FORMATS["fp8"] else "hf_blr"
+            projection = Projection(module.spec, form, module.bias is not None and by_us)
         else:
             projection, together = Projection(LowRank(*feature_sizes(module), 1), "dense"), (name,)
         found.setdefault(together, []).append(projection)

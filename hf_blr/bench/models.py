@@ -128,3 +128,10 @@ SHAPES: dict[str, Shape] = {
         options={256: {"sample_size": 32}, 16384: {"sample_size": 256}},
     ),
 }
+
+
+def shape_of(name: str) -> Shape | None:
+    """That of a row's model, `Llama-3-8B` or `Llama-3-8B, 8 blocks`; None where the name is not known."""
+    base, _, blocks = name.partition(", ")
+    shape = SHAPES.get(base)
+    return shape.of_blocks(int(blocks.removesuffix(" blocks"))) if shape and blocks else shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class Choice:
 
     taken: structure, blocks and format. bits: stored for each number of the dense matrix. loss: predicted, in nats a
     token, of experts for all of their tensor. runner_up, runner_up_loss: the option of another structure, blocks or
-    format that stores no more bits and has the least loss of those; None if there is none.
+    format that stores no more bits and has the least loss of those; None if there is none. hopeless: {structure and
+    blocks that a first fit of a layer of the kind left no chance: its loss over low-rank's at equal parameters}.
     """
 
     taken: str
@@ -57,6 +58,7 @@ class Choice:
     loss: float
     runner_up: str | None
     runner_up_loss: float | None
+    hopeless: dict[str, float] = field(default_factory=dict)
 
 
 def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
@@ -147,8 +149,8 @@ def loss_of(plan: dict[str, Option]) -> float:
     return sum(option.loss for option in plan.values())
 
 
-def choice_of(taken: Option, options: list[Option], numbers: int) -> Choice:
-    """Why this one of the options of a layer of so many dense numbers."""
+def choice_of(taken: Option, options: list[Option], numbers: int, hopeless: dict[str, float] | None = None) -> Choice:
+    """Why this one of the options of a layer of so many dense numbers; `hopeless` as in `Choice`."""
     others = [option for option in options if option.kind != taken.kind and option.cost <= taken.cost]
     second = min(others, key=lambda option: option.loss, default=None)
     return Choice(
@@ -157,6 +159,7 @@ def choice_of(taken: Option, options: list[Option], numbers: int) -> Choice:
         taken.loss,
         None if second is None else " ".join(second.kind),
         None if second is None else second.loss,
+        hopeless or {},
     )
 
 

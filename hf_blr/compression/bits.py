@@ -1,7 +1,7 @@
 """Structure, rank and format of each layer, when all layers share one budget of stored bits.
 
 What an option is predicted to cost the loss is a sum: what the rank cuts off, as in `budget`, and what rounding adds,
-as in `rounding_trials`.
+as in `rounding_loss` and `rounding_trials`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from hf_blr.compression.allocation import (
     allocate,
     allocate_both,
     choice_of,
-    interpolate,
     loss_of,
     within,
 )
-from hf_blr.compression.layer_trials import Layer, factor_at
-from hf_blr.compression.rounding_trials import AfterFeedback, Trial, candidates, storable, trials_of
-from hf_blr.compression.shapes import shapes_for
+from hf_blr.compression.layer_trials import Layer
+from hf_blr.compression.rounding_loss import AfterFeedback, storable
+from hf_blr.compression.rounding_trials import Trial, outcomes, trials_of
 from hf_blr.config import BLRConfig
 from hf_blr.dense import stored_weight
 from hf_blr.experts import layer_named
@@ -82,7 +81,8 @@ def share_bits(
     rest = config.bits_per_weight * numbers
     rest -= sum(8 * layer.num_bytes(dtypes[name]) for name, layer in fixed.items())
     layers = {name: Layer(model, name, statistics, config) for name in free}
-    trials = trials_of(layers, free, formats)
+    # who wants time too may take blocks that bits alone would never pay for
+    trials = trials_of(layers, free, formats, hopeless_too=time is not None)
     options = {
         name: options_of(layers[name], spec, trials[layers[name].kind], formats, dtypes[name], config)
         for name, spec in free.items()
@@ -108,7 +108,10 @@ def share_bits(
     for name, option in taken.items():
         if option.spec is not None:
             chosen[name] = replace(plan[name], spec=option.spec, storage=option.storage)
-    reasons = {name: choice_of(option, options[name], sizes[name]) for name, option in taken.items()}
+    reasons = {
+        name: choice_of(option, options[name], sizes[name], hopeless(trials[layers[name].kind]))
+        for name, option in taken.items()
+    }
     return {name: chosen[name] for name in plan if name in chosen}, loss_of(taken), reasons
 
 
@@ -159,29 +162,23 @@ def options_of(
     feedback = AfterFeedback.of(layer, weights[0][1].device)
     scale = sum(share * feedback.loss(weight) for share, weight in weights)
     found = [Option(None, 8.0 * PLAIN.num_bytes(whole, dtype, leading), 0.0)]
-
-    def add(spec: BLRSpec, storage: Format, cut: float, tries: list[Trial]) -> None:
-        added = 0.0
-        if storage != PLAIN:
-            measured = [
-                (trial.ratio, trial.rounding[storage.name]) for trial in tries if storage.name in trial.rounding
-            ]
-            if not measured:
-                return
-            added = scale * factor_at(measured, spec.ratio)
-        found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype, leading), cut + added, storage))
-
     for kept in storable(whole, formats):
         loss = sum(share * feedback.of_whole(weight, kept) for share, weight in weights)
         found.append(Option(whole, 8.0 * kept.num_bytes(whole, dtype, leading), loss, kept))
-    for shape in shapes_for(whole, config):
-        tries = trials[shape]
-        for spec in candidates(shape, formats):
-            truncation = factor_at([(trial.ratio, trial.truncation) for trial in tries], spec.ratio)
-            cut = truncation * interpolate(curve, spec.equivalent_rank)
-            for storage in (PLAIN, *storable(spec, formats)):
-                add(spec, storage, cut, tries)
+    for shape, tries in trials.items():
+        if not all(trial.hopeless for trial in tries):
+            for spec, storage, loss in outcomes(shape, tries, curve, scale, formats):
+                found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype, leading), loss, storage))
     return found
+
+
+def hopeless(trials: dict[BLRSpec, list[Trial]]) -> dict[str, float]:
+    """{structure and blocks that were not tried further: its loss over low-rank's at equal parameters}."""
+    return {
+        " ".join(Option(shape, 0.0, 0.0).kind[:-1]): tries[0].truncation
+        for shape, tries in trials.items()
+        if tries and all(trial.hopeless for trial in tries)
+    }
 
 
 def uniform(options: dict[str, list[Option]], budget: float) -> list[dict[str, Option]]:

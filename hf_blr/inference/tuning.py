@@ -41,7 +41,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     seen = set()
     for module in modules:
         group = [module] if module.group is None else module.group[0].modules
-        kind = (module.dtype, module.device, *((m.spec, m.bias is None) for m in group))
+        kind = (module.dtype, module.device, *((m.spec, m.storage, m.bias is None) for m in group))
         if kind not in seen:
             seen.add(kind)
             for count in tokens:

@@ -35,9 +35,9 @@ class Rows(NamedTuple):
 
 def pair(x: Tensor, x_scale: Tensor, v: Tensor, u: Tensor, emulated: bool) -> tuple[Tensor, ...]:
     """(out, y, codes and scale of v, codes `[R, N]` and scale of u's columns), of x's codes and scale."""
-    v8, columns = cast(v, emulated), cast_columns(u, None, emulated)
+    v8, (columns, u8) = cast(v, emulated), cast_both(u, emulated)
     y = product(Rows(x, x_scale), v8, v.dtype, emulated)
-    out = product(cast(y, emulated, columns.scale), transposed(columns.codes, emulated), v.dtype, emulated)
+    out = product(cast(y, emulated, columns.scale), u8, v.dtype, emulated)
     return out, y, *v8, *columns
 
 
@@ -97,6 +97,17 @@ def cast_columns(t: Tensor, factor: Tensor | None, emulated: bool) -> Rows:
     from hf_blr.ops.triton.cast_columns import cast_columns
 
     return Rows(*cast_columns(t.contiguous(), LARGEST, SMALLEST_NORM, factor))
+
+
+def cast_both(t: Tensor, emulated: bool) -> tuple[Rows, Rows]:
+    """(`cast_columns` of t `[M, L]`, the same codes `[M, L]`, whose scale the other operand takes)."""
+    if emulated:
+        columns = cast_columns(t, None, emulated)
+        return columns, transposed(columns.codes, emulated)
+    from hf_blr.ops.triton.cast_columns import cast_both
+
+    columns, rows = cast_both(t.contiguous(), LARGEST, SMALLEST_NORM)
+    return Rows(*columns), Rows(*rows)
 
 
 def transposed(codes: Tensor, emulated: bool) -> Rows:

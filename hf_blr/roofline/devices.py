@@ -20,6 +20,8 @@ class Peaks:
         few_bandwidth: bytes a second that our kernels for 2 to 32 tokens draw from memory: weights pass through shared
             memory into products of small tiles, which keep less of them on the way; None: `bandwidth`.
         scores: attention's scores a second, each with its exponential, where that and not the products is the limit.
+        gathers: numbers a second that a kernel reads from wherever an index says, of any width; None where it is not
+            known, and then not a bound.
         tile_seconds: what our kernels for many tokens take for each 128 x 128 outputs beyond the arithmetic, with all
             multiprocessors at work: tiles start, and are stored, while nothing is multiplied.
         float8_flops: operations a second of a product of float8; None where the device has none.
@@ -38,6 +40,7 @@ class Peaks:
     few_bandwidth: float | None = None
     scores: float | None = None
     odd_bandwidth: float | None = None
+    gathers: float | None = None
     tile_seconds: float = 0.0
     product_seconds: float = 0.0
     kernel_seconds: float = 0.0
@@ -71,6 +74,23 @@ MEASURED = {
         odd_bandwidth=0.73e12,
         product_seconds=6e-6,
         kernel_seconds=1.5e-6,
-    )
+    ),
+    # a product of 8192^3, casts, and the layers of `results/layers_h200.json`: products of float8 at the rate of dense
+    # layers, gathers at that of pivoted ones, starts as they fit best
+    "H200-measured": Peaks(
+        "H200-measured",
+        flops=790e12,
+        bandwidth=3.9e12,
+        l2=60e6,
+        l2_bandwidth=9.6e12,
+        few_bandwidth=2.6e12,
+        scores=1.28e12,
+        tile_seconds=10e-9,
+        odd_bandwidth=0.73e12,
+        gathers=0.7e12,
+        product_seconds=8e-6,
+        kernel_seconds=1.5e-6,
+        float8_flops=1430e12,
+    ),
 }
 DEVICES = DATASHEETS | MEASURED

@@ -28,5 +28,5 @@ def predict_experts(
     if dense:
         kernels = stages(spec, rows, form="dense", chip=device.chip)
     else:
-        kernels = stored_stages(spec, storage, rows, device)
+        kernels = stored_stages(spec, storage, rows, device, alone=False)
     return sum(stage.times(chosen).seconds(device) for stage in kernels)

@@ -23,6 +23,7 @@ class Stage:
         tiles: of 128 x 128 outputs, in our kernels for many tokens.
         odd: a product of few tokens whose rows of outputs begin anywhere.
         scores: of attention, each with its exponential.
+        gathered: numbers that are read from wherever an index says.
         float8: a product of float8.
     """
 
@@ -36,6 +37,7 @@ class Stage:
     tiles: int = 0
     odd: bool = False
     scores: int = 0
+    gathered: int = 0
     float8: bool = False
 
     @property
@@ -57,6 +59,7 @@ class Stage:
             repeated=round(count * self.repeated),
             tiles=round(count * self.tiles),
             scores=round(count * self.scores),
+            gathered=round(count * self.gathered),
         )
 
     def bounds(self, device: Peaks) -> dict[str, float]:
@@ -69,6 +72,8 @@ class Stage:
         bounds = {"arithmetic": arithmetic, "memory": self.memory_bytes(device.l2) / bandwidth}
         if device.scores:
             bounds["scores"] = self.scores / device.scores
+        if device.gathers:
+            bounds["gathers"] = self.gathered / device.gathers
         if device.l2_bandwidth:
             bounds["L2"] = self.repeated / device.l2_bandwidth
         return bounds

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from hf_blr.formats import PLAIN, Format
+from hf_blr.ops.rules.bits import FLOAT8, PACKED, route
 from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.rules.packed import reads_packed
@@ -113,16 +114,25 @@ def predict(
     return sum(stage.seconds(device) for stage in kernels)
 
 
-def stored_stages(spec: BLRSpec, storage: Format, tokens: int, device: Peaks) -> list[Stage]:
+def stored_stages(spec: BLRSpec, storage: Format, tokens: int, device: Peaks, alone: bool = True) -> list[Stage]:
     """The kernels of one forward of a layer in 16 bits whose factors are kept in this format.
 
-    Up to 32 tokens kernels read the factors as they are stored where they can. Else the factors become numbers first,
-    in a pass that reads what is stored and writes numbers. Products in float8 are not counted as such.
+    What runs is what `ops.rules.bits.route` says: up to 32 tokens kernels that read the factors as they are stored,
+    beyond them products of float8 where the device has them. Else the factors become numbers first, in a pass that
+    reads what is stored and writes numbers.
+
+    Args:
+        alone: whether a layer by itself runs; experts of a tensor have no products of float8.
     """
     if storage.form is None:
         return stages(spec, tokens, chip=device.chip)
-    if tokens <= FEW_TOKENS and structure_named(spec.structure).packed and reads_packed(spec, storage.form):
+    record = structure_named(spec.structure)
+    float8 = bool(record.float8) and alone and device.float8_flops is not None
+    found = route(spec, tokens, storage.form, float8, bool(record.packed))
+    if found == PACKED:
         return stages(spec, tokens, chip=device.chip, storage=storage)
+    if found == FLOAT8:
+        return stages(spec, tokens, "float8", chip=device.chip)
     stored, numbers = storage.num_bytes(spec, torch.bfloat16), PLAIN.num_bytes(spec, torch.bfloat16)
     unpacking = Stage("numbers of codes", 0, stored + numbers, product=False)
     return [unpacking, *stages(spec, tokens, chip=device.chip)]

@@ -23,7 +23,7 @@ EAGER_KERNELS = 22
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer: its sizes, whether it is dense or runs in the package's form, and `stages`' `adds`."""
+    """One layer: its sizes, the form of `stages` ("dense", "hf_blr" or "float8"), and `adds` as there."""
 
     spec: BLRSpec
     form: str = "hf_blr"
@@ -153,10 +153,16 @@ def layer_stages(k: int, n: int, tokens: int, itemsize: int) -> list[Stage]:
 
 
 def group_stages(group: tuple[Projection, ...], tokens: int, itemsize: int = 2, chip: Device = H100) -> list[Stage]:
-    """The kernels of projections that run together: one first stage, and one of each other where sizes are equal."""
+    """The kernels of projections that run together: one first stage, and one of each other where sizes are equal.
+
+    In float8 the cast alone is counted once.
+    """
     each = [stages(p.spec, tokens, p.form, itemsize, p.adds, group.count(p), chip) for p in group]
     if len(each) == 1:
         return each[0]
+    if group[0].form == "float8":
+        cast = each[0][0]
+        return [cast, *(stage for kernels in each for stage in kernels[1:])]
     x = tokens * group[0].spec.in_features * itemsize
     first = merged([kernels[0] for kernels in each])
     found = [replace(first, outside=first.outside - (len(each) - 1) * x)]

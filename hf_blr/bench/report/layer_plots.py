@@ -6,8 +6,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hf_blr.bench.peaks import predictions
-from hf_blr.bench.report.lines import grouped, label_of
+from hf_blr.bench.report.lines import grouped, label_of, storage_of
 from hf_blr.bench.report.plots import INK, Looks, add_legend, with_legend
+from hf_blr.formats import PLAIN
 from hf_blr.roofline.devices import Peaks
 
 if TYPE_CHECKING:
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def speed_up(plt: ModuleType, rows: list[dict]) -> Figure:
-    """One line for each structure and pair of block counts."""
-    lines = grouped((row for row in forwards(rows) if row["impl"] == "hf_blr"), label_of)
+    """One line for each structure, pair of block counts and format."""
+    lines = grouped((row for row in forwards(rows) if row["impl"] == "hf_blr"), form_of)
     figure, (axes,) = with_legend(plt, 1, len(lines), 3)
     looks = Looks()
     for label, mine in lines.items():
@@ -36,7 +37,7 @@ def roofline(plt: ModuleType, rows: list[dict], device: Peaks) -> Figure:
 
     A line for each form, a point for each number of tokens, which dense's points name.
     """
-    lines = grouped(predictions(forwards(rows), device), label_of)
+    lines = grouped(predictions(forwards(rows), device), form_of)
     figure, (axes,) = with_legend(plt, 1, len(lines), 3)
     looks = Looks()
     for label, mine in lines.items():
@@ -56,6 +57,11 @@ def roofline(plt: ModuleType, rows: list[dict], device: Peaks) -> Figure:
     axes.set_ylim(top=2e-12 * device.flops)
     add_legend(figure, 3)
     return figure
+
+
+def form_of(row: dict) -> str:
+    """`blast 4x4`, with the format where factors are kept in bits."""
+    return label_of(row) if storage_of(row) == PLAIN.name else f"{label_of(row)} {storage_of(row)}"
 
 
 def forwards(rows: list[dict]) -> list[dict]:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import statistics
 
 from hf_blr.bench.report.commits import commits_of
-from hf_blr.bench.report.lines import blocks_of, grouped, tokens_of, wide
+from hf_blr.bench.report.lines import blocks_of, grouped, storage_of, tokens_of, wide
+from hf_blr.formats import PLAIN
 
 
 def layer_lines(rows: list[dict]) -> list[dict]:
     """One line for each layer and form: dense's microseconds or the speed over it, a column for each number of tokens.
 
-    Of the package's own kernels and of dense; other implementations have no line.
+    Of the package's own kernels and of dense; other implementations have no line. Where some factors are kept in bits,
+    a column names the format; dense in bits is a speed over dense too.
     """
-    return wide(
-        [row for row in rows if row["impl"] in ("hf_blr", "cublas")],
-        lambda row: {key: row[key] for key in ("layer", "structure")} | {"blocks": blocks_of(row), "rank": row["rank"]},
-        lambda row: {tokens_of(row): row["us"] if row["structure"] == "dense" else f"{row['speedup_vs_dense']:.2f}x"},
-    )
+    shown = [row for row in rows if row["impl"] in ("hf_blr", "cublas")]
+    in_bits = any(storage_of(row) != PLAIN.name for row in shown)
+
+    def head(row: dict) -> dict:
+        line = {key: row[key] for key in ("layer", "structure")} | {"blocks": blocks_of(row), "rank": row["rank"]}
+        return line | ({"format": storage_of(row)} if in_bits else {})
+
+    def cell(row: dict) -> dict:
+        dense = (row["structure"], storage_of(row)) == ("dense", PLAIN.name)
+        return {tokens_of(row): row["us"] if dense else f"{row['speedup_vs_dense']:.2f}x"}
+
+    return wide(shown, head, cell)
 
 
 def group_lines(rows: list[dict]) -> list[dict]:

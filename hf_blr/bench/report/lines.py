@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from hf_blr.bench.report.commits import commits_of
+from hf_blr.formats import PLAIN
 
 
 def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> dict:
@@ -36,6 +37,11 @@ def wide(rows: list[dict], head: Callable[[dict], dict], cell: Callable[[dict], 
 def blocks_of(row: dict, times: str = " x ") -> str:
     """`4 x 16`; nothing of rows without blocks."""
     return times.join(map(str, row["blocks"])) if row.get("blocks") else ""
+
+
+def storage_of(row: dict) -> str:
+    """The format's name; rows that name none are of plain factors."""
+    return str(row.get("format", PLAIN.name))
 
 
 def label_of(row: dict) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from hf_blr.bench.report.lines import blocks_of, wide
+from hf_blr.bench.report.lines import blocks_of, storage_of, wide
+from hf_blr.formats import PLAIN
 
 
 def quality_lines(rows: list[dict]) -> list[dict]:
@@ -67,7 +68,7 @@ HIGHEST = 30
 
 
 def in_bits(row: dict) -> bool:
-    return row.get("format", "plain") != "plain"
+    return storage_of(row) != PLAIN.name
 
 
 def stored_in(row: dict) -> str:
@@ -76,7 +77,7 @@ def stored_in(row: dict) -> str:
         first, rest = list(row["taken"].items())[:MOST_TAKEN], list(row["taken"].values())[MOST_TAKEN:]
         return ", ".join([f"{count} {name}" for name, count in first] + [f"{sum(rest)} others"] * bool(rest))
     groups = f", groups of {row['group_size']}" if row.get("group_size") else ""
-    return f"{row.get('format', 'plain')}{groups}"
+    return f"{storage_of(row)}{groups}"
 
 
 def plain(rows: Iterable[dict]) -> list[dict]:

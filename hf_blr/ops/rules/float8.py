@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
-from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm
+from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm, gemm_tiles
 
 
 def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
@@ -43,6 +43,11 @@ def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activate
     return many and rounds_to_bfloat16 and not activates and n % 16 == 0
 
 
+def last_tiles(tokens: int, n: int, device: Device) -> int:
+    """Of 128 x 128 outputs, in a last stage of one block that is ours; 0 where it is cuBLAS'."""
+    return 0 if multiplies_by_cublas(tokens, n, True, False, device) else gemm_tiles(tokens, n, 1)
+
+
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
     """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
     if device == INTERPRETER:
@@ -58,15 +63,28 @@ def cast_config(k: int, device: Device) -> ColumnConfig:
     return ColumnConfig(1, min(4096, pow2(k)), 4 if k <= 8192 else 8)
 
 
-def columns_cast_config(device: Device) -> ColumnConfig:
-    """For `cast_columns_kernel`: 16 columns, which fill a sector of L2, and 512 rows at a time.
+@dataclass(frozen=True)
+class ColumnTiles:
+    """A cast of columns: (rows, columns, warps) of the tiles that are summed and of those that are cast.
 
-    H200, us of a graph, of which its start is 10: 2048 x 1024 13, 14336 x 1584, which leaves SMs idle, 84; 1024 rows by
-    16 warps 68, 32 columns 107.
+    chunk: rows whose squares a program sums, of both kinds of tiles a multiple.
+    """
+
+    summed: tuple[int, int, int]
+    cast: tuple[int, int, int]
+    chunk: int
+
+
+def column_tiles(m: int, length: int, device: Device) -> ColumnTiles:
+    """For `column_squares_kernel` and `cast_columns_kernel`: rows of 128 bytes, and chunks for two programs an SM.
+
+    Columns whole, 16 a program, took 68 us for 14336 x 1584 and left most of the SMs idle (H200).
     """
     if device == INTERPRETER:
-        return ColumnConfig(16, 16, 4)
-    return ColumnConfig(512, 16, 8)
+        return ColumnTiles((16, 16, 4), (16, 16, 4), 32)
+    rows, columns = 256, 64
+    programs = -(-2 * device.sms // -(-length // columns))
+    return ColumnTiles((rows, columns, 8), (64, columns, 2), rows * -(-m // (rows * programs)))
 
 
 def transpose_tile(m: int, length: int, device: Device) -> tuple[int, int]:

@@ -140,7 +140,8 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     if row > 4096:
         config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
     elif row > 2048:
-        wide = per == 8 and rows > 16 * device.sms
+        # of 32 tokens, the wide one spills
+        wide = per == 8 and tokens <= 16 and rows > 16 * device.sms
         config = PlacesConfig(32, 2 * CHUNK, 4, 4, 3) if wide else PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
     elif layers > 1:
         config = PlacesConfig(64, CHUNK, 1, 4, 4)

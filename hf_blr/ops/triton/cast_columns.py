@@ -7,75 +7,125 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
-from hf_blr.ops.rules.float8 import columns_cast_config, transpose_tile
+from hf_blr.ops.rules.float8 import column_tiles, transpose_tile
+
+
+@triton.jit
+def column_squares_kernel(
+    t_ptr, factor_ptr, squares_ptr, M, L, CHUNK, FACTOR: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr
+):
+    """squares[c, l], the sum over the CHUNK rows m of chunk c of (factor[m] t[m, l])^2, for t `[M, L]`."""
+    i_c = tl.program_id(1)
+    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
+    b_squares = tl.zeros((BM, BL), tl.float32)
+    for start in range(i_c * CHUNK, min(M, i_c * CHUNK + CHUNK), BM):
+        b_t = scaled_tile(t_ptr, factor_ptr, start + tl.arange(0, BM), o_l, M, L, FACTOR)
+        b_squares += b_t * b_t
+    tl.store(squares_ptr + i_c * L + o_l, tl.sum(b_squares, 0), mask=o_l < L)
 
 
 @triton.jit
 def cast_columns_kernel(
     t_ptr,
     factor_ptr,
+    squares_ptr,
     rows_ptr,
+    codes_ptr,
+    ones_ptr,
     scale_ptr,
     M,
     L,
+    CHUNKS,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
     FACTOR: tl.constexpr,
+    BOTH: tl.constexpr,
+    BC: tl.constexpr,
     BM: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """rows `[L, M]` and scale `[L]` of `cast_rows_kernel` for the transpose of t `[M, L]`; BL columns a program.
+    """rows `[L, M]` and scale `[L]` of `cast_rows_kernel` for the transpose of t `[M, L]`, in tiles of BM x BL.
 
-    FACTOR: row m of t is multiplied by factor[m] first. t is read twice, the second time from L2.
+    FACTOR: row m of t is multiplied by factor[m] first. BOTH: also their transpose, codes `[M, L]`, and ones `[M]`.
     """
-    o_l = tl.program_id(0) * BL + tl.arange(0, BL)
-    m_l = o_l < L
-    squares = tl.zeros((BL,), tl.float32)
-    for step in range(0, tl.cdiv(M, BM)):
-        squares += tl.sum(column_tile(t_ptr, factor_ptr, step, o_l, m_l, M, L, FACTOR, BM, squares=True), 0)
+    i_l, i_m = tl.program_id(0), tl.program_id(1)
+    o_m, o_l = i_m * BM + tl.arange(0, BM), i_l * BL + tl.arange(0, BL)
+    m_m, m_l, o_c = o_m < M, o_l < L, tl.arange(0, BC)
+    o_s = o_c[:, None] * L + o_l[None, :]
+    squares = tl.sum(tl.load(squares_ptr + o_s, mask=(o_c < CHUNKS)[:, None] & m_l[None, :], other=0.0), 0)
+    # NaN must not become the smallest norm
     norm = tl.maximum(tl.sqrt(squares), SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(scale_ptr + o_l, norm / LARGEST, mask=m_l)
-    for step in range(0, tl.cdiv(M, BM)):
-        b_t = column_tile(t_ptr, factor_ptr, step, o_l, m_l, M, L, FACTOR, BM, squares=False)
-        b_rows = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
-        o_m = step * BM + tl.arange(0, BM)
-        tl.store(
-            rows_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_rows.T, mask=m_l[:, None] & (o_m < M)[None, :]
-        )
+    if i_m == 0:
+        tl.store(scale_ptr + o_l, norm / LARGEST, mask=m_l)
+    b_t = scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, FACTOR)
+    b_codes = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
+    if BOTH:
+        tl.store(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], b_codes, mask=m_m[:, None] & m_l[None, :])
+        if i_l == 0:
+            tl.store(ones_ptr + o_m, tl.full((BM,), 1.0, tl.float32), mask=m_m)
+    tl.store(rows_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
 
 
 @triton.jit
-def column_tile(t_ptr, factor_ptr, step, o_l, m_l, M, L, FACTOR: tl.constexpr, BM: tl.constexpr, squares: tl.constexpr):
-    """[BM, BL] of t times factor in float32, zero outside; or its squares."""
-    o_m = step * BM + tl.arange(0, BM)
-    m_m = o_m < M
-    o = o_m.to(tl.int64)[:, None] * L + o_l[None, :]
-    b_t = tl.load(t_ptr + o, mask=m_m[:, None] & m_l[None, :], other=0.0).to(tl.float32)
+def scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, FACTOR: tl.constexpr):
+    """t[o_m, o_l] in float32, times factor[o_m], zero outside."""
+    m = (o_m < M)[:, None] & (o_l < L)[None, :]
+    b_t = tl.load(t_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], mask=m, other=0.0).to(tl.float32)
     if FACTOR:
-        b_t *= tl.load(factor_ptr + o_m, mask=m_m, other=0.0)[:, None]
-    return b_t * b_t if squares else b_t
+        b_t *= tl.load(factor_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
+    return b_t
 
 
 def cast_columns(t, largest, smallest_norm, factor=None):
-    """`cast_rows` of the transpose `[L, M]` of t `[M, L]` contiguous, times factor `[M]` float32 if there is one."""
+    """(rows `[L, M]`, scale `[L]`) of the transpose of t `[M, L]`, as `cast.cast_rows` gives them.
+
+    factor `[M]` float32, if there is one, multiplies t first. Two kernels: sums of squares by chunks of rows, tiles.
+    """
+    return cast_tiles(t, largest, smallest_norm, factor, None, None)
+
+
+def cast_both(t, largest, smallest_norm):
+    """What `cast_columns` returns, and the same codes as t lies, with the scale that is left of theirs.
+
+    ((rows `[L, M]`, scale `[L]`), (codes `[M, L]`, ones `[M]`)).
+    """
+    codes, ones = torch.empty_like(t, dtype=torch.float8_e4m3fn), t.new_empty(len(t), dtype=torch.float32)
+    return cast_tiles(t, largest, smallest_norm, None, codes, ones), (codes, ones)
+
+
+def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
     m, length = t.shape
     rows, scale = t.new_empty(length, m, dtype=torch.float8_e4m3fn), t.new_empty(length, dtype=torch.float32)
-    config = columns_cast_config(device_of(t))
-    if t.numel():
-        cast_columns_kernel[(triton.cdiv(length, config.bc),)](
-            t,
-            factor,
-            rows,
-            scale,
-            m,
-            length,
-            LARGEST=largest,
-            SMALLEST_NORM=smallest_norm,
-            FACTOR=factor is not None,
-            BM=config.bt,
-            BL=config.bc,
-            num_warps=config.warps,
-        )
+    if not t.numel():
+        return rows, scale
+    tiles = column_tiles(m, length, device_of(t))
+    chunks = triton.cdiv(m, tiles.chunk)
+    squares = t.new_empty(chunks, length, dtype=torch.float32)
+    bm, bl, warps = tiles.summed
+    column_squares_kernel[(triton.cdiv(length, bl), chunks)](
+        t, factor, squares, m, length, tiles.chunk, FACTOR=factor is not None, BM=bm, BL=bl, num_warps=warps
+    )
+    bm, bl, warps = tiles.cast
+    cast_columns_kernel[(triton.cdiv(length, bl), triton.cdiv(m, bm))](
+        t,
+        factor,
+        squares,
+        rows,
+        codes,
+        ones,
+        scale,
+        m,
+        length,
+        chunks,
+        LARGEST=largest,
+        SMALLEST_NORM=smallest_norm,
+        FACTOR=factor is not None,
+        BOTH=codes is not None,
+        BC=triton.next_power_of_2(chunks),
+        BM=bm,
+        BL=bl,
+        num_warps=warps,
+    )
     return rows, scale
 
 

@@ -20,14 +20,18 @@ def forward_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: in
     y, z = b1 * r * t, b2 * r * t
     project, mix, expand = 2 * t * v, 2 * t * s, 2 * t * u
     route = blast_route(t, (b1, b2), (p, q, r), chip, adds, layers=layers)
+    if form == "float8":
+        yield Stage("project", project, t * k + v, (y,), tiles=gemm_tiles(t, r, b1))
+        # s, and its products with v's scales, are of 16 bits
+        yield Stage("weights of the mix", 0, 2 * s, (2 * s,), product=False)
+        yield Stage("mix", mix, 2 * s, (y, z), product=False)
+        yield Stage("expand", expand, u + t * n, (z,), tiles=gemm_tiles(t, q, b2))
+        return
     if form != "hf_blr":
         yield Stage("project", project, t * k + v, (y,))
-        if form == "float8":
-            # s, and its products with v's scales, are of 16 bits
-            yield Stage("weights of the mix", 0, 2 * s, (2 * s,), product=False)
         if form == "paper":
             yield Stage("permute y", 0, 0, (y, y), product=False)
-        yield Stage("mix", mix, s, (y, z), product=form != "float8" and mixes_along_t(b1, b2))
+        yield Stage("mix", mix, s, (y, z), product=mixes_along_t(b1, b2))
         if form == "paper":
             yield Stage("permute z", 0, 0, (z, z), product=False)
         yield Stage("expand", expand, u + t * n, (z,))

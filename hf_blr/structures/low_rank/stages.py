@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hf_blr.ops.rules.device import Device
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.ops.rules.float8 import last_tiles
 from hf_blr.ops.rules.products import gemm_tiles
 from hf_blr.roofline.stage import Stage
 from hf_blr.structures.spec import BLRSpec
@@ -14,9 +15,13 @@ from hf_blr.structures.spec import BLRSpec
 def forward_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: int, chip: Device) -> Iterator[Stage]:
     t, k, n, r = tokens, spec.in_features, spec.out_features, spec.rank
     u, v, y = n * r, r * k, t * r
-    ours = adds and t > FEW_TOKENS
-    yield Stage("project", 2 * t * v, t * k + v, (y,))
-    yield Stage("expand", 2 * t * u, u + t * n, (y,), tiles=gemm_tiles(t, n, 1) if ours else 0)
+    first = last = 0
+    if form == "float8":
+        first, last = gemm_tiles(t, r, 1), last_tiles(t, n, chip)
+    elif adds and t > FEW_TOKENS:
+        last = gemm_tiles(t, n, 1)
+    yield Stage("project", 2 * t * v, t * k + v, (y,), tiles=first)
+    yield Stage("expand", 2 * t * u, u + t * n, (y,), tiles=last)
 
 
 def backward_stages(spec: BLRSpec, tokens: int, chip: Device) -> Iterator[Stage]:

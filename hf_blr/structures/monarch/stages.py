@@ -19,11 +19,11 @@ def forward_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: in
     # y and z are of one size: every pair of blocks has its own rank
     y = b1 * b2 * r * t
     route = monarch_route(t, (b1, b2), (p, q, r), chip, adds, layers=layers)
-    ours = form == "hf_blr"
-    yield Stage("project", 2 * t * v, t * k + v, (y,))
+    ours, float8 = form == "hf_blr", form == "float8"
+    yield Stage("project", 2 * t * v, t * k + v, (y,), tiles=gemm_tiles(t, r, b1 * b2) if float8 else 0)
     if form in ("pytorch", "paper") or (ours and route.copied):
         yield Stage("swap blocks", 0, 0, (y, y), product=False)
-    own_tiles = ours and not route.few and (route.in_place or adds)
+    own_tiles = float8 or (ours and not route.few and (route.in_place or adds))
     yield Stage("expand", 2 * t * u, u + t * n, (y,), tiles=gemm_tiles(t, q, b2) if own_tiles else 0)
     if form == "pytorch":
         yield Stage("order outputs", 0, 2 * t * n, product=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hf_blr.ops.rules.device import Device
+from hf_blr.ops.rules.float8 import last_tiles
+from hf_blr.ops.rules.products import gemm_tiles
 from hf_blr.roofline.stage import Stage
 from hf_blr.structures.spec import BLRSpec
 
@@ -16,9 +18,9 @@ def forward_stages(spec: BLRSpec, tokens: int, form: str, adds: bool, layers: in
         yield Stage("gather and project", 2 * t * c, t * k + c + k, (y,))
     else:
         # every feature of x is read and written once more, and the product adds to the pivots
-        yield Stage("gather", 0, t * k + k, (y, rest), product=False)
-        yield Stage("project", 2 * t * c, c, (y, rest, y))
-    yield Stage("expand", 2 * t * u, u + t * n, (y,))
+        yield Stage("gather", 0, t * k + k, (y, rest), product=False, gathered=t * k)
+        yield Stage("project", 2 * t * c, c, (y, rest, y), tiles=gemm_tiles(t, r, 1) if form == "float8" else 0)
+    yield Stage("expand", 2 * t * u, u + t * n, (y,), tiles=last_tiles(t, n, chip) if form == "float8" else 0)
 
 
 def backward_stages(spec: BLRSpec, tokens: int, chip: Device) -> Iterator[Stage]:
