@@ -18,7 +18,12 @@ LOWER_BIN = .venv-lower/bin
 LOWER_TESTS = tests/test_integration_*.py tests/test_compress.py tests/test_peft_twins.py tests/test_finetune.py \
 	tests/test_resume.py tests/test_shards.py tests/test_memory.py tests/test_formats.py tests/test_text*.py
 
-.PHONY: install test test-quick test-long test-lower lint audit docs demo clean
+#: what `test` leaves out where the tools are missing
+TOOL_TESTS = tests/test_diffusers.py tests/test_linears.py tests/test_serve.py tests/test_tasks.py
+#: the newest vLLM that was tried
+VLLM ?= vllm==0.33.0
+
+.PHONY: install test test-quick test-long test-lower test-tools test-vllm lint audit docs demo clean
 
 install: $(READY)
 
@@ -44,6 +49,19 @@ test-lower:
 	test -x $(LOWER_BIN)/python || $(PYTHON) -m venv .venv-lower
 	$(LOWER_BIN)/pip install "$(TORCH)" $(LOWER) -e . "pytest >= 8" "pytest-xdist >= 3.6" "hypothesis >= 6"
 	OMP_NUM_THREADS=1 $(LOWER_BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(LOWER_TESTS)
+
+# tools that would be much to install for everybody: exports, servers, diffusers, lm-eval
+test-tools:
+	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install "$(TORCH)" "$(TRANSFORMERS)" -e ".[tools]" "pytest >= 8" "pytest-xdist >= 3.6"
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n $(WORKERS) --dist loadfile $(TOOL_TESTS)
+
+# vLLM's own classes on the CPU, with the torch of the other tests in place of its own
+test-vllm:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install "$(TORCH)" -r tests/vllm_on_cpu.txt -e . "pytest >= 8" "hypothesis >= 6"
+	.venv-vllm/bin/pip install --no-deps "$(VLLM)"
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_shards.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

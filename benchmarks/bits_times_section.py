@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from conditions import RESULTS, table_of
@@ -10,7 +9,6 @@ from conditions import RESULTS, table_of
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import grouped
-from hf_blr.bench.variants import Variant
 
 #: whole models in many forms, and decoding in bits; of one card
 FILES = "models_h200.json", "decode_h200.json"
@@ -54,9 +52,9 @@ def lines_of(rows: list[dict]) -> list[dict[str, Any]]:
 
 
 def form_of(row: dict) -> tuple[str, str]:
-    """(layers, format) of a row of `bench model`."""
-    layers = re.split("[/+]", row["variant"])[0].replace(":", " ")
-    return layers, Variant.parse(row["variant"]).storage
+    """(layers, format) of a row, whose variant has them before and after a slash; what is fused follows a plus."""
+    layers, _, stored = row["variant"].partition("+")[0].partition("/")
+    return layers.replace(":", " "), stored or "plain"
 
 
 def bits_of(row: dict, dense: dict) -> float:

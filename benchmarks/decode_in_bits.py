@@ -10,7 +10,7 @@ import argparse
 import multiprocessing
 import sys
 from collections.abc import Callable
-from multiprocessing.synchronize import Barrier, Lock
+from multiprocessing.synchronize import Barrier, Lock, Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ PROTOCOL = (
 )
 
 
-def row_of(model_name: str, variant: str, batch: int, device: str, building: Lock, turn: Callable[[], None]) -> dict:
+def row_of(
+    model_name: str, variant: str, batch: int, device: str, building: Semaphore, turn: Callable[[], None]
+) -> dict:
     """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
     shape = SHAPES[model_name]
     parsed = Variant("dense", fused=True) if variant == PYTORCH else Variant.parse(variant)
@@ -63,7 +65,7 @@ def tensors_read(model: Any) -> list[torch.Tensor]:
     return [*model.parameters(), *(t for n, t in model.named_buffers() if n.rpartition(".")[2] not in many)]
 
 
-def work(job: tuple[str, str, int, str, str], building: Lock, compiled: Barrier, timing: Lock, path: str) -> None:
+def work(job: tuple[str, str, int, str, str], building: Semaphore, compiled: Barrier, timing: Lock, path: str) -> None:
     """Measure one row and add it to the file."""
     name, variant, batch, device, commit = job
     held = []
@@ -98,7 +100,8 @@ def main() -> None:
     jobs = [
         (args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in args.variants
     ]
-    shared = context.Lock(), context.Barrier(len(jobs)), context.Lock(), str(args.json)
+    # two are built at a time: each takes the memory of a dense model
+    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
     processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
     for process in processes:
         process.start()

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    dense, _ = loading.load_model(args.model, args, tokenizer=False)
+    dense, _ = loading.load_model(args.model, args, reader=False)
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     texts = read_ids([str(args.ids)], None)
     valid = {"valid": texts.pop("valid")}

@@ -125,14 +125,18 @@ def train(case: Case) -> None:
     assert after < loss, f"a step raises the loss from {loss:.4f} to {after:.4f}"
 
 
+#: the method of newer transformers, of older ones, and of diffusers
+ENABLE = ("activation_checkpointing_enable", "gradient_checkpointing_enable", "enable_gradient_checkpointing")
+
+
 def checkpointing(case: Case) -> None:
     """Gradient checkpointing gives the same gradients."""
     model = case.compressed()
-    if not getattr(model, "supports_gradient_checkpointing", False):
+    # diffusers' name has an underscore
+    if not any(getattr(model, f"{prefix}supports_gradient_checkpointing", False) for prefix in ("", "_")):
         raise NotApplicable
     right = gradients(case.compressed(), case.batch)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    next(filter(None, (getattr(model, name, None) for name in ENABLE)))()
     # blocks take checkpoints in training mode alone; nothing shall be dropped out in it
     for block in [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]:
         block.training = True

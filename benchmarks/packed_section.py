@@ -11,20 +11,14 @@ from hf_blr.markdown import format_table
 
 
 def packed_decode_section() -> str:
-    """us of each layer with the rules of then, and with the best of the settings that were tried for one stage."""
+    """us of each layer."""
     result = read_result(RESULTS / "packed_decode_h200.json")
     layers = dict.fromkeys((row["in_features"], row["out_features"], row["tokens"]) for row in result["rows"])
     lines = []
     for layer in layers:
         rows = [r for r in result["rows"] if (r["in_features"], r["out_features"], r["tokens"]) == layer]
         line = {"us": f"{layer[0]} -> {layer[1]}, {tokens_of(layer[2])}"}
-        for row in rows:
-            if row["settings"] is None:
-                line[name_of(row)] = f"{us(row):.1f}"
-        for name in dict.fromkeys(name_of(row) for row in rows if row["settings"]):
-            best = min(us(row) for row in rows if name_of(row) == name)
-            line[name] += f" ({best:.1f})"
-        lines.append(line)
+        lines.append(line | {name_of(row): f"{us(row):.1f}" for row in rows})
     numbers = ", ".join(
         f"{row['format']} {us(row):.0f} us by {'one kernel' if row['by'] == 'kernel' else 'PyTorch'}"
         for row in result["numbers"]
@@ -32,8 +26,8 @@ def packed_decode_section() -> str:
     size = result["numbers"][0]
     return (
         f"{format_table(lines)}\n\n"
-        f"In brackets: with the best of the settings tried for one of the stages. Mean of the runs. {result['dtype']}; "
-        f"{result['protocol']}. A factor {size['n']} x {size['k']} as numbers, groups of {size['group']}: {numbers}. "
+        f"{result['dtype']}; {result['protocol']}. "
+        f"A factor {size['n']} x {size['k']} as numbers, groups of {size['group']}, at {size['commit']}: {numbers}. "
         f"Errors: {result['checks']}. {machine(result['environment'])}."
     )
 

@@ -187,7 +187,7 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, required=True, help="result file to write or to go on with")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    dense, tokenizer = loading.load_model(args.model, args, tokenizer=any("=" in s for s in args.texts + args.parts))
+    dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     if args.turned:
         dense, name = turned(dense), f"{name}, {TURNED}"

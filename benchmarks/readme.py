@@ -30,6 +30,7 @@ import scale_section
 import sentences_section
 import several_gpus_section
 import text_ratio_sections
+import tools_section
 import zoo_section
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "models.md": {
         "matrix": matrix_section.matrix_section,
+        "tools": tools_section.tools_section,
     },
     ROOT / "docs" / "calibration.md": {
         "zoo": zoo_section.zoo_section,

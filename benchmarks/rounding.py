@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    dense, tokenizer = loading.load_model(args.model, args, tokenizer=any("=" in s for s in (args.fit, *args.texts)))
+    dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in (args.fit, *args.texts)))
     texts = {name: text.to(args.device) for name, text in read_ids(args.texts, tokenizer).items()}
     ((fitted_to, ids),) = read_ids([args.fit], tokenizer).items()
     starts = torch.linspace(0, len(ids) - FIT_SEQLEN, FIT_WINDOWS).long().tolist()

@@ -73,6 +73,8 @@ ZOO: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
             1}),
         "mixtral": ("MixtralForCausalLM", "MixtralConfig", LM | {"num_local_experts": 4, "num_experts_per_tok": 2,
             "sliding_window": None}),
+        "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", LM | {"intermediate_size": 64, "num_experts": 4,
+            "num_experts_per_tok": 2}),
         "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", LM | EXPERTS | {"num_experts": 4,
             "shared_expert_intermediate_size": 64}),
         "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", LM | EXPERTS | HEADS | {"num_experts": 4}),

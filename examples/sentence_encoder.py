@@ -1,9 +1,8 @@
-"""Compress an encoder of sentences, and see how near its embeddings stay to the dense ones."""
+"""Compress an encoder of sentence-transformers, and see how near its embeddings stay to the dense ones."""
 
 import argparse
 
-import torch
-from transformers import AutoModel, AutoTokenizer
+from sentence_transformers import SentenceTransformer
 
 import hf_blr
 from hf_blr import BLRConfig
@@ -18,22 +17,15 @@ things, deeds = ("The cat", "A train", "My sister", "Some rain"), ("sleeps", "is
 sentences = [f"{thing} {deed} {when}." for thing in things for deed in deeds for when in ("today", "again", "at night")]
 held_out, fitted = sentences[::6], [text for i, text in enumerate(sentences) if i % 6]
 
-tokenizer = AutoTokenizer.from_pretrained(args.model)
-dense, model = (AutoModel.from_pretrained(args.model).eval() for _ in range(2))
+encoder = SentenceTransformer(args.model)
+dense = encoder.encode(held_out, normalize_embeddings=True)
 # sentences as the encoder reads them, each in a row of its own; padding does not count
-batches = [tokenizer(fitted[i : i + 10], return_tensors="pt", padding=True) for i in range(0, len(fitted), 10)]
-print(hf_blr.compress(model, BLRConfig("low_rank", ratio=args.ratio), calibration=batches))
+read = encoder.tokenizer
+batches = [read(fitted[i : i + 10], return_tensors="pt", padding=True) for i in range(0, len(fitted), 10)]
+# its first module holds the model of transformers
+print(hf_blr.compress(encoder[0].auto_model, BLRConfig("low_rank", ratio=args.ratio), calibration=batches))
+encoder.save(args.output)
 
-
-@torch.no_grad()
-def embed(encoder: torch.nn.Module) -> torch.Tensor:
-    """The mean over each sentence's tokens, of length one: `[sentences, features]`."""
-    batch = tokenizer(held_out, return_tensors="pt", padding=True)
-    mask = batch["attention_mask"][..., None]
-    states = encoder(**batch).last_hidden_state
-    return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-print(f"cosine with the dense embeddings of other sentences: {(embed(dense) * embed(model)).sum(-1).mean():.4f}")
-model.save_pretrained(args.output)
-tokenizer.save_pretrained(args.output)
+again = SentenceTransformer(args.output)  # loads the factors, because hf_blr is imported
+cosines = (again.encode(held_out, normalize_embeddings=True) * dense).sum(-1)
+print(f"cosine with the dense embeddings of other sentences: {cosines.mean():.4f}")

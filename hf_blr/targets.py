@@ -12,8 +12,8 @@ from torch import nn
 from hf_blr.dense import feature_sizes
 from hf_blr.experts import dense_layers
 
-#: small layers that steer others: a wrong sign in one of them sends a token to another expert
-ROUTER_NAMES = frozenset({"gate", "router", "modality_router", "shared_expert_gate"})
+#: layers that steer others, and modules of such layers: a wrong sign in one sends a token to another expert
+ROUTER_NAMES = frozenset({"gate", "router", "router_gate", "modality_router", "shared_expert_gate"})
 
 #: modules whose layers pick what others attend to, which no gradient tells how well they do
 PICKERS = frozenset({"indexer"})
@@ -71,8 +71,7 @@ def remaining_targets(
             for name in dense
             if in_repeated_block(name)
             and left_out.isdisjoint((name, leaf(name)))
-            and leaf(name) not in ROUTER_NAMES
-            and PICKERS.isdisjoint(name.split("."))
+            and steers_nothing(name)
             and min(feature_sizes(dense[name])) >= NARROWEST
             and math.prod(feature_sizes(dense[name])) >= SMALLEST
         ]
@@ -144,11 +143,17 @@ def in_repeated_block(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
+def steers_nothing(name: str) -> bool:
+    """Whether a layer is neither a router or picker nor a part of one."""
+    return (ROUTER_NAMES | PICKERS).isdisjoint(name.split("."))
+
+
 def head_modules(model: nn.Module) -> set[str]:
-    """The output embedding, by name, where the model says it has one."""
+    """The output embedding and its parts, by name, where the model says it has one; some have several, in a list."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
-    return {name for name, module in model.named_modules() if module is head and head is not None}
+    parts = set() if head is None else set(head.modules())
+    return {name for name, module in model.named_modules() if module in parts}
 
 
 def keep_in_fp32_names(model: nn.Module) -> set[str]:

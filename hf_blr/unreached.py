@@ -9,7 +9,7 @@ from torch import nn
 from hf_blr.dense import is_dense_linear
 from hf_blr.experts import tensors_of
 from hf_blr.linear import BLRLinear
-from hf_blr.targets import NARROWEST, ROUTER_NAMES, in_repeated_block, leaf
+from hf_blr.targets import NARROWEST, in_repeated_block, leaf, steers_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def warn_of_unreached(model: nn.Module) -> None:
     """Matrices of repeated blocks that lie in no linear layer stay dense; say which, and how much of the model."""
     unreached: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not in_repeated_block(name) or leaf(name) in ROUTER_NAMES or isinstance(module, WITHOUT_MATRIX):
+        if not in_repeated_block(name) or not steers_nothing(name) or isinstance(module, WITHOUT_MATRIX):
             continue
         if is_dense_linear(module) or isinstance(module, BLRLinear):
             continue

@@ -46,6 +46,7 @@ from hf_blr.ops.triton import (
     swap,
 )
 from hf_blr.ops.triton.bits import weights_in_bits
+from hf_blr.ops.triton.decode_places import expand_by_places
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -259,6 +260,18 @@ def call_packed(dtype, tokens, bits, group, k, n, rank, b1, b2):
     numbers.numbers(*factor(n, k), dtype)
 
 
+def call_one_in_float8(n, k):
+    """A dense layer in float8 on one token: cards differ in how they convert it."""
+    codes, scale, bits, length = codes_of((n, k), 0, None)
+    packed.dense(torch.empty(1, k, dtype=torch.bfloat16), [codes], [scale], [bits], [length], None, "")
+
+
+def call_gated_places(dtype, tokens, bits, group, n, rank):
+    """The last stage of two layers whose outputs are multiplied, place by place."""
+    u = weights_in_bits(*codes_of((2, n, rank), bits, group))
+    expand_by_places(torch.empty(1, tokens, 2 * rank, dtype=dtype), u, None, torch.empty(tokens, n), "silu", True)
+
+
 def call_plain(capability):
     """All launches of the plain format, and attention."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -317,6 +330,8 @@ def main(capability: int):
         call_packed(*PACKED[capability])
         dtype, tokens, bits, group, *_ = PACKED[capability]
         call_experts(dtype, 8 * tokens, 1, 768, 2048, bits=bits, group=group)
+        call_one_in_float8(4096, 1584)
+        call_gated_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -10,6 +10,8 @@ from transformers import (
     GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -72,6 +74,11 @@ def make_tokens(experts, tokens, each=2, last=0):
     x = torch.randn(tokens, hidden, device=device).to(dtype)
     choice = torch.rand(tokens, experts.num_experts - last, device=device).argsort(1)[:, :each]
     return x, choice, torch.rand(tokens, each, device=device).to(dtype)
+
+
+def olmoe():
+    many = {"num_experts": 6, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return build(OlmoeForCausalLM, OlmoeConfig(**SIZES | {"intermediate_size": 48}, **many, pad_token_id=0))
 
 
 def qwen2_moe():

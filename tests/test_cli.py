@@ -1,5 +1,6 @@
 """The command line, as a user types it, on a tiny model in a folder."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_bert, tiny_llama, tiny_llava, tiny_t5, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+import transformers
+from tiny import tiny_bert, tiny_llama, tiny_llava, tiny_t5, tiny_tokenizer, tiny_vit
+from transformers import AutoModelForCausalLM, Wav2Vec2FeatureExtractor
+from zoo_models import build
 
 from hf_blr.cli import COMMANDS, main
-from hf_blr.cli.options import block_counts
+from hf_blr.cli.options import add_device, block_counts
 from hf_blr.linear import blr_modules
 from hf_blr.markdown import format_table
 from hf_blr.plan import plan_from_layers
@@ -104,6 +107,64 @@ def test_a_classifier_keeps_its_head(classifier, tmp_path, capsys):
     for command in (["evaluate", str(out)], ["finetune", str(out), str(tmp_path / "tuned")]):
         assert main([*command, "--dataset", dense[1], "--seqlen", "32"]) == 2
         assert "takes causal language models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["images", "nothing", "text"])
+def test_a_model_of_images_keeps_its_class_and_processor(given, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    # of older releases this is the one without torchvision
+    processor = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    model, folder, images, out = tiny_vit(), tmp_path / "vit", tmp_path / "images", tmp_path / "out"
+    model.save_pretrained(folder)
+    processor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    images.mkdir()
+    for number in range(4):
+        image.new("RGB", (16, 16), (60 * number, 40, 250 - 50 * number)).save(images / f"{number}.png")
+    options = {"images": ["--images", str(images)], "nothing": [], "text": ["--dataset", "builtin"]}[given]
+    found = main(["compress", str(folder), str(out), "--structure", "low_rank", "--ratio", "0.6", *options])
+    said = capsys.readouterr()
+    if given == "text":
+        assert found == 2 and "ViTForImageClassification does not run on text alone" in said.err
+        return
+    assert found == 0 and ("fitted to activations" if given == "images" else "fitted to weights") in said.out
+    loaded = type(model).from_pretrained(out)
+    assert blr_modules(loaded) and torch.equal(loaded.classifier.weight, model.classifier.weight)
+    assert processor.from_pretrained(out).size == {"height": 16, "width": 16}
+
+
+@pytest.mark.parametrize("files", ["a feature extractor", "none"])
+def test_a_model_of_sounds_keeps_its_class_with_whatever_reads_for_it(files, tmp_path):
+    model, folder, out = build("wav2vec2"), tmp_path / "dense", tmp_path / "out"
+    model.save_pretrained(folder)
+    if files != "none":
+        Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(folder)
+    assert main(["compress", str(folder), str(out), "--structure", "low_rank", "--ratio", "0.6"]) == 0
+    loaded = type(model).from_pretrained(out)
+    assert blr_modules(loaded) and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    if files != "none":
+        assert Wav2Vec2FeatureExtractor.from_pretrained(out).sampling_rate == 8000
+
+
+def test_an_encoder_decoder_keeps_its_class_and_is_fitted_to_text(dense, tmp_path, capsys):
+    folder, out = tmp_path / "t5", tmp_path / "out"
+    tiny_t5().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert compress((str(folder), dense[1]), out) == 0
+    assert "T5ForConditionalGeneration.from_pretrained" in capsys.readouterr().out
+    assert blr_modules(type(tiny_t5()).from_pretrained(out))
+
+
+def test_text_and_images_at_once_are_refused(dense, tmp_path, capsys):
+    assert compress(dense, tmp_path / "out", "--images", str(tmp_path)) == 2
+    assert "takes the place of --dataset" in capsys.readouterr().err
+
+
+def test_the_device_is_found_where_none_is_named():
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    assert parser.parse_args([]).device == parser.parse_args(["--device", "auto"]).device == found
+    assert parser.parse_args(["--device", "cuda:1"]).device == "cuda:1"
 
 
 def test_a_model_of_text_and_images_is_evaluated_on_text(dense, tmp_path):

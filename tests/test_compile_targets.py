@@ -38,6 +38,7 @@ def test_kernels_build_and_fit(capability):
         "expert_rows_kernel",
         "losses_kernel",
         "losses_backward_kernel",
+        "decode_places_kernel",
         "numbers_kernel",
         "swap_blocks_kernel",
         "columns_kernel",

@@ -77,6 +77,7 @@ def test_the_example_with_several_processes(tmp_path):
 
 
 def test_the_example_with_a_sentence_encoder(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sentence_transformers")
     encoder = BertModel(tiny_bert().config, add_pooling_layer=False)
     printed = run("sentence_encoder.py", monkeypatch, capsys, *folder_of(encoder, tmp_path))
     assert 0.5 < float(printed.rpartition(": ")[2]) < 1 and (tmp_path / "out" / "README.md").exists()

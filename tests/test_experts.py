@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from expert_cases import deepseek_v3, gpt_oss, llama4, qwen2_moe, qwen3_moe
+from expert_cases import deepseek_v3, gpt_oss, llama4, olmoe, qwen2_moe, qwen3_moe
 from tiny import batches_for, divergence, tiny_inputs, tiny_logits, tiny_mixtral, tiny_tokenizer
 from zoo_inputs import plain_grams
 
@@ -27,7 +27,7 @@ from hf_blr.targets import find_targets
 CONFIG = BLRConfig("low_rank", ratio=0.5)
 
 
-MODELS = {f.__name__: f for f in (tiny_mixtral, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss, llama4)}
+MODELS = {f.__name__: f for f in (tiny_mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss, llama4)}
 each = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 

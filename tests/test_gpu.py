@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from expert_cases import STRUCTURES, make_experts, make_tokens
 from float8_cases import ONE_ROUNDING, ROUNDINGS, exact, relative
 from kernel_cases import (
@@ -28,6 +29,7 @@ from hf_blr.calibration.precision import calibrating
 from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import FactorInBits, format_named
+from hf_blr.inference.fusion import run_together
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.activations import ACTIVATIONS
@@ -119,9 +121,52 @@ def test_programs_that_loop_keep_the_error_budget(structure, tokens, config, mon
 @pytest.mark.parametrize("structure", [*FUNCTIONS, "dense"])
 def test_layers_in_bits_keep_the_error_budget(structure, tokens, size):
     large = math.gcd(*size[2::2])
-    for form, group in (("int4", 16), ("int4", None), ("int8", large), ("fp8", None)):
+    forms = (("int4", 16), ("int4", None), ("int8", large), ("fp8", None))
+    for form, group in (*forms, ("int4", 128)) if size[0] == 4 else forms:
         settings = {"bias": group is None, "activation": "gelu" if form == "fp8" else ""}
         assert_packed_within_budget(structure, form, group, tokens, size, torch.bfloat16, "cuda", **settings)
+
+
+@pytest.mark.parametrize("form, group", [("int4", 128), ("int4", None), ("int8", 64), ("fp8", None)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_layers_in_bits_on_one_input_multiply_place_by_place(form, group, dtype, tokens):
+    # q, k and v, of two sizes; gate and up
+    for sizes in (((384, 256), (96, 128), (96, 128)), ((640, 384), (640, 384))):
+        torch.manual_seed(0)
+        layers = [
+            BLRLinear.from_spec(
+                LowRank(1024, n, r), storage=format_named(form, group), dtype=dtype, device="cuda"
+            ).eval()
+            for n, r in sizes
+        ]
+        x = torch.randn(tokens, 1024, device="cuda", dtype=dtype)
+        exact = [F.linear(x.double(), layer.dense_weight(torch.float64), layer.bias.double()) for layer in layers]
+        run_together(layers)
+        held, biases = [layer.held() for layer in layers], [layer.bias for layer in layers]
+        for out, wanted in zip(ops.grouped_in_bits("low_rank", x, held, biases), exact, strict=True):
+            assert (out - wanted).norm() <= 2 * torch.finfo(dtype).eps * wanted.norm()
+        if len(sizes) == 2:
+            out, wanted = ops.gated_in_bits("low_rank", x, held, biases, "silu"), F.silu(exact[0]) * exact[1]
+            assert (out - wanted).norm() <= 4 * torch.finfo(dtype).eps * wanted.norm()
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30], ids=str)
+def test_layers_in_bits_on_one_input_of_any_size(form, size):
+    torch.manual_seed(0)
+    # rows of three steps and a short one
+    layer = BLRLinear.from_spec(
+        LowRank(1600, 384, 400), bias=False, storage=format_named(form), dtype=torch.bfloat16, device="cuda"
+    ).eval()
+    x = torch.randn(1, 1600, device="cuda") * size
+    # most models have features like these
+    x[:, 7] *= 1000
+    x = x.to(torch.bfloat16)
+    wanted = F.linear(x.double(), layer.dense_weight(torch.float64))
+    with torch.no_grad(), ops.use_impl("triton"):
+        out = layer(x)
+    assert (out - wanted).norm() <= 2 * torch.finfo(torch.bfloat16).eps * wanted.norm()
 
 
 @pytest.mark.parametrize("form, group, bits", [("int4", 20, 4), ("int8", None, 8), ("fp8", None, 8)])

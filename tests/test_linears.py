@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+import transformers
+from expert_cases import gpt_oss, llama4
+from packaging.version import Version
 from tiny import batches_for, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_mixtral, tiny_vit
 from torch import nn
-from transformers import LlamaForCausalLM
 
 import hf_blr
 from hf_blr import BLRConfig
+from hf_blr.experts import ExpertsLinear, PlainExperts
 from hf_blr.integration import blr_modules
 from hf_blr.integration.linears import plain_form
 from hf_blr.structures import structures
@@ -89,10 +92,14 @@ def test_what_trains_still_trains():
 SHAPES = {"input_ids": {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=128)}, "use_cache": None}
 
 
-@pytest.fixture(scope="module")
-def exportable():
-    """A model of all structures, and the arguments that it is exported with."""
-    model = hf_blr.to_linears(compressed(num_hidden_layers=1))
+@pytest.fixture(scope="module", params=["all structures", "experts"])
+def exportable(request):
+    """A compressed model in plain PyTorch, and the arguments that it is exported with."""
+    if request.param == "experts":
+        model = compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6), num_hidden_layers=1)
+    else:
+        model = compressed(num_hidden_layers=1)
+    model = hf_blr.to_linears(model)
     return model.requires_grad_(False), {"input_ids": tiny_inputs(model)["input_ids"], "use_cache": False}
 
 
@@ -120,17 +127,45 @@ def test_an_onnx_file_takes_any_number_of_tokens(exportable, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.4"), reason="this release overwrites the notice")
 def test_what_is_saved_of_it_is_refused_by_every_load(exportable, tmp_path):
     exportable[0].save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()
     with pytest.raises(ValueError, match="to_linears made this model to be exported; save the compressed model"):
-        LlamaForCausalLM.from_pretrained(tmp_path)
+        type(exportable[0]).from_pretrained(tmp_path)
 
 
-def test_what_has_no_plain_form_is_refused_before_anything_changes():
-    model = compressed(tiny_mixtral, BLRConfig("low_rank", ratio=0.6))
+@pytest.mark.parametrize("structure", structures())
+def test_experts_become_products_of_rows(structure):
+    bits = {"factor_format": "int8"} if structure == "blast" else {}
+    model = tiny_mixtral(num_hidden_layers=1)
+    hf_blr.compress(model, BLRConfig(structure, ratio=0.6, fit_rounds=1, **bits), progress=False)
+    expected = tiny_logits(model)
+    hf_blr.to_linears(model)
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, PlainExperts)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [gpt_oss, llama4])
+def test_experts_of_other_conventions_become_products_of_rows_too(make):
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj_bias"):
+            torch.nn.init.normal_(parameter)
+    # of one tensor the matrices stay dense
+    config = BLRConfig("low_rank", ratio=0.6, target_modules=["gate_up_proj", "q_proj"])
+    hf_blr.compress(model, config, progress=False)
+    expected = tiny_logits(model)
+    hf_blr.to_linears(model)
+    torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_plain_form_is_refused_before_anything_changes(monkeypatch):
+    model = tiny_mixtral(num_hidden_layers=1)
+    hf_blr.compress(model, BLRConfig("low_rank", ratio=0.6), progress=False)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: factors of experts have no form"):
+    monkeypatch.setattr(ExpertsLinear, "alone", True)
+    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts.\w+_proj: low_rank runs one expert after the"):
         hf_blr.to_linears(model)
     assert model.state_dict().keys() == before.keys()
     with pytest.raises(ValueError, match="has no BLR modules"):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import transformers
+from packaging.version import Version
 from tiny import tiny_bert, tiny_llama, tiny_llava, tiny_t5, tiny_vit
 from transformers import AutoConfig, AutoModel
 
@@ -27,6 +29,7 @@ def folders(tmp_path_factory):
     return found
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.4"), reason="this release overwrites the notice")
 def test_without_the_package_a_load_says_what_to_do(folders):
     loads = "".join(
         f"try: transformers.{name}.from_pretrained({str(folder)!r}); print('loaded')\n"
@@ -44,12 +47,15 @@ def attentions(config):
 
 
 def test_with_the_package_models_choose_their_attention_as_ever(folders):
-    for model_class, folder in folders.items():
-        assert set(attentions(model_class.from_pretrained(folder).config)) == {"sdpa"}
+    for make, (model_class, folder) in zip(MODELS, folders.items(), strict=True):
+        # releases differ in which families have which
+        chosen = attentions(make().config)
+        assert set(chosen) <= {"sdpa", "eager"}
+        assert attentions(model_class.from_pretrained(folder).config) == chosen
         assert set(attentions(model_class.from_pretrained(folder, attn_implementation="eager").config)) == {"eager"}
         built = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-        assert set(attentions(built.config)) == {"sdpa"}
-        assert set(attentions(hf_blr.from_config(AutoConfig.from_pretrained(folder)).config)) == {"sdpa"}
+        assert attentions(built.config) == chosen
+        assert attentions(hf_blr.from_config(AutoConfig.from_pretrained(folder)).config) == chosen
 
 
 def test_a_dense_model_says_nothing_of_it(folders, tmp_path):

@@ -12,7 +12,8 @@ from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.triton import decode_expand, decode_project, decode_stack  # noqa: E402
+from hf_blr.ops.rules.packed import multiplies_by_places, steps_of  # noqa: E402
+from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -54,13 +55,33 @@ def test_numbers_in_one_pass(form, group, shape, dtype):
     assert found.dtype == dtype and torch.equal(found, codes.numbers(dtype))
 
 
-@pytest.mark.parametrize("form, group", [("int8", None), ("int4", 48)])
+@pytest.mark.parametrize("form, group", [("int8", 48), ("int4", 48)])
 def test_a_first_stage_that_is_a_stack_of_products(form, group, monkeypatch):
     grids = recorded_grids(monkeypatch, decode_stack, "decode_stack_kernel")
     assert_packed_within_budget("monarch", form, group, 17, (2, 1, 96, 10, 48), torch.float16)
     monkeypatch.setattr(rules, "stacks", lambda *args, **kwargs: True)
     assert_packed_within_budget("blast", form, group, 3, (2, 1, 96, 10, 48), torch.float16)
     assert len(grids) == 2
+
+
+@pytest.mark.parametrize("form, group", [("int4", 128), ("int4", None), ("int8", 64), ("fp8", None)])
+def test_place_by_place(form, group, monkeypatch):
+    grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
+    # one step of the last stage, five of the first
+    sizes = (1, 1, 640, 40, 128)
+    assert_packed_within_budget("low_rank", form, group, 2, sizes, torch.float16, activation="gelu")
+    assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16, bias=False)
+    assert len(grids) == 4
+
+
+def test_a_short_last_step():
+    # whole steps, and the power of two that holds the rest unless that is a step itself
+    assert [steps_of(n, 64) for n in (198, 192, 230, 20)] == [(3, 8), (3, 0), (4, 0), (1, 0)]
+
+
+def test_what_is_multiplied_place_by_place():
+    assert all(multiplies_by_places(*sizes) for sizes in ((128, 8), (64, 4), (0, 8)))
+    assert not multiplies_by_places(64, 8)
 
 
 def test_steps_lie_in_one_group(monkeypatch):

@@ -1,13 +1,18 @@
 """Layers in bits that share their input run together at few tokens, under Triton's interpreter on the CPU."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("triton")
+from kernel_cases import recorded_grids  # noqa: E402
+
 import hf_blr  # noqa: E402
 from hf_blr import ops  # noqa: E402
 from hf_blr.formats import format_named  # noqa: E402
+from hf_blr.inference.fusion import run_together  # noqa: E402
 from hf_blr.inference.grouped import GroupInBits  # noqa: E402
 from hf_blr.linear import BLRLinear  # noqa: E402
 from hf_blr.structures import Blast, LowRank, Monarch  # noqa: E402
@@ -33,11 +38,12 @@ def outputs(block, x):
     "spec, form, group",
     [
         (lambda n: LowRank(32, n, 16), "int4", 16),
+        (lambda n: LowRank(32, n, 10 + n // 2), "int8", None),
         (lambda n: Monarch(32, n, 8, (2, 2)), "int8", None),
         (lambda n: Blast(32, n, 16, (2, 2)), "int4", None),
         (lambda n: Blast(32, n, 16, (2, 2)), "fp8", None),
     ],
-    ids=["low_rank", "monarch", "blast", "float8"],
+    ids=["low_rank", "places", "monarch", "blast", "float8"],
 )
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_group_gives_what_its_layers_give_alone(spec, form, group, tokens, monkeypatch):
@@ -58,22 +64,36 @@ def test_a_group_gives_what_its_layers_give_alone(spec, form, group, tokens, mon
     assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
 
 
-def test_one_first_stage_for_all(monkeypatch):
-    from kernel_cases import recorded_grids
-
-    from hf_blr.ops.triton import decode_one
-
-    block, x = block_of((24, 12, 12)), torch.randn(1, 32).half()
+@pytest.mark.parametrize("ranks", [{24: 32, 12: 32}, {24: 48, 12: 32}], ids=["equal", "of two sizes"])
+@pytest.mark.parametrize("tokens, kernel", [(1, "decode_one"), (3, "decode_places")])
+def test_one_first_stage_for_all(tokens, kernel, ranks, monkeypatch):
+    block, x = block_of((24, 12, 12), lambda n: LowRank(32, n, ranks[n]), group=None), torch.randn(tokens, 32).half()
+    expected = outputs(block, x)
     hf_blr.fuse(block)
-    grids = recorded_grids(monkeypatch, decode_one, "decode_one_kernel")
-    outputs(block, x)
+    grids = recorded_grids(monkeypatch, importlib.import_module(f"hf_blr.ops.triton.{kernel}"), f"{kernel}_kernel")
+    for out, wanted in zip(outputs(block, x), expected, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
     # a last stage for q, and one for k and v, which are of one size
     assert len(grids) == 3
 
 
+def test_more_layers_than_one_first_stage_has():
+    torch.manual_seed(0)
+    layers = [BLRLinear.from_spec(LowRank(32, 8, 16), storage=format_named("fp8"), dtype=torch.float16) for _ in "abcd"]
+    x = torch.randn(2, 32).half()
+    with torch.no_grad(), ops.use_impl("triton"):
+        expected = [layer(x) for layer in layers]
+        run_together(layers)
+        outs = ops.grouped_in_bits("low_rank", x, [layer.held() for layer in layers], [layer.bias for layer in layers])
+    for out, wanted in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("group", [16, None])
 @pytest.mark.parametrize("together", [True, False])
-def test_gated_layers(together):
-    block, x = block_of((24, 24)), torch.randn(1, 32).half()
+def test_gated_layers(together, group, tokens):
+    block, x = block_of((24, 24), group=group), torch.randn(tokens, 32).half()
     gate, up = outputs(block, x)
     modules = list(block.children())
     if together:

@@ -27,12 +27,14 @@ def test_default_targets_are_the_projections_of_the_blocks(build, count, untouch
     assert not [name for name in targets if untouched in name or "pooler" in name]
 
 
-def test_routers_tied_and_fp32_layers_stay_out_by_default():
+def test_routers_heads_tied_and_fp32_layers_stay_out_by_default():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate, self.router, self.up, self.wo, self.tied = (nn.Linear(4, 17) for _ in range(5))
+            self.gate, self.up, self.wo, self.tied = (nn.Linear(4, 17) for _ in range(4))
             self.between = nn.Linear(4, 16)
+            # a router of several parts, as Gemma 4 and Granite have it
+            self.router = nn.ModuleDict({"norm": nn.LayerNorm(4), "proj": nn.Linear(4, 17)})
 
     class Model(nn.Module):
         _keep_in_fp32_modules = ["wo"]
@@ -42,10 +44,14 @@ def test_routers_tied_and_fp32_layers_stay_out_by_default():
             self.blocks = nn.ModuleList([Block()])
             self.embed = nn.Embedding(17, 4)
             self.blocks[0].tied.weight = self.embed.weight
+            self.heads = nn.ModuleList(nn.Linear(4, 17) for _ in range(2))
+
+        def get_output_embeddings(self):
+            return self.heads
 
     model = Model()
     assert find_targets(model) == ["blocks.0.up"]
-    assert find_targets(model, ["router"]) == ["blocks.0.router"]
+    assert find_targets(model, ["router.proj"]) == ["blocks.0.router.proj"]
     with pytest.raises(ValueError, match=r"blocks.0.tied shares its weight"):
         find_targets(model, ["tied"])
 

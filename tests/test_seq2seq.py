@@ -4,19 +4,25 @@ import copy
 
 import pytest
 import torch
-from tiny import build, tiny_t5
-from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from tiny import build, tiny_llama, tiny_t5, tiny_tokenizer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BartModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from hf_blr import BLRConfig, collect_statistics, compress
+from hf_blr.calibration.batches import text_batch
 from hf_blr.linear import blr_modules
 
 
-def tiny_bart():
+def tiny_bart(made=BartForConditionalGeneration):
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    return build(
-        BartForConditionalGeneration, BartConfig(vocab_size=257, d_model=64, forced_eos_token_id=2, **sizes, **heads)
-    )
+    return build(made, BartConfig(vocab_size=257, d_model=64, forced_eos_token_id=2, **sizes, **heads))
 
 
 def tiny_whisper():
@@ -67,6 +73,34 @@ def test_a_model_is_compressed_with_the_batches_it_is_trained_with(build_model):
     compress(model, BLRConfig("low_rank", ratio=0.6), calibration=[batch], progress=False)
     assert blr_modules(model)
     assert abs(model(**batch).loss - dense(**batch).loss) < 0.05 * dense(**batch).loss
+
+
+READERS = {
+    "llama": (tiny_llama, None),
+    "t5": (tiny_t5, "labels"),
+    "bart": (tiny_bart, "labels"),
+    "base": (lambda: tiny_bart(BartModel), "decoder_input_ids"),
+    "classifier": (lambda: tiny_bart(BartForSequenceClassification), None),
+}
+
+
+@pytest.mark.parametrize("build_model, written", READERS.values(), ids=READERS)
+def test_the_decoder_goes_on_with_the_text_that_the_encoder_reads(build_model, written):
+    ids = torch.arange(24).view(2, 12)
+    batch = text_batch(build_model(), ids)
+    if written is None:
+        assert batch.keys() == {"input_ids"} and torch.equal(batch["input_ids"], ids)
+    else:
+        assert batch.keys() == {"input_ids", written}
+        assert torch.equal(torch.cat([batch["input_ids"], batch[written]], 1), ids)
+
+
+def test_a_text_fits_both_sides_and_says_what_it_cost():
+    model, text = tiny_t5(), "A line about one thing, then a line about another. " * 60
+    config = BLRConfig("low_rank", ratio=0.6, dataset=[text], seqlen=32, num_samples=32)
+    report = compress(model, config, tokenizer=tiny_tokenizer(), progress=False)
+    assert {name.partition(".")[0] for name in blr_modules(model)} == {"encoder", "decoder"}
+    assert report.fitted_to == "activations" and report.held_out_tokens > 0 and report.divergence > 0
 
 
 def test_labels_that_do_not_count_draw_no_loss():

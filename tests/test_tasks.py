@@ -1,12 +1,13 @@
 """Scores on tasks, through lm-eval itself where it is installed."""
 
+import copy
 import json
 import sys
 
 import pytest
 from tiny import tiny_llama, tiny_t5, tiny_tokenizer
 
-from hf_blr import BLRConfig, compress
+from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.cli import main
 from hf_blr.evaluation import task_scores
 
@@ -23,6 +24,8 @@ doc_to_choice: ["even", "odd"]
 doc_to_target: answer
 metric_list:
   - metric: acc
+  # how far apart the words lie: any other logits give another number
+  - metric: brier_score
 """
 
 
@@ -53,6 +56,9 @@ def test_a_model_is_scored_as_it_is_in_memory(folder):
     scores = task_scores(model, tiny_tokenizer(), ["parity"], folder=folder)
     assert 0 <= scores["parity"]["acc,none"] <= 1 and scores["parity"]["acc_stderr,none"] >= 0
     assert model.training
+    twin = task_scores(to_dense(copy.deepcopy(model)), tiny_tokenizer(), ["parity"], folder=folder)
+    assert twin["parity"] == pytest.approx(scores["parity"], rel=1e-4)
+    assert task_scores(tiny_llama(), tiny_tokenizer(), ["parity"], folder=folder)["parity"] != twin["parity"]
     with pytest.raises(ValueError, match="knows no task nonsense"):
         task_scores(model, tiny_tokenizer(), ["nonsense"], folder=folder)
 

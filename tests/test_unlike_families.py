@@ -1,11 +1,15 @@
 """Models that do with their layers, or their files, what no other family does."""
 
+import copy
+
 import pytest
 import torch
 from tiny import build
 from transformers import (
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    FlaubertConfig,
+    FlaubertModel,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     RwkvConfig,
@@ -103,3 +107,16 @@ def test_a_model_of_two_models_whose_decoder_would_keep_what_it_saw():
     batches = [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": labels + i} for i in range(2)]
     report = compress(model, BLRConfig("low_rank", ratio=0.6), calibration=batches, progress=False)
     assert report.fitted_to == "activations" and any(layer.name.startswith("decoder") for layer in report.layers)
+
+
+def test_a_family_that_fills_a_cache_whatever_it_is_told():
+    sizes = {"vocab_size": 97, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
+    dense = build(FlaubertModel, FlaubertConfig(**sizes))
+    batches = [{"input_ids": torch.arange(5, 77).view(6, 12) + number} for number in range(3)]
+    errors = []
+    for how in (batches, None):
+        model = copy.deepcopy(dense)
+        compress(model, BLRConfig("low_rank", ratio=0.5), calibration=how, progress=False)
+        with torch.no_grad():
+            errors.append((model(**batches[0])[0] - dense(**batches[0])[0]).norm())
+    assert errors[0] < 0.8 * errors[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_plan, resolve_plan
 from hf_blr.processes import ALONE, Processes
 from hf_blr.targets import refuse_adapters, unwrapped
-from hf_blr.text import Tokenizer, load_windows
+from hf_blr.text import Tokenizer, load_windows, reads_text
 from hf_blr.text.windows import check_ids
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,11 @@ def calibration_batches(
     elif not config.calibrated:
         return [], []
     else:
+        if not reads_text(model):
+            raise ValueError(
+                f"{type(model).__name__} does not run on text alone, such as dataset={config.to_dict()['dataset']!r}: "
+                "pass calibration=, or set dataset=None to fit the weights alone"
+            )
         if tokenizer is None:
             raise ValueError(
                 f"fitting to dataset={config.to_dict()['dataset']!r} needs a tokenizer: pass tokenizer=, or set "
@@ -141,13 +147,26 @@ def calibration_batches(
         count = config.num_samples + int(HELD_OUT * config.num_samples)
         windows = load_windows(config.dataset, model, tokenizer, seqlen, count, config.seed, progress=progress)
         fitted, apart = set_apart(windows, config.num_samples)
-        batches = [{"input_ids": part} for part in fitted.split(max(1, TOKENS_PER_FORWARD // seqlen))]
-        held_out = [{"input_ids": window[None]} for window in apart]
+        batches = [text_batch(model, part) for part in fitted.split(max(1, TOKENS_PER_FORWARD // seqlen))]
+        held_out = [text_batch(model, window[None]) for window in apart]
     for batch in (*batches, *held_out):
         # beside images or sounds, an id may only say where those belong
         if "input_ids" in batch and not any(value.is_floating_point() for value in batch.values()):
             check_ids(model, batch["input_ids"])
     return on_device(batches, device), on_device(held_out, device)
+
+
+def text_batch(model: nn.Module, ids: Tensor) -> Batch:
+    """Windows `[B, T]` as the model reads them: an encoder has the first half where a decoder can go on."""
+    arguments = inspect.signature(model.forward).parameters
+    generates = getattr(model, "can_generate", bool)()
+    # the labels of an encoder-decoder that classifies are classes
+    if "decoder_input_ids" not in arguments or ("labels" in arguments and not generates):
+        return {"input_ids": ids}
+    written = "labels" if generates else "decoder_input_ids"
+    half = ids.shape[1] // 2
+    # T5 views its labels as one row
+    return {"input_ids": ids[:, :half], written: ids[:, half:].contiguous()}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -74,8 +74,17 @@ def writes_to(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def without_cache(argument: Any) -> Any:
+    return None if hasattr(argument, "get_seq_length") else argument
+
+
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
-    """(the hidden states, what else a block was called with); None where it was handed no tensor to begin with."""
+    """(the hidden states, what else a block was called with); None where it was handed no tensor to begin with.
+
+    Key-value caches are left out. Some models fill one whatever they are told (Flaubert, XLM): it is empty here, and
+    would grow each time that the block runs again.
+    """
+    args, kwargs = tuple(map(without_cache, args)), {key: without_cache(value) for key, value in kwargs.items()}
     if args:
         return (args[0] if torch.is_tensor(args[0]) else None), Call(args[1:], kwargs)
     key = next((key for key, value in kwargs.items() if torch.is_tensor(value)), None)

@@ -10,7 +10,7 @@ from hf_blr.cli import options
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=options.default_device(), help="where to run")
+    options.add_device(parser)
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="of weights and inputs")
     parser.add_argument("--append", action="store_true", help="keep the rows that the --json file holds already")

@@ -107,20 +107,21 @@ def run(args: argparse.Namespace) -> None:
     if args.offload_weights and args.device != "cpu":
         raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
     journal = None if args.resume is None else Journal(args.resume)
-    model, tokenizer = loading.load_model(args.model, args, on_disk=args.offload_weights)
+    model, reader = loading.load_model(args.model, args, on_disk=args.offload_weights)
+    text = loading.fitted_to(args, reader)
     more = {"max_memory": args.max_memory, "offload_folder": args.offload_folder, "distributed": processes.count > 1}
     if processes.rank:
         # the first process writes
-        compress(model, config, tokenizer=tokenizer, resume=journal, progress=False, **more)
+        compress(model, config, resume=journal, progress=False, **text, **more)
         return
     # what took hours is kept until it is saved
     with journal or nullcontext(), replacing_folder(args.output) as new:
         shards = Shards(new, args.max_shard_size)
-        report = compress(model, config, tokenizer=tokenizer, resume=journal, shards=shards, **more)
+        report = compress(model, config, resume=journal, shards=shards, **text, **more)
         record_origin(model, command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)
-        saving.save(model, tokenizer, args.output, shards)
+        saving.save(model, reader, args.output, shards)
         saving.write_json(args.json, {"model": args.model, "config": config.to_dict(), "report": report.to_dict()})
 
 

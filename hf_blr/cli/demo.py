@@ -70,15 +70,16 @@ def run(args: argparse.Namespace) -> None:
     saving.check_output(args.output, args.overwrite)
     if args.model is None:
         args.model, args.gguf_file = str(demo_model_folder()), GGUF_FILE
-    dense, tokenizer = loading.load_model(args.model, args)
+    dense, reader = loading.load_model(args.model, args)
     loading.check_language_model(dense, args.model)
+    tokenizer = loading.tokenizer_of(reader)
     demo = Demo(args, dense, tokenizer)
     rows, model = demo.compare()
     rows.append(demo.refined(model))
     print("\n" + format_table(rows))
     print(demo.conditions())
     cast(model)
-    saving.save(model, tokenizer, args.output)
+    saving.save(model, reader, args.output)
     sentence = reload_and_generate(model, tokenizer, args)
     seconds = time.perf_counter() - started
     print(f"{args.prompt!r} -> {sentence!r}\nthe whole demo took {seconds:.0f} s")

@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
 def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     """(MODEL, model, tokenizer) for each that is named, in turn."""
     for path in args.model:
-        model, tokenizer = loading.load_model(path, args)
+        model, reader = loading.load_model(path, args)
         loading.check_language_model(model, path)
-        yield path, model, tokenizer
+        yield path, model, loading.tokenizer_of(reader)
 
 
 def run_tasks(args: argparse.Namespace) -> None:

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
     stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
     # most steps of a training are so small that bfloat16 rounds them away
     args.dtype = args.dtype or "float32"
-    model, tokenizer = loading.load_model(args.model, args)
+    model, reader = loading.load_model(args.model, args)
     loading.check_language_model(model, args.model)
+    tokenizer = loading.tokenizer_of(reader)
     teacher = None if args.teacher is None else load_teacher(args.teacher, model)
     # of text that a model writes, the dense one writes the better
     author = model if teacher is None else teacher
@@ -89,6 +90,6 @@ def run(args: argparse.Namespace) -> None:
     print(after.protocol)
     scores = [score_row(name, score.to_dict()) for name, score in (("before training", before), ("after", after))]
     record_origin(model, trained=public_command(args.words), scores=scores)
-    saving.save(model, tokenizer, args.output)
+    saving.save(model, reader, args.output)
     result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
     saving.write_json(args.json, result)

@@ -6,21 +6,21 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.config import QUANT_METHOD, BLRConfig
-from hf_blr.text import can_write
+from hf_blr.text import can_write, reads_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) for MODEL and the loading options; a BLR checkpoint loads as one.
+def load_model(path: str, args: argparse.Namespace, reader: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
+    """(model, reader) for MODEL and the loading options; a BLR checkpoint loads as one.
 
     Where `on_disk` says so, weights stay in the checkpoint's files, and accelerate reads them for each forward.
 
     The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
     says no class, or that is read from a GGUF file, is a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_blr.integration.loading import class_named
     from hf_blr.integration.patch import dequantizing_config
@@ -34,7 +34,38 @@ def load_model(path: str, args: argparse.Namespace, tokenizer: bool = True, on_d
     placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
     model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
     model = model if on_disk else model.to(args.device)
-    return model, AutoTokenizer.from_pretrained(path, **source) if tokenizer else None
+    return model, load_reader(path, model, source) if reader else None
+
+
+def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any]) -> Any:
+    """What makes inputs of text, images or sounds: a processor where there is one, else the tokenizer.
+
+    None for a model of images or sounds whose files hold neither.
+    """
+    from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
+    from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
+
+    names = () if source else (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if not any(cached_file(path, name, **missing) for name in names):
+        return AutoTokenizer.from_pretrained(path, **source) if reads_text(model) else None
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (ImportError, OSError, TypeError, ValueError):
+        # where a processor of its kind has a tokenizer too, which a classifier of sounds lacks
+        return AutoFeatureExtractor.from_pretrained(path)
+
+
+def tokenizer_of(reader: Any) -> Any:
+    """The part of a reader that reads text."""
+    return getattr(reader, "tokenizer", reader)
+
+
+def fitted_to(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
+    """The arguments of `compress` for the text or the images that the options name."""
+    if args.images is None:
+        return {"tokenizer": tokenizer_of(reader)}
+    return {"tokenizer": reader, "calibration": args.images}
 
 
 def stored_config(path: str, config: Any) -> BLRConfig:

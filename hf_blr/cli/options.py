@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from hf_blr.config import AUTO, BLRConfig, option_fields
-from hf_blr.config.texts import dataset_from
+from hf_blr.config.settings import FITTED
+from hf_blr.config.texts import DEFAULT, dataset_from
 from hf_blr.processes import Processes
 from hf_blr.structures import block_pair_of, structures, whole_structures
 
@@ -31,7 +32,12 @@ def add_model(
 def add_loading(parser: argparse.ArgumentParser, dtype: str | None = "auto", dtype_help: str = DTYPE) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="read the dense weights from this GGUF file in MODEL")
     parser.add_argument("--dtype", default=dtype, help=dtype_help)
-    parser.add_argument("--device", default=default_device(), help="where to run")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    help = "where to run; auto is the GPU, and the CPU where there is none"
+    parser.add_argument("--device", type=device_named, default="auto", help=help)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +76,9 @@ def add_blr(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup
             size = group = size or group.add_mutually_exclusive_group(required=True)
         add_field(group, field, cli)
     assert size is not None
+    groups[FITTED].add_argument(
+        "--images", type=Path, metavar="FOLDER", help="images to fit a model of images to, in place of a text"
+    )
     return size
 
 
@@ -94,6 +103,8 @@ def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
 
 def blr_config(args: argparse.Namespace, **others: Any) -> BLRConfig:
     """The config of the options, with other fields in place of theirs."""
+    if args.images is not None and args.dataset != DEFAULT:
+        raise ValueError(f"--images {args.images} takes the place of --dataset {args.dataset}: leave one of them out")
     values = {field.name: getattr(args, field.name) for field in option_fields() if hasattr(args, field.name)} | others
     for field in option_fields():
         if values.get(field.name) is not None and values[field.name] == field.metadata["cli"].get("none"):
@@ -127,5 +138,7 @@ def launched(args: argparse.Namespace) -> Processes:
     return Processes(joined=True)
 
 
-def default_device() -> str:
+def device_named(name: str) -> str:
+    if name != "auto":
+        return name
     return "cuda" if torch.cuda.is_available() else "cpu"

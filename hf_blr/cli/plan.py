@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
-    model, tokenizer = loading.load_model(args.model, args)
-    statistics = collect_statistics(model, config, tokenizer=tokenizer)
+    model, reader = loading.load_model(args.model, args)
+    statistics = collect_statistics(model, config, **loading.fitted_to(args, reader))
     plan = resolve_plan(model, config)
     if config.bits_per_weight is not None:
         time = None if args.ms is None else TimeLimit(args.ms / 1e3, seconds_of(args, plan, statistics))

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.bench.report.conditions import kind_of
     from hf_blr.bench.report.files import read_result
 
-    device = measure_peaks(options.default_device()) if args.measure else DEVICES[args.device]
+    device = measure_peaks(options.device_named("auto")) if args.measure else DEVICES[args.device]
     result: dict[str, Any] = {"device": asdict(device)}
     print(
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s, {device.bandwidth / 1e9:.0f} GB/s, "

@@ -13,7 +13,7 @@ from hf_blr.bench.environment import environment
 from hf_blr.folders import clear_stopped, replacing_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from hf_blr.compression import Shards
 
@@ -52,12 +52,11 @@ def check_folder(folder: Path, result: Path) -> None:
         raise ValueError(f"{result} cannot be written ({why}); name a place that can be") from None
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shards: Shards | None = None
-) -> None:
+def save(model: PreTrainedModel, reader: Any, folder: Path, shards: Shards | None = None) -> None:
     """Writes the model so that `from_pretrained(folder)` reads it, whole or not at all, and says how.
 
     Args:
+        reader: the model's tokenizer or processor, if it has one.
         shards: hold a part of the model already, in a folder that the caller puts in the place of `folder`.
 
     Raises:
@@ -75,7 +74,8 @@ def save(
                 shutil.copy(folder / CARD, new)
             model.save_pretrained(new) if shards is None else shards.save(model)
             write_card(new, model.config, folder.name)
-            tokenizer.save_pretrained(new)
+            if reader is not None:
+                reader.save_pretrained(new)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} cannot be written ({error}); what was in it is as it was") from error
     reader = "AutoModelForCausalLM" if is_causal_lm(model) else type(model).__name__

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
 
     check_name(args.output)
     saving.check_file(args.output, args.overwrite)
-    model, tokenizer = loading.load_model(args.model, args)
+    model, reader = loading.load_model(args.model, args)
+    tokenizer = loading.tokenizer_of(reader)
     windows = write_windows(model, tokenizer, args.num_samples, args.seqlen, args.seed, chat=args.chat)
     keep_windows(windows, args.output)
     print(f"{windows.numel()} tokens written to {args.output}; fit to them with --dataset {args.output}")

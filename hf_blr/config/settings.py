@@ -104,8 +104,8 @@ class BLRSettings:
         cli_help="text to fit to: self (the dense model writes it), self:chat (conversations), builtin (Python's own "
         "documentation), wikitext2, c4, a text file or a folder of them, a .jsonl, .csv or .parquet file or a hub id "
         "owner/name, each with an optional :column, a .safetensors file that `hf-blr write` wrote, or a mixture such "
-        "as self=0.5,wikitext2=0.5; none fits the weights alone; default is self, or builtin for a model that cannot "
-        "write",
+        "as self=0.5,wikitext2=0.5; none fits the weights alone; default is self, builtin for a model that cannot "
+        "write, and none for one that does not run on text alone",
         cli_default=DEFAULT,
         none="none",
     )

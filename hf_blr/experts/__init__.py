@@ -8,6 +8,7 @@ from hf_blr.experts.layers import ExpertsLinear
 from hf_blr.experts.module import Experts, put_layer
 from hf_blr.experts.multiplied import multiply_out
 from hf_blr.experts.opened import OpenedExperts, expanded, lies_in_experts, opened
+from hf_blr.experts.plain import PlainExperts, PlainFactors
 from hf_blr.experts.tensors import ExpertsTensor, dense_layers, layer_named, tensors_of
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "ExpertsLinear",
     "ExpertsTensor",
     "OpenedExperts",
+    "PlainExperts",
+    "PlainFactors",
     "dense_layers",
     "expanded",
     "layer_named",

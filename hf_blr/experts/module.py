@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_blr import ops
 from hf_blr.experts.conventions import holds_experts
 from hf_blr.experts.layers import ExpertsLinear
+from hf_blr.experts.plain import PlainExperts
 from hf_blr.experts.tensors import PROJECTIONS
 from hf_blr.ops import Routed
 
@@ -19,8 +20,8 @@ from hf_blr.ops import Routed
 class Experts(nn.Module):
     """Takes the place of an experts module by taking over its object: attributes, biases, hooks and gate stay.
 
-    Each projection is a parameter `[E, N, K]` (`[E, K, N]` where the model stores it so), an `ExpertsLinear`, or a list
-    of E linear layers. What the dense class computes with the first, this one computes with all three.
+    Each projection is a parameter `[E, N, K]` (`[E, K, N]` where the model stores it so), an `ExpertsLinear`, a list of
+    E linear layers, or `PlainExperts`. What the dense class computes with the first, this one computes with all.
     """
 
     #: what the module was, and is again once all of it is dense
@@ -34,13 +35,19 @@ class Experts(nn.Module):
         """
         own: Any = self
         layers = [getattr(self, key) for key in self.projections()]
+        if any(isinstance(p, PlainExperts) for p in layers):
+            return self.together(ops.gathered_rows(top_k_index), hidden_states, top_k_weights)
         alone = any(isinstance(p, nn.ModuleList) or (isinstance(p, ExpertsLinear) and p.alone) for p in layers)
         eager = getattr(getattr(self, "config", None), "_experts_implementation", None) == "eager"
         if alone or eager or getattr(self, "_is_expert_parallel", False):
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
         numbers = [t for p in layers for t in (p.trained() if isinstance(p, ExpertsLinear) else [p])]
         rows = ops.route_rows(hidden_states, top_k_index, own.num_experts, numbers)
-        result = self.mlp(rows.enter(hidden_states, top_k_index.shape[-1]), partial(self.of_rows, rows))
+        return self.together(rows, hidden_states, top_k_weights)
+
+    def together(self, rows: Routed, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The forward of all pairs of a token and an expert at once."""
+        result = self.mlp(rows.enter(hidden_states, top_k_weights.shape[-1]), partial(self.of_rows, rows))
         return rows.leave(result, top_k_weights).to(hidden_states.dtype)
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ class Experts(nn.Module):
         """x `[S, K]` -> `[S, N]`, by one projection of each row's expert."""
         own: Any = self
         layer = getattr(self, key)
-        if isinstance(layer, ExpertsLinear):
+        if isinstance(layer, (ExpertsLinear, PlainExperts)):
             out = layer.of_rows(x, rows)
         else:
             out = rows.product(x, layer.mT if own.is_transposed else layer)
@@ -108,7 +115,7 @@ class EveryExpert(Experts):
         """hidden_states `[E * T, H]`, the T rows of the first expert first -> `[E * T, H]`."""
         own: Any = self
         numbers = torch.arange(own.num_experts, device=hidden_states.device)
-        chosen = numbers.repeat_interleave(len(hidden_states) // own.num_experts)[:, None]
+        chosen = numbers.repeat_interleave(hidden_states.shape[0] // own.num_experts)[:, None]
         return super().forward(hidden_states, chosen, hidden_states.new_ones(chosen.shape))
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class GroupInBits(ProjectionGroup):
         return tuple(module.run_in_bits(FLOAT8, x, cast) for module in self.modules)
 
     def gated(self, x: Tensor, activation: str) -> Tensor | None:
-        if x.numel() != x.shape[-1] or not self.worthwhile(x) or self.modules[0].route_in_bits(x) != PACKED:
+        if not self.worthwhile(x) or self.modules[0].route_in_bits(x) != PACKED:
             return None
         return ops.gated_in_bits(self.modules[0].spec.structure, x, *self.layers_in_bits(), activation)
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hf_blr.checkpoint.notice import EXPORTED, post_notice
 from hf_blr.checkpoint.record import holders, record_replaced
-from hf_blr.experts import ExpertsLinear
+from hf_blr.experts import ExpertsLinear, PlainExperts, PlainFactors
 from hf_blr.integration.loading import refuse_offloaded, unadapted_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.table import implementation_of
-from hf_blr.structures import FACTOR, structure_named
+from hf_blr.structures import structure_named
 
 
 class LinearPair(nn.Sequential):
@@ -42,37 +42,21 @@ class LinearPair(nn.Sequential):
         return first, second
 
 
-class PlainLinear(nn.Module):
-    """The factors of a layer under its structure's plain form: products of PyTorch alone, without a registered op.
-
-    Args:
-        module: the layer; its factors are taken over, those in bits as numbers of its dtype.
-    """
+class PlainLinear(PlainFactors):
+    """The factors of a layer under its structure's plain form: products of PyTorch alone, without a registered op."""
 
     def __init__(self, module: BLRLinear):
-        super().__init__()
-        self.structure = module.spec.structure
-        self.in_features, self.out_features = module.in_features, module.out_features
-        self.names = module.spec.names()
-        for name, tensor in module.tensors().items():
-            if name in module.spec.names(FACTOR):
-                self.register_parameter(name, nn.Parameter(tensor.detach()))
-            else:
-                self.register_buffer(name, tensor)
+        super().__init__(module)
         self.register_parameter("bias", module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`."""
-        tensors = [getattr(self, name) for name in self.names]
-        return implementation_of(self.structure).linear(x, *tensors, bias=self.bias)
+        return implementation_of(self.structure).linear(x, *self.held(), bias=self.bias)
 
     @property
     def weight(self) -> Tensor:
         """The dense matrix `[N, K]`, for models that read it."""
-        return implementation_of(self.structure).dense(*(getattr(self, name) for name in self.names))
-
-    def extra_repr(self) -> str:
-        return f"{self.structure}, in_features={self.in_features}, out_features={self.out_features}"
+        return implementation_of(self.structure).dense(*self.held())
 
 
 def to_linears(model: nn.Module) -> nn.Module:
@@ -80,7 +64,8 @@ def to_linears(model: nn.Module) -> nn.Module:
 
     Low-rank and pivoted layers become two `nn.Linear` one after the other (`LinearPair`), whose sizes are K x R and
     R x N; a pivoted one stores R^2 numbers more then. Layers of `structure="dense"` become an `nn.Linear` (or
-    `Conv1D`), others a `PlainLinear`. Factors in bits become numbers of the model's dtype. Outputs differ by rounding
+    `Conv1D`), others a `PlainLinear`. Experts become `PlainExperts`, which copy the factors of each token's experts for
+    it: memory grows with the tokens. Factors in bits become numbers of the model's dtype. Outputs differ by rounding
     alone.
 
     Works in place, one layer at a time, and returns the model. There is no way back: such a model can be run, trained
@@ -88,15 +73,15 @@ def to_linears(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: before anything is changed, if the model has no BLR modules, is offloaded, or carries adapters.
-        NotImplementedError: likewise, for factors of experts, whose loop over the experts no exporter follows.
+        NotImplementedError: likewise, for experts of a structure that runs them one after the other alone.
     """
     modules = unadapted_modules(model)
-    experts = [name for name, module in modules.items() if isinstance(module, ExpertsLinear)]
-    if experts:
-        raise NotImplementedError(
-            f"{experts[0]}: factors of experts have no form in plain linear layers; make the model dense with "
-            "hf_blr.to_dense(model), or compress it with modules_to_not_convert for its experts"
-        )
+    for name, module in modules.items():
+        if isinstance(module, ExpertsLinear) and module.alone:
+            raise NotImplementedError(
+                f"{name}: {module.spec.structure} runs one expert after the other, which no exporter follows; make the "
+                "model dense with hf_blr.to_dense(model), or compress it with modules_to_not_convert for its experts"
+            )
     refuse_offloaded(model)
     recorded = holders(model)
     try:
@@ -113,11 +98,13 @@ def to_linears(model: nn.Module) -> nn.Module:
 def plain_form(module: BLRLinear) -> nn.Module:
     """What computes the same without an op of ours, in the mode of the layer and of its dtype and device."""
     record = structure_named(module.spec.structure)
-    if record.whole:
+    if record.whole and not isinstance(module, ExpertsLinear):
         return module.to_dense()
     pair: Any = record.load("pair")
     plain: nn.Module
-    if pair is None:
+    if isinstance(module, ExpertsLinear):
+        plain = PlainExperts(module)
+    elif pair is None:
         plain = PlainLinear(module)
     else:
         u, v = pair(**module.tensors())

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_blr.ops.activations import activated, check_activation
 from hf_blr.ops.bits import InBits, linear_in_bits, route_in_bits
 from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
-from hf_blr.ops.experts import Routed, route_rows
+from hf_blr.ops.experts import Routed, gathered_rows, route_rows
 from hf_blr.ops.float8_training import linear_in_float8
 from hf_blr.ops.grouped import gated_linear, grouped_linear
 from hf_blr.ops.grouped_bits import gated_in_bits, grouped_float8, grouped_in_bits
@@ -32,6 +32,7 @@ __all__ = [
     "few_tokens",
     "gated_in_bits",
     "gated_linear",
+    "gathered_rows",
     "grouped_float8",
     "grouped_in_bits",
     "grouped_linear",

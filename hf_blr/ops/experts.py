@@ -37,7 +37,7 @@ class Routed(NamedTuple):
     def enter(self, x: Tensor, each: int) -> Tensor:
         """x `[T, K]`, which meets `each` = k experts -> rows `[S, K]`."""
         if self.order is None:
-            return x[:, None].expand(-1, each, -1).reshape(len(x) * each, x.shape[-1])
+            return x[:, None].expand(-1, each, -1).flatten(0, 1)
         return x[self.order // each]
 
     def leave(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -91,6 +91,21 @@ class Routed(NamedTuple):
         else:
             found = torch.ops.hf_blr.expert_rows(x, w.to(dtype), self.experts)
         return found
+
+
+class Gathered(Routed):
+    """The same by PyTorch's own batched product: each row gets a copy of its expert's matrix, and no op is ours."""
+
+    def product(self, x: Tensor, w: Tensor | InBits) -> Tensor:
+        return torch.matmul(self.own(numbers_of(w, x.dtype)), x[..., None])[..., 0]
+
+    #: likewise of blocks: x `[S, B, P]`, w `[E, B, Q, P]`
+    blocks = product
+
+
+def gathered_rows(chosen: Tensor) -> Gathered:
+    """Rows in the order of pairs, whose experts are chosen `[T, k]`."""
+    return Gathered(chosen.reshape(-1), None, None, True)
 
 
 def one_block(w: Tensor | InBits) -> Tensor | InBits:

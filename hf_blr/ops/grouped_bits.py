@@ -56,7 +56,7 @@ def grouped_float8(
 
 
 def gated_in_bits(structure: str, x: Tensor, layers: Layers, biases: Biases, activation: str) -> Tensor:
-    """`ops.gated_linear` of two such layers of one size, for one token."""
+    """`ops.gated_linear` of two such layers of one size."""
     return call(structure, x, layers, biases, activation, True)
 
 

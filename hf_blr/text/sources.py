@@ -70,10 +70,24 @@ def load_windows(
     return windows_of(tokenizer, documents, seqlen, num_samples, seed)
 
 
+def reads_text(model: Any) -> bool:
+    """Whether the model can do with text alone: those that classify images or hear sounds cannot."""
+    text = getattr(model, "input_modalities", "text")
+    if text == "text" or tuple(text) == ("text",):
+        return True
+    return getattr(model, "main_input_name", "input_ids") == "input_ids" and can_write(model)
+
+
 def resolve_dataset(dataset: Any, model: Any) -> Any:
-    """What "default" stands for with this model; any other dataset as it is."""
+    """What "default" stands for with this model, None if that reads no text; any other dataset as it is."""
     if not (isinstance(dataset, str) and dataset == DEFAULT):
         return dataset
+    if not reads_text(model):
+        logger.warning(
+            "%s does not run on text alone, and is fitted to its weights; images or sounds make it better",
+            type(model).__name__,
+        )
+        return None
     if needs_writing(DEFAULT_TEXT) and not can_write(model):
         logger.warning(
             "%s cannot write text of its own; the default text is %s then",

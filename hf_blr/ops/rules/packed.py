@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two, pow2
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: {form of a factor: numbers that one column of what is stored holds}
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
+#: words whose numbers of one place tensor cores multiply at once
+CHUNK = 16
 
 
 def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
@@ -32,26 +34,35 @@ def word_vector(per: int) -> int:
     return 8 // per
 
 
+def steps_of(columns: int, step: int) -> tuple[int, int]:
+    """(steps, tail) of a row: whole steps, at least one, and a power of two that holds the rest; 0: nothing is left."""
+    steps, rest = divmod(columns, step)
+    tail = pow2(rest) if rest else 0
+    return (steps + 1, 0) if 2 * tail > step or not steps else (steps, tail)
+
+
 def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
     """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
 
-    A row lies across all warps, so that x stands in registers once. H200, us a low-rank layer in int4 with groups of
-    128, last stage by (4 or 8, 1024, 4, 4), (8, 512, 2, 8) and (4, 512, 2, 12): 4096 x 4096, rank 1024, 7.8, 6.4, 6.1;
-    4096 x 14336, rank 1536, 15.1, 12.0, 13.0; in fp8 7.4, 7.0, 9.1 and 24.0, 16.8, 15.8. First stage by (4, 1024, 4, 4)
-    and (4, 2048, 8, 2): 7.8, 7.5 and 15.1, 14.6; in fp8 7.4, 7.9 and 24.0, 24.8. Two runs, which differ by 5 % at most.
+    A row lies across all warps, so that x stands in registers once. H200, us of one stage, the best of seven settings
+    and the next, of rows that share one scale: 14336 x 1584 int4 6.5, 7.0, fp8 8.2, 8.9; 4096 x 1024 2.1, 2.3 and 2.5,
+    2.6; 3168 x 4096 4.2, 4.4 and 5.2, 5.5; 1584 x 14336 6.6, 7.4 and 9.8, 10.9. One run. Two layers at once were timed
+    by (4, 512, 2, 8) alone.
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
+    if row <= 2048 and layers > 1:
+        return OneConfig(4, min(pow2(row), 512), 2, 8)
+    if row <= 1024:
+        return OneConfig(16, min(pow2(row), 512), 2, 6)
     if row <= 2048:
-        warps = 2
-    elif row > 16384:
-        # one row: two spill. Not timed
-        warps = 16
-    else:
-        warps = 8 if per == 8 or row > 8192 else 4
-    tile = {2: 8, 16: 1}.get(warps, 4)
-    # two layers hold twice as much
-    return OneConfig(max(1, tile // layers), min(pow2(row), 256 * warps), warps, 16 // warps)
+        return OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
+    if row <= 8192:
+        return OneConfig(8 // layers, 1024, 4, 3)
+    if row <= 16384:
+        return OneConfig(4 // layers, 2048, 8, 2) if per == 8 else OneConfig(2 // layers, 2048, 8, 3)
+    # one row: two spill. Not timed
+    return OneConfig(1, 4096, 16, 1)
 
 
 def packed_one_mix_config(b1: int, part: int, rows: int, device: Device) -> OneConfig:
@@ -96,3 +107,71 @@ def packed_expand_config(outputs: int, tokens: int, itemsize: int, device: Devic
 def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
     """The setting with the longest steps, of its length at most, each of which lies in one group; 0: no groups."""
     return replace(config, length=min(config.length, largest_power_of_two(group))) if group else config
+
+
+@dataclass(frozen=True)
+class PlacesConfig:
+    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
+
+    warps: of rows in one part; else each part has a warp.
+    """
+
+    rows: int
+    words: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def multiplies_by_places(group: int, per: int) -> bool:
+    """Whether `decode_places_kernel` takes words of `per` numbers, `group` of which share a scale, or whole rows: 0."""
+    return group % (CHUNK * per) == 0
+
+
+def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once.
+
+    H200, us of one stage at 16 tokens, the best of two to five settings and the next: 14336 x 1584 int4 14.3, 15.1, fp8
+    16.6, 19.2; 4096 x 1024 3.6, 4.0 and 4.5, 4.9; 3168 x 4096 7.4, 8.1 and 9.5, 11.7; 1024 x 4096 5.5, 5.7 and 5.6,
+    7.1; 1584 x 14336 14.9, 15.2 and 17.0, 17.7. One run. Two layers at once were timed by (64, 16, 1, 4, 4) alone.
+    """
+    if device == INTERPRETER:
+        return PlacesConfig(16, CHUNK, 2, 4, 1)
+    if row > 4096:
+        config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
+    elif row > 2048:
+        # of 32 tokens, the wide one spills
+        wide = per == 8 and tokens <= 16 and rows > 16 * device.sms
+        config = PlacesConfig(32, 2 * CHUNK, 4, 4, 3) if wide else PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
+    elif layers > 1:
+        config = PlacesConfig(64, CHUNK, 1, 4, 4)
+    elif rows > 64 * device.sms:
+        config = PlacesConfig(128, CHUNK, 1, 4, 3) if per == 8 else PlacesConfig(64, 2 * CHUNK, 1, 4, 3)
+    else:
+        config = PlacesConfig(16, CHUNK, 2, 2, 6) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
+    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
+
+
+def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
+    """The setting with the longest steps, of its words at most, each of which lies in one group; 0: no groups."""
+    return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
+
+
+def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+    """The setting, with shorter steps and fewer stages where shared memory asks for that."""
+    while True:
+        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
+        stages = min(config.stages, 1 + device.shared_memory // stage)
+        if stages >= min(config.stages, 3) or config.words == CHUNK:
+            return replace(config, stages=stages)
+        config = replace(config, words=config.words // 2)
+
+
+def places_rows(tokens: int) -> int:
+    """Tokens are columns of a tensor-core tile, of at least 8."""
+    return max(8, pow2(tokens))
+
+
+def places_inputs(tokens: int) -> int:
+    """Rows of x that a step keeps in shared memory: one for one token, which all columns share."""
+    return 1 if tokens == 1 else places_rows(tokens)

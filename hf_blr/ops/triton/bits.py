@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_blr.ops.rules.device import Device
 from hf_blr.ops.rules.packed import PER_WORD
+from hf_blr.ops.triton.halves import sum_of_two_words, sum_of_word
+from hf_blr.ops.triton.pairs import ASSEMBLES, byte_places, int4_places
 
 
 class Weights(NamedTuple):
@@ -60,6 +63,10 @@ class Weights(NamedTuple):
         """Bytes of a number."""
         return self.data.element_size() / self.per
 
+    def form_on(self, device: Device) -> str:
+        """The form as kernels of one token unpack it: below compute capability 8.9 nothing converts float8."""
+        return "fp8_bits" if self.form == "fp8" and device.capability < (8, 9) else self.form
+
     def named(self, kernel: str) -> str:
         """The kernel's name among measured settings."""
         return kernel if self.form == "plain" else f"{kernel}_{self.form}_{self.group}"
@@ -104,6 +111,20 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
         b = (b_n & -2147483648) | ((b_n >> 4) & 0x07F00000)
         b_n = b.to(tl.float32, bitcast=True) * (2.0**120)
     return b_n
+
+
+@triton.jit
+def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
+    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
+    if ASSEMBLES and FORM == "int4" and tl.float32 != DTYPE:
+        tiles = int4_places(b_w, DTYPE)
+    elif ASSEMBLES and tl.float32 != DTYPE:
+        tiles = byte_places(b_w, FORM, DTYPE)
+    else:
+        tiles = ()
+        for j in tl.static_range(PER):
+            tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)
+    return tiles
 
 
 @triton.jit
@@ -160,21 +181,42 @@ def by_place(b_x, FORM: tl.constexpr):
 
 
 @triton.jit
-def sum_of_columns(b_xs, b_ws, b_cs, FORM: tl.constexpr, PER: tl.constexpr, SCALED: tl.constexpr):
-    """The sum over a tuple of tiles of columns of their numbers times those of x, in float32.
+def sum_of_columns(
+    b_ps,
+    b_ws,
+    b_cs,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """The sum over COUNT tiles of columns, from b_ws[FIRST] on, of their numbers times those of x, in float32.
 
-    b_xs has PER tiles for each of b_ws, by the place of a number in its column; with SCALED, b_cs has the columns'
-    scales.
+    b_ps is what `paired` made of x for these tiles; with SCALED, b_cs has the columns' scales.
     """
-    acc = tl.zeros(b_ws[0].shape, tl.float32)
-    for step in tl.static_range(len(b_ws)):
-        if FORM == "plain":
-            acc += b_xs[step].to(tl.float32) * b_ws[step].to(tl.float32)
+    acc = tl.zeros(b_ws[FIRST].shape, tl.float32)
+    if FORM == "plain":
+        for step in tl.static_range(COUNT):
+            acc += b_ps[step].to(tl.float32) * b_ws[FIRST + step].to(tl.float32)
+    elif b_ps[0].dtype == tl.int32:
+        if SCALED > 0:
+            for step in tl.static_range(COUNT):
+                acc += sum_of_word(b_ps, step * (PER // 2), b_ws[FIRST + step], FORM) * b_cs[FIRST + step].to(
+                    tl.float32
+                )
         else:
-            b = b_xs[step * PER].to(tl.float32) * number_at(b_ws[step], 0, FORM)
+            for step in tl.static_range(0, COUNT - 1, 2):
+                acc += sum_of_two_words(b_ps, step * (PER // 2), b_ws[FIRST + step], b_ws[FIRST + step + 1], FORM)
+            if COUNT % 2 == 1:
+                acc += sum_of_word(b_ps, (COUNT - 1) * (PER // 2), b_ws[FIRST + COUNT - 1], FORM)
+        acc *= b_ps[COUNT * (PER // 2)]
+    else:
+        for step in tl.static_range(COUNT):
+            b = b_ps[step * PER].to(tl.float32) * number_at(b_ws[FIRST + step], 0, FORM)
             for j in tl.static_range(1, PER):
-                b += b_xs[step * PER + j].to(tl.float32) * number_at(b_ws[step], j, FORM)
-            acc += b * b_cs[step].to(tl.float32) if SCALED > 0 else b
+                b += b_ps[step * PER + j].to(tl.float32) * number_at(b_ws[FIRST + step], j, FORM)
+            acc += b * b_cs[FIRST + step].to(tl.float32) if SCALED > 0 else b
     return acc
 
 

@@ -14,6 +14,7 @@ from hf_blr.ops.rules.packed import packed_expand_config, within_groups
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import numbers_of, step_scale, weights_of
 from hf_blr.ops.triton.decode_one import expand_one
+from hf_blr.ops.triton.decode_places import by_places, expand_by_places
 from hf_blr.ops.triton.decode_wide import expand_wide
 from hf_blr.ops.triton.tiles import prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -142,6 +143,8 @@ def decode_expand(z, u, bias, out, activation=""):
     (blocks, q, r), tokens = u.shape, z.shape[1]
     if tokens == 1:
         return expand_one(z, u, bias, out, activation)
+    if by_places(u):
+        return expand_by_places(z, u, bias, out, activation)
     device = device_of(z)
     sizes = (r, *z.stride()[:2])
     vec, vec_w = vector_width(*sizes), vector_width(*u.strides)

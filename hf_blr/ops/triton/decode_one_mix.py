@@ -10,6 +10,7 @@ from hf_blr.ops.rules.device import device_of, pow2, vector_width
 from hf_blr.ops.rules.few_tokens import one_mix_config
 from hf_blr.ops.rules.packed import packed_one_mix_config, word_vector
 from hf_blr.ops.triton.bits import Weights, by_place, sum_of_columns, weights_of
+from hf_blr.ops.triton.halves import paired
 from hf_blr.ops.triton.tiles import mix_of, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -123,6 +124,7 @@ def decode_one_mix_kernel(
         m_x = (o_j < B1)[:, None, None] & (o_p < P * VEC)[None, None, :]
         m_x, o_x = tl.broadcast_to(m_x, (BJ, BX, BC * PER)), tl.broadcast_to(o_x, (BJ, BX, BC * PER))
         b_xs = b_xs + by_place(tl.load(x_ptr + o_x, mask=m_x, other=0.0), FORM)
+    b_xs = paired(b_xs, 0, STEPS, FORM, PER)
     for i_r in tl.range(i_p, tl.cdiv(R * VEC, BR), n_p):
         i_next = i_r + n_p
         b_next = parts_of(v_ptr, i_next, C, R * VEC, stride_vj, stride_vr, B1, STEPS, BJ, BR, BC)
@@ -130,7 +132,7 @@ def decode_one_mix_kernel(
             c_ptr, i_next, C, R * VEC, stride_cj, stride_cr, B1, FORM, PER, SCALED, STEPS, BJ, BR, BC
         )
         b_s_next = mix_of(s_ptr, i_next, R * VEC, stride_si * VEC, stride_sj * VEC, B1, B2, BI, BJ, BR)
-        b_y = tl.sum(sum_of_columns(b_xs, b_vs, b_cs, FORM, PER, SCALED), 2)
+        b_y = tl.sum(sum_of_columns(b_xs, b_vs, b_cs, 0, STEPS, FORM, PER, SCALED), 2)
         if FORM != "plain" and SCALED == 0:
             b_y *= b_cs[0].to(tl.float32)
         b_z = tl.sum(b_s.to(tl.float32) * b_y[None, :, :], 1)
@@ -164,7 +166,7 @@ def project_mixed_one(x: Tensor, v: Tensor | Weights, s: Tensor, z: Tensor):
             *v.scale_strides,
             B1=b1,
             B2=len(z),
-            FORM=v.form,
+            FORM=v.form_on(device),
             PER=v.per,
             SCALED=v.group,
             PDL=device.has_pdl,

@@ -15,6 +15,7 @@ from hf_blr.ops.rules.packed import packed_project_config, within_groups
 from hf_blr.ops.triton.bits import numbers_of, weights_of
 from hf_blr.ops.triton.decode_one import project_one
 from hf_blr.ops.triton.decode_one_mix import project_mixed_one
+from hf_blr.ops.triton.decode_places import by_places, project_by_places
 from hf_blr.ops.triton.tiles import in_part, mix_of, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -149,6 +150,8 @@ def decode_project(x, v, s, z, add=False):
     device, mix = device_of(x), s is not None
     if tokens == 1 and not add:
         return project_mixed_one(x, v, s, z) if mix else project_one(x, v, z)
+    if not mix and by_places(v):
+        return project_by_places(x, v, z, add)
     b2 = z.shape[0]
     parts = b1 if mix else 4
     if v.form == "plain":

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_blr.ops.rules.device import device_of, vector_width
 from hf_blr.ops.rules.experts import rows_config
 from hf_blr.ops.triton.bits import Weights, by_place, sum_of_columns, weights_of
+from hf_blr.ops.triton.halves import paired
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def expert_rows_kernel(
         b_ss = ()
         if SCALED > 0:
             b_ss = b_ss + (tl.load(scale_ptr[:, None] + (o_c * PER // SCALED)[None, :], mask=m, other=0.0),)
-        acc += sum_of_columns(b_xs, (b_w,), b_ss, FORM, PER, SCALED)
+        acc += sum_of_columns(paired(b_xs, 0, 1, FORM, PER), (b_w,), b_ss, 0, 1, FORM, PER, SCALED)
     b_out = tl.sum(acc, 1)
     if FORM != "plain" and SCALED == 0:
         b_out *= tl.load(scale_ptr, mask=m_q, other=0.0).to(tl.float32)
@@ -112,7 +113,7 @@ def expert_rows(x: Tensor, w: Tensor | Weights, experts: Tensor) -> Tensor:
         wide // vec_w if along else 1,
         1 if along else wide // vec_w,
         *w.scale_strides,
-        FORM=w.form,
+        FORM=w.form_on(device_of(x)),
         PER=w.per,
         SCALED=w.group,
         VEC=vec,

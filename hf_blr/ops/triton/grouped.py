@@ -9,12 +9,19 @@ from __future__ import annotations
 from hf_blr.ops.activations import activated
 from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.decode_one import expand_one
+from hf_blr.ops.triton.decode_places import by_places, expand_by_places
+
+
+def gates(u, tokens):
+    """Whether two layers have one last stage, with the product of their outputs."""
+    return tokens == 1 or by_places(u)
 
 
 def finish_gated(z, u, bias, activation):
-    """`[1, N]` of two layers whose u lie in one `[2*B2, Q, R]`."""
-    out = z.new_empty(1, u.shape[0] // 2 * u.shape[1])
-    expand_one(z, u, bias, out, activation, gated=True)
+    """`[T, N]` of two layers whose u lie in one `[2*B2, Q, R]`, where these are `gates`."""
+    out = z.new_empty(z.shape[1], u.shape[0] // 2 * u.shape[1])
+    expand = expand_one if len(out) == 1 else expand_by_places
+    expand(z, u, bias, out, activation, gated=True)
     return out
 
 

@@ -6,7 +6,7 @@ from hf_blr.ops.rules.blast import blast_route
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.triton.blast import blast_decode, blast_finish, blast_project
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.grouped import columns, finish_gated, joined, multiplied, ranks, split
+from hf_blr.ops.triton.grouped import columns, finish_gated, gates, joined, multiplied, ranks, split
 
 
 def forward(x, us, ss, vs, biases):
@@ -33,9 +33,9 @@ def forward(x, us, ss, vs, biases):
 
 
 def gated(x, us, ss, vs, biases, activation):
-    """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `forward`."""
+    """x `[T, K]` -> activation(first) * second `[T, N]`, of two layers as in `forward`."""
     both = range(2)
-    if split(both, (us, 0), (ss, 2), (vs, 1), (biases, 0)) != [both]:
+    if not gates(us[0], len(x)) or split(both, (us, 0), (ss, 2), (vs, 1), (biases, 0)) != [both]:
         return multiplied(forward(x, us, ss, vs, biases), activation)
     v = joined(vs, both, 1)
     route = route_of(x, us[0], v, biases[0])

@@ -9,7 +9,7 @@ from hf_blr.ops.rules.low_rank import kernels_pay
 from hf_blr.ops.rules.monarch import monarch_route
 from hf_blr.ops.triton.bits import Weights
 from hf_blr.ops.triton.decode_expand import decode_expand
-from hf_blr.ops.triton.grouped import columns, finish_gated, joined, multiplied, ranks, split
+from hf_blr.ops.triton.grouped import columns, finish_gated, gates, joined, multiplied, ranks, split
 from hf_blr.ops.triton.monarch import monarch_decode, monarch_finish
 
 
@@ -44,11 +44,11 @@ def forward(x, us, vs, biases):
 
 
 def gated(x, us, vs, biases, activation):
-    """One token x `[1, K]` -> activation(first) * second `[1, N]`, of two layers as in `forward`."""
+    """x `[T, K]` -> activation(first) * second `[T, N]`, of two layers as in `forward`."""
     us, vs = stacked(us), stacked(vs)
     both, b1 = range(2), vs[0].shape[0]
     route = route_of(x, us, vs, biases, both)
-    if not route.few or split(both, (us, 0), (vs, 1), (biases, 0)) != [both]:
+    if not (route.few and gates(us[0], len(x))) or split(both, (us, 0), (vs, 1), (biases, 0)) != [both]:
         return multiplied(forward(x, us, vs, biases), activation)
     u = joined(us, both, 0)
     z = monarch_decode(x, joined(vs, both, 1), 1 if b1 == 1 else u.shape[0], route)

@@ -8,6 +8,7 @@ from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.monarch import MonarchRoute, monarch_route
 from hf_blr.ops.triton.block_gemm import block_gemm, expand
 from hf_blr.ops.triton.decode_expand import decode_expand
+from hf_blr.ops.triton.decode_places import by_places
 from hf_blr.ops.triton.decode_project import decode_project
 from hf_blr.ops.triton.decode_stack import project_swapped
 from hf_blr.ops.triton.swap import swap_blocks
@@ -36,7 +37,7 @@ def monarch_decode(x, v, b2, route: MonarchRoute):
     """z `[B2, T, B1*r]` at few tokens."""
     b1, rows, _ = v.shape
     z = x.new_empty(b2, x.shape[0], b1 * rows // b2)
-    if route.stacked:
+    if route.stacked and not by_places(v):
         project_swapped(x, v, z)
     else:
         decode_project(x, v, None, z)

@@ -12,6 +12,7 @@ from hf_blr.ops.triton.bits import Weights, by_place, sum_of_columns, weights_of
 from hf_blr.ops.triton.columns import gather_columns, scatter_columns
 from hf_blr.ops.triton.decode_expand import decode_expand
 from hf_blr.ops.triton.decode_project import decode_project
+from hf_blr.ops.triton.halves import paired
 from hf_blr.ops.triton.low_rank import finish
 from hf_blr.ops.triton.tiles import in_part, is_feature, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -93,7 +94,7 @@ def pivoted_project_kernel(
         b_xs = b_xs + by_place(b_x, FORM)
     acc = tl.zeros((BJ, BR, BC), tl.float32)
     if EARLY > 0:
-        acc += sum_of_columns(b_xs, b_cs, b_ss, FORM, PER, SCALED)
+        acc += sum_of_columns(paired(b_xs, 0, EARLY, FORM, PER), b_cs, b_ss, 0, EARLY, FORM, PER, SCALED)
     for step in tl.range(EARLY, tl.cdiv(P * VEC, BP), loop_unroll_factor=UNROLL):
         o_p = step * BP + tl.arange(0, BP)
         m_k = in_part(o_p, o_jp, P * VEC, REST * VEC)
@@ -101,7 +102,7 @@ def pivoted_project_kernel(
         m_x = m_k & is_feature(b_o, features)
         b_x = tl.load(x_ptr + b_o[:, None, :], mask=m_x[:, None, :], other=0.0)
         b_c, b_s = tile_of_c(c_ptr + o_c, cs_ptr, step, o_jc, m_r, PC, C, FORM, PER, SCALED, BC)
-        acc += sum_of_columns(by_place(b_x, FORM), (b_c,), (b_s,), FORM, PER, SCALED)
+        acc += sum_of_columns(paired(by_place(b_x, FORM), 0, 1, FORM, PER), (b_c,), (b_s,), 0, 1, FORM, PER, SCALED)
     b_y = tl.sum(tl.sum(acc, 2), 0) * b_scale + b_pivots.to(tl.float32)
     tl.store(y_ptr + o_r, b_y.to(y_ptr.dtype.element_ty), mask=m_r)
 
@@ -205,7 +206,7 @@ def project_one(x, c, order):
             ORDER_LINES=pow2(triton.cdiv(len(order), order_line)),
             LINE=line,
             ORDER_LINE=order_line,
-            FORM=c.form,
+            FORM=c.form_on(device),
             PER=c.per,
             SCALED=c.group,
             PDL=device.has_pdl,

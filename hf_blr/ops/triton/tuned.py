@@ -23,6 +23,7 @@ from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
 from hf_blr.ops.rules.mix import MixConfig
+from hf_blr.ops.rules.packed import PlacesConfig
 from hf_blr.ops.rules.products import GemmConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,15 @@ CHANGES = {
         {"programs": 2},
         {"programs": 0.5},
         {"length": 2},
+    ),
+    PlacesConfig: (
+        {"rows": 2},
+        {"rows": 2, "parts": 0.5},
+        {"words": 2},
+        {"words": 2, "parts": 0.5, "warps": 0.5},
+        {"parts": 2, "warps": 2},
+        {"parts": 0.5, "warps": 0.5},
+        {"stages": 2},
     ),
     DecodeConfig: (
         {"rows": 2},
