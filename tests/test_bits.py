@@ -2,19 +2,18 @@
 
 import itertools
 import math
-from functools import cache
 
 import pytest
 import torch
+from bits_cases import all_options, config, dense, layer_options, shared, statistics
 from tiny import batches_for, build, divergence, tiny_llama
 from transformers import OPTConfig, OPTForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.compression.allocation import Option, allocate_both, choice_of, loss_of, within
-from hf_blr.compression.bits import TimeLimit, formats_of, options_of, share_bits, uniform
+from hf_blr.compression.bits import TimeLimit, formats_of, share_bits, uniform
 from hf_blr.compression.layer_trials import Layer
 from hf_blr.compression.rounding_loss import AfterFeedback, storable
-from hf_blr.compression.rounding_trials import trials_of
 from hf_blr.factorize import factorize
 from hf_blr.factorize.bits import coupling_of
 from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS
@@ -22,29 +21,6 @@ from hf_blr.formats import PLAIN, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Dense, LowRank
-
-TARGETS = ["q_proj", "down_proj"]
-
-
-def config(bits, **settings):
-    return BLRConfig("auto", bits_per_weight=bits, **{"target_modules": TARGETS, "fit_rounds": 2, **settings})
-
-
-@cache
-def dense():
-    # in 16 bits, so that the plain format is among what a budget can buy
-    return tiny_llama().bfloat16()
-
-
-@cache
-def statistics():
-    return collect_statistics(tiny_llama(), config(4), calibration=batches_for(tiny_llama(), count=4))
-
-
-@cache
-def shared(bits, **settings):
-    wanted = config(bits, **settings)
-    return share_bits(dense(), resolve_plan(dense(), wanted), statistics(), wanted)
 
 
 def stored_bits(plan, model):
@@ -66,22 +42,6 @@ def test_more_bits_are_predicted_to_lose_less():
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 4
     # what stays as it is loses nothing
     assert losses[-1] == 0 and not shared(16.0)[0]
-
-
-def layer_options(wanted):
-    plan = resolve_plan(dense(), wanted)
-    formats, free = formats_of(wanted), {name: layer.spec for name, layer in plan.items()}
-    layers = {name: Layer(dense(), name, statistics(), wanted) for name in free}
-    trials = trials_of(layers, free, formats)
-    return layers, {
-        name: options_of(layers[name], spec, trials[layers[name].kind], formats, torch.bfloat16, wanted)
-        for name, spec in free.items()
-    }
-
-
-@cache
-def all_options():
-    return layer_options(config(4))
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.3, 5.0, 8.3])

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from test_bits import all_options, config, dense, shared, statistics
+from bits_cases import all_options, config, dense, shared, statistics
 from torch import nn
 
 from hf_blr import BLRConfig
