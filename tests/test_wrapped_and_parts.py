@@ -1,5 +1,8 @@
 """Models inside wrappers and parts of models: what is saved afterwards loads, whichever of them it is."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from tiny import build, tiny_bert, tiny_gpt2, tiny_inputs, tiny_llama, tiny_logits, tiny_t5
@@ -7,6 +10,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_blr import BLRConfig, collect_statistics, compress, to_dense
+from hf_blr.checkpoint.record import live_models
 from hf_blr.linear import blr_modules
 
 CONFIG = BLRConfig("low_rank", ratio=0.6)
@@ -168,3 +172,27 @@ def test_a_model_that_does_not_know_what_was_asked_for_still_says_its_plan(tmp_p
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(tiny_logits(loaded), tiny_logits(model))
+
+
+def test_other_threads_build_their_tuples_while_models_are_looked_for():
+    model, interval, failed = tiny_llama(), sys.getswitchinterval(), []
+    stop = threading.Event()
+
+    def build():
+        while not stop.is_set():
+            try:
+                tuple(i for i in range(200))
+            except SystemError as error:
+                failed.append(error)
+
+    other = threading.Thread(target=build)
+    # the interpreter changes threads as often as it can
+    sys.setswitchinterval(1e-5)
+    try:
+        other.start()
+        found = [live_models() for _ in range(8)]
+    finally:
+        stop.set()
+        other.join()
+        sys.setswitchinterval(interval)
+    assert not failed and all(any(each is model for each in models) for models in found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
@@ -61,10 +63,20 @@ def live_models() -> list[PreTrainedModel]:
     from transformers import PreTrainedModel
 
     kinds = tuple(kind for kind in (PreTrainedModel, denoiser_class()) if kind is not None)
-    # a module does not know what holds it, and the collector knows every module; `type` runs no code of the objects.
-    # A model that another thread is just building may have no parts yet
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
-    return [model for model in found if "_modules" in vars(model)]
+    classes = {id(found): found for found in subclasses(kinds)}
+    # a module does not know what holds it, and the collector knows every module. No line of Python runs while all
+    # objects are held: another thread could then go on with a tuple that it is building, and get a SystemError
+    types = map(id, map(type, chain.from_iterable(map(gc.get_objects, (None,)))))
+    alive = set(filter(classes.__contains__, types))
+    # an object refers to its class; so do few others
+    found = gc.get_referrers(*(classes[key] for key in alive)) if alive else []
+    # a model that another thread is just building may have no parts yet
+    return [model for model in found if id(type(model)) in alive and "_modules" in vars(model)]
+
+
+def subclasses(kinds: Iterable[type]) -> set[type]:
+    """These classes, and all that inherit from them."""
+    return {each for kind in kinds for each in (kind, *subclasses(kind.__subclasses__()))}
 
 
 def record_plan(model: nn.Module, config: BLRConfig | None, plan: Plan) -> None:
