@@ -50,6 +50,7 @@ def row_of(
         row = {"model": model_name, "variant": variant, **model_sizes(model, trained_names(shape))}
         if variant == PYTORCH:
             model = int4_model(model)
+            row["rival"] = True
             row["weight_bytes"] = sum(t.nbytes for t in tensors_read(model))
         if device == "cuda":
             torch.cuda.empty_cache()

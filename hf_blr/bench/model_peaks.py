@@ -45,7 +45,7 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
         shape = shape_of(row["model"])
         if measured is None or shape is None or shape.kind == "diffusion" or row.get("form") not in PREDICTED_FORMS:
             continue
-        if not is_counted(Variant.parse(row["variant"]).storage, row["measurement"], device):
+        if not is_counted(row, device):
             continue
         sizes = sizes_of_row(row)
         if row["measurement"] == "prefill":
@@ -60,18 +60,22 @@ def model_predictions(rows: list[dict], device: Peaks) -> list[dict]:
     return found
 
 
-def is_counted(storage: str, measurement: str, device: Peaks) -> bool:
-    """Whether kernels of this format are: numbers, and those of fp8 at many tokens."""
-    return storage == PLAIN.name or (storage == "fp8" and measurement == "prefill" and device.float8_flops is not None)
+def is_counted(row: dict, device: Peaks) -> bool:
+    """Whether the kernels of a row's layers are: those of numbers, and of fp8 at many tokens; never a rival's."""
+    if row.get("rival"):
+        return False
+    storage = Variant.parse(row["variant"]).storage
+    float8 = storage == "fp8" and row["measurement"] == "prefill" and device.float8_flops is not None
+    return storage == PLAIN.name or float8
 
 
 def predicted_parts(row: dict, device: Peaks) -> dict[str, float]:
     """Milliseconds of each part of a row's forward or decoding step, {part: ms}.
 
-    {} for diffusion models, and for models whose shape is not known.
+    {} for diffusion models, for models whose shape is not known, and for layers whose kernels are not counted.
     """
     shape = shape_of(row["model"])
-    if shape is None or shape.kind == "diffusion":
+    if shape is None or shape.kind == "diffusion" or not is_counted(row, device):
         return {}
     sizes = sizes_of_row(row)
     if row["measurement"] == "decode":
