@@ -84,13 +84,14 @@ def rounds(times: int, folder: Path) -> dict:
 
 
 def threads(times: int, folder: Path) -> dict:
-    """Each compresses a model of its own, runs it so many times, saves it and loads it."""
+    """Each runs a compressed model of its own so many times, saves it and loads it."""
     found: dict[int, dict] = {}
+    # one after the other: their weights are drawn by one generator, which all threads share
+    made = [compressed(structure=name) for name in ("low_rank", "monarch")[:THREADS]]
 
     def work(which: int, results: dict[int, dict]) -> None:
-        made = compressed(structure=("low_rank", "monarch")[which])
-        outputs = [logits(made, LENGTHS[i % len(LENGTHS)]) for i in range(times)]
-        made.save_pretrained(folder / f"thread-{which}")
+        outputs = [logits(made[which], LENGTHS[i % len(LENGTHS)]) for i in range(times)]
+        made[which].save_pretrained(folder / f"thread-{which}")
         loaded = LlamaForCausalLM.from_pretrained(folder / f"thread-{which}")
         results[which] = loaded.state_dict() | {f"outputs.{i}": output for i, output in enumerate(outputs)}
 
@@ -126,7 +127,7 @@ RUNS: dict[str, tuple[str, Callable[[int, Path], dict], int]] = {
     "full disks": ("full disks: of the model, the journal, the statistics", full_disks, 3),
     "forwards": ("forwards", forwards, 10_000),
     "rounds": ("saved and loaded", rounds, 300),
-    "threads": ("forwards in two threads, with a fit, a save and a load in each", threads, 1000),
+    "threads": ("forwards in two threads, with a save and a load in each", threads, 1000),
 }
 
 
