@@ -12,11 +12,9 @@ from hf_blr.bench.in_bits import has_float8
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.formats import FORMATS, PLAIN
-from hf_blr.ops.rules.bits import NUMBERS, route
 from hf_blr.ops.rules.device import H100, device_of
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.roofline.devices import Peaks
-from hf_blr.roofline.stage import Stage
 from hf_blr.roofline.stages import bound_of, stages, stored_stages
 from hf_blr.roofline.training import training_stages
 from hf_blr.structures import BLRSpec, Dense, LowRank, structure_named
@@ -113,7 +111,7 @@ def predictions(rows: list[dict], device: Peaks) -> list[dict]:
             continue
         spec, tokens = spec_of(row), row["tokens"]
         if storage != PLAIN.name:
-            kernels = in_float8(spec, tokens, device)
+            kernels = stored_stages(spec, FORMATS[storage], tokens, device)
         else:
             count = stages if row["direction"] == "forward" else training_stages
             kernels = count(spec, tokens, "dense" if row["structure"] == "dense" else "hf_blr", chip=device.chip)
@@ -122,14 +120,6 @@ def predictions(rows: list[dict], device: Peaks) -> list[dict]:
         sums = {"flops": sum(s.flops for s in kernels), "bytes": sum(s.bytes for s in kernels)}
         found.append({**row, **more, **sums})
     return found
-
-
-def in_float8(spec: BLRSpec, tokens: int, device: Peaks) -> list[Stage]:
-    """The kernels of a layer in fp8: in float8, or behind a pass to numbers where the rule says so."""
-    float8 = FORMATS["fp8"]
-    if float8.form is not None and route(spec, tokens, float8.form, True, False) == NUMBERS:
-        return stored_stages(spec, float8, tokens, device)
-    return stages(spec, tokens, "float8", chip=device.chip)
 
 
 def is_float8(row: dict, device: Peaks) -> bool:

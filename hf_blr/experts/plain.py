@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_blr import ops
-from hf_blr.experts.layers import ExpertsLinear
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR
@@ -40,9 +39,6 @@ class PlainFactors(nn.Module):
 
 class PlainExperts(PlainFactors):
     """What an `ExpertsLinear` computes, without a registered op."""
-
-    def __init__(self, module: ExpertsLinear):
-        super().__init__(module)
 
     def of_rows(self, x: Tensor, rows: ops.Routed) -> Tensor:
         """x `[S, K]` -> `[S, N]`, each row by the factors of its expert."""
