@@ -72,10 +72,11 @@ def make(
         forget_quantizer(model)
         return model, trained(model, on, run.rate, **training, **settings)
     elif run.kind == "refine":
-        model = earlier.pop(run.family, None)
-        if model is None:
-            model = make(replace(run, kind="compress"), on, {}, training)[0]
-        return model, trained(model, on, run.rate, **training)
+        if run.family not in earlier:
+            make(replace(run, kind="compress"), on, earlier, training)
+        # another may go on from the same fit
+        model = copy.deepcopy(earlier[run.family])
+        return model, trained(model, on, run.rate, bits=run.trains, **training)
     elif run.kind == "refine around":
         return refined_around(run, on, training)
     elif run.kind == "svd_llm":

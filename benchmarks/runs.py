@@ -58,6 +58,8 @@ class Run:
     blocks: tuple[int, int] | None = None
     kind: str = "compress"
     settings: tuple = ()
+    #: what trains of layers in bits, of a run that refines
+    trains: str = "scales"
 
     @property
     def label(self) -> str:

@@ -11,10 +11,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_blr import BLRCallback, BLRConfig, compress
+from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.training_form import factors_in_bits, open_bits, trained_bits, training_form
 from hf_blr.finetune import WindowDataset, close_bits, factor_parameter_groups, mark_only_factors_trainable, refine
+from hf_blr.finetune.numbers import as_numbers
 from hf_blr.finetune.trainable import SCALES_RATE
-from hf_blr.formats import FactorInBits, FactorInTraining, format_named
+from hf_blr.formats import PLAIN, FactorInBits, FactorInTraining, format_named
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank
 
@@ -154,12 +156,13 @@ def test_refinement_of_scales_lowers_the_loss_and_moves_no_code(structure):
     assert all(name.endswith(".s") for name in others) and bool(others) == (structure == "blast")
 
 
-def test_refinement_of_codes_moves_them_too():
+def test_refinement_of_codes_moves_them_too(capsys):
     model = in_bits()
     before = parts_of(model)
     history = refine(
         model, tiny_llama(), WINDOWS, epochs=30, batch_size=8, learning_rate=5e-3, distill_weight=1.0, bits="codes"
     )
+    assert "codes and scales of factors in bits of" in capsys.readouterr().out
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < 0.95 * losses[0]
     after = parts_of(model)
@@ -176,6 +179,48 @@ def test_refinement_that_ruins_a_model_puts_its_bits_back(structure, bits):
     history = refine(model, tiny_llama(), windows, epochs=1, batch_size=2, learning_rate=3.0, bits=bits, held_out=OTHER)
     assert sum("held_out_divergence" in entry for entry in history) == 4
     same(model, before)
+
+
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "blast", "dense"])
+def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
+    windows = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(5))
+    dense, divergences = tiny_llama(), {}
+    held_out = HeldOut(dense, [{"input_ids": windows}])
+    for bits in ("scales", "numbers"):
+        model = in_bits(structure)
+        before = parts_of(model)
+        how = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "distill_weight": 1.0}
+        history = refine(model, dense, windows, **how, bits=bits)
+        divergences[bits] = held_out.divergence(model)
+    assert divergences["numbers"] < divergences["scales"]
+    after = parts_of(model)
+    assert {key.rpartition("_")[2] for key in after if not torch.equal(after[key], before[key])} == {"packed", "scale"}
+    said = capsys.readouterr().out
+    assert (
+        ": factors of a model with 14" in said and ("factors, scales" if structure == "blast" else ": scales") in said
+    )
+    # both halves of the text
+    assert [entry["step"] for entry in history if "train_loss" in entry] == [16, 16]
+    model.save_pretrained(tmp_path)
+    same(LlamaForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_layers_that_were_numbers_hold_their_bits_again_after_an_error():
+    model, teacher = in_bits("pivoted"), tiny_llama()
+    before = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt), as_numbers(model, teacher, [{"input_ids": WINDOWS}]):
+        layer = model.model.layers[0].self_attn.q_proj
+        assert layer.storage == PLAIN and len(layer.factors()) == 2
+        raise KeyboardInterrupt
+    same(model, before)
+
+
+def test_numbers_want_two_windows_and_the_dense_layers():
+    model = in_bits()
+    with pytest.raises(ValueError, match="two halves of the text, got 1 window"):
+        refine(model, tiny_llama(), WINDOWS[:1], bits="numbers")
+    with pytest.raises(ValueError, match="no layer in bits has a dense layer of its name in the teacher"):
+        refine(model, in_bits(), WINDOWS, bits="numbers")
 
 
 def arguments(folder, **more):

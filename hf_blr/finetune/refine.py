@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.loop import train
 from hf_blr.finetune.matrices import on_matrices
+from hf_blr.finetune.numbers import as_numbers
+from hf_blr.finetune.teacher import load_teacher
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
@@ -29,6 +32,11 @@ DENSE_STEP_TOKENS = 8192
 
 #: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
+
+#: what trains of layers in bits: numbers first, which are rounded then, and scales after that
+NUMBERS = "numbers"
+#: numbers are rounded in the metric of so many tokens
+ROUNDING_TOKENS = 131072
 
 
 def refine(
@@ -66,8 +74,10 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
-        bits: what trains of layers that are kept in bits: "scales", or "codes" for both, straight-through. Scales are
-            the safe choice: after a careful rounding a code that flips alone hurts, and only long trainings may pay.
+        bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; after a careful
+            rounding a code that flips alone hurts, and only long trainings may pay. "numbers": on the first half of the
+            text, factors train as numbers that are fitted to the dense model's matrices again; then they are rounded as
+            a fit rounds, and the scales train on the second half.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
@@ -75,8 +85,29 @@ def refine(
             their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
-        ValueError: if `held_out` holds no window.
+        ValueError: if `held_out` holds no window; with "numbers", for fewer than two windows or batches, or where the
+            dense model has no layer of the name of one in bits.
     """
+    if bits == NUMBERS:
+        half, student = len(windows) // 2, cast(Any, model)
+        if not half:
+            raise ValueError(f'bits="{NUMBERS}" trains on two halves of the text, got {len(windows)} window or batch')
+        once = partial(
+            refine,
+            model,
+            teacher,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            distill_weight=distill_weight,
+            dense_rate=dense_rate,
+            held_out=held_out,
+            compiled=compiled,
+            seed=seed,
+        )
+        with as_numbers(model, load_teacher(teacher, student), some_of(model, windows, ROUNDING_TOKENS)):
+            history = once(windows[:half])
+        return history + once(windows[half:])
     on_gpu = next(model.parameters()).is_cuda
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokens, steps = step_size(windows, batch_size)
@@ -143,12 +174,18 @@ def statistics_for(model: nn.Module, windows: Tensor | Sequence[Batch]) -> Stati
     names = list(stood_in(model))
     if not names:
         return None
+    return fisher_statistics(model, names, some_of(model, windows, STATISTICS_TOKENS))
+
+
+def some_of(model: nn.Module, windows: Tensor | Sequence[Batch], tokens: int) -> list[Batch]:
+    """Batches on the model's device, of so many tokens or a few more, if there are so many."""
     device = next(model.parameters()).device
     if torch.is_tensor(windows):
-        windows = [{"input_ids": windows[: max(1, STATISTICS_TOKENS // windows.shape[1])]}]
-    some: list[Batch] = []
+        count = max(1, tokens // windows.shape[1])
+        windows = [{"input_ids": some} for some in windows[:count].split(max(1, STATISTICS_TOKENS // windows.shape[1]))]
+    found: list[Batch] = []
     for batch in windows:
-        some.append({key: value.to(device) for key, value in batch.items()})
-        if sum(map(tokens_in, some)) >= STATISTICS_TOKENS:
+        found.append({key: value.to(device) for key, value in batch.items()})
+        if sum(map(tokens_in, found)) >= tokens:
             break
-    return fisher_statistics(model, names, some)
+    return found

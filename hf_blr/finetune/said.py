@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_blr.calibration.training_form import trained_bits
+from hf_blr.calibration.training_form import CODES, SCALES, trained_bits
 from hf_blr.finetune.trainable import factor_parameters, fresh_head, has_adapters
 from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
+
+TRAINS = {SCALES: "scales", CODES: "codes and scales"}
 
 
 def what_trains(model: nn.Module, extra: list[str], bits: str, float8_layers: list[str]) -> str:
@@ -23,7 +25,7 @@ def what_trains(model: nn.Module, extra: list[str], bits: str, float8_layers: li
     """
     modules = blr_modules(model)
     parts = ["factors"] if any(layer.factors() for layer in modules.values()) else []
-    parts += [f"{bits} of factors in bits"] if trained_bits(model) else []
+    parts += [f"{TRAINS[bits]} of factors in bits"] if trained_bits(model) else []
     parts += (["a fresh head"] if fresh_head(model) else []) + extra
     what = "the PEFT adapters on" if has_adapters(model) else f"{', '.join(parts)} of"
     products = f", {len(float8_layers)} of them with products in float8" if float8_layers else ""
