@@ -205,10 +205,12 @@ def test_weights_alone_need_no_text(dense, tmp_path):
 
 
 BITS = ["--bits-per-weight", "4"]
+#: as many bits, of the tiny model's 61 thousand numbers
+STORED = ["--stored-mb", "0.0308"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"], BITS])
+@pytest.mark.parametrize("budget", [["--ratio", "0.5"], ["--parameters", "0.03"], ["--mb", "0.1"], BITS, STORED])
 def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     folder, text = dense
     file = tmp_path / "plan.json"
@@ -219,9 +221,10 @@ def test_a_plan_is_written_edited_and_followed(dense, tmp_path, capsys, budget):
     assert plan["predicted_loss"] > 0
     layers = plan_from_layers(plan["layers"])
     specs = {name: layer.spec for name, layer in layers.items()}
-    if budget == BITS:
+    if budget in (BITS, STORED):
         bits = [8 * layer.storage.num_bytes(layer.spec, torch.float32) for layer in layers.values()]
-        assert len(bits) == 14 and sum(bits) <= 4 * sum(spec.dense_parameters for spec in specs.values())
+        most = 4 * sum(spec.dense_parameters for spec in specs.values())
+        assert len(bits) == 14 and 0.9 * most < sum(bits) <= most
     if budget[0] == "--parameters":
         assert sum(spec.num_parameters for spec in specs.values()) <= 30000
     dropped = next(iter(plan["layers"]))

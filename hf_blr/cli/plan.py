@@ -6,6 +6,7 @@ FILE` follows it.
 Examples:
   hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --ratio 0.6 --structure auto
   hf-blr plan HuggingFaceTB/SmolLM2-135M plan.json --structure auto --bits-per-weight 3.5 --group-size 64
+  hf-blr plan meta-llama/Llama-3.2-1B plan.json --structure auto --stored-mb 400 --group-size 64
   hf-blr plan meta-llama/Llama-3.2-1B plan.json --ms 9 --device-name H100 --tokens 1024
   hf-blr plan meta-llama/Llama-3.2-1B plan.json --structure auto --bits-per-weight 4 --ms 0.5 --tokens 1
 """
@@ -43,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.required = False
     size.add_argument("--parameters", type=float, help="what the replaced layers may keep together, in millions")
     size.add_argument("--mb", type=float, help="their bytes in MB, at the dtype of the loaded weights")
+    size.add_argument(
+        "--stored-mb", type=float, help="with --structure auto, what they may store in MB, in whatever formats"
+    )
     parser.add_argument(
         "--ms",
         type=float,
-        help="their time together in a forward, predicted from the roofline; alone or beside --bits-per-weight",
+        help="their time together in a forward, predicted from the roofline; alone or beside a budget of bits",
     )
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the forward that --ms speaks of")
     parser.add_argument("--device-name", default="H100", help="the device that --ms speaks of, as in hf-blr roofline")
@@ -64,16 +68,25 @@ def run(args: argparse.Namespace) -> None:
     if not args.fisher or args.dataset == "none" or args.rank is not None or args.allocation == "uniform":
         raise ValueError("a plan is chosen by what the loss feels on text: leave --rank, --no-fisher, --allocation out")
     given = [args.ratio, args.parameters, args.mb]
+    if args.stored_mb is not None:
+        # checked like any other; how many bits a weight it is, the plan will say
+        args.bits_per_weight = 16.0
     if args.ms is None and args.bits_per_weight is None and given == [None] * 3:
-        raise ValueError("a plan needs a budget: give --ratio, --parameters, --mb, --ms or --bits-per-weight")
+        raise ValueError(
+            "a plan needs a budget: give --ratio, --parameters, --mb, --stored-mb, --ms or --bits-per-weight"
+        )
     if args.ms is not None and given != [None] * 3:
-        raise ValueError("--ms stands alone or beside --bits-per-weight: leave --ratio, --parameters and --mb out")
+        raise ValueError(
+            "--ms stands alone or beside --bits-per-weight or --stored-mb: leave --ratio, --parameters and --mb out"
+        )
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
     config = options.blr_config(args)
     model, reader = loading.load_model(args.model, args)
     statistics = collect_statistics(model, config, **loading.fitted_to(args, reader))
     plan = resolve_plan(model, config)
+    if args.stored_mb is not None:
+        config.bits_per_weight = 8e6 * args.stored_mb / dense_parameters(plan)
     if config.bits_per_weight is not None:
         time = None if args.ms is None else TimeLimit(args.ms / 1e3, seconds_of(args, plan, statistics))
         chosen, loss, choices = share_bits(model, plan, statistics, config, time)
@@ -84,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     print(format_table(rows_by_kind(specs, {name: layer.matrices for name, layer in chosen.items()})))
     dense = sum(layer.matrices * layer.spec.dense_parameters for name, layer in plan.items() if name not in chosen)
     kept = dense + sum(layer.matrices * layer.spec.num_parameters for layer in chosen.values())
-    total = sum(layer.matrices * layer.spec.dense_parameters for layer in plan.values())
+    total = dense_parameters(plan)
     left = [name for name in plan if name not in chosen]
     print(
         f"{len(chosen)} layers to replace, {len(left)} left dense{': ' if left else ''}{', '.join(left)}; together "
@@ -94,6 +107,10 @@ def run(args: argparse.Namespace) -> None:
     result = {"model": args.model, "predicted_loss": loss, "layers": layers_from_plan(chosen)}
     write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
     print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
+
+
+def dense_parameters(plan: Plan) -> int:
+    return sum(layer.matrices * layer.spec.dense_parameters for layer in plan.values())
 
 
 def budget_of(args: argparse.Namespace, model: nn.Module, plan: Plan, statistics: Statistics) -> Budget:
