@@ -181,7 +181,7 @@ def test_refinement_that_ruins_a_model_puts_its_bits_back(structure, bits):
     same(model, before)
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "blast", "dense"])
+@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "blast"])
 def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
     windows = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(5))
     dense, divergences = tiny_llama(), {}
@@ -215,12 +215,20 @@ def test_layers_that_were_numbers_hold_their_bits_again_after_an_error():
     same(model, before)
 
 
-def test_numbers_want_two_windows_and_the_dense_layers():
-    model = in_bits()
+def test_whole_matrices_stay_in_bits_where_factors_train_as_numbers():
+    model = in_bits(overrides={"q_proj": {"structure": "dense", "dense_format": "int3"}})
+    before = {key: part for key, part in parts_of(model).items() if "q_proj" in key}
+    refine(model, tiny_llama(), WINDOWS, epochs=2, batch_size=2, learning_rate=1e-2, bits="numbers")
+    after = parts_of(model)
+    assert {key.rpartition("_")[2] for key in before if not torch.equal(after[key], before[key])} == {"scale"}
+
+
+def test_numbers_want_two_windows_and_factors_of_dense_layers():
     with pytest.raises(ValueError, match="two halves of the text, got 1 window"):
-        refine(model, tiny_llama(), WINDOWS[:1], bits="numbers")
-    with pytest.raises(ValueError, match="no layer in bits has a dense layer of its name in the teacher"):
-        refine(model, in_bits(), WINDOWS, bits="numbers")
+        refine(in_bits(), tiny_llama(), WINDOWS[:1], bits="numbers")
+    for model, teacher in ((in_bits("dense"), tiny_llama()), (in_bits(), in_bits())):
+        with pytest.raises(ValueError, match="no layer has factors in bits and a dense layer of its name"):
+            refine(model, teacher, WINDOWS, bits="numbers")
 
 
 def arguments(folder, **more):

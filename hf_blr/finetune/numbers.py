@@ -1,7 +1,8 @@
-"""Layers in bits as numbers, for as long as these train, and rounded anew in the metric of the text that they see.
+"""Factors in bits as numbers, for as long as these train, and rounded anew in the metric of the text that they see.
 
 A code that flips alone is not made up for, so that a training of codes undoes what a careful rounding gained unless it
 is long. Numbers train as they always do, and when they are rounded then, later ones make up for the errors of earlier.
+Whole matrices have nothing to learn as numbers: they are the dense model's, which is what the training aims at.
 """
 
 from __future__ import annotations
@@ -21,31 +22,39 @@ from hf_blr.factorize import FitOptions, factorize, round_factors
 from hf_blr.factorize.options import damping_of
 from hf_blr.formats import Bits, Codes
 from hf_blr.linear import BLRLinear, blr_modules
+from hf_blr.structures import structure_named
 
 
 @contextmanager
 def as_numbers(model: nn.Module, teacher: nn.Module, batches: list[Batch]) -> Iterator[None]:
-    """Inside the `with`, layers in bits hold numbers, fitted to the teacher's matrices; at its end codes and scales.
+    """Inside the `with`, factors in bits are numbers, fitted to the teacher's matrices; at its end codes and scales.
 
-    Fitted anew, since what codes stand for has been rounded once. Experts stay in bits. After an error the layers hold
-    what they held before.
+    Fitted anew, since what codes stand for has been rounded once. Whole matrices and experts stay in bits. After an
+    error the layers hold what they held before.
 
     Args:
         model: compressed, on the device of the batches.
         teacher: the dense model that it was made of.
         batches: what says what the inputs of each layer are like, and what the loss feels of its outputs.
+
+    Raises:
+        ValueError: if there is no such layer.
     """
     modules = dict(teacher.named_modules())
     layers = {
         name: module
         for name, module in blr_modules(model).items()
         if module.storage.in_bits(module.spec)
+        and not structure_named(module.spec.structure).whole
         and not isinstance(module, ExpertsLinear)
         and name in modules
         and is_dense_linear(modules[name])
     }
     if not layers:
-        raise ValueError("no layer in bits has a dense layer of its name in the teacher: there is nothing to train so")
+        raise ValueError(
+            "no layer has factors in bits and a dense layer of its name in the teacher, so that none could train as "
+            'numbers; take bits="scales", and as teacher the dense model that this one was made of'
+        )
     try:
         known = fisher_statistics(teacher, list(layers), batches)
         for name, module in layers.items():

@@ -33,7 +33,7 @@ DENSE_STEP_TOKENS = 8192
 #: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
 
-#: what trains of layers in bits: numbers first, which are rounded then, and scales after that
+#: what trains of factors in bits: numbers first, which are rounded then, and scales after that
 NUMBERS = "numbers"
 #: numbers are rounded in the metric of so many tokens
 ROUNDING_TOKENS = 131072
@@ -76,8 +76,9 @@ def refine(
             parameter; with little text training them fits that text.
         bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; after a careful
             rounding a code that flips alone hurts, and only long trainings may pay. "numbers": on the first half of the
-            text, factors train as numbers that are fitted to the dense model's matrices again; then they are rounded as
-            a fit rounds, and the scales train on the second half.
+            text, factors in bits train as numbers that are fitted to the dense model's matrices again, while whole
+            matrices train their scales; then these numbers are rounded as a fit rounds, and all scales train on the
+            second half.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
@@ -85,8 +86,8 @@ def refine(
             their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
-        ValueError: if `held_out` holds no window; with "numbers", for fewer than two windows or batches, or where the
-            dense model has no layer of the name of one in bits.
+        ValueError: if `held_out` holds no window; with "numbers", for fewer than two windows or batches, or where no
+            layer has factors in bits and a dense layer of its name in the dense model.
     """
     if bits == NUMBERS:
         half, student = len(windows) // 2, cast(Any, model)
