@@ -192,7 +192,8 @@ def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
         how = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "distill_weight": 1.0}
         history = refine(model, dense, windows, **how, bits=bits)
         divergences[bits] = held_out.divergence(model)
-    assert divergences["numbers"] < divergences["scales"]
+    # new pivots are a new grid
+    assert structure == "pivoted" or divergences["numbers"] < divergences["scales"]
     after = parts_of(model)
     assert {key.rpartition("_")[2] for key in after if not torch.equal(after[key], before[key])} == {"packed", "scale"}
     said = capsys.readouterr().out
@@ -206,13 +207,27 @@ def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
 
 
 def test_layers_that_were_numbers_hold_their_bits_again_after_an_error():
-    model, teacher = in_bits("pivoted"), tiny_llama()
+    model = in_bits("pivoted")
     before = copy.deepcopy(model)
-    with pytest.raises(KeyboardInterrupt), as_numbers(model, teacher, [{"input_ids": WINDOWS}]):
+    with pytest.raises(KeyboardInterrupt), as_numbers(model, [{"input_ids": WINDOWS}]):
         layer = model.model.layers[0].self_attn.q_proj
         assert layer.storage == PLAIN and len(layer.factors()) == 2
         raise KeyboardInterrupt
     same(model, before)
+
+
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_numbers_of_eight_bits_train_on_all_of_the_text(bits):
+    model, plain = in_bits(bits=bits), in_bits(bits="plain")
+    how = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "distill_weight": 1.0}
+    history = refine(model, tiny_llama(), WINDOWS, **how, bits="numbers")
+    assert [entry["step"] for entry in history if "train_loss" in entry] == [4]
+    held_out = HeldOut(tiny_llama(), [{"input_ids": WINDOWS}])
+    before = held_out.divergence(plain)
+    refine(plain, tiny_llama(), WINDOWS, **how)
+    after = held_out.divergence(plain)
+    # nearly as good as factors that are not rounded at all
+    assert abs(held_out.divergence(model) - after) < 0.4 * (before - after)
 
 
 def test_whole_matrices_stay_in_bits_where_factors_train_as_numbers():
@@ -223,12 +238,19 @@ def test_whole_matrices_stay_in_bits_where_factors_train_as_numbers():
     assert {key.rpartition("_")[2] for key in before if not torch.equal(after[key], before[key])} == {"scale"}
 
 
-def test_numbers_want_two_windows_and_factors_of_dense_layers():
+@pytest.mark.parametrize("structure", ["low_rank", "monarch"])
+def test_numbers_that_do_not_move_keep_their_codes(structure):
+    model, before = in_bits(structure), in_bits(structure)
+    with as_numbers(model, [{"input_ids": WINDOWS}]):
+        pass
+    same(model, before)
+
+
+def test_numbers_want_two_windows_and_factors():
     with pytest.raises(ValueError, match="two halves of the text, got 1 window"):
         refine(in_bits(), tiny_llama(), WINDOWS[:1], bits="numbers")
-    for model, teacher in ((in_bits("dense"), tiny_llama()), (in_bits(), in_bits())):
-        with pytest.raises(ValueError, match="no layer has factors in bits and a dense layer of its name"):
-            refine(model, teacher, WINDOWS, bits="numbers")
+    with pytest.raises(ValueError, match="no layer but experts has factors in bits"):
+        refine(in_bits("dense"), tiny_llama(), WINDOWS, bits="numbers")
 
 
 def arguments(folder, **more):

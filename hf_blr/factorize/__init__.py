@@ -104,6 +104,8 @@ def round_factors(
 ) -> Factors:
     """The codes of factors that are there already, chosen as `factorize` chooses those of its fit.
 
+    Nothing rotates, so that numbers which were codes before and moved a little stay close to codes.
+
     Args:
         tensors: factors in the shapes of the spec, float32, and indices.
         spec, gram, output_gram, options: as of `factorize`; no inputs at all weigh alike.
@@ -113,7 +115,7 @@ def round_factors(
     gram = unit_gram(gram.to(weight), options.damping) if gram is not None and gram.any() else None
     metric = metric_of(spec, output_gram, weight.device)
     coupling = coupling_of(output_gram, spec.num_blocks[1], options.damping, spec.in_features)
-    problem = ToRound(weight, gram, metric, coupling, storage, options.seed)
+    problem = ToRound(weight, gram, metric, coupling, storage, None)
     return in_bits(Factors(tensors, 0.0, 0), spec, problem)
 
 

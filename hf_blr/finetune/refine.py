@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
-from hf_blr.calibration.training_form import SCALES, training_form
+from hf_blr.calibration.training_form import SCALES, factors_in_bits, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.loop import train
 from hf_blr.finetune.matrices import on_matrices
 from hf_blr.finetune.numbers import as_numbers
-from hf_blr.finetune.teacher import load_teacher
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
@@ -35,6 +34,8 @@ STATISTICS_TOKENS = 32768
 
 #: what trains of factors in bits: numbers first, which are rounded then, and scales after that
 NUMBERS = "numbers"
+#: from so many bits of a code on, rounding leaves scales nothing to make up for
+ENOUGH_BITS = 8
 #: numbers are rounded in the metric of so many tokens
 ROUNDING_TOKENS = 131072
 
@@ -76,9 +77,9 @@ def refine(
             parameter; with little text training them fits that text.
         bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; after a careful
             rounding a code that flips alone hurts, and only long trainings may pay. "numbers": on the first half of the
-            text, factors in bits train as numbers that are fitted to the dense model's matrices again, while whole
-            matrices train their scales; then these numbers are rounded as a fit rounds, and all scales train on the
-            second half.
+            text, factors in bits train as numbers while whole matrices train their scales; then these numbers are
+            rounded as a fit rounds, and all scales train on the second half. Where no code has less than 8 bits,
+            numbers train on all of the text.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
@@ -87,11 +88,12 @@ def refine(
 
     Raises:
         ValueError: if `held_out` holds no window; with "numbers", for fewer than two windows or batches, or where no
-            layer has factors in bits and a dense layer of its name in the dense model.
+            layer has factors in bits.
     """
     if bits == NUMBERS:
-        half, student = len(windows) // 2, cast(Any, model)
-        if not half:
+        coarse = any(held.storage.bits < ENOUGH_BITS for held in factors_in_bits(model).values())
+        first = len(windows) // 2 if coarse else len(windows)
+        if not first:
             raise ValueError(f'bits="{NUMBERS}" trains on two halves of the text, got {len(windows)} window or batch')
         once = partial(
             refine,
@@ -106,9 +108,9 @@ def refine(
             compiled=compiled,
             seed=seed,
         )
-        with as_numbers(model, load_teacher(teacher, student), some_of(model, windows, ROUNDING_TOKENS)):
-            history = once(windows[:half])
-        return history + once(windows[half:])
+        with as_numbers(model, some_of(model, windows, ROUNDING_TOKENS)):
+            history = once(windows[:first])
+        return history + (once(windows[first:]) if coarse else [])
     on_gpu = next(model.parameters()).is_cuda
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokens, steps = step_size(windows, batch_size)
