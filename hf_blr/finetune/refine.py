@@ -82,8 +82,8 @@ def refine(
             numbers train on all of the text.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
-            factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence". With
-            bits="numbers" that goes for each half.
+            factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
+            With bits="numbers" that goes for each half.
         compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
             their code, whatever their ranks. It costs some 20 seconds at first.
 
