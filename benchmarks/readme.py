@@ -96,6 +96,7 @@ DOCUMENTS = {
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
         "k-quants": bits_section.k_quants_section,
+        "structures-in-int4": bits_section.structures_section,
         "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "log.md": {

@@ -66,6 +66,7 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts(results):
         ("3.49", "auto", "20 dense int4, 10 low_rank int4"),
         ("3.39", "low_rank", "int4, groups of 64"),
     ]
+    assert not any(line["trained on"] for line in lines)
     auto = lines[3]
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
 
@@ -78,6 +79,19 @@ def test_beside_a_k_quant_stands_the_best_of_no_more_bits(results):
     assert found["Q6_K"][fit] == found["Q4_K"][fit] == "auto, 3.49 bits, mean 1.500"
     assert found["Q3_K"][fit] == "low_rank 80 % in int4, groups of 64, 3.39 bits, mean 2.000"
     assert found["Q2_K"][fit] == found["Q6_K"][refined] == "not measured"
+
+
+def test_what_int4_costs_each_structure_stands_beside_low_rank(results):
+    file = results / "bits_h200.json"
+    result = json.loads(file.read_text())
+    blast = {"structure": "blast", "blocks": [4, 4], "bits": 3.5}
+    result["rows"] += scored({**INT4, **blast}, 1.5, 3.0)
+    for row in result["rows"]:
+        row["ppl"] *= 1.1 if (row["structure"], row["format"]) == ("low_rank", "int4") else 1
+    file.write_text(json.dumps(result))
+    found = {line["layers"]: line for line in cells(bits_section.structures_section())}
+    assert (found["low_rank"]["a"], found["low_rank"]["bits"], found["low_rank"]["group"]) == ("1.100", "3.39", "64")
+    assert found["blast 4x4"]["b"] == "not measured"
 
 
 def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
