@@ -181,9 +181,9 @@ def test_refinement_that_ruins_a_model_puts_its_bits_back(structure, bits):
     same(model, before)
 
 
-@pytest.mark.parametrize("structure", ["low_rank", "pivoted", "blast"])
+@pytest.mark.parametrize("structure", ["low_rank", "blast"])
 def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
-    windows = torch.randint(0, 256, (64, 32), generator=torch.Generator().manual_seed(5))
+    windows = torch.randint(0, 256, (32, 32), generator=torch.Generator().manual_seed(5))
     dense, divergences = tiny_llama(), {}
     held_out = HeldOut(dense, [{"input_ids": windows}])
     for bits in ("scales", "numbers"):
@@ -192,8 +192,7 @@ def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
         how = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "distill_weight": 1.0}
         history = refine(model, dense, windows, **how, bits=bits)
         divergences[bits] = held_out.divergence(model)
-    # new pivots are a new grid
-    assert structure == "pivoted" or divergences["numbers"] < divergences["scales"]
+    assert divergences["numbers"] < divergences["scales"]
     after = parts_of(model)
     assert {key.rpartition("_")[2] for key in after if not torch.equal(after[key], before[key])} == {"packed", "scale"}
     said = capsys.readouterr().out
@@ -201,7 +200,7 @@ def test_numbers_train_first_and_are_rounded_then(structure, tmp_path, capsys):
         ": factors of a model with 14" in said and ("factors, scales" if structure == "blast" else ": scales") in said
     )
     # both halves of the text
-    assert [entry["step"] for entry in history if "train_loss" in entry] == [16, 16]
+    assert [entry["step"] for entry in history if "train_loss" in entry] == [8, 8]
     model.save_pretrained(tmp_path)
     same(LlamaForCausalLM.from_pretrained(tmp_path), model)
 
@@ -231,7 +230,7 @@ def test_numbers_of_eight_bits_train_on_all_of_the_text(bits):
 
 
 def test_whole_matrices_stay_in_bits_where_factors_train_as_numbers():
-    model = in_bits(overrides={"q_proj": {"structure": "dense", "dense_format": "int3"}})
+    model = in_bits("pivoted", overrides={"q_proj": {"structure": "dense", "dense_format": "int3"}})
     before = {key: part for key, part in parts_of(model).items() if "q_proj" in key}
     refine(model, tiny_llama(), WINDOWS, epochs=2, batch_size=2, learning_rate=1e-2, bits="numbers")
     after = parts_of(model)
