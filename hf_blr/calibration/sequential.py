@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
 #: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
 READER_SHARE = 0.5
-#: (name, block, run, what entered, what should leave), as `refine_block` takes them
-AfterBlock = Callable[[str, nn.Module, Run, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
+#: (name, block, run, whether runs are alike, what entered, what should leave), as `refine_block` takes them
+AfterBlock = Callable[[str, nn.Module, Run, bool, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
 
 
 class SequentialChain(WatchedChain):
@@ -125,7 +125,7 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             report = None
             if after_block is not None:
-                report = after_block(prefix, block, aim.run, hidden, wanted)
+                report = after_block(prefix, block, aim.run, aim.alike, hidden, wanted)
             self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)

@@ -104,9 +104,9 @@ def calibrated_groups(
     """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
     def refine(
-        name: str, block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]
+        name: str, block: nn.Module, run: Run, alike: bool, entered: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> BlockReport | None:
-        report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
+        report = refine_block(name, block, run, alike, entered, wanted, config.block_steps, config.seed)
         if report is not None:
             blocks.append(report)
         return report
