@@ -7,15 +7,15 @@ gate) lets the errors of one be undone by another, which only the whole block's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.replayed import Replayed, reads_numbers
 from hf_blr.calibration.stand_ins import with_stand_ins
@@ -25,9 +25,6 @@ from hf_blr.linear import blr_modules
 #: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size. Scales of
 #: bits train as logarithms, whose steps are relative as they are
 LEARNING_RATE = 3e-3
-
-#: (block or a function in its place, hidden states that enter, number of the batch) -> hidden states that leave
-Run = Callable[[Callable[..., Any], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class BlockReport:
 def refine_block(
     name: str,
     block: nn.Module,
-    run: Run,
-    alike: bool,
+    aim: Aim,
     entered: Sequence[Tensor],
     wanted: Sequence[Tensor],
     steps: int,
@@ -60,23 +56,20 @@ def refine_block(
     Args:
         name: of the block, for the report.
         block: a decoder layer; none of its parameters gets a gradient.
-        run: (block or a function in its place, hidden states `[B, T, hidden]`, number of the batch) -> hidden states
-            that leave.
-        alike: whether runs differ in the hidden states alone. On a GPU their steps are replayed as one CUDA graph then.
+        aim: runs it. On a GPU, the steps of runs that are alike are replayed as one CUDA graph.
         entered: what the compressed model hands the block, batch by batch.
         wanted: what should leave it.
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
         seed: of the order of the batches.
     """
     with with_stand_ins(block), training_form(block, SCALES):
-        return refine_factors(name, block, run, alike, entered, wanted, steps, seed)
+        return refine_factors(name, block, aim, entered, wanted, steps, seed)
 
 
 def refine_factors(
     name: str,
     block: nn.Module,
-    run: Run,
-    alike: bool,
+    aim: Aim,
     entered: Sequence[Tensor],
     wanted: Sequence[Tensor],
     steps: int,
@@ -92,12 +85,12 @@ def refine_factors(
     factors |= scales
     if not factors:
         return None
-    before = mean_error(block, run, entered, wanted)
+    before = mean_error(block, aim, entered, wanted)
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
     on_gpu = entered[0].is_cuda
-    fixed = on_gpu and alike and one_shape(entered) and not reads_numbers(lambda: run(block, entered[0], 0))
+    fixed = on_gpu and aim.alike and one_shape(entered) and not reads_numbers(lambda: aim.run(block, entered[0], 0))
     groups = [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items()]
     for group in groups if fixed else ():
         # a graph would hold on to a number
@@ -109,7 +102,7 @@ def refine_factors(
     def step(x: Tensor, y: Tensor, i: int) -> None:
         with torch.enable_grad(), in_bfloat16(x.device):
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
-            out = run(lambda *args, **kwargs: functional_call(block, replaced, args, kwargs), x, i)
+            out = aim.run(lambda *args, **kwargs: functional_call(block, replaced, args, kwargs), x, i)
             with tf32():
                 gradients = torch.autograd.grad(error(out, y), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
@@ -124,7 +117,7 @@ def refine_factors(
             replayed(entered[i], wanted[i])
         schedule.step()
     put(factors, copies)
-    after = mean_error(block, run, entered, wanted)
+    after = mean_error(block, aim, entered, wanted)
     if not after < before:
         put(factors, old)
         after = before
@@ -155,9 +148,9 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_error(block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def mean_error(block: nn.Module, aim: Aim, entered: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     tokens = [y.shape[:-1].numel() for y in wanted]
-    errors = [error(run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
+    errors = [error(aim.run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
     return sum(count * each for count, each in zip(tokens, errors, strict=True)) / sum(tokens)
 
 
