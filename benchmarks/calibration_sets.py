@@ -170,15 +170,19 @@ def reserved(
     parts: dict[str, Tensor], mixture: Mixture, fitted: Tensor, count: int, seqlen: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The parts without some windows that are not in `fitted`, and these: `count` at most, by the mixture's shares."""
-    seen, parts = set(map(tuple, fitted.tolist())), dict(parts)
-    found = [fitted[:0]]
+    parts, found = dict(parts), [fitted[:0]]
+    # a number for each window: comparing tokens takes seconds
+    weights = torch.randint(1 << 40, (seqlen,), generator=torch.Generator().manual_seed(0))
+    seen = (fitted * weights).sum(1)
     for name, share in mixture.shares if count else ():
         windows = windows_of(name, parts[name], seqlen)
-        free = [i for i, window in enumerate(windows.tolist()) if tuple(window) not in seen]
+        free = torch.isin((windows.long() * weights).sum(1), seen, invert=True).nonzero().flatten()
         # the last ones, which lie together: those between windows of the fit resemble them
         taken = free[len(free) - min(round(share * count), len(free)) :]
         found.append(windows[taken].long())
-        parts[name] = windows[[i for i in range(len(windows)) if i not in set(taken)]]
+        rest = torch.ones(len(windows), dtype=torch.bool)
+        rest[taken] = False
+        parts[name] = windows[rest]
     return parts, torch.cat(found)
 
 
