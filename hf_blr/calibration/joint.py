@@ -26,10 +26,16 @@ from hf_blr.linear import blr_modules
 #: bits train as logarithms, whose steps are relative as they are
 LEARNING_RATE = 3e-3
 
+#: of so many batches or more the last is not trained on, and judges what the others made
+JUDGED_FROM = 8
+
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One refined block: the mean relative squared error of its output's tokens before and after."""
+    """One refined block: the mean relative squared error of its output's tokens before and after.
+
+    On a batch that the steps leave out, where there are eight batches or more.
+    """
 
     name: str
     error_before: float
@@ -51,7 +57,8 @@ def refine_block(
 
     The loss is the squared error of each token's output over the squared size of what is wanted, so that the few tokens
     on which a model stores its largest activations weigh like all others: what reads the stream normalises it. Works on
-    float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better.
+    float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better, on a batch
+    that the steps leave out if there are eight or more.
 
     Args:
         name: of the block, for the report.
@@ -85,7 +92,9 @@ def refine_factors(
     factors |= scales
     if not factors:
         return None
-    before = mean_error(block, aim, entered, wanted)
+    batches = len(entered)
+    judged = range(batches - 1 if batches >= JUDGED_FROM else 0, batches)
+    before = mean_error(block, aim, entered, wanted, judged)
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
@@ -110,14 +119,14 @@ def refine_factors(
         optimizer.step()
 
     replayed = Replayed(lambda x, y: step(x, y, 0), entered[0], wanted[0]) if fixed else None
-    for i in order(len(entered), steps, seed):
+    for i in order(judged.start or batches, steps, seed):
         if replayed is None:
             step(entered[i], wanted[i], i)
         else:
             replayed(entered[i], wanted[i])
         schedule.step()
     put(factors, copies)
-    after = mean_error(block, aim, entered, wanted)
+    after = mean_error(block, aim, entered, wanted, judged)
     if not after < before:
         put(factors, old)
         after = before
@@ -148,9 +157,10 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_error(block: nn.Module, aim: Aim, entered: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    tokens = [y.shape[:-1].numel() for y in wanted]
-    errors = [error(aim.run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
+def mean_error(block: nn.Module, aim: Aim, entered: Sequence[Tensor], wanted: Sequence[Tensor], judged: range) -> float:
+    """Over the tokens of some batches."""
+    tokens = [wanted[i].shape[:-1].numel() for i in judged]
+    errors = [error(aim.run(block, entered[i], i), wanted[i]).item() for i in judged]
     return sum(count * each for count, each in zip(tokens, errors, strict=True)) / sum(tokens)
 
 
