@@ -13,7 +13,6 @@ REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
 BLOCK_JOINT_REFINED = "ours, block-joint, refined"
 TWICE_FITTED, TWICE_FITTED_JOINT = "ours, two passes", "ours, two passes, block-joint"
-TWICE_FITTED_LONG = "ours, two passes, 256 steps a block"
 #: the dense model trained like ours: the fair row beside every refined one. Which learning rate suits it, as a share of
 #: the factors', is not known beforehand
 DENSE_REFINED, DENSE_RATES = "dense, refined", (0.1, 0.03, 1.0)
@@ -31,8 +30,8 @@ LADDER = {
 }
 #: gradient steps on each block by itself
 BLOCK_STEPS = 64
-#: the whole model fitted twice; and more steps on each block with it, and more again
-TWICE, TWICE_JOINT, TWICE_LONG = {"passes": 2}, {"passes": 2, "block_steps": 128}, {"passes": 2, "block_steps": 256}
+#: the whole model fitted twice; and more steps on each block with it
+TWICE, TWICE_JOINT = {"passes": 2}, {"passes": 2, "block_steps": 128}
 #: what all fits had before damping followed the number of tokens
 SMALL_DAMPING = {"damping": 1e-4}
 #: twice the rounds of alternating least squares, and a later stop
@@ -135,11 +134,7 @@ def runs() -> list[Run]:
     ]
     again = []
     for ratio in (0.8, 0.5, 0.9):
-        for method, settings in (
-            (TWICE_FITTED, TWICE),
-            (TWICE_FITTED_JOINT, TWICE_JOINT),
-            (TWICE_FITTED_LONG, TWICE_LONG),
-        ):
+        for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT)):
             run = ours("pivoted", ratio, None, method, settings)
             again += [run, replace(run, method=f"{method}, refined", kind="refine")]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]

@@ -23,9 +23,8 @@ from kernel_cases import (
 from tiny import tiny_inputs, tiny_llama
 
 import hf_blr
-from hf_blr import BLRConfig, compress, ops
+from hf_blr import ops
 from hf_blr.bench.timing import Timer
-from hf_blr.calibration import joint
 from hf_blr.calibration.precision import calibrating
 from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.factorize.rounding import rounded_in_metric
@@ -518,29 +517,3 @@ def test_layers_in_float8_run_together(tokens, bias):
             # of x, of y, and of what is stored
             assert ((out - wanted).norm() / wanted.norm()).item() < 0.042
         assert group.unclaimed == 0
-
-
-@pytest.mark.parametrize("structure", ["pivoted", "low_rank", "blast"])
-def test_steps_on_blocks_replay_one_graph_and_give_what_single_launches_give(structure, monkeypatch):
-    replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
-    batches = [torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(i)).cuda() for i in range(3)]
-    settings = BLRConfig(structure, ratio=0.4, block_steps=20, fisher=False)
-
-    def reports(batches):
-        return compress(tiny_llama().cuda(), settings, calibration=batches, progress=False).blocks
-
-    found = reports(batches)
-    # of each block all but the first two steps
-    assert len(replays) == 2 * (settings.block_steps - 2)
-    # masks differ between batches, and so do shapes
-    masked = [{"input_ids": ids, "attention_mask": (ids > 20 * i).long()} for i, ids in enumerate(batches)]
-    ragged = [*batches[:2], batches[2][:, :40]]
-    assert len(reports(masked)) == len(reports(ragged)) == 2 and len(replays) == 2 * (settings.block_steps - 2)
-    monkeypatch.setattr(joint, "reads_numbers", lambda run: True)
-    single = reports(batches)
-    assert len(replays) == 2 * (settings.block_steps - 2)
-    for graph, launches in zip(found, single, strict=True):
-        assert graph.error_before == pytest.approx(launches.error_before, rel=1e-5)
-        assert graph.error_after == pytest.approx(launches.error_after, rel=5e-3)
-        assert graph.error_after < 0.98 * graph.error_before

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from hf_blr.calibration.calls import Call
 from hf_blr.calibration.residual import counted
@@ -44,12 +43,6 @@ class Aim:
         """What leaves a function in the block's place, at positions that count."""
         return counted(self.chain.forward_as(self.block, function, hidden, self.calls[run]), self.real[run])
 
-    @property
-    def alike(self) -> bool:
-        """Whether runs differ in nothing but the hidden states that enter, and all their positions count."""
-        counted = any(mask is not None for mask in self.real)
-        return not counted and all(same(call, self.calls[0]) for call in self.calls[1:])
-
     @torch.no_grad()
     def wanted(self, entered: Sequence[Tensor], left: Sequence[Tensor]) -> Sequence[Tensor]:
         """`STREAM_SHARE` of the way from what the still dense block makes of these inputs to the dense stream.
@@ -62,15 +55,3 @@ class Aim:
             torch.lerp(self.run(self.block, x, i), counted(y, self.real[i]), STREAM_SHARE)
             for i, (x, y) in enumerate(zip(entered, left, strict=True))
         )
-
-
-def same(call: Call, other: Call) -> bool:
-    """Whether two calls hand a block equal numbers in the same places."""
-    (ours, form), (theirs, other_form) = (tree_flatten((each.args, each.kwargs, each.key)) for each in (call, other))
-    return form == other_form and all(map(equal, ours, theirs))
-
-
-def equal(one: Any, other: Any) -> bool:
-    if torch.is_tensor(one) and torch.is_tensor(other):
-        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-    return one is other or (type(one) is type(other) and isinstance(one, str | int | float) and one == other)

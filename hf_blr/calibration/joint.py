@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.precision import tf32
-from hf_blr.calibration.replayed import Replayed, reads_numbers
 from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.calibration.training_form import SCALES, forms_in, training_form
 from hf_blr.linear import blr_modules
@@ -63,7 +62,7 @@ def refine_block(
     Args:
         name: of the block, for the report.
         block: a decoder layer; none of its parameters gets a gradient.
-        aim: runs it. On a GPU, the steps of runs that are alike are replayed as one CUDA graph.
+        aim: runs it, in its state at any time.
         entered: what the compressed model hands the block, batch by batch.
         wanted: what should leave it.
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
@@ -98,32 +97,19 @@ def refine_factors(
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
-    on_gpu = entered[0].is_cuda
-    fixed = on_gpu and aim.alike and one_shape(entered) and not reads_numbers(lambda: aim.run(block, entered[0], 0))
     groups = [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items()]
-    for group in groups if fixed else ():
-        # a graph would hold on to a number
-        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=entered[0].device)
     # each factor is a group by itself, which takes ten kernels where they are not fused
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_gpu, capturable=fixed)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=entered[0].is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-
-    def step(x: Tensor, y: Tensor, i: int) -> None:
-        with torch.enable_grad(), in_bfloat16(x.device):
+    for i in order(judged.start or batches, steps, seed):
+        with torch.enable_grad(), in_bfloat16(entered[i].device):
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
-            out = aim.run(lambda *args, **kwargs: functional_call(block, replaced, args, kwargs), x, i)
+            out = aim.run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
             with tf32():
-                gradients = torch.autograd.grad(error(out, y), list(copies.values()))
+                gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
             copy.grad = gradient
         optimizer.step()
-
-    replayed = Replayed(lambda x, y: step(x, y, 0), entered[0], wanted[0]) if fixed else None
-    for i in order(judged.start or batches, steps, seed):
-        if replayed is None:
-            step(entered[i], wanted[i], i)
-        else:
-            replayed(entered[i], wanted[i])
         schedule.step()
     put(factors, copies)
     after = mean_error(block, aim, entered, wanted, judged)
@@ -131,10 +117,6 @@ def refine_factors(
         put(factors, old)
         after = before
     return BlockReport(name, before, after)
-
-
-def one_shape(tensors: Sequence[Tensor]) -> bool:
-    return len({tensor.shape for tensor in tensors}) == 1
 
 
 def in_bfloat16(device: torch.device) -> torch.autocast | nullcontext[None]:
