@@ -19,6 +19,7 @@ from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.experts import ExpertsLinear
 from hf_blr.factorize import FitOptions, round_factors
 from hf_blr.factorize.options import damping_of
+from hf_blr.finetune.masters import cast
 from hf_blr.formats import Bits, Codes
 from hf_blr.linear import BLRLinear, blr_modules
 from hf_blr.structures import structure_named
@@ -48,7 +49,7 @@ def as_numbers(model: nn.Module, batches: list[Batch]) -> Iterator[None]:
         raise ValueError('no layer but experts has factors in bits, so that none could train as numbers: take "scales"')
     try:
         for name, module in layers.items():
-            model.set_submodule(name, BLRLinear.from_fit(module.spec, module.tensors(torch.float32), module))
+            model.set_submodule(name, in_numbers(module))
         yield
         known = fisher_statistics(model, list(layers), batches)
         for name, module in layers.items():
@@ -59,18 +60,29 @@ def as_numbers(model: nn.Module, batches: list[Batch]) -> Iterator[None]:
 
 
 @torch.no_grad()
+def in_numbers(module: BLRLinear) -> BLRLinear:
+    """The same layer with the numbers of its codes, in float32 whatever the layer's dtype, which would round them."""
+    numbers = module.tensors(torch.float32)
+    layer = BLRLinear.from_fit(module.spec, numbers, module)
+    cast(layer, torch.float32)
+    for name, factor in layer.factors().items():
+        factor.data.copy_(numbers[name])
+    return layer
+
+
+@torch.no_grad()
 def take(module: BLRLinear, trained: Any, name: str, known: Statistics) -> None:
     """Rounds the trained numbers into the layer that keeps them in bits."""
-    numbers: dict[str, Tensor] = {key: tensor.detach() for key, tensor in trained.tensors(torch.float32).items()}
+    numbers: dict[str, Tensor] = {key: tensor.detach() for key, tensor in trained.tensors().items()}
     grams, storage = (known.grams.get(name), known.output_grams.get(name)), module.storage
     assert isinstance(storage, Bits)
     options = FitOptions(damping=damping_of(None, module.in_features, known.rows_of(name)))
     rounded = round_factors(numbers, module.spec, *grams, options, storage)
     for key, tensor in rounded.tensors.items():
-        held = getattr(module, key)
+        kept = getattr(module, key)
         if isinstance(tensor, Codes):
-            held.take(tensor)
+            kept.take(tensor)
         else:
-            held.data.copy_(tensor)
+            kept.data.copy_(tensor)
     if module.bias is not None:
         module.bias.data.copy_(trained.bias)
