@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
-from hf_blr.calibration.training_form import SCALES, factors_in_bits, training_form
+from hf_blr.calibration.training_form import CODES, SCALES, factors_in_bits, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.loop import train
 from hf_blr.finetune.matrices import on_matrices
 from hf_blr.finetune.numbers import as_numbers
+from hf_blr.finetune.portions import some_of, step_size
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
@@ -75,8 +76,8 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
-        bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; after a careful
-            rounding a code that flips alone hurts, and only long trainings may pay. "numbers": on the first half of the
+        bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; a code that flips
+            alone is not made up for by others, so that the steps must be small. "numbers": on the first half of the
             text, factors in bits train as numbers while whole matrices train their scales; then these numbers are
             rounded as a fit rounds, and all scales train on the second half. Where no code has less than 8 bits,
             numbers train on all of the text.
@@ -88,9 +89,11 @@ def refine(
             their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
-        ValueError: if `held_out` holds no window; with "numbers", for fewer than two windows or batches, or where no
-            layer has factors in bits.
+        ValueError: if `held_out` holds no window, or for other `bits`; with "numbers", for fewer than two windows or
+            batches, or where no layer has factors in bits.
     """
+    if bits not in (SCALES, CODES, NUMBERS):
+        raise ValueError(f'bits must be "{SCALES}", "{CODES}" or "{NUMBERS}", got {bits!r}')
     if bits == NUMBERS:
         coarse = any(held.storage.bits < ENOUGH_BITS for held in factors_in_bits(model).values())
         first = len(windows) // 2 if coarse else len(windows)
@@ -161,34 +164,9 @@ def targets_left_dense(model: nn.Module) -> list[str]:
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 
-def step_size(windows: Tensor | Sequence[Batch], batch_size: int) -> tuple[int, int]:
-    """(tokens of a step at most, steps of an epoch)."""
-    if torch.is_tensor(windows):
-        return batch_size * windows.shape[1], -(-len(windows) // batch_size)
-    return max((tokens_in(batch) for batch in windows), default=0), len(windows)
-
-
-def tokens_in(batch: Batch) -> int:
-    return next(iter(batch.values())).numel()
-
-
 def statistics_for(model: nn.Module, windows: Tensor | Sequence[Batch]) -> Statistics | None:
     """Of the inputs and outputs of layers that train in another form, on some of the windows; None without any."""
     names = list(stood_in(model))
     if not names:
         return None
     return fisher_statistics(model, names, some_of(model, windows, STATISTICS_TOKENS))
-
-
-def some_of(model: nn.Module, windows: Tensor | Sequence[Batch], tokens: int) -> list[Batch]:
-    """Batches on the model's device, of so many tokens or a few more, if there are so many."""
-    device = next(model.parameters()).device
-    if torch.is_tensor(windows):
-        count = max(1, tokens // windows.shape[1])
-        windows = [{"input_ids": some} for some in windows[:count].split(max(1, STATISTICS_TOKENS // windows.shape[1]))]
-    found: list[Batch] = []
-    for batch in windows:
-        found.append({key: value.to(device) for key, value in batch.items()})
-        if sum(map(tokens_in, found)) >= tokens:
-            break
-    return found
