@@ -29,7 +29,7 @@ def scale_section(name: str = "scale.json") -> str:
     rows = sorted(result["rows"], key=lambda row: [str(row[key] or "") for key in BY] + [row["blocks"]])
     lines = [line_of(row) for row in rows]
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
+    for row in (row for row in rows if "stopped_in" not in row):
         groups.setdefault(tuple(row[key] for key in SETTINGS), []).append(row)
     for group in groups.values():
         whole, largest = group[0]["of_blocks"], max(group, key=lambda row: row["blocks"])
@@ -76,14 +76,14 @@ def line_of(row: dict) -> dict:
         "of RAM, GB": f"{row['ram_bytes'] / GB:.1f}" if "ram_bytes" in row else "",
         "seconds": f"{seconds_of(row):.0f}",
         **{column: f"{row[field] / GB:.1f}" if row.get(field) else "" for column, field in PEAKS.items()},
-        "measured": "",
+        "measured": f"stopped in {row['stopped_in'].removesuffix('_seconds')}" if "stopped_in" in row else "",
         "other commit": row.get("commit", ""),
     }
 
 
 def seconds_of(row: dict) -> float:
-    """Of loading, compressing and saving."""
-    return row["load_seconds"] + row["compress_seconds"] + row["save_seconds"]
+    """Of loading, compressing and saving, as far as the run came."""
+    return sum(row.get(part, 0.0) for part in ("load_seconds", "compress_seconds", "save_seconds"))
 
 
 def with_fits_of(row: dict, line: list[dict]) -> dict:

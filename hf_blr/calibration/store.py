@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
@@ -72,7 +73,9 @@ class Store:
         """Keeps tensors elsewhere, those that names share once."""
         kept: dict[str, Kept] = {}
         for names, tensor in distinct(tensors):
-            kept |= dict.fromkeys(names, self.keep(tensor, away=True))
+            away = self.keep(tensor, away=True)
+            away.is_zero = not tensor.any()
+            kept |= dict.fromkeys(names, away)
         return {name: kept[name] for name in tensors}
 
     def list(self, tensors: Iterable[Tensor] = ()) -> StoredList:
@@ -94,6 +97,11 @@ class Kept:
         if isinstance(self._place, Path):
             return torch.load(self._place, map_location=self._device, weights_only=True)
         return self._place.to(self._device)
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """Whether it holds zeros alone; it is read for that where nobody has said so."""
+        return not self.tensor().any()
 
 
 class StoredList(MutableSequence[Tensor]):
@@ -135,6 +143,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.kept[name].tensor()
 
+    def __contains__(self, name: object) -> bool:
+        # a mapping's own would read the tensor
+        return name in self.kept
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kept)
 
@@ -150,6 +162,11 @@ def distinct(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]
         names.setdefault(id(each), []).append(name)
     for sharing in names.values():
         yield sharing, tensors[sharing[0]]
+
+
+def is_zero(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a tensor holds zeros alone."""
+    return tensors.kept[name].is_zero if isinstance(tensors, StoredTensors) else not tensors[name].any()
 
 
 def only(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
