@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +31,13 @@ class Store:
         limit: bytes, or "6GB", that kept tensors take in the memory of the device where they are made at most, those
             that are just worked on not counted; None: no limit, and no files.
         folder: where a folder for the files is made; None: where the system keeps temporary ones.
+
+    Raises:
+        ValueError: if the limit is neither.
     """
 
     def __init__(self, limit: int | str | None = None, folder: str | Path | None = None):
-        self.limit = convert_file_size_to_int(limit) if isinstance(limit, str) else limit
+        self.limit = limit if limit is None else size_of(limit)
         self.used = 0
         self._folder, self._files = folder, 0
         self._made: tempfile.TemporaryDirectory[str] | None = None
@@ -84,6 +88,17 @@ class Store:
 
     def _release(self, size: int) -> None:
         self.used -= size
+
+
+def size_of(limit: int | str) -> int:
+    """In bytes. Raises ValueError for anything but a number of bytes or a size."""
+    size: object = limit
+    if isinstance(limit, str):
+        with suppress(ValueError):
+            size = convert_file_size_to_int(limit)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f'max_memory must be a number of bytes or a size such as "6GB", got {limit!r}')
+    return size
 
 
 class Kept:

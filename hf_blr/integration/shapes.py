@@ -44,5 +44,5 @@ def naming_shapes(cls: type[PreTrainedModel], folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{wrong[0].partition(' ')[0]}: the checkpoint does not fit its own config. "
             + describe("Tensors of another shape", wrong)
-            + "Load it with the config.json that was saved with it, or pass ignore_mismatched_sizes=True for a new head"
+            + "Load it with the config.json that was saved with it"
         ) from error
