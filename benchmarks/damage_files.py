@@ -72,7 +72,8 @@ def index(checkpoint: Checkpoint, rng: Random) -> list[str]:
     def spoil(about: dict[str, Any]) -> Any:
         places = about["weight_map"]
         key = rng.choice(sorted(places))
-        lost = {name: value for name, value in about.items() if name != rng.choice(sorted(about))}
+        gone = rng.choice(sorted(about))
+        lost = {name: value for name, value in about.items() if name != gone}
         wrong = [{**about, "weight_map": value} for value in ([1], None, {}, "x", {**places, key: 7})]
         return rng.choice([lost, *wrong, "{", "[" * 10_000, [], {**about, "metadata": []}])
 
