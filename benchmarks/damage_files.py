@@ -161,6 +161,8 @@ def another_method(checkpoint: Checkpoint, rng: Random) -> list[str]:
     """The plan is that of another package, or of none, so that transformers would read no factor."""
     if rng.random() < 0.3:
         del checkpoint.config["quantization_config"]
+    elif rng.random() < 0.3:
+        checkpoint.blr[rng.choice(["load_in_4bit", "load_in_8bit"])] = rng.choice([True, False])
     else:
         wrong = ["bitsandbytes", "fp8", "compressed-tensors", "HF_BLR", "hf_blr\u200b", "hf\u005fblr ", 3, None, []]
         checkpoint.blr["quant_method"] = rng.choice(wrong)
@@ -170,6 +172,12 @@ def another_method(checkpoint: Checkpoint, rng: Random) -> list[str]:
 def many_blocks(checkpoint: Checkpoint, rng: Random) -> list[str]:
     checkpoint.config["num_hidden_layers"] = rng.choice([2000, 10**7, 10**18])
     return ["num_hidden_layers"]
+
+
+def no_dtype(checkpoint: Checkpoint, rng: Random) -> list[str]:
+    key = rng.choice(["dtype", "torch_dtype"])
+    checkpoint.config[key] = rng.choice(["load", "bf16", "", "nn", "__name__", "os.system"])
+    return [key]
 
 
 def plan_format(checkpoint: Checkpoint, rng: Random) -> list[str]:
@@ -196,6 +204,7 @@ KINDS_OF_FILES: dict[str, Damage] = {
     "config: nests too deep, or too long a number": unreadable,
     "config: another method": another_method,
     "config: far too many blocks": many_blocks,
+    "config: no dtype": no_dtype,
 }
 #: which no repository can hold, or which are large
 NOT_KEPT = ("no file",)

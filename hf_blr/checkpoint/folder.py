@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from hf_blr.checkpoint.files import stored_tensors, weight_files
 from hf_blr.checkpoint.headers import check_count
 from hf_blr.checkpoint.notice import KEY, NOTICE
@@ -20,6 +22,8 @@ from hf_blr.config import QUANT_METHOD
 MANY = 1000
 #: how the names of fields end that say how many blocks a model has
 BLOCKS = ("layers", "n_layer", "depth")
+#: fields by which transformers takes any config of quantisation for another package's
+OF_OTHERS = ("load_in_4bit", "load_in_8bit")
 
 
 def check_folder(folder: Path) -> None:
@@ -39,6 +43,10 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{about}: cannot be read ({error}); fetch it again") from None
     if not is_ours(config):
         return
+    for key in ("dtype", "torch_dtype"):
+        name = config.get(key)
+        if isinstance(name, str) and not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+            raise ValueError(f"{about}: {key} must name a dtype of PyTorch, got {name!r}")
     for path in sorted(folder.glob("*.index.json")):
         check_index(path)
     files = weight_files(folder)
@@ -81,17 +89,20 @@ def check_notice(config: dict[str, Any], path: Any) -> None:
     if config.get(KEY) == NOTICE and not is_ours(config):
         found = config.get("quantization_config")
         method = found.get("quant_method") if isinstance(found, dict) else found
+        others = [f" with {key}" for key in OF_OTHERS if isinstance(found, dict) and key in found]
         raise ValueError(
             f"{path}: config.json is that of a model compressed by hf_blr, but its quantization_config is of "
-            f"{method!r}, expected quant_method {QUANT_METHOD!r}; load the checkpoint with the config.json that was "
-            "saved with it"
+            f"{method!r}{''.join(others)}, expected quant_method {QUANT_METHOD!r}; load the checkpoint with the "
+            "config.json that was saved with it"
         )
 
 
 def is_ours(config: Any) -> bool:
     """Whether a config.json is of a model that this package compressed."""
     found = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD
+    if not isinstance(found, dict) or any(key in found for key in OF_OTHERS):
+        return False
+    return found.get("quant_method") == QUANT_METHOD
 
 
 def counts_in(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
