@@ -18,18 +18,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
-from int4_dense import int4_model
+from int4_dense import RivalLinear, rival_model
 
 from hf_blr.bench import generation
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.rivals import missing, pytorch_int4
 from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
 from hf_blr.bench.variants import Variant, build_model
 
-#: PyTorch's int4 kernel on dense layers, in groups of `int4_dense.GROUP`
-PYTORCH = "dense/int4, PyTorch"
-VARIANTS = ("dense", PYTORCH, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
+#: {variant: (format, implementation) of dense layers by other libraries, of `hf_blr.bench.rivals`}
+RIVAL_VARIANTS = {
+    "dense/int4, PyTorch": ("int4", "pytorch"),
+    "dense/int4, gemlite": ("int4", "gemlite"),
+    "dense/fp8, gemlite": ("fp8", "gemlite"),
+    "dense/fp8, torchao": ("fp8", "torchao"),
+}
+VARIANTS = ("dense", *RIVAL_VARIANTS, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
 RATIO, PROMPT, NEW_TOKENS = 0.5, 128, 48
 PROTOCOL = (
     "random weights, half of each projection kept in low-rank; generate() on a static cache, the prompt and the first "
@@ -44,14 +50,14 @@ def row_of(
 ) -> dict:
     """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
     shape = SHAPES[model_name]
-    parsed = Variant("dense", fused=True) if variant == PYTORCH else Variant.parse(variant)
+    rival = RIVAL_VARIANTS.get(variant)
+    parsed = Variant("dense", fused=True) if rival else Variant.parse(variant)
     with building:
         model: Any = build_model(shape, parsed, RATIO, device, torch.bfloat16)
         row = {"model": model_name, "variant": variant, **model_sizes(model, trained_names(shape))}
-        if variant == PYTORCH:
-            model = int4_model(model)
-            row["rival"] = True
-            row["weight_bytes"] = sum(t.nbytes for t in tensors_read(model))
+        if rival:
+            model = rival_model(model, *rival)
+            row |= {"rival": True, "weight_bytes": bytes_read(model)}
         if device == "cuda":
             torch.cuda.empty_cache()
     settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": "compiled", "mode": "default"}
@@ -60,10 +66,15 @@ def row_of(
     return row | generation.decode(model, batch, PROMPT, NEW_TOKENS, "compiled", "default", device, profiles, turn)
 
 
-def tensors_read(model: Any) -> list[torch.Tensor]:
-    """What a decoding step of `int4_model` reads, without the second form of its weights for many rows."""
-    many = ("packed", "scale", "low")
-    return [*model.parameters(), *(t for n, t in model.named_buffers() if n.rpartition(".")[2] not in many)]
+def bytes_read(model: Any) -> int:
+    """What a decoding step of `rival_model` reads, without PyTorch's second form of int4 weights, for many rows."""
+    many = {
+        f"{name}.stored_2"
+        for name, module in model.named_modules()
+        if isinstance(module, RivalLinear) and module.kernel is pytorch_int4
+    }
+    held = [*model.parameters(), *(t for name, t in model.named_buffers() if name not in many)]
+    return sum(t.nbytes for t in held)
 
 
 def work(job: tuple[str, str, int, str, str], building: Semaphore, compiled: Barrier, timing: Lock, path: str) -> None:
@@ -98,9 +109,11 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    jobs = [
-        (args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in args.variants
-    ]
+    absent = {name: missing(rival[1]) for name, rival in RIVAL_VARIANTS.items() if name in args.variants}
+    for name in (name for name, reason in absent.items() if reason):
+        print(f"{name} is left out: {absent[name]}")
+    variants = [variant for variant in args.variants if not absent.get(variant)]
+    jobs = [(args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in variants]
     # two are built at a time: each takes the memory of a dense model
     shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
     processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_blr import ops
 from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
 from hf_blr.bench.in_bits import float8_dense, has_float8, in_format
+from hf_blr.bench.rivals import rivals_of
 from hf_blr.bench.shapes import BASELINE, typical_indices
 from hf_blr.bench.timing import Timer, cold_caches, seconds_of
 from hf_blr.formats import FORMATS, PLAIN
@@ -51,9 +52,10 @@ def bench_case(
         formats: names of `FORMATS`; with those in bits the forward alone is timed, by the package's ops.
 
     Returns:
-        Rows with `us` (microseconds), `dense_us` in dtype, `dense_fp8_us` (`float8_dense`; None where formats are plain
-        or the device has no float8), `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error` (of the
-        forward's output, in norm, against float64 with the same weights, those in bits as numbers) and `first_call_s`.
+        Rows with `us` (microseconds), `dense_us` in dtype, `dense_fp8_us` and `dense_int4_us` (the fastest of PyTorch's
+        and of `rivals`; None where none was timed), `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error`
+        (of the forward's output, in norm, against float64 with the same weights, those in bits as numbers) and
+        `first_call_s`.
     """
     k, n = case.layer.in_features, case.layer.out_features
     x, grad = inputs(case, timer.device, dtype)
@@ -62,11 +64,12 @@ def bench_case(
     library = "cublas" if timer.on_gpu else "eager"
     rows = [measure.row("dense", (1, 1), min(k, n), library, F.linear, [weight], F.linear)]
     in_bits = [name for name in formats if name != PLAIN.name and case.direction == FORWARD]
-    dense_fp8 = None
     if in_bits and has_float8(timer.device):
         function, weights, exact = float8_dense(weight)
-        dense_fp8 = measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8")
-        rows.append(dense_fp8)
+        rows.append(measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8"))
+    for name in in_bits:
+        for impl, make in rivals_of(name, case.tokens).items():
+            rows.append(measure.row("dense", (1, 1), min(k, n), impl, *make(weight), 0, name))
     for spec in case.specs:
         weights = random_factors(spec, timer.device, dtype)
         exact, count = implementation_of(spec.structure).linear, len(spec.names(FACTOR))
@@ -79,10 +82,12 @@ def bench_case(
             row = measure.row(spec.structure, spec.num_blocks, spec.rank, "hf_blr", function, stored, exact, 0, name)
             rows.append(row | {"first_call_s": (first_calls or {}).get((spec, "hf_blr", name))})
     dense_us = rows[0]["us"]
+    dense = {name: [r["us"] for r in rows if (r["structure"], r["format"]) == ("dense", name)] for name in FORMATS}
     baseline = [r["us"] for r in rows if (r["structure"], r["impl"]) == (BASELINE, "eager")]
     compared = {
         "dense_us": dense_us,
-        "dense_fp8_us": dense_fp8 and dense_fp8["us"],
+        "dense_fp8_us": min(dense["fp8"], default=None),
+        "dense_int4_us": min(dense["int4"], default=None),
         "lowrank_us": baseline[0] if baseline else None,
     }
     return [row | compared | {"speedup_vs_dense": dense_us / row["us"]} for row in rows]

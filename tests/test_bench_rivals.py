@@ -1,0 +1,78 @@
+"""Other libraries' dense layers: what they are compared with, and what is said where they are missing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from int4_dense import RivalLinear
+from torch import nn
+
+from hf_blr.bench import rivals
+from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+
+N, K = 6, 4 * rivals.GROUP
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    weight = torch.randn(N, K)
+    levels, scale, low = rivals.quantised(weight)
+    assert levels.min() == 0 and levels.max() == 15
+    numbers = (levels * scale + low).flatten(1)
+    # half a level off at most
+    assert ((weight - numbers).unflatten(1, (-1, rivals.GROUP)).abs() <= 0.501 * scale).all()
+    return levels.flatten(1).int(), scale, low, numbers
+
+
+def test_pytorchs_numbers(case):
+    levels, scale, low, numbers = case
+    packed = (levels[:, ::2] << 4 | levels[:, 1::2]).to(torch.uint8)
+    scales = torch.cat([scale, low + 8 * scale], -1).transpose(0, 1)
+    x = torch.randn(3, K, dtype=torch.float64)
+    torch.testing.assert_close(
+        rivals.pytorch_int4_exact(x, None, scales, packed), F.linear(x, numbers.double()), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_gemlites_numbers(case):
+    levels, scale, low, numbers = case
+    words = sum(levels.T.unflatten(0, (-1, 8))[:, j] << 4 * j for j in range(8))
+    x = torch.randn(3, K, dtype=torch.float64)
+    found = rivals.gemlite_int4_exact(x, words, scale.squeeze(-1).T, low.squeeze(-1).T, torch.zeros(()))
+    torch.testing.assert_close(found, F.linear(x, numbers.double()), atol=1e-5, rtol=1e-5)
+
+
+def test_gemlites_float8_numbers():
+    codes, scales = torch.randn(K, N).to(torch.float8_e4m3fn), torch.rand(N)
+    x = torch.randn(3, K, dtype=torch.float64)
+    wanted = x @ (codes.double() * scales.double())
+    torch.testing.assert_close(rivals.gemlite_float8_exact(x, codes, scales), wanted)
+
+
+def test_few_rows_go_to_the_kernel_and_many_to_a_product(monkeypatch):
+    def make(weight):
+        return (lambda x, w: -F.linear(x, w)), [weight], F.linear
+
+    monkeypatch.setitem(rivals.RIVALS["int4"], "fake", make)
+    linear = nn.Linear(K, N, bias=False)
+    layer = RivalLinear(linear, "int4", "fake")
+    for rows, sign in ((FEW_TOKENS, -1), (FEW_TOKENS + 1, 1)):
+        x = torch.randn(rows, K)
+        torch.testing.assert_close(layer(x[None]), sign * linear(x[None]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have them all")
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    assert rivals.missing("gemlite") == "gemlite is not installed"
+    assert "need a GPU" in rivals.missing("pytorch")
+    assert rivals.rivals_of("int4", 1) == {}
+    monkeypatch.setattr(rivals.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(ImportError, match="pip install torchao"):
+        rivals.quantise_by_torchao(nn.Linear(2, 2), [""])
+
+
+def test_which_rivals_are_made_for_so_many_tokens(monkeypatch):
+    monkeypatch.setattr(rivals, "missing", lambda name: None)
+    assert set(rivals.rivals_of("int4", 1)) == {"pytorch", "gemlite"} and not rivals.rivals_of("int4", 1024)
+    assert set(rivals.rivals_of("fp8", 1024)) == {"torchao"} and not rivals.rivals_of("plain", 1)
