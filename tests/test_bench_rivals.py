@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from int4_dense import RivalLinear
 from torch import nn
 
-from hf_blr.bench import rivals
+from hf_blr.bench import cases, layers, rivals, timing
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 
 N, K = 6, 4 * rivals.GROUP
@@ -66,7 +66,7 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
     assert rivals.missing("gemlite") == "gemlite is not installed"
     assert "need a GPU" in rivals.missing("pytorch")
-    assert rivals.rivals_of("int4", 1) == {}
+    assert rivals.rivals_of("int4", 1, torch.bfloat16) == {}
     monkeypatch.setattr(rivals.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ImportError, match="pip install torchao"):
         rivals.quantise_by_torchao(nn.Linear(2, 2), [""])
@@ -74,5 +74,29 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_which_rivals_are_made_for_so_many_tokens(monkeypatch):
     monkeypatch.setattr(rivals, "missing", lambda name: None)
-    assert set(rivals.rivals_of("int4", 1)) == {"pytorch", "gemlite"} and not rivals.rivals_of("int4", 1024)
-    assert set(rivals.rivals_of("fp8", 1024)) == {"torchao"} and not rivals.rivals_of("plain", 1)
+
+    def names(form, tokens, dtype=torch.bfloat16):
+        return set(rivals.rivals_of(form, tokens, dtype))
+
+    assert names("int4", 1) == {"pytorch", "gemlite"} and not names("int4", 1024)
+    assert names("fp8", 1024) == {"torchao"} and not names("plain", 1)
+    assert not names("fp8", 1024, torch.float16)
+
+
+def test_rivals_are_rows_beside_ours_and_their_failures_are_said(monkeypatch, caplog):
+    def works(weight):
+        return F.linear, [weight], lambda x, w: F.linear(x, w.to(x.dtype))
+
+    def fails(weight):
+        raise RuntimeError("no kernel for this card")
+
+    monkeypatch.setattr(layers, "rivals_of", lambda *of: {"works": works, "fails": fails} if of[0] == "int4" else {})
+    case = cases.shape_cases([(32, 48)], [], 0.5, [2], [cases.FORWARD], ["low_rank"])[0]
+    timer = timing.Timer("cpu", 0.0, 1)
+    rows = layers.bench_case(case, timer, torch.float32, ["hf_blr"], formats=["plain", "int4"])
+    assert [(row["structure"], row["impl"], row["format"]) for row in rows if row["structure"] == "dense"] == [
+        ("dense", "eager", "plain"),
+        ("dense", "works", "int4"),
+    ]
+    assert {row["dense_int4_us"] for row in rows} == {rows[1]["us"]} and rows[0]["dense_fp8_us"] is None
+    assert "fails in int4 is left out: no kernel for this card" in caplog.text

@@ -8,6 +8,7 @@ above, the graph runs it once and L2 is overwritten before each replay. On a CPU
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from hf_blr.formats import FORMATS, PLAIN
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = (
     "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
@@ -68,8 +71,12 @@ def bench_case(
         function, weights, exact = float8_dense(weight)
         rows.append(measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8"))
     for name in in_bits:
-        for impl, make in rivals_of(name, case.tokens).items():
-            rows.append(measure.row("dense", (1, 1), min(k, n), impl, *make(weight), 0, name))
+        for impl, make in rivals_of(name, case.tokens, dtype).items():
+            try:
+                rows.append(measure.row("dense", (1, 1), min(k, n), impl, *make(weight), 0, name))
+            except Exception as error:
+                # another library's, which must not cost our own rows
+                logger.warning("%s in %s is left out: %s", impl, name, error)
     for spec in case.specs:
         weights = random_factors(spec, timer.device, dtype)
         exact, count = implementation_of(spec.structure).linear, len(spec.names(FACTOR))

@@ -128,9 +128,9 @@ RIVALS: dict[str, dict[str, Callable[[Tensor], Rival]]] = {
 }
 
 
-def rivals_of(form: str, tokens: int) -> dict[str, Callable[[Tensor], Rival]]:
-    """Those of a format that can be timed here, and that are made for so many tokens: torchao's for any, others few."""
-    found = RIVALS.get(form, {}).items()
+def rivals_of(form: str, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Rival]]:
+    """Those of a format that can be timed here: of bfloat16, torchao's for any number of tokens, others for few."""
+    found = RIVALS.get(form, {}).items() if dtype == torch.bfloat16 else ()
     return {name: make for name, make in found if not missing(name) and (name == "torchao" or tokens <= FEW_TOKENS)}
 
 
