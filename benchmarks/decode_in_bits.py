@@ -18,23 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
-from int4_dense import RivalLinear, rival_model
 
 from hf_blr.bench import generation
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.bench.rivals import missing, pytorch_int4
+from hf_blr.bench.rivals import missing
 from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
 from hf_blr.bench.variants import Variant, build_model
 
-#: {variant: (format, implementation) of dense layers by other libraries, of `hf_blr.bench.rivals`}
-RIVAL_VARIANTS = {
-    "dense/int4, PyTorch": ("int4", "pytorch"),
-    "dense/int4, gemlite": ("int4", "gemlite"),
-    "dense/fp8, gemlite": ("fp8", "gemlite"),
-    "dense/fp8, torchao": ("fp8", "torchao"),
-}
+#: dense layers by other libraries
+RIVAL_VARIANTS = ("dense/int4, PyTorch", "dense/int4, gemlite", "dense/fp8, gemlite", "dense/fp8, torchao")
 VARIANTS = ("dense", *RIVAL_VARIANTS, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
 RATIO, PROMPT, NEW_TOKENS = 0.5, 128, 48
 PROTOCOL = (
@@ -50,31 +44,18 @@ def row_of(
 ) -> dict:
     """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
     shape = SHAPES[model_name]
-    rival = RIVAL_VARIANTS.get(variant)
-    parsed = Variant("dense", fused=True) if rival else Variant.parse(variant)
+    parsed = Variant.parse(variant)
     with building:
         model: Any = build_model(shape, parsed, RATIO, device, torch.bfloat16)
         row = {"model": model_name, "variant": variant, **model_sizes(model, trained_names(shape))}
-        if rival:
-            model = rival_model(model, *rival)
-            row |= {"rival": True, "weight_bytes": bytes_read(model)}
+        if parsed.by:
+            row["rival"] = True
         if device == "cuda":
             torch.cuda.empty_cache()
     settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": "compiled", "mode": "default"}
     row |= settings | {"prompt": PROMPT, "new_tokens": NEW_TOKENS} | ({"ratio": RATIO} if "low_rank" in variant else {})
     profiles = device == "cuda"
     return row | generation.decode(model, batch, PROMPT, NEW_TOKENS, "compiled", "default", device, profiles, turn)
-
-
-def bytes_read(model: Any) -> int:
-    """What a decoding step of `rival_model` reads, without PyTorch's second form of int4 weights, for many rows."""
-    many = {
-        f"{name}.stored_2"
-        for name, module in model.named_modules()
-        if isinstance(module, RivalLinear) and module.kernel is pytorch_int4
-    }
-    held = [*model.parameters(), *(t for name, t in model.named_buffers() if name not in many)]
-    return sum(t.nbytes for t in held)
 
 
 def work(job: tuple[str, str, int, str, str], building: Semaphore, compiled: Barrier, timing: Lock, path: str) -> None:
@@ -109,7 +90,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    absent = {name: missing(rival[1]) for name, rival in RIVAL_VARIANTS.items() if name in args.variants}
+    absent = {name: missing(Variant.parse(name).by) for name in args.variants if name in RIVAL_VARIANTS}
     for name in (name for name, reason in absent.items() if reason):
         print(f"{name} is left out: {absent[name]}")
     variants = [variant for variant in args.variants if not absent.get(variant)]

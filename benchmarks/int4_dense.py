@@ -1,4 +1,4 @@
-"""Dense layers in four bits, what every structure is measured against at equal bytes, by other libraries' kernels.
+"""Dense layers in four bits, what every structure is measured against at equal bytes.
 
 Perplexities are those of GPTQ (arXiv 2210.17323) on weights rotated by a random orthogonal matrix: rotated, they lie on
 no grid of the 4-bit file that the small model comes from, and outliers are spread.
@@ -11,8 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from hf_blr.bench.rivals import GROUP, RIVALS, quantise_by_torchao, quantised
-from hf_blr.ops.rules.few_tokens import FEW_TOKENS
+from hf_blr.bench.rivals import GROUP, quantised
 from hf_blr.targets import find_targets
 
 #: of a weight: four, and a scale and a zero of 16 bits for each group
@@ -62,31 +61,3 @@ def gptq(weight: Tensor, gram: Tensor) -> Tensor:
             errors[:, i - first : i - first + 1] = error
         left[:, last:] -= errors @ factor[first:last, last:]
     return out.to(weight.dtype)
-
-
-class RivalLinear(nn.Module):
-    """y = x W^T by another library's kernel; at more than `FEW_TOKENS` rows W is dequantised for a product."""
-
-    def __init__(self, linear: nn.Linear, form: str, implementation: str):
-        super().__init__()
-        self.kernel, stored, self.product = RIVALS[form][implementation](linear.weight.detach())
-        self.count = len(stored)
-        for i, tensor in enumerate(stored):
-            self.register_buffer(f"stored_{i}", tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        run = self.kernel if rows.shape[0] <= FEW_TOKENS else self.product
-        out = run(rows, *(getattr(self, f"stored_{i}") for i in range(self.count)))
-        return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def rival_model(model: nn.Module, form: str, implementation: str) -> nn.Module:
-    """The model with its projections in this form by this library, in place."""
-    names = find_targets(model)
-    if implementation == "torchao":
-        quantise_by_torchao(model, names)
-        return model
-    for name in names:
-        model.set_submodule(name, RivalLinear(model.get_submodule(name), form, implementation))
-    return model

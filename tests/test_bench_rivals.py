@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from int4_dense import RivalLinear
+from tiny import tiny_llama
 from torch import nn
 
-from hf_blr.bench import cases, layers, rivals, timing
+from hf_blr.bench import cases, layers, rivals, rows, timing
+from hf_blr.bench.models import Shape
+from hf_blr.bench.rival_layers import RivalLinear, bytes_of
+from hf_blr.bench.variants import Variant
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 
 N, K = 6, 4 * rivals.GROUP
@@ -56,8 +59,8 @@ def test_few_rows_go_to_the_kernel_and_many_to_a_product(monkeypatch):
     monkeypatch.setitem(rivals.RIVALS["int4"], "fake", make)
     linear = nn.Linear(K, N, bias=False)
     layer = RivalLinear(linear, "int4", "fake")
-    for rows, sign in ((FEW_TOKENS, -1), (FEW_TOKENS + 1, 1)):
-        x = torch.randn(rows, K)
+    for count, sign in ((FEW_TOKENS, -1), (FEW_TOKENS + 1, 1)):
+        x = torch.randn(count, K)
         torch.testing.assert_close(layer(x[None]), sign * linear(x[None]))
 
 
@@ -65,7 +68,7 @@ def test_few_rows_go_to_the_kernel_and_many_to_a_product(monkeypatch):
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
     assert rivals.missing("gemlite") == "gemlite is not installed"
-    assert "need a GPU" in rivals.missing("pytorch")
+    assert "need a GPU" in rivals.missing("PyTorch")
     assert rivals.rivals_of("int4", 1, torch.bfloat16) == {}
     monkeypatch.setattr(rivals.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ImportError, match="pip install torchao"):
@@ -78,7 +81,7 @@ def test_which_rivals_are_made_for_so_many_tokens(monkeypatch):
     def names(form, tokens, dtype=torch.bfloat16):
         return set(rivals.rivals_of(form, tokens, dtype))
 
-    assert names("int4", 1) == {"pytorch", "gemlite"} and not names("int4", 1024)
+    assert names("int4", 1) == {"PyTorch", "gemlite"} and not names("int4", 1024)
     assert names("fp8", 1024) == {"torchao"} and not names("plain", 1)
     assert not names("fp8", 1024, torch.float16)
 
@@ -93,10 +96,46 @@ def test_rivals_are_rows_beside_ours_and_their_failures_are_said(monkeypatch, ca
     monkeypatch.setattr(layers, "rivals_of", lambda *of: {"works": works, "fails": fails} if of[0] == "int4" else {})
     case = cases.shape_cases([(32, 48)], [], 0.5, [2], [cases.FORWARD], ["low_rank"])[0]
     timer = timing.Timer("cpu", 0.0, 1)
-    rows = layers.bench_case(case, timer, torch.float32, ["hf_blr"], formats=["plain", "int4"])
-    assert [(row["structure"], row["impl"], row["format"]) for row in rows if row["structure"] == "dense"] == [
+    found = layers.bench_case(case, timer, torch.float32, ["hf_blr"], formats=["plain", "int4"])
+    assert [(row["structure"], row["impl"], row["format"]) for row in found if row["structure"] == "dense"] == [
         ("dense", "eager", "plain"),
         ("dense", "works", "int4"),
     ]
-    assert {row["dense_int4_us"] for row in rows} == {rows[1]["us"]} and rows[0]["dense_fp8_us"] is None
+    assert {row["dense_int4_us"] for row in found} == {found[1]["us"]} and found[0]["dense_fp8_us"] is None
     assert "fails in int4 is left out: no kernel for this card" in caplog.text
+
+
+def test_whole_models_by_another_library(monkeypatch):
+    def multiply(x, w, _):
+        return F.linear(x, w)
+
+    def make(weight):
+        return multiply, [weight, torch.zeros(3, dtype=torch.int8)], multiply
+
+    monkeypatch.setitem(rivals.RIVALS["int4"], "fake", make)
+    variant = Variant.parse("dense/int4, fake")
+    assert str(variant) == "dense/int4, fake" and not variant.keeps_dense
+    shape = Shape("text", tiny_llama)
+    request = rows.Request(("prefill",), tokens=(5,), batches=(1,), forms=("eager",), dtype=torch.float32)
+    (dense, row) = rows.model_rows("tiny", shape, [Variant("dense"), variant], request, timing.Timer("cpu", 0.0, 1))
+    assert row["rival"] and "rival" not in dense and row["ms"] > 0
+    names = rows.trained_names(shape)
+    assert row["parameters"] == dense["parameters"]
+    assert row["projection_parameters"] == dense["projection_parameters"]
+    assert row["weight_bytes"] == dense["weight_bytes"] + 3 * len(names)
+
+
+@pytest.mark.parametrize("text", ["dense/int4, torchao", "dense, gemlite", "low_rank/int4, gemlite"])
+def test_variants_that_no_library_has(text):
+    with pytest.raises(ValueError, match="expected one of dense/int4, PyTorch; dense/int4, gemlite"):
+        Variant.parse(text)
+
+
+def test_bytes_of_tensors_that_hold_tensors():
+    class Held:
+        codes, scale = torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4, 1)
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+    assert bytes_of(Held()) == 32 + 16 and bytes_of(torch.zeros(3, dtype=torch.bfloat16)) == 6

@@ -123,7 +123,7 @@ def train_by_torchao(model: torch.nn.Module, names: Collection[str]) -> None:
 
 #: {format: {implementation: what makes a layer}}
 RIVALS: dict[str, dict[str, Callable[[Tensor], Rival]]] = {
-    "int4": {"pytorch": int4_by_pytorch, "gemlite": int4_by_gemlite},
+    "int4": {"PyTorch": int4_by_pytorch, "gemlite": int4_by_gemlite},
     "fp8": {"torchao": float8_by_torchao, "gemlite": float8_by_gemlite},
 }
 
@@ -136,7 +136,7 @@ def rivals_of(form: str, tokens: int, dtype: torch.dtype) -> dict[str, Callable[
 
 def missing(implementation: str) -> str | None:
     """Why this one cannot be timed here; None if it can."""
-    if implementation != "pytorch" and importlib.util.find_spec(implementation) is None:
+    if implementation != "PyTorch" and importlib.util.find_spec(implementation) is None:
         return f"{implementation} is not installed"
     return None if torch.cuda.is_available() else f"{implementation}'s kernels need a GPU"
 
