@@ -72,8 +72,8 @@ def test_rivals_multiply_what_they_are_compared_with(form, library):
     forward, stored, exact = RIVALS[form][library](weight)
     for tokens in (1, 16):
         x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
-        # float8 rounds inputs as well, and of four bits the weights alone are far off
-        allowed = 0.05 if form == "fp8" else 0.01
+        # float8 rounds inputs as well; kernels for four bits add zeros in 16 bits
+        allowed = 0.05 if form == "fp8" else 0.02
         assert relative_error(forward(x, *stored), exact(x.double(), *stored)) < allowed
     assert relative_error(exact(x, *stored), x.double() @ weight.double().T) < (0.1 if form == "fp8" else 0.15)
 
