@@ -1,7 +1,7 @@
 """Times a decoding step of whole models in bits: `python benchmarks/decode_in_bits.py --json results/decode_h200.json`.
 
-Each row has a process of its own. All compile at once; then they take turns, so that each is timed with the card to
-itself.
+Each row has a process of its own. Those of one batch compile at once; then they take turns, so that each is timed with
+the card to itself.
 """
 
 from __future__ import annotations
@@ -94,14 +94,15 @@ def main() -> None:
     for name in (name for name, reason in absent.items() if reason):
         print(f"{name} is left out: {absent[name]}")
     variants = [variant for variant in args.variants if not absent.get(variant)]
-    jobs = [(args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in variants]
-    # two are built at a time: each takes the memory of a dense model
-    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
-    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    for batch in args.batches:
+        jobs = [(args.model, variant, batch, args.device, args.commit) for variant in variants]
+        # two are built at a time: each takes the memory of a dense model
+        shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
+        processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
 
 
 if __name__ == "__main__":
