@@ -25,21 +25,26 @@ class FactorInTraining(NeverCast):
     codes and scales in the format's layout, and nothing else: checkpoints of a training are checkpoints of the model.
 
     log_scale: logarithms of the scales `[..., n, groups]`, float32, so that a step is relative.
-    latent: the codes before rounding `[..., n, k]` in units of `Bits.spacing`, float32; they begin in the middle of
-        their codes. Where codes do not train, the codes themselves in bfloat16, which holds all of them.
+    latent: what is rounded `[..., n, k]`, float32: codes times `start`, so that a step is one of the numbers that they
+        stand for, whatever the format; it begins spread over the cells of the codes. Where codes do not train, the
+        codes themselves in units of `Bits.spacing` in bfloat16, which holds all of them.
+    start: the scales of the beginning `[..., n, groups]`, float32.
 
     Args:
         held: the factor as it is stored; its tensors stay as they are.
         codes: whether codes train.
     """
 
+    start: Tensor
+
     def __init__(self, held: FactorInBits, codes: bool):
         super().__init__()
         self.storage, self.shape = held.storage, held.shape
         now = held.codes()
-        latent = now.values.float() / held.storage.spacing
-        self.log_scale = nn.Parameter(now.scale.float().log())
-        latent = spread(latent, held.storage) if codes else latent.to(torch.bfloat16)
+        values, scale = now.values.float(), now.scale.float()
+        self.log_scale = nn.Parameter(scale.log())
+        self.register_buffer("start", scale, persistent=False)
+        latent = spread(values, scale, held.storage) if codes else (values / held.storage.spacing).to(torch.bfloat16)
         self.latent = nn.Parameter(latent, requires_grad=codes)
 
     @property
@@ -48,14 +53,19 @@ class FactorInTraining(NeverCast):
 
     def forward(self, dtype: torch.dtype, chosen: Tensor | None = None) -> Tensor:
         """The factor `[..., n, k]` in this dtype, differentiable in what trains; chosen: of these experts alone."""
-        values = self.latent * self.storage.spacing
+        values = self.values()
         if self.codes_train:
             values = through(values, on_grid(values, self.storage).float())
         scale = self.log_scale.clamp(*RANGE).exp()
         scale = through(scale, scale.to(SCALE_DTYPE).float())
-        groups = values.unflatten(-1, (scale.shape[-1], -1))
-        factor = (groups * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        factor = by_groups(values, scale).to(dtype)
         return factor if chosen is None else factor.index_select(0, chosen)
+
+    def values(self) -> Tensor:
+        """The codes before they are rounded `[..., n, k]`, in units of their scales."""
+        if self.codes_train:
+            return by_groups(self.latent, 1 / self.start)
+        return self.latent * self.storage.spacing
 
     def scale(self, number: float) -> None:
         """Multiply the factor by a positive number, in place."""
@@ -64,7 +74,7 @@ class FactorInTraining(NeverCast):
     def stored(self) -> FactorInBits:
         """The factor in the form in which it is kept, with the codes and scales of this moment."""
         held = FactorInBits(self.storage, self.shape, self.log_scale.device)
-        values = on_grid(self.latent.detach().float() * self.storage.spacing, self.storage)
+        values = on_grid(self.values().detach().float(), self.storage)
         scale = self.log_scale.detach().clamp(*RANGE).exp().to(SCALE_DTYPE)
         held.take(Codes(values, scale))
         return held
@@ -78,6 +88,7 @@ class FactorInTraining(NeverCast):
         if all(torch.equal(part, parts[name]) for name, part in held.parts().items()):
             return
         other = FactorInTraining(held, self.codes_train)
+        self.start.copy_(other.start)
         self.log_scale.data.copy_(other.log_scale.data)
         self.latent.data.copy_(other.latent.data)
 
@@ -94,14 +105,20 @@ class FactorInTraining(NeverCast):
         return f"shape={self.shape}, storage={self.storage.name}, trains={trains}"
 
 
-def spread(latent: Tensor, storage: Bits) -> Tensor:
-    """Numbers that round to these codes and lie evenly over the cells of their codes, in a fixed order."""
+def spread(values: Tensor, scale: Tensor, storage: Bits) -> Tensor:
+    """Codes times scales as numbers that round to these codes and lie evenly over their cells, in a fixed order."""
     # multiples of the golden ratio leave no gaps, however many are taken
-    steps = torch.arange(latent.numel(), dtype=torch.float64, device=latent.device) * GOLDEN
-    inside = latent + (steps % 1 - 0.5).view(latent.shape).float()
-    codes = on_grid(latent * storage.spacing, storage).float()
-    # cells of floating-point codes near zero are narrower
-    return torch.where(on_grid(inside * storage.spacing, storage).float() == codes, inside, latent)
+    steps = torch.arange(values.numel(), dtype=torch.float64, device=values.device) * GOLDEN
+    inside = values + storage.spacing * (steps % 1 - 0.5).view(values.shape).float()
+    numbers = by_groups(inside, scale)
+    # cells of floating-point codes near zero are narrower, and what lies at an edge can fall off it
+    held = on_grid(by_groups(numbers, 1 / scale), storage).float() == values
+    return torch.where(held, numbers, by_groups(values, scale))
+
+
+def by_groups(values: Tensor, scale: Tensor) -> Tensor:
+    """Values `[..., n, k]`, each times what its group of a row has `[..., n, groups]`."""
+    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
 def on_grid(values: Tensor, storage: Bits) -> Tensor:
