@@ -10,8 +10,6 @@ from runs import OURS, Run
 GPTQ = "GPTQ"
 #: the same without feedback between rows
 COLUMNS = f"{GPTQ}, columns alone"
-#: what trains of a model in bits beside scales: {value of `refine`'s `bits`: the method's name}
-OTHERWISE = {"numbers": "as numbers first", "codes": "codes too"}
 #: numbers that share a scale; blocks of the small model's rows are divided by no power of two that large
 GROUP, GROUP_IN_BLOCKS = 64, 48
 BLOCKED = {"blast": (4, 4), "monarch": (4, 4)}
@@ -43,11 +41,7 @@ def runs_in_bits() -> list[Run]:
 
     def with_refined(run: Run) -> list[Run]:
         scales = replace(run, method=f"{run.method}, refined", kind="refine")
-        others = [
-            replace(scales, method=f"{run.method}, {name}, refined", trains=trains)
-            for trains, name in OTHERWISE.items()
-        ]
-        return [run, scales, *others]
+        return [run, scales, replace(scales, method=f"{run.method}, codes too, refined", trains="codes")]
 
     return [
         *with_refined(whole("int4")),

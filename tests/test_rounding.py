@@ -10,7 +10,7 @@ from tiny import batches_for, divergence, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blr import BLRConfig, compress, structures
-from hf_blr.factorize import FitOptions, factorize, relative_error, roots, round_factors, with_codes
+from hf_blr.factorize import FitOptions, factorize, relative_error, roots, with_codes
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
 from hf_blr.factorize.columns import column_blocks
 from hf_blr.factorize.gram import damped
@@ -288,18 +288,6 @@ def test_the_error_that_is_reported_is_that_of_what_is_stored(spec):
     layer = BLRLinear.from_fit(spec, found.tensors, torch.nn.Linear(48, 32), storage)
     stored = relative_error(weight, layer.dense_weight(torch.float32).detach(), damped(gram, OPTIONS.damping))
     assert found.rel_error == pytest.approx(stored, rel=1e-4)
-
-
-@pytest.mark.parametrize("spec", SMALL_SPECS, ids=lambda spec: spec.structure)
-def test_factors_that_are_there_already_are_rounded_like_those_of_a_fit(spec):
-    storage = format_named("int4", 8)
-    weight, gram, output_gram, numbers = fitted(spec, weighed=False)
-    found = round_factors(numbers.tensors, spec, gram, output_gram, OPTIONS, storage)
-    assert {key for key, t in found.tensors.items() if isinstance(t, Codes)} == set(storage.in_bits(spec))
-    assert found.rel_error < 0.9 * nearest_error(spec, storage, numbers.matrix(spec), gram, numbers)
-    if spec.structure == "dense":
-        again = factorize(weight, spec, gram, output_gram, OPTIONS, storage)
-        assert torch.equal(found.tensors["w"].values, again.tensors["w"].values)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])

@@ -18,7 +18,7 @@ from hf_blr.formats import PLAIN, Bits, Codes, Format
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec, structure_named
 
-__all__ = ["Factors", "FitOptions", "factorize", "round_factors"]
+__all__ = ["Factors", "FitOptions", "factorize"]
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,6 @@ def factorize(
         return fitted
     coupling = coupling_of(output_gram, spec.num_blocks[1], options.damping, spec.in_features)
     return in_bits(fitted, spec, ToRound(weight * scale, gram, metric, coupling, storage, options.seed))
-
-
-def round_factors(
-    tensors: Mapping[str, Tensor],
-    spec: BLRSpec,
-    gram: Tensor | None,
-    output_gram: Tensor | None,
-    options: FitOptions,
-    storage: Bits,
-) -> Factors:
-    """The codes of factors that are there already, chosen as `factorize` chooses those of its fit.
-
-    Nothing rotates, so that numbers which were codes before and moved a little stay close to codes.
-
-    Args:
-        tensors: factors in the shapes of the spec, float32, and indices.
-        spec, gram, output_gram, options: as of `factorize`; no inputs at all weigh alike.
-        storage: keeps bits.
-    """
-    weight = implementation_of(spec.structure).dense(**tensors)
-    gram = unit_gram(gram.to(weight), options.damping) if gram is not None and gram.any() else None
-    metric = metric_of(spec, output_gram, weight.device)
-    coupling = coupling_of(output_gram, spec.num_blocks[1], options.damping, spec.in_features)
-    problem = ToRound(weight, gram, metric, coupling, storage, None)
-    return in_bits(Factors(tensors, 0.0, 0), spec, problem)
 
 
 def in_bits(fitted: Factors, spec: BLRSpec, problem: ToRound) -> Factors:

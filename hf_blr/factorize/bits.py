@@ -30,8 +30,8 @@ class ToRound:
 
     weight: W `[N, K]`, float32. gram: H `[K, K]`, damped, or None for inputs that weigh alike. metric: of the outputs,
     as the fit had it, for structures that it weighs; the best u for given v is the same in any. coupling: G in blocks
-    `[B2, Q, Q]`, of `coupling_of`, or None for outputs that weigh alike. storage: the format. seed: of rotations; None:
-    nothing rotates. roots: of these metrics, which problems of other formats may share.
+    `[B2, Q, Q]`, of `coupling_of`, or None for outputs that weigh alike. storage: the format. seed: of rotations.
+    roots: of these metrics, which problems of other formats may share.
     """
 
     weight: Tensor
@@ -39,7 +39,7 @@ class ToRound:
     metric: OutputMetric | None
     coupling: Tensor | None
     storage: Bits
-    seed: int | None
+    seed: int
     roots: Roots = field(default_factory=Roots)
 
     @property
@@ -86,10 +86,8 @@ def coupling_of(output_gram: Tensor | None, blocks: int, damping: float, feature
     return gram
 
 
-def rotation(rank: int, seed: int | None, like: Tensor, *batch: int) -> Tensor:
-    """Random orthogonal matrices `[*batch, R, R]`, without a seed identities, in the dtype and device of `like`."""
-    if seed is None:
-        return torch.eye(rank, dtype=like.dtype, device=like.device).expand(*batch, rank, rank)
+def rotation(rank: int, seed: int, like: Tensor, *batch: int) -> Tensor:
+    """Random orthogonal matrices `[*batch, R, R]`, in the dtype and on the device of `like`."""
     # drawn on the CPU, so that every device takes the same
     noise = torch.randn(*batch, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.linalg.qr(noise)[0].to(like)

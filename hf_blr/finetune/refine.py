@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
-from hf_blr.calibration.training_form import CODES, SCALES, factors_in_bits, training_form
+from hf_blr.calibration.training_form import SCALES, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
 from hf_blr.finetune.loop import train
 from hf_blr.finetune.matrices import on_matrices
-from hf_blr.finetune.numbers import as_numbers
-from hf_blr.finetune.portions import some_of, step_size
 from hf_blr.finetune.trainable import factor_parameter_groups, mark_only_factors_trainable
 from hf_blr.modes import without_dropout
 from hf_blr.ops import current_impl, use_impl
@@ -32,13 +29,6 @@ DENSE_STEP_TOKENS = 8192
 
 #: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
-
-#: what trains of factors in bits: numbers first, which are rounded then, and scales after that
-NUMBERS = "numbers"
-#: from so many bits of a code on, rounding leaves scales nothing to make up for
-ENOUGH_BITS = 8
-#: numbers are rounded in the metric of so many tokens
-ROUNDING_TOKENS = 131072
 
 
 def refine(
@@ -76,45 +66,18 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
-        bits: what trains of layers that are kept in bits. "scales". "codes": both, straight-through; a code that flips
-            alone is not made up for by others, so that the steps must be small. "numbers": on the first half of the
-            text, factors in bits train as numbers while whole matrices train their scales; then these numbers are
-            rounded as a fit rounds, and all scales train on the second half. Where no code has less than 8 bits,
-            numbers train on all of the text.
+        bits: what trains of layers that are kept in bits: "scales", or "codes" for both, straight-through. Scales are
+            the safe choice: they cannot undo a careful rounding.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
-            With bits="numbers" that goes for each half.
         compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
             their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
-        ValueError: if `held_out` holds no window, or for other `bits`; with "numbers", for fewer than two windows or
-            batches, or where no layer has factors in bits.
+        ValueError: if `held_out` holds no window.
+        TypeError: if `windows` are text, or lists of ids.
     """
-    if bits not in (SCALES, CODES, NUMBERS):
-        raise ValueError(f'bits must be "{SCALES}", "{CODES}" or "{NUMBERS}", got {bits!r}')
-    if bits == NUMBERS:
-        coarse = any(held.storage.bits < ENOUGH_BITS for held in factors_in_bits(model).values())
-        first = len(windows) // 2 if coarse else len(windows)
-        if not first:
-            raise ValueError(f'bits="{NUMBERS}" trains on two halves of the text, got {len(windows)} window or batch')
-        once = partial(
-            refine,
-            model,
-            teacher,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            distill_weight=distill_weight,
-            dense_rate=dense_rate,
-            held_out=held_out,
-            compiled=compiled,
-            seed=seed,
-        )
-        with as_numbers(model, some_of(model, windows, ROUNDING_TOKENS)):
-            history = once(windows[:first])
-        return history + (once(windows[first:]) if coarse else [])
     on_gpu = next(model.parameters()).is_cuda
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokens, steps = step_size(windows, batch_size)
@@ -164,9 +127,34 @@ def targets_left_dense(model: nn.Module) -> list[str]:
     return remaining_targets(model, config.target_modules, config.modules_to_not_convert)
 
 
+def step_size(windows: Tensor | Sequence[Batch], batch_size: int) -> tuple[int, int]:
+    """(tokens of a step at most, steps of an epoch). Raises TypeError for what are neither windows nor batches."""
+    if torch.is_tensor(windows):
+        return batch_size * windows.shape[1], -(-len(windows) // batch_size)
+    for batch in windows:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "windows must be token ids [n, seqlen], or batches, each a dict of the model's arguments; got a "
+                f"{type(batch).__name__}: hf_blr.text.load_windows makes windows of text"
+            )
+    return max((tokens_in(batch) for batch in windows), default=0), len(windows)
+
+
+def tokens_in(batch: Batch) -> int:
+    return next(iter(batch.values())).numel()
+
+
 def statistics_for(model: nn.Module, windows: Tensor | Sequence[Batch]) -> Statistics | None:
     """Of the inputs and outputs of layers that train in another form, on some of the windows; None without any."""
     names = list(stood_in(model))
     if not names:
         return None
-    return fisher_statistics(model, names, some_of(model, windows, STATISTICS_TOKENS))
+    device = next(model.parameters()).device
+    if torch.is_tensor(windows):
+        windows = [{"input_ids": windows[: max(1, STATISTICS_TOKENS // windows.shape[1])]}]
+    some: list[Batch] = []
+    for batch in windows:
+        some.append({key: value.to(device) for key, value in batch.items()})
+        if sum(map(tokens_in, some)) >= STATISTICS_TOKENS:
+            break
+    return fisher_statistics(model, names, some)

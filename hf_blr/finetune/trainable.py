@@ -140,7 +140,7 @@ def factor_parameter_groups(
 
     Args:
         model: a compressed model, after `mark_only_factors_trainable`.
-        lr: learning rate of the factors, and of codes that train, in distances between neighbouring ones. Scales, whose
+        lr: learning rate of the factors, and of codes that train, as the numbers that they stand for. Scales, whose
             steps are relative, take three times as much.
         other_lr: learning rate of everything else; None is `lr`.
         weight_decay: of the other matrices (adapters, a head). Vectors do not decay.

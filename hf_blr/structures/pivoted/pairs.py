@@ -36,7 +36,6 @@ def opened(module: BLRLinear, gram: Tensor | None, output_gram: Tensor | None) -
     fitted = factorize(pivoted_dense(**wide, **module.indices()), spec, gram, output_gram)
     layer = BLRLinear.from_fit(spec, fitted.tensors, module)
     layer.requires_grad_(module.u.requires_grad)
-    layer.masters = module.masters
     return Pair(layer, layer.v.detach().clone())
 
 
