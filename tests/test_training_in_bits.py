@@ -14,7 +14,7 @@ from hf_blr import BLRCallback, BLRConfig, compress
 from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.training_form import factors_in_bits, open_bits, trained_bits, training_form
 from hf_blr.finetune import WindowDataset, close_bits, factor_parameter_groups, mark_only_factors_trainable, refine
-from hf_blr.finetune.trainable import SCALES_RATE
+from hf_blr.finetune.trainable import CODES_RATE, SCALES_RATE
 from hf_blr.formats import FactorInBits, FactorInTraining, format_named
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank
@@ -185,9 +185,9 @@ def test_codes_of_eight_bits_train_at_the_rate_of_factors_like_them(bits):
     model, plain = in_bits(bits=bits), in_bits(bits="plain")
     held_out = HeldOut(tiny_llama(), [{"input_ids": WINDOWS}])
     before = held_out.divergence(plain)
-    how = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-3, "distill_weight": 1.0}
-    for each in (model, plain):
-        refine(each, tiny_llama(), WINDOWS, **how, bits="codes")
+    how = {"epochs": 4, "batch_size": 4, "distill_weight": 1.0, "bits": "codes"}
+    for each, rate in ((model, 1e-3 / CODES_RATE), (plain, 1e-3)):
+        refine(each, tiny_llama(), WINDOWS, **how, learning_rate=rate)
     after = held_out.divergence(plain)
     assert abs(held_out.divergence(model) - after) < 0.3 * (before - after)
 
@@ -245,7 +245,7 @@ def test_a_loop_of_ones_own():
     trained, total = mark_only_factors_trainable(model, bits="codes")
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < total
     groups = factor_parameter_groups(model, 1e-3, other_lr=1e-4)
-    assert [group["lr"] for group in groups] == [1e-3, SCALES_RATE * 1e-3]
+    assert [group["lr"] for group in groups] == [1e-3, SCALES_RATE * 1e-3, CODES_RATE * 1e-3]
     scales = {id(p) for p in groups[1]["params"]}
     assert scales == {id(form.log_scale) for form in factors_in_bits(model).values()}
     optimizer = torch.optim.AdamW(groups)
