@@ -1,5 +1,6 @@
 """What all tests share. Without a GPU the kernels run under Triton's interpreter, set before Triton is imported."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -35,3 +36,17 @@ def pytest_collection_modifyitems(config, items):
     long = [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+def pytest_collection_finish(session):
+    """What imports have left is not looked through again: not by the collector, nor by who asks it for all models.
+
+    Every compression asks it, and among a million objects it takes half a second to find them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    """Libraries take what is still frozen at the end for leaked."""
+    gc.unfreeze()
