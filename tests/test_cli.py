@@ -195,11 +195,13 @@ def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_p
     assert AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").dtype == torch.bfloat16
 
 
-def test_weights_alone_need_no_text(dense, tmp_path):
-    assert (
-        main(["compress", dense[0], str(tmp_path / "o"), "--structure", "low_rank", "--rank", "4", "--dataset", "none"])
-        == 0
-    )
+def test_weights_alone_need_no_text_and_no_tokenizer(dense, tmp_path, capsys):
+    for file in Path(dense[0]).glob("tokenizer*"):
+        file.unlink()
+    command = ["compress", dense[0], str(tmp_path / "o"), "--structure", "low_rank", "--rank", "4", "--dataset"]
+    assert main([*command, dense[1]]) == 2
+    assert f"{dense[0]} holds no tokenizer: save the model's there" in capsys.readouterr().err
+    assert main([*command, "none"]) == 0
     stored = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
     assert stored["dataset"] is None and stored["rank"] == 4
 
