@@ -94,7 +94,7 @@ def test_what_the_kernel_is_left_out_of():
 
 
 def fused(**sizes):
-    """Of one layer's factors in each block: kernels of layers take the interpreter much longer than that of attention."""
+    """Factors of one layer a block: kernels of layers take the interpreter much longer than that of attention."""
     model = tiny_llama(**sizes)
     hf_blr.compress(model, BLRConfig("low_rank", rank=4, target_modules=["o_proj"]), progress=False)
     hf_blr.fuse(model)
