@@ -1,4 +1,4 @@
-"""The format is known as soon as `import hf_blr` has run, whether quantizers of transformers are imported before or not.
+"""The format is known as soon as `import hf_blr` has run, whether quantizers of transformers came before or not.
 
 `test_integration_use.py` does so with the loader of models.
 """
