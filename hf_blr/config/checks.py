@@ -21,7 +21,8 @@ def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
         if settings["structure"] != AUTO or where != "BLRConfig":
             whole = structure_named(settings["structure"]).whole
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        chosen = f"; {AUTO!r} chooses one for each layer" if where == "BLRConfig" else ""
+        raise ValueError(f"{where}: {error}{chosen}") from None
     given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
     if whole:
         if given or settings["num_blocks"] is not None:
