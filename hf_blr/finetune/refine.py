@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -76,6 +76,7 @@ def refine(
 
     Raises:
         ValueError: if `held_out` holds no window.
+        TypeError: if `windows` are text, or lists of ids.
     """
     on_gpu = next(model.parameters()).is_cuda
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
@@ -128,9 +129,15 @@ def targets_left_dense(model: nn.Module) -> list[str]:
 
 
 def step_size(windows: Tensor | Sequence[Batch], batch_size: int) -> tuple[int, int]:
-    """(tokens of a step at most, steps of an epoch)."""
+    """(tokens of a step at most, steps of an epoch). Raises TypeError for what are neither windows nor batches."""
     if torch.is_tensor(windows):
         return batch_size * windows.shape[1], -(-len(windows) // batch_size)
+    for batch in windows:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "windows must be token ids [n, seqlen], or batches, each a dict of the model's arguments; got a "
+                f"{type(batch).__name__}: hf_blr.text.load_windows makes windows of text"
+            )
     return max((tokens_in(batch) for batch in windows), default=0), len(windows)
 
 
