@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.text import can_write, reads_text
 
@@ -27,12 +29,17 @@ def load_model(
         reader: False reads none, and gives None.
         on_disk: weights stay in the checkpoint's files, and accelerate reads them for each forward.
         textless: the command reads no text, so that the reader may be missing.
+
+    Raises:
+        ValueError: if the device is a GPU and there is none, or a model of text has no tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_blr.integration.loading import class_named
     from hf_blr.integration.patch import dequantizing_config
 
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this build of PyTorch sees no GPU here; pass --device auto or cpu")
     own, source, quantization = None, {}, {}
     if args.gguf_file:
         source["gguf_file"] = args.gguf_file
@@ -86,9 +93,14 @@ def tokenizer_of(reader: Any) -> Any:
 
 
 def fitted_to(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
-    """The arguments of `compress` for the text or the images that the options name."""
+    """The arguments of `compress` for the text or the images that the options name. Raises ValueError."""
     if args.images is None:
         return {"tokenizer": tokenizer_of(reader)}
+    if reader is None:
+        raise ValueError(
+            f"--images {args.images} go through the model's processor, which lies not beside it: save it there "
+            "(processor.save_pretrained), or leave --images out to fit the weights alone"
+        )
     return {"tokenizer": reader, "calibration": args.images}
 
 

@@ -96,6 +96,8 @@ def compress(
     """
     started = time.perf_counter()
     check_kinds(model, config)
+    # a limit that nobody can read is told before a model has written text for minutes
+    store = Store(max_memory, offload_folder)
     processes = Processes(distributed)
     check_shared(processes, config, resume is not None)
     model = unwrapped(model)
@@ -124,7 +126,7 @@ def compress(
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
-    with Store(max_memory, offload_folder) as store:
+    with store:
         start = journal.start(
             partial(start_of_passes, model, plan, names, batches, statistics, config, store, processes, progress)
         )
