@@ -49,9 +49,16 @@ def collect_statistics(
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
-    Experts of one tensor share theirs, since a matrix for each would be too much to hold at once. With `config.fisher`
-    that takes a forward and a backward pass, else a forward. Arguments and errors as for `compress`. Given a `Store`
-    with a limit, the matrices are gathered part by part and lie in its files, for as long as it is open.
+    Experts of one tensor share theirs, since a matrix for each would be too much to hold at once.
+
+    Args:
+        model, config, tokenizer, calibration: as for `compress`. With `config.fisher` the text takes a forward and a
+            backward pass, else a forward.
+        store: with a limit, the matrices are gathered part by part and lie in its files, for as long as it is open.
+
+    Raises:
+        TypeError: as `compress` does.
+        ValueError: likewise, and if neither the config nor `calibration` names a text.
     """
     check_kinds(model, config)
     model = unwrapped(model)

@@ -31,6 +31,9 @@ def tokenize(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
     do.
 
     A tokenizer that opens each text with a beginning-of-sequence token does so once, at the very start.
+
+    Raises:
+        TypeError: for one string in the place of a list.
     """
     if isinstance(documents, str):
         raise TypeError("tokenize takes a list of strings; for one string pass [text]")
