@@ -38,6 +38,24 @@ def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
         )
 
 
+def check_without_text(config: BLRConfig, weighed: bool = False) -> None:
+    """Raises ValueError for settings that are about text, of a fit that reads none.
+
+    Args:
+        weighed: whether statistics of the dense model say what its loss feels.
+    """
+    asked = {
+        f"passes={config.passes} fit the model again to text": config.passes > 1,
+        f"block_steps={config.block_steps} refine blocks on text": config.block_steps > 0,
+    }
+    if not (weighed or config.layers):
+        asked['structure="auto" compares structures on text'] = config.structure == AUTO
+        asked['allocation="loss" shares a ratio out by what the loss feels on text'] = config.allocation == "loss"
+    for said, wanted in asked.items():
+        if wanted:
+            raise ValueError(f"{said}, and there is none: give text (dataset=, calibration=), or leave that out")
+
+
 def check_together(config: BLRConfig, planned: bool) -> None:
     """Raises ValueError for settings that contradict each other."""
     if config.block_steps and not config.sequential:
