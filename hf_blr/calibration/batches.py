@@ -101,7 +101,9 @@ def statistics_of(
 
 
 def check_statistics(statistics: Statistics, plan: Plan) -> None:
-    """Raises ValueError if the statistics were collected without a planned layer, or of another model."""
+    """Raises ValueError if the statistics were collected without a planned layer or of another model, or TypeError."""
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics= takes what collect_statistics returned, got a {type(statistics).__name__}")
     missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
     if missing:
         raise ValueError(
