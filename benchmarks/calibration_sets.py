@@ -9,6 +9,7 @@ from functools import cached_property
 import protocol
 import torch
 from protocol import sha256_of
+from rates import Judge
 from torch import Tensor, nn
 
 from hf_blr.calibration import collect_statistics
@@ -55,6 +56,8 @@ class Calibration:
     training: likewise, for what is trained: more of the same mixture or of another; a part with fewer than its share
         comes again.
     counts: {part: its windows}.
+    held_out: likewise, of the parts that are trained on; neither in `windows` nor in `training`.
+    trained_on: the mixture of `training`.
     """
 
     dense: nn.Module
@@ -63,6 +66,8 @@ class Calibration:
     windows: Tensor
     training: Tensor
     counts: dict[str, int]
+    held_out: Tensor
+    trained_on: Mixture
 
     @classmethod
     def draw(
@@ -76,6 +81,7 @@ class Calibration:
         training: int = 0,
         trained_on: Mixture | None = None,
         again: bool = False,
+        held_out: int = 0,
     ) -> Calibration:
         """Draws windows; a part with fewer than its share gives all that it has, or comes again.
 
@@ -89,13 +95,16 @@ class Calibration:
             training: windows to train on; 0 takes those of the fit.
             trained_on: the mixture of these; None: that of the fit.
             again: whether parts come again in the fit too, so that the shares hold.
+            held_out: windows at most that neither the fit nor the training sees.
 
         Raises:
             ValueError: if a part is missing or cut otherwise, or what is drawn does not fill a batch.
         """
         windows, counts = drawn(parts, mixture, seed, limit, seqlen, again)
-        more = drawn(parts, trained_on or mixture, seed, training, seqlen, again=True)[0] if training else windows
-        return cls(dense, mixture, seed, windows, more, counts)
+        trained_on = trained_on or mixture
+        parts, left_out = reserved(parts, trained_on, windows, held_out, seqlen)
+        more = drawn(parts, trained_on, seed, training, seqlen, again=True)[0] if training else windows
+        return cls(dense, mixture, seed, windows, more, counts, left_out, trained_on)
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -110,6 +119,11 @@ class Calibration:
         found = collect_statistics(self.dense, BLRConfig(ratio=0.5, seed=self.seed), calibration=self.batches)
         print(f"statistics on {self.mixture.label} took {time.perf_counter() - started:.0f} s", flush=True)
         return found
+
+    @cached_property
+    def judge(self) -> Judge:
+        """How far models are from the dense one on the held-out windows."""
+        return Judge(self.dense, self.held_out)
 
     def facts(self) -> dict:
         """What a row says of it; tokens that come a second time or more often are "repeated"."""
@@ -150,6 +164,26 @@ def drawn(
     order = torch.randperm(len(sources), generator=generator)[:whole]
     chosen = [sources[i] for i in order.tolist()]
     return torch.cat(found)[order].long(), {name: chosen.count(name) for name, _ in mixture.shares}
+
+
+def reserved(
+    parts: dict[str, Tensor], mixture: Mixture, fitted: Tensor, count: int, seqlen: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts without some windows that are not in `fitted`, and these: `count` at most, by the mixture's shares."""
+    parts, found = dict(parts), [fitted[:0]]
+    # a number for each window: comparing tokens takes seconds
+    weights = torch.randint(1 << 40, (seqlen,), generator=torch.Generator().manual_seed(0))
+    seen = (fitted * weights).sum(1)
+    for name, share in mixture.shares if count else ():
+        windows = windows_of(name, parts[name], seqlen)
+        free = torch.isin((windows.long() * weights).sum(1), seen, invert=True).nonzero().flatten()
+        # the last ones, which lie together: those between windows of the fit resemble them
+        taken = free[len(free) - min(round(share * count), len(free)) :]
+        found.append(windows[taken].long())
+        rest = torch.ones(len(windows), dtype=torch.bool)
+        rest[taken] = False
+        parts[name] = windows[rest]
+    return parts, torch.cat(found)
 
 
 def windows_of(name: str, ids: Tensor, seqlen: int) -> Tensor:

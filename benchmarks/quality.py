@@ -17,6 +17,7 @@ import copy
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,6 +30,7 @@ import baselines
 import protocol
 from calibration_sets import Calibration, Mixture
 from protocol import PROTOCOL, TURNED, Bench, check_tokens, read_ids, sha256_of
+from rates import best_rate
 from runs import TEXTLESS, TRAINED, Run, row_key, runs, shard, shard_of
 from runs_in_bits import runs_in_bits
 from turned import turned
@@ -47,6 +49,8 @@ DESCENT_STEPS = 100
 STORED = ("format", "group_size")
 #: over the windows of the fit, unless there are others to train on
 EPOCHS = 8
+#: enough to tell learning rates from each other
+TRIAL_TOKENS = 600_000
 
 
 def too_small(bench: Bench, run: Run) -> str | None:
@@ -115,16 +119,37 @@ def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.
     return model, {**trained(model, halves[1], run.rate, **training), "finetune_sha256": sha256_of(on.training)}
 
 
-def trained(model: torch.nn.Module, on: Calibration, rate: float, **settings) -> dict:
+def trained(
+    model: torch.nn.Module, on: Calibration, rate: float, rates: Sequence[float] = (), trial_tokens: int = 0, **settings
+) -> dict:
     """Refines the model in place; returns what its rows say of that.
 
-    rate: unless the settings have another.
+    rate: unless there are `rates`; of several, the best on held-out windows after some `trial_tokens` of training.
     """
     # code that is compiled once serves all runs
-    settings = {"learning_rate": rate, "compiled": torch.cuda.is_available(), "seed": on.seed, **settings}
-    refine(model, on.dense, on.training, **settings)
-    said = {"learning_rate": settings["learning_rate"], "finetune_batch": settings["batch_size"]}
-    return {"finetune_sha256": sha256_of(on.training), **said}
+    settings = {"compiled": torch.cuda.is_available(), "seed": on.seed, **settings}
+    said = {"finetune_sha256": sha256_of(on.training), "finetune_mixture": on.trained_on.label}
+    said["finetune_batch"] = settings["batch_size"]
+    judge = on.judge
+    # a dense model's divergence from itself says nothing
+    score = judge.loss if "dense_rate" in settings else judge.divergence
+    if len(rates) > 1:
+        trial = {**settings, "epochs": 1}
+        steps = max(1, round(trial_tokens / on.training[: settings["batch_size"]].numel()))
+        windows = on.training[: steps * settings["batch_size"]]
+
+        def train(copied: torch.nn.Module, some: torch.Tensor, rate: float) -> None:
+            refine(copied, on.dense, some, learning_rate=rate, **trial)
+
+        rate, choice = best_rate(model, windows, rates, train, score)
+        said |= choice
+    elif rates:
+        (rate,) = rates
+    said["learning_rate"] = rate
+    if len(on.held_out):
+        said |= {"held_out_sha256": sha256_of(on.held_out), "divergence_before": judge.divergence(model)}
+    refine(model, on.dense, on.training, learning_rate=rate, **settings)
+    return said | ({"divergence": judge.divergence(model)} if len(on.held_out) else {})
 
 
 def epochs_of(on: Calibration, tokens: int) -> int:
@@ -170,7 +195,17 @@ def main(argv=None):
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
     parser.add_argument("--train-batch", type=int, default=8, help="windows of a step of a training")
-    parser.add_argument("--train-rate", type=float, help="its learning rate; that of the run if left out")
+    parser.add_argument(
+        "--train-rate",
+        type=float,
+        nargs="+",
+        default=[],
+        help="its learning rate, that of the run if left out; of several, the best on held-out windows",
+    )
+    parser.add_argument(
+        "--trial-tokens", type=int, default=TRIAL_TOKENS, help="on which each of several rates is tried"
+    )
+    parser.add_argument("--held-out", type=int, default=0, help="windows that are neither fitted to nor trained on")
     parser.add_argument(
         "--turned", action="store_true", help="the dense model in another basis of its residual stream, before all else"
     )
@@ -186,6 +221,8 @@ def main(argv=None):
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True, help="result file to write or to go on with")
     args = parser.parse_args(argv)
+    if len(args.train_rate) > 1 and not args.held_out:
+        parser.error("several learning rates are compared on held-out windows: name --held-out windows too")
     started = time.perf_counter()
     dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
@@ -216,12 +253,11 @@ def main(argv=None):
     chosen = shard(list(wanted), args.shard)
     for mixture, seed in ((mixture, seed) for mixture in mixtures for seed in args.seeds):
         sizes = args.windows, protocol.SEQLEN, args.train_windows
-        on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again)
+        on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again, args.held_out)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         epochs = epochs_of(on, args.train_tokens)
         training = {"epochs": epochs, "batch_size": args.train_batch}
-        if args.train_rate is not None:
-            training["learning_rate"] = args.train_rate
+        training |= {"rates": args.train_rate, "trial_tokens": args.trial_tokens}
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:
             facts = {**facts_of(run, on, epochs), **own}

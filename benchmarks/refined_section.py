@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import geometric_mean
 
 from conditions import RESULTS, machine
-from runs import DENSE_REFINED, OURS, REFINED
+from runs import DENSE_REFINED, REFINED, TWICE_FITTED_JOINT
 from runs_in_bits import GPTQ
-from text_ratio_sections import mean_ratio, ratio
+from text_ratio_sections import mean_ratio, ratio, trained_on
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -18,9 +18,10 @@ QUALITY = "quality_h200.json", "20 % code, 25 % mixed, 30 % own, 25 % valid"
 BITS = "bits_h200.json", "valid"
 #: (file and set, (method, structure, ratio, bits of a budget or format)), as rows name them
 SHOWN = (
-    (QUALITY, (OURS, "pivoted", 0.8, "plain")),
+    (QUALITY, (TWICE_FITTED_JOINT, "pivoted", 0.8, "plain")),
     (QUALITY, (REFINED, "pivoted", 0.9, "plain")),
     (QUALITY, (REFINED, "pivoted", 0.8, "plain")),
+    (QUALITY, (f"{TWICE_FITTED_JOINT}, refined", "pivoted", 0.5, "plain")),
     (BITS, (f"{GPTQ}, refined", "dense", 1.0, "int4")),
     (BITS, (REFINED, "auto", 1.0, 3.5)),
 )
@@ -33,11 +34,12 @@ def refined_section() -> str:
     for (file, calibration), wanted in SHOWN:
         rows = rows_of(read_result(RESULTS / file))
         found = sorted((r for r in rows if key_of(r) == wanted and r["calibration"] == calibration), key=text_of)
-        _, structure, kept, form = wanted
+        method, structure, kept, form = wanted
+        steps = ", passes and steps" if method.startswith(TWICE_FITTED_JOINT) else ""
         used += found
         lines.append(
             {
-                "": f"{structure}, {named(kept, form)}",
+                "": f"{structure}, {named(kept, form)}{steps}",
                 "refined": f"{row_tokens(found):.1f} M tokens" if row_tokens(found) else "",
                 "bits a weight": f"{geometric_mean(row['bits'] for row in found):.2f}",
                 **{row["dataset"]: f"{ratio(row):.2f}x" for row in found},
@@ -71,12 +73,15 @@ def conditions_of(rows: list[dict]) -> str:
     """What the ratios are of, and what the same training does for the dense model."""
     result = read_result(RESULTS / QUALITY[0])
     everything = rows_of(result)
-    trained = {row["finetune_tokens"] for row in rows if row["structure"] == "pivoted"}
-    fair = [row for row in everything if row["method"].startswith(DENSE_REFINED) and row["finetune_tokens"] in trained]
+    trained = dict.fromkeys(trained_on(row) for row in rows if row["structure"] == "pivoted" and row["finetune_tokens"])
+    dense = [row for row in everything if row["method"].startswith(DENSE_REFINED)]
+    fair = [[row for row in dense if trained_on(row) == tokens] for tokens in trained]
+    alike = ", ".join(f"{mean_ratio(of):.3f} after {row_tokens(of):.1f} M tokens" for of in fair)
     return (
         f"Perplexity over that of the dense {rows[0]['model']}; `mean` is geometric. Lines in bits are of the model "
         "in another basis, fitted to WikiText-2's validation part; the others are fitted to a mixture. Refined like "
-        f"pivoted, the dense model has {mean_ratio(fair):.3f}. {result['environment']['device']}, commits "
+        f"pivoted, the dense model has {alike}; "
+        f"passes and steps are `passes=2` and `block_steps=128`. {result['environment']['device']}, commits "
         f"{commits_of(rows)}."
     )
 

@@ -32,10 +32,14 @@ def text_ratio_section(file: str = "quality_h200.json") -> str:
 
 
 def lettered_lines(rows: list[dict], texts: list[str]) -> tuple[list[dict], dict[str, str]]:
-    """(`ratio_lines` with a letter for each mixture, {mixture: its letter})."""
+    """(`ratio_lines` with a letter for each mixture that was fitted to or trained on, {mixture: its letter})."""
     lines = ratio_lines(rows, texts)
-    letters = lettered(line["fitted to"] for line in lines)
-    return [line | {"fitted to": letters.get(line["fitted to"], line["fitted to"])} for line in lines], letters
+    letters = lettered(line[name] for name in ("fitted to", "training mixture") for line in lines)
+    for line in lines:
+        line["fitted to"] = letters.get(line["fitted to"], line["fitted to"])
+        if mixture := line["training mixture"]:
+            line["trained on"] += f" of {letters.get(mixture, mixture)}"
+    return lines, letters
 
 
 def lettered(sets: Iterable[str]) -> dict[str, str]:
@@ -68,6 +72,7 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
             "method": row["method"],
             "fitted to": described(row),
             "trained on": thousands(row["finetune_tokens"]) if row.get("finetune_tokens") else "",
+            "training mixture": own_mixture(row),
             "mean": with_spread([mean_ratio(run) for run in runs]),
             "worst": f"{max(ratio(each) for run in runs for each in run):.3f}",
         }
@@ -107,6 +112,12 @@ def described(row: dict) -> str:
     """`50 % own, 50 % web: 262 thousand tokens`; nothing for what reads no text."""
     again = f", {thousands(row['calibration_repeated'])} of them again" if row.get("calibration_repeated") else ""
     return f"{row['calibration']}: {thousands(row['calibration_tokens'])}{again}" if row["calibration"] else ""
+
+
+def own_mixture(row: dict) -> str:
+    """The mixture that a model was trained on, if that is another than it was fitted to."""
+    mixture = row.get("finetune_mixture") if row.get("finetune_tokens") else None
+    return mixture if mixture and mixture != row["calibration"] else ""
 
 
 def thousands(tokens: int) -> str:

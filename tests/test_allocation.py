@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,25 @@ def test_labels_are_drawn_from_the_models_predictions():
     entropy = -(logits.exp() * logits).sum().item()
     # the mean loss of labels drawn from a distribution is its entropy
     assert loss.item() / count == pytest.approx(entropy, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression", None])
+def test_what_is_drawn_for_a_head_follows_its_kind_of_problem(kind):
+    """The mean of g g^T: p (1 - p) of single labels, 1 of numbers, diag(p) - p p^T of one class of several."""
+
+    class Head(torch.nn.Module):
+        config = SimpleNamespace(problem_type=kind)
+
+        def forward(self, x):
+            return {"logits": x}
+
+    logits = torch.tensor([[-1.0, 0.5, 2.0]]).expand(1, 20000, 3).clone().requires_grad_()
+    loss, count = sampled_loss(Head(), {"x": logits}, seed=0)
+    (gradients,) = torch.autograd.grad(loss, logits)
+    found = (gradients[0].T @ gradients[0]) / count
+    alone, one = logits[0, 0].sigmoid().detach(), logits[0, 0].softmax(-1).detach()
+    wanted = {"multi_label_classification": (alone * (1 - alone)).diag(), "regression": torch.eye(3)}
+    torch.testing.assert_close(found, wanted.get(kind, one.diag() - one.outer(one)), rtol=0, atol=0.03)
 
 
 def test_predicted_loss_is_the_divergence_of_a_small_change():

@@ -59,3 +59,14 @@ def test_parts_that_do_not_fit_are_refused():
         draw("web", parts={"web": torch.zeros(2, 9)})
     with pytest.raises(ValueError, match="'web' needs 4 windows of 8 tokens at least, got 3"):
         draw("web", parts={"web": PARTS["web"][:3]})
+
+
+def test_held_out_windows_are_in_neither_the_fit_nor_the_training():
+    mixture = Mixture.parse(["web=0.5", "own=0.5"])
+    drawn = Calibration.draw(tiny_llama(), PARTS, mixture, 0, 16, 8, training=64, held_out=8)
+    first = [set(windows[:, 0].tolist()) for windows in (drawn.windows, drawn.training, drawn.held_out)]
+    assert len(first[2]) == 8 and sum(i < 100 for i in first[2]) == 4
+    assert not first[2] & (first[0] | first[1])
+    # nothing else is missing, and the fit is what it is without them
+    assert first[0] | first[1] | first[2] == {*range(20), *range(100, 120)}
+    assert torch.equal(drawn.windows, draw(*("web=0.5", "own=0.5")).windows)

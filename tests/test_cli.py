@@ -206,6 +206,24 @@ def test_an_encoder_decoder_has_no_perplexity(dense, tmp_path, capsys):
     assert "takes causal language models" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stored", [[], ["--factor-format", "int4"]], ids=["numbers", "bits"])
+def test_training_stops_where_other_text_gains_nothing_and_keeps_what_was_best(dense, tmp_path, stored, capsys):
+    out, tuned, other, file = tmp_path / "out", tmp_path / "tuned", tmp_path / "other.txt", tmp_path / "f.json"
+    other.write_text("def power(x, n):\n    return x**n if n else 1\n" * 60)
+    assert compress(dense, out, *stored) == 0
+    train = ["--dataset", dense[1], "--steps", "40", "--seqlen", "32", "--lr", "30", "--json", str(file)]
+    held_out = ["--held-out", str(other), "--teacher", dense[0]]
+    assert main(["finetune", str(out), str(tuned), *train, *held_out]) == 0
+    found = json.loads(file.read_text())
+    seen = {row["step"]: row["held_out_divergence"] for row in found["history"] if "held_out_divergence" in row}
+    # three looks, four steps apart, after the one before the training
+    assert list(seen) == [0, 4, 8, 12] and seen[0] == min(seen.values())
+    assert found["after"]["ppl"] == found["before"]["ppl"]
+    assert f"{seen[0]:.4f} before, {seen[0]:.4f} after" in capsys.readouterr().out
+    assert main(["finetune", str(out), str(tuned), *train, *held_out[:2], "--overwrite"]) == 2
+    assert "name it as --teacher" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "bfloat16"]], ids=["default", "bfloat16"])
 def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_path, dtype):

@@ -8,7 +8,16 @@ from tiny import batches_for, divergence, tiny_gpt2, tiny_llama, tiny_vit
 
 from hf_blr import BLRConfig, compress
 from hf_blr.calibration import aim, joint
+from hf_blr.calibration.calls import Call
 from hf_blr.formats import FactorInBits
+
+
+class Chain:
+    """Runs blocks as they are."""
+
+    def forward_as(self, block, function, hidden, call):
+        return call.on(function, hidden)
+
 
 SETTINGS = {"ratio": 0.4, "fisher": False, "fit_rounds": 4}
 
@@ -93,6 +102,32 @@ def test_a_step_too_far_is_taken_back(more, monkeypatch):
     assert all(block.error_after == block.error_before for block in report.blocks)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_of_many_batches_the_last_judges_and_trains_nothing():
+    def refined(last):
+        """(factors before, after, report) of a block whose last batch should become `last(what leaves it)`."""
+        torch.manual_seed(0)
+        model = compressed(tiny_llama, 0)[0]
+        block, embedded = model.model.layers[0], torch.randn(joint.JUDGED_FROM, 2, 8, 64)
+        rotary = model.model.rotary_emb(embedded[0], torch.arange(8)[None])
+        call = Call((), {"position_embeddings": rotary})
+        aimed = aim.Aim(Chain(), block, [call] * len(embedded), [None] * len(embedded))
+        with torch.no_grad():
+            left = [aimed.run(block, x, i) for i, x in enumerate(embedded)]
+        wanted = [1.1 * y for y in left[:-1]] + [last(left[-1])]
+        before = copy.deepcopy(block.state_dict())
+        report = joint.refine_block("block", block, aimed, list(embedded), wanted, 10)
+        return before, block.state_dict(), report
+
+    towards, further = refined(lambda y: 1.1 * y), refined(lambda y: 1.2 * y)
+    assert all(torch.equal(towards[1][key], further[1][key]) for key in towards[1])
+    assert towards[2].error_after < towards[2].error_before and towards[2].error_before != further[2].error_before
+    # it leaves the block as it should already: whatever the others gain, the old factors come back
+    before, after, report = refined(lambda y: y)
+    assert report.error_after == report.error_before == 0 and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
 
 
 def test_the_same_seed_gives_the_same_factors():

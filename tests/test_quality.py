@@ -94,6 +94,40 @@ def test_more_windows_to_train_on_than_to_fit_to(folder, monkeypatch):
     assert all((row["finetune_batch"], row["learning_rate"]) == (4, 0.002) for row in trained.values())
 
 
+def test_of_several_rates_the_best_on_held_out_windows_is_trained_with(folder):
+    """Tried on a share of the tokens, from one fit, which the trials leave as it was."""
+    runs_wanted = ["--only", "low_rank 0.5 ours", "low_rank 0.5 ours, refined", "1 dense, refined at 0.1"]
+    sizes = [
+        "--windows",
+        "4",
+        "--train-windows",
+        "32",
+        "--train-tokens",
+        "1024",
+        "--train-batch",
+        "4",
+        "--held-out",
+        "4",
+    ]
+    sizes += ["--calibration", "valid=0.5", "own=0.5"]
+    rates = ["--train-rate", "1e-5", "0.003", "30", "--trial-tokens", "512"]
+    chosen = {row["method"]: row for row in measure(folder, *sizes, *rates, *runs_wanted) if row["dataset"] == "ptb"}
+    row = chosen[runs.REFINED]
+    assert row["rates_tried"].keys() == {"1e-05", "0.003", "30"} and row["rate_tokens"] == 512
+    tried = {float(rate): divergence for rate, divergence in row["rates_tried"].items()}
+    assert row["learning_rate"] == 0.003 == min(tried, key=tried.get)
+    assert row["divergence"] < tried[0.003] < row["divergence_before"]
+    # as if that rate had been named
+    named = measure(folder, *sizes, "--train-rate", "0.003", *runs_wanted, json_name="named.json")
+    assert row["ppl"] == next(r["ppl"] for r in named if (r["method"], r["dataset"]) == (runs.REFINED, "ptb"))
+    dense = chosen["dense, refined at 0.1"]
+    assert (
+        dense["finetune_sha256"] == row["finetune_sha256"] and dense["rates_tried"].keys() == row["rates_tried"].keys()
+    )
+    with pytest.raises(SystemExit):
+        measure(folder, *sizes[:-5], *rates, json_name="none.json")
+
+
 def test_rows_that_were_trained_on_more_tokens_are_others(folder):
     sizes = ["--windows", "4", "--train-windows", "16", "--only", "low_rank 0.5 ours, refined"]
     for tokens in ("512", "512", "1024"):

@@ -5,7 +5,7 @@ import json
 import means_section
 import pytest
 import text_ratio_sections
-from text_ratio_sections import ratio_lines, text_ratio_section
+from text_ratio_sections import lettered_lines, ratio_lines, text_ratio_section
 
 TEXTS = ["a", "b"]
 DENSE_PPL = {"a": 10.0, "b": 40.0}
@@ -109,3 +109,13 @@ def test_the_letters_of_mixtures_are_those_of_the_first_table(tmp_path, monkeypa
     (tmp_path / "q.json").write_text(json.dumps({"rows": rows, "environment": environment, "protocol": "tokens"}))
     monkeypatch.setattr(means_section, "RESULTS", tmp_path)
     assert "| B " in means_section.means_section("q.json")
+
+
+def test_a_mixture_that_is_only_trained_on_has_a_letter_too():
+    tokens = {"finetune_tokens": 8000, "finetune_sha256": "t" * 64}
+    mixed = {**OURS, "calibration": "50 % a, 50 % b", "method": "ours, refined", **tokens}
+    rows = scored({**mixed, "finetune_mixture": "50 % c, 50 % d"}, 2.0, 2.0)
+    rows += scored({**mixed, "method": "ours, same", "finetune_mixture": "50 % a, 50 % b"}, 3.0, 3.0)
+    lines, letters = lettered_lines(rows, list(TEXTS))
+    assert [line["fitted to"] for line in lines] == ["A", "A"] and letters["50 % c, 50 % d"] == "B"
+    assert [line["trained on"] for line in lines] == ["8 thousand tokens of B", "8 thousand tokens"]

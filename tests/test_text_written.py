@@ -32,12 +32,14 @@ def transitions(model):
     return model(torch.arange(model.config.vocab_size)[:, None]).logits[:, 0].softmax(-1)
 
 
-def test_the_same_seed_writes_the_same_and_another_one_does_not():
+def test_the_same_seed_writes_the_same_and_another_one_does_not(capsys):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     first = write_windows(model, tokenizer, 6, 40, seed=3, progress=False)
     assert first.shape == (6, 40) and first.dtype == torch.int64 and first.device.type == "cpu"
     assert (first[:, 0] == EOS_ID).all()
-    assert torch.equal(first, write_windows(model, tokenizer, 6, 40, seed=3, progress=False))
+    assert capsys.readouterr().err == ""
+    assert torch.equal(first, write_windows(model, tokenizer, 6, 40, seed=3))
+    assert "writing text" in capsys.readouterr().err
     other = write_windows(model, tokenizer, 6, 40, seed=4, progress=False)
     assert (first[:, 1:] != other[:, 1:]).float().mean() > 0.9
 

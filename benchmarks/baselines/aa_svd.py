@@ -11,7 +11,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.calls import Call
-from hf_blr.calibration.joint import Run, order
+from hf_blr.calibration.joint import order
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.residual import counted
@@ -81,7 +81,7 @@ def aa_svd(dense: nn.Module, ratio: float, batches: list[Tensor], seed: int, pas
 
 
 def train_block(
-    name: str, block: nn.Module, run: Run, entered: list[Tensor], wanted: list[Tensor], steps: int, seed: int
+    name: str, block: nn.Module, aim: Aim, entered: list[Tensor], wanted: list[Tensor], steps: int, seed: int
 ) -> None:
     """AdamW on the mean squared error of the block's outputs, on all of its parameters.
 
@@ -93,7 +93,7 @@ def train_block(
     block.requires_grad_(True)
     for i in order(len(entered), steps, seed):
         with torch.enable_grad():
-            loss = nn.functional.mse_loss(run(block, entered[i], i), wanted[i])
+            loss = nn.functional.mse_loss(aim.run(block, entered[i], i), wanted[i])
         with tf32():
             loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

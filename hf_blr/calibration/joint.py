@@ -7,15 +7,15 @@ gate) lets the errors of one be undone by another, which only the whole block's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.calibration.training_form import SCALES, forms_in, training_form
@@ -25,13 +25,16 @@ from hf_blr.linear import blr_modules
 #: bits train as logarithms, whose steps are relative as they are
 LEARNING_RATE = 3e-3
 
-#: (block or a function in its place, hidden states that enter, number of the batch) -> hidden states that leave
-Run = Callable[[Callable[..., Any], Tensor, int], Tensor]
+#: of so many batches or more the last is not trained on, and judges what the others made
+JUDGED_FROM = 8
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One refined block: the mean relative squared error of its output's tokens before and after."""
+    """One refined block: the mean relative squared error of its output's tokens before and after.
+
+    On a batch that the steps leave out, where there are eight batches or more.
+    """
 
     name: str
     error_before: float
@@ -41,7 +44,7 @@ class BlockReport:
 def refine_block(
     name: str,
     block: nn.Module,
-    run: Run,
+    aim: Aim,
     entered: Sequence[Tensor],
     wanted: Sequence[Tensor],
     steps: int,
@@ -53,24 +56,30 @@ def refine_block(
 
     The loss is the squared error of each token's output over the squared size of what is wanted, so that the few tokens
     on which a model stores its largest activations weigh like all others: what reads the stream normalises it. Works on
-    float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better.
+    float32 copies whatever the model's dtype, and puts the old factors back if the new ones are not better, on a batch
+    that the steps leave out if there are eight or more.
 
     Args:
         name: of the block, for the report.
         block: a decoder layer; none of its parameters gets a gradient.
-        run: (block or a function in its place, hidden states `[B, T, hidden]`, number of the batch) -> hidden states
-            that leave.
+        aim: runs it, in its state at any time.
         entered: what the compressed model hands the block, batch by batch.
         wanted: what should leave it.
         steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
         seed: of the order of the batches.
     """
     with with_stand_ins(block), training_form(block, SCALES):
-        return refine_factors(name, block, run, entered, wanted, steps, seed)
+        return refine_factors(name, block, aim, entered, wanted, steps, seed)
 
 
 def refine_factors(
-    name: str, block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor], steps: int, seed: int
+    name: str,
+    block: nn.Module,
+    aim: Aim,
+    entered: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    steps: int,
+    seed: int,
 ) -> BlockReport | None:
     """`refine_block` of a block whose layers are in the form that trains."""
     factors = {
@@ -82,7 +91,9 @@ def refine_factors(
     factors |= scales
     if not factors:
         return None
-    before = mean_error(block, run, entered, wanted)
+    batches = len(entered)
+    judged = range(batches - 1 if batches >= JUDGED_FROM else 0, batches)
+    before = mean_error(block, aim, entered, wanted, judged)
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
@@ -90,10 +101,10 @@ def refine_factors(
     # each factor is a group by itself, which takes ten kernels where they are not fused
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=entered[0].is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-    for i in order(len(entered), steps, seed):
+    for i in order(judged.start or batches, steps, seed):
         with torch.enable_grad(), in_bfloat16(entered[i].device):
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
-            out = run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
+            out = aim.run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
             with tf32():
                 gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
@@ -101,7 +112,7 @@ def refine_factors(
         optimizer.step()
         schedule.step()
     put(factors, copies)
-    after = mean_error(block, run, entered, wanted)
+    after = mean_error(block, aim, entered, wanted, judged)
     if not after < before:
         put(factors, old)
         after = before
@@ -128,9 +139,10 @@ def order(batches: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_error(block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    tokens = [y.shape[:-1].numel() for y in wanted]
-    errors = [error(run(block, x, i), y).item() for i, (x, y) in enumerate(zip(entered, wanted, strict=True))]
+def mean_error(block: nn.Module, aim: Aim, entered: Sequence[Tensor], wanted: Sequence[Tensor], judged: range) -> float:
+    """Over the tokens of some batches."""
+    tokens = [wanted[i].shape[:-1].numel() for i in judged]
+    errors = [error(aim.run(block, entered[i], i), wanted[i]).item() for i in judged]
     return sum(count * each for count, each in zip(tokens, errors, strict=True)) / sum(tokens)
 
 

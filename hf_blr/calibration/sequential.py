@@ -20,7 +20,7 @@ from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.arguments import with_own_state
 from hf_blr.calibration.blockwise import Segment
 from hf_blr.calibration.calls import Call
-from hf_blr.calibration.joint import BlockReport, Run
+from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.problem import Problem, plain_problem, problems_of
 from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.routed import pooled
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 #: how much of the way from W to W* a layer goes that does not write to the residual stream. The whole way is the best
 #: for its own output, but shrinks it (X~ is a noisy X); half the way gave the lower perplexity at every size tried
 READER_SHARE = 0.5
-#: (name, block, run, what entered, what should leave), as `refine_block` takes them
-AfterBlock = Callable[[str, nn.Module, Run, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
+#: (name, block, aim, what entered, what should leave), as `refine_block` takes them
+AfterBlock = Callable[[str, nn.Module, Aim, Sequence[Tensor], Sequence[Tensor]], BlockReport | None]
 
 
 class SequentialChain(WatchedChain):
@@ -125,7 +125,7 @@ class SequentialChain(WatchedChain):
             block = self.model.get_submodule(prefix)
             report = None
             if after_block is not None:
-                report = after_block(prefix, block, aim.run, hidden, wanted)
+                report = after_block(prefix, block, aim, hidden, wanted)
             self.progress.block_done(prefix, block, report)
             if segment.piece.calls:
                 self.pass_on(prefix, hidden, calls)

@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--teacher", metavar="MODEL", help="dense model to distil from")
     parser.add_argument("--distill-weight", type=float, default=0.5, help="share of the distillation loss, 0 to 1")
+    parser.add_argument(
+        "--held-out",
+        metavar="DATASET",
+        type=options.calibration_text,
+        help="a text of another kind: the training stops when the model no longer comes closer to --teacher there, and "
+        "keeps the factors that were closest",
+    )
     parser.add_argument("--train-norms", action="store_true", help="train the normalisation layers too")
     parser.add_argument(
         "--train-bits",
@@ -43,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
+    from hf_blr.calibration.held_out import MOST_TOKENS
     from hf_blr.checkpoint.origin import public_command, record_origin, score_row
     from hf_blr.evaluation import perplexity
-    from hf_blr.finetune import BLRCallback, train
+    from hf_blr.finetune import BLRCallback, KeepBest, train
     from hf_blr.finetune.teacher import load_teacher
     from hf_blr.text import load_windows, scored_dataset
 
+    if args.held_out is not None and args.teacher is None:
+        raise ValueError("--held-out compares the model with a dense one: name it as --teacher")
     saving.check_output(args.output, args.overwrite)
     stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
     # most steps of a training are so small that bfloat16 rounds them away
@@ -66,6 +76,10 @@ def run(args: argparse.Namespace) -> None:
         distill_weight=args.distill_weight,
         train_bits=args.train_bits,
     )
+    best = None
+    if teacher is not None and args.held_out is not None:
+        some = max(1, MOST_TOKENS // args.seqlen)
+        best = KeepBest(teacher, load_windows(args.held_out, teacher, tokenizer, args.seqlen, some, args.seed))
     evaluation = {"dataset": scored_dataset(args.dataset, author), "seqlen": args.seqlen}
     if args.gradient_checkpointing:
         # transformers 5.23 renames the method
@@ -75,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     history = train(
         model,
         windows,
-        [callback],
+        [callback, *([best] if best else [])],
         output_dir=args.output / "checkpoints",
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -88,6 +102,11 @@ def run(args: argparse.Namespace) -> None:
     after = perplexity(model, tokenizer, **evaluation)
     print(format_table([{"": "before", "perplexity": before.ppl}, {"": "after", "perplexity": after.ppl}]))
     print(after.protocol)
+    if best is not None:
+        history += best.log
+        least = min(row["held_out_divergence"] for row in best.log)
+        first = best.log[0]["held_out_divergence"]
+        print(f"divergence from the teacher on held-out text: {first:.4f} before, {least:.4f} after, in nats a token")
     scores = [score_row(name, score.to_dict()) for name, score in (("before training", before), ("after", after))]
     record_origin(model, trained=public_command(args.words), scores=scores)
     saving.save(model, reader, args.output)

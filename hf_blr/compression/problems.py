@@ -8,11 +8,12 @@ from contextlib import closing
 
 from torch import Tensor, nn
 
+from hf_blr.calibration.aim import Aim
 from hf_blr.calibration.blockwise import iterate_grams, whole_model_grams
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.grams import Grams
-from hf_blr.calibration.joint import BlockReport, Run, refine_block
+from hf_blr.calibration.joint import BlockReport, refine_block
 from hf_blr.calibration.problem import Problem, problems_of
 from hf_blr.calibration.progress import Progress
 from hf_blr.calibration.routed import pooled
@@ -104,9 +105,9 @@ def calibrated_groups(
     """Sequentially if the config wants that and as far as the model can, else from the dense model's inputs alone."""
 
     def refine(
-        name: str, block: nn.Module, run: Run, entered: Sequence[Tensor], wanted: Sequence[Tensor]
+        name: str, block: nn.Module, aim: Aim, entered: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> BlockReport | None:
-        report = refine_block(name, block, run, entered, wanted, config.block_steps, config.seed)
+        report = refine_block(name, block, aim, entered, wanted, config.block_steps, config.seed)
         if report is not None:
             blocks.append(report)
         return report

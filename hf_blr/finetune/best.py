@@ -18,7 +18,7 @@ LOOKS, PATIENCE = 10, 3
 class KeepBest(TrainerCallback):
     """Measures the divergence from the teacher on held-out text, stops when that no longer falls, and keeps the best.
 
-    Ten times in the training, at the first step and at the last.
+    Ten times in the training, at the first step and at the last, whose checkpoint has the best factors.
 
     Args:
         teacher: the dense model.
@@ -48,14 +48,20 @@ class KeepBest(TrainerCallback):
         best = min(divergence for _, divergence in self.history)
         if all(divergence > best for _, divergence in self.history[-PATIENCE:]):
             control.should_training_stop = True
+        # while factors in bits are still in the form that trained
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            self.put_best(model)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self.best:
-                    parameter.copy_(self.best[name])
+    @torch.no_grad()
+    def put_best(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name in self.best:
+                parameter.copy_(self.best[name])
+
+    @property
+    def log(self) -> list[dict[str, float]]:
+        """`history` as a Trainer's log has it."""
+        return [{"step": step, "held_out_divergence": divergence} for step, divergence in self.history]
 
     def look(self, model: nn.Module, step: int) -> None:
         divergence = self.held_out.divergence(model)

@@ -114,8 +114,7 @@ def refine(
             disable_tqdm=True,
         )
     model.eval()
-    measured = best.history if best else []
-    return history + [{"step": step, "held_out_divergence": divergence} for step, divergence in measured]
+    return history + (best.log if best else [])
 
 
 def targets_left_dense(model: nn.Module) -> list[str]:
