@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,31 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in long]
 
 
-def pytest_collection_finish(session):
+#: modules that a library may import late, until what they hold is frozen as well
+MODULES = 200
+_frozen = 0
+
+
+def freeze():
     """What imports have left is not looked through again: not by the collector, nor by who asks it for all models.
 
     Every compression asks it, and among a million objects it takes half a second to find them.
     """
+    global _frozen
     gc.collect()
     gc.freeze()
+    _frozen = len(sys.modules)
+
+
+def pytest_collection_finish(session):
+    freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Between files, where no model is alive."""
+    if (nextitem is None or nextitem.path != item.path) and len(sys.modules) > _frozen + MODULES:
+        freeze()
 
 
 def pytest_sessionfinish(session):

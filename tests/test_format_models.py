@@ -279,7 +279,9 @@ def test_ranks_of_a_ratio_are_such_that_groups_divide():
     assert all(layer.spec.rank % 4 == 0 for layer in plan.values())
     ranks = resolve_plan(tiny_llama(), BLRConfig("low_rank", ratio=0.8))
     assert all(0 <= ranks[name].spec.rank - layer.spec.rank < 4 for name, layer in plan.items())
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: rows of u hold 10 .*\[2\], or None"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj: rows of u hold 10 .*\[2\], or group_size=None"
+    ):
         resolve_plan(tiny_llama(), BLRConfig("low_rank", rank=10, factor_format="int4", group_size=4))
     with pytest.raises(ValueError, match=r"down_proj: rows of w hold 96 numbers.*groups of 64"):
         overrides = {"down_proj": {"structure": "dense"}}
