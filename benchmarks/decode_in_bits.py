@@ -1,7 +1,7 @@
 """Times a decoding step of whole models in bits: `python benchmarks/decode_in_bits.py --json results/decode_h200.json`.
 
-Each row has a process of its own. All compile at once; then they take turns, so that each is timed with the card to
-itself.
+Each row has a process of its own. Those of one batch compile at once; then they take turns, so that each is timed with
+the card to itself.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
-from int4_dense import int4_model
 
 from hf_blr.bench import generation
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.rivals import missing
 from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
 from hf_blr.bench.variants import Variant, build_model
 
-#: PyTorch's int4 kernel on dense layers, in groups of `int4_dense.GROUP`
-PYTORCH = "dense/int4, PyTorch"
-VARIANTS = ("dense", PYTORCH, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
+#: dense layers by other libraries
+RIVAL_VARIANTS = ("dense/int4, PyTorch", "dense/int4, gemlite", "dense/fp8, gemlite", "dense/fp8, torchao")
+VARIANTS = ("dense", *RIVAL_VARIANTS, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
 RATIO, PROMPT, NEW_TOKENS = 0.5, 128, 48
 PROTOCOL = (
     "random weights, half of each projection kept in low-rank; generate() on a static cache, the prompt and the first "
@@ -44,26 +44,18 @@ def row_of(
 ) -> dict:
     """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
     shape = SHAPES[model_name]
-    parsed = Variant("dense", fused=True) if variant == PYTORCH else Variant.parse(variant)
+    parsed = Variant.parse(variant)
     with building:
         model: Any = build_model(shape, parsed, RATIO, device, torch.bfloat16)
         row = {"model": model_name, "variant": variant, **model_sizes(model, trained_names(shape))}
-        if variant == PYTORCH:
-            model = int4_model(model)
+        if parsed.by:
             row["rival"] = True
-            row["weight_bytes"] = sum(t.nbytes for t in tensors_read(model))
         if device == "cuda":
             torch.cuda.empty_cache()
     settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": "compiled", "mode": "default"}
     row |= settings | {"prompt": PROMPT, "new_tokens": NEW_TOKENS} | ({"ratio": RATIO} if "low_rank" in variant else {})
     profiles = device == "cuda"
     return row | generation.decode(model, batch, PROMPT, NEW_TOKENS, "compiled", "default", device, profiles, turn)
-
-
-def tensors_read(model: Any) -> list[torch.Tensor]:
-    """What a decoding step of `int4_model` reads, without the second form of its weights for many rows."""
-    many = ("packed", "scale", "low")
-    return [*model.parameters(), *(t for n, t in model.named_buffers() if n.rpartition(".")[2] not in many)]
 
 
 def work(job: tuple[str, str, int, str, str], building: Semaphore, compiled: Barrier, timing: Lock, path: str) -> None:
@@ -98,16 +90,19 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    jobs = [
-        (args.model, variant, batch, args.device, args.commit) for batch in args.batches for variant in args.variants
-    ]
-    # two are built at a time: each takes the memory of a dense model
-    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
-    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    absent = {name: missing(Variant.parse(name).by) for name in args.variants if name in RIVAL_VARIANTS}
+    for name in (name for name, reason in absent.items() if reason):
+        print(f"{name} is left out: {absent[name]}")
+    variants = [variant for variant in args.variants if not absent.get(variant)]
+    for batch in args.batches:
+        jobs = [(args.model, variant, batch, args.device, args.commit) for variant in variants]
+        # two are built at a time: each takes the memory of a dense model
+        shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
+        processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hf_blr.bench.environment import environment
 from hf_blr.bench.measure import training
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile, read_result
+from hf_blr.bench.rivals import missing, train_by_torchao
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.finetune.float8 import open_float8
@@ -30,8 +31,14 @@ from hf_blr.ops.float8_training import linear_in_float8
 from hf_blr.targets import find_targets
 
 MODEL = "Llama-3-8B"
-#: (variant, whether it multiplies in float8)
-STEPS = (("dense", False), ("low_rank", False), ("low_rank", True), ("dense", True))
+#: (variant, in what its layers multiply: the model's dtype, float8 by this package or these benchmarks, or by torchao)
+STEPS = (
+    ("dense", "plain"),
+    ("low_rank", "plain"),
+    ("low_rank", "float8"),
+    ("dense", "float8"),
+    ("dense", "torchao"),
+)
 PROTOCOL = (
     "random weights, half of each projection kept; a step is forward, backward, clipping and fused AdamW on the "
     "projections or factors alone, all in bfloat16 but for the products in float8; loss: the mean square of the last "
@@ -62,7 +69,7 @@ def mean_square(hidden: Tensor) -> Tensor:
     return hidden.float().square().mean()
 
 
-def blocks_for(variant: str, float8: bool, count: int, device: str, **sizes: Any) -> tuple[Blocks, list[str]]:
+def blocks_for(variant: str, products: str, count: int, device: str, **sizes: Any) -> tuple[Blocks, list[str]]:
     """(the blocks, their projections)."""
     shape = SHAPES[MODEL].of_blocks(count)
     # the words are in no projection
@@ -70,10 +77,12 @@ def blocks_for(variant: str, float8: bool, count: int, device: str, **sizes: Any
     with torch.device("meta"):
         names = find_targets(Blocks(shape.build()))
     model = Blocks(build_model(shape, Variant.parse(variant), 0.5, device, torch.bfloat16))
-    if float8 and variant == "dense":
+    if products == "torchao":
+        train_by_torchao(model, names)
+    elif products == "float8" and variant == "dense":
         for name in names:
             model.set_submodule(name, Float8Linear(model.get_submodule(name)))
-    elif float8:
+    elif products == "float8":
         open_float8(model)
     return model, names
 
@@ -116,13 +125,18 @@ def main() -> None:
     file = ResultFile(args.json, head_of(args.json, where), append=True)
     file.rows = [row for row in file.rows if not row["measured"].startswith("training")]
     for index in args.only:
-        variant, float8 = STEPS[index]
-        model, names = blocks_for(variant, float8, args.blocks, args.device)
-        row = {"measured": "training step", "model": MODEL, "blocks": args.blocks, "variant": variant, "float8": float8}
-        row |= {"batch": 1, "tokens": args.tokens, "commit": where["commit"]}
+        variant, products = STEPS[index]
+        reason = missing(products) if products == "torchao" else None
+        if reason:
+            print(f"{variant} by {products} is left out: {reason}", flush=True)
+            continue
+        model, names = blocks_for(variant, products, args.blocks, args.device)
+        row = {"measured": "training step", "model": MODEL, "blocks": args.blocks, "variant": variant}
+        row |= {"float8": products != "plain", "impl": products, "batch": 1, "tokens": args.tokens}
+        row["commit"] = where["commit"]
         row |= training(model, "text", names, 1, args.tokens, "compiled", "default", Timer(args.device))
         file.add([row])
-        print(f"{variant:9} float8 {float8!s:5} {row['ms']:.2f} ms", flush=True)
+        print(f"{variant:9} {products:8} {row['ms']:.2f} ms", flush=True)
         del model
     if len(args.only) == len(STEPS):
         rows = [row | {"commit": where["commit"]} for row in error_rows(args.device, args.tokens)]

@@ -60,7 +60,7 @@ def training_section() -> str:
     dense = next(row for row in steps if row["variant"] == "dense" and not row["float8"])
     lines = [
         {
-            "": f"{FAMILIES[row['variant']]}, {'float8' if row['float8'] else 'bfloat16'}",
+            "": f"{FAMILIES[row['variant']]}, {products_of(row)}",
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
             "peak memory / dense": f"{row['peak_bytes'] / dense['peak_bytes']:.2f}",
@@ -77,6 +77,10 @@ def training_section() -> str:
     )
 
 
+def products_of(row: dict) -> str:
+    return "float8 by torchao" if row.get("impl") == "torchao" else "float8" if row["float8"] else "bfloat16"
+
+
 def error_line(row: dict) -> dict:
     sizes = f"{row['in_features']} x {row['out_features']}, {row['rank']}"
     line = {"in x out, rank": sizes, "tokens": row["tokens"]}
@@ -91,7 +95,8 @@ def prefill_section() -> str:
     """Prefill of whole models whose factors are kept in fp8."""
     result = read_result(RESULTS / "models_h200.json")
     rows = [row for row in rows_of(result) if row["model"].startswith(MODEL) and row["measurement"] == "prefill"]
-    by_variant = {row["variant"]: row for row in model_predictions(rows, DEVICES["H200-measured"])}
+    predicted = {row["variant"]: row["predicted_ms"] for row in model_predictions(rows, DEVICES["H200-measured"])}
+    by_variant = {row["variant"]: row for row in rows}
     dense, rival = by_variant["dense"], by_variant["dense/fp8"]
     lines = [
         {
@@ -99,7 +104,7 @@ def prefill_section() -> str:
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
             "over dense/fp8": f"{rival['ms'] / row['ms']:.2f}x",
-            "predicted ms": f"{row['predicted_ms']:.2f}",
+            "predicted ms": f"{predicted[row['variant']]:.2f}" if row["variant"] in predicted else "",
             **{name: f"{sum(row['profile']['parts'][part] for part in parts):.2f}" for name, parts in KINDS.items()},
         }
         for row in by_variant.values()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from calibration_sets import Calibration, Mixture
-from int4_dense import BITS, int4_model, rounded_model
+from int4_dense import BITS, rounded_model
 from protocol import SEQLEN, WINDOWS, Bench, read_ids
 from torch import nn
 
@@ -106,8 +106,8 @@ def kinds_of(plan: dict[str, LayerPlan], targets: dict[str, LayerPlan]) -> dict[
 def build(row: Row, kept: float, kinds: dict | None, shape: Shape, device: str) -> nn.Module:
     """The Llama-sized model of a row, with random weights, as it is run."""
     if row.structure in ("dense", "int4"):
-        model = build_model(shape, Variant("dense", fused=True), kept, device, torch.bfloat16)
-        return int4_model(model) if row.structure == "int4" else model
+        variant = Variant.parse("dense/int4, PyTorch" if row.structure == "int4" else "dense+attention")
+        return build_model(shape, variant, kept, device, torch.bfloat16)
     if row.structure != "auto":
         # where no kernels run several layers together, fuse still gives the model its attention
         model = build_model(shape, Variant(row.structure, blocks=row.blocks), kept, device, torch.bfloat16)

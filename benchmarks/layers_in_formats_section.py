@@ -12,18 +12,22 @@ from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.layer_tables import off_by
 from hf_blr.bench.report.lines import blocks_of, grouped, tokens_of, wide
+from hf_blr.bench.rivals import RIVALS
 from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.roofline.devices import DEVICES
 
 FILE = "layers_h200.json"
+#: implementations of this package and of PyTorch's products; those of other libraries have lines of their own
+OURS = ("hf_blr", "cublas")
+RIVAL_NAMES = {name for makers in RIVALS.values() for name in makers}
 
 
 def layers_section() -> str:
     """Microseconds, speed over dense in bfloat16 and in float8, geometric means over the sizes."""
     result = read_result(RESULTS / FILE)
-    rows = [row for row in rows_of(result) if row["impl"] in ("hf_blr", "cublas")]
+    rows = [row for row in rows_of(result) if row["impl"] in (*OURS, *RIVAL_NAMES)]
     order = sorted(rows, key=lambda row: (row["in_features"] * row["out_features"], row["in_features"]))
     table, where = table_of(wide(order, line_of, cell_of), rows, result)
     return (
@@ -34,7 +38,8 @@ def layers_section() -> str:
 
 
 def line_of(row: dict) -> dict[str, Any]:
-    line = {"layer": row["layer"], "structure": row["structure"], "blocks": blocks_of(row), "rank": row["rank"]}
+    by = "" if row["impl"] in OURS else f", {row['impl']}"
+    line = {"layer": row["layer"], "structure": row["structure"] + by, "blocks": blocks_of(row), "rank": row["rank"]}
     return line | {"format": "bfloat16" if row["format"] == PLAIN.name else row["format"]}
 
 

@@ -29,6 +29,7 @@ import rounding_section
 import scale_section
 import sentences_section
 import several_gpus_section
+import shortfalls_section
 import text_ratio_sections
 import tools_section
 import zoo_section
@@ -97,6 +98,10 @@ DOCUMENTS = {
         "bits": bits_section.bits_section,
         "k-quants": bits_section.k_quants_section,
         "bits-times": bits_times_section.times_section,
+    },
+    ROOT / "docs" / "kernels.md": {
+        "decoding-shortfalls": shortfalls_section.decoding_section,
+        "layer-shortfalls": shortfalls_section.layers_section,
     },
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,

@@ -6,8 +6,10 @@ from tiny import tiny_llama, tiny_shape
 
 from hf_blr.bench import generation, measure, rows
 from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench.layers import relative_error
 from hf_blr.bench.one_block import with_one_block
 from hf_blr.bench.profiling import profiled
+from hf_blr.bench.rivals import RIVALS, missing
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 
@@ -59,6 +61,21 @@ def test_every_measurement_in_every_form(variant, form):
     # training is measured eagerly too
     assert list(dict.fromkeys(row["measurement"] for row in found)) == list(measure.MEASUREMENTS)
     assert all(row["peak_bytes"] >= row["weight_bytes"] for row in found if row["measurement"] != "storage")
+
+
+@pytest.mark.parametrize("form, library", [(form, name) for form, makers in RIVALS.items() for name in makers])
+def test_rivals_multiply_what_they_are_compared_with(form, library):
+    reason = missing(library)
+    if reason:
+        pytest.skip(reason)
+    weight = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16)
+    forward, stored, exact = RIVALS[form][library](weight)
+    for tokens in (1, 16):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        # float8 rounds inputs as well; kernels for four bits add zeros in 16 bits
+        allowed = 0.05 if form == "fp8" else 0.02
+        assert relative_error(forward(x, *stored), exact(x.double(), *stored)) < allowed
+    assert relative_error(exact(x, *stored), x.double() @ weight.double().T) < (0.1 if form == "fp8" else 0.15)
 
 
 def test_prefill_is_the_models_own_forward():

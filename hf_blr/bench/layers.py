@@ -8,6 +8,7 @@ above, the graph runs it once and L2 is overwritten before each replay. On a CPU
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from torch import Tensor
 from hf_blr import ops
 from hf_blr.bench.cases import FORWARD, IMPLS, Case, wanted_impls
 from hf_blr.bench.in_bits import float8_dense, has_float8, in_format
+from hf_blr.bench.rivals import rivals_of
 from hf_blr.bench.shapes import BASELINE, typical_indices
 from hf_blr.bench.timing import Timer, cold_caches, seconds_of
 from hf_blr.formats import FORMATS, PLAIN
 from hf_blr.ops.rules.few_tokens import FEW_TOKENS
 from hf_blr.ops.table import implementation_of
 from hf_blr.structures import FACTOR, BLRSpec
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = (
     "median of CUDA-graph replays; up to 32 tokens weights rotate through more than L2, "
@@ -51,9 +55,10 @@ def bench_case(
         formats: names of `FORMATS`; with those in bits the forward alone is timed, by the package's ops.
 
     Returns:
-        Rows with `us` (microseconds), `dense_us` in dtype, `dense_fp8_us` (`float8_dense`; None where formats are plain
-        or the device has no float8), `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error` (of the
-        forward's output, in norm, against float64 with the same weights, those in bits as numbers) and `first_call_s`.
+        Rows with `us` (microseconds), `dense_us` in dtype, `dense_fp8_us` and `dense_int4_us` (the fastest of PyTorch's
+        and of `rivals`; None where none was timed), `lowrank_us` (two plain products), `speedup_vs_dense`, `rel_error`
+        (of the forward's output, in norm, against float64 with the same weights, those in bits as numbers) and
+        `first_call_s`.
     """
     k, n = case.layer.in_features, case.layer.out_features
     x, grad = inputs(case, timer.device, dtype)
@@ -62,11 +67,16 @@ def bench_case(
     library = "cublas" if timer.on_gpu else "eager"
     rows = [measure.row("dense", (1, 1), min(k, n), library, F.linear, [weight], F.linear)]
     in_bits = [name for name in formats if name != PLAIN.name and case.direction == FORWARD]
-    dense_fp8 = None
     if in_bits and has_float8(timer.device):
         function, weights, exact = float8_dense(weight)
-        dense_fp8 = measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8")
-        rows.append(dense_fp8)
+        rows.append(measure.row("dense", (1, 1), min(k, n), library, function, weights, exact, 0, "fp8"))
+    for name in in_bits:
+        for impl, make in rivals_of(name, case.tokens, dtype).items():
+            try:
+                rows.append(measure.row("dense", (1, 1), min(k, n), impl, *make(weight), 0, name))
+            except Exception as error:
+                # another library's, which must not cost our own rows
+                logger.warning("%s in %s is left out: %s", impl, name, error)
     for spec in case.specs:
         weights = random_factors(spec, timer.device, dtype)
         exact, count = implementation_of(spec.structure).linear, len(spec.names(FACTOR))
@@ -79,10 +89,12 @@ def bench_case(
             row = measure.row(spec.structure, spec.num_blocks, spec.rank, "hf_blr", function, stored, exact, 0, name)
             rows.append(row | {"first_call_s": (first_calls or {}).get((spec, "hf_blr", name))})
     dense_us = rows[0]["us"]
+    dense = {name: [r["us"] for r in rows if (r["structure"], r["format"]) == ("dense", name)] for name in FORMATS}
     baseline = [r["us"] for r in rows if (r["structure"], r["impl"]) == (BASELINE, "eager")]
     compared = {
         "dense_us": dense_us,
-        "dense_fp8_us": dense_fp8 and dense_fp8["us"],
+        "dense_fp8_us": min(dense["fp8"], default=None),
+        "dense_int4_us": min(dense["int4"], default=None),
         "lowrank_us": baseline[0] if baseline else None,
     }
     return [row | compared | {"speedup_vs_dense": dense_us / row["us"]} for row in rows]

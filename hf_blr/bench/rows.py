@@ -16,6 +16,7 @@ from hf_blr.bench import generation, measure
 from hf_blr.bench.forms import forget_compiled
 from hf_blr.bench.inputs import longest_text
 from hf_blr.bench.models import Shape
+from hf_blr.bench.rival_layers import RivalLinear, bytes_of
 from hf_blr.bench.timing import Timer, allocated
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.linear import BLRLinear
@@ -95,6 +96,8 @@ def model_rows(name: str, shape: Shape, variants: list[Variant], request: Reques
                 yield {"model": name, "variant": str(variant), "measurement": "build", "error": in_one_line(error)}
                 continue
             sizes = {"model": name, "variant": str(variant), **model_sizes(model, names)}
+            if variant.by:
+                sizes["rival"] = True
             if variant.structure != "dense" and not variant.paper:
                 sizes["ratio"] = request.ratio
             for settings, run in measurements(model, shape, names, group, request, timer):
@@ -198,15 +201,18 @@ def trained_names(shape: Shape) -> list[str]:
 def model_sizes(model: nn.Module, names: list[str]) -> dict:
     """Parameters and bytes of the model, and the numbers that its projections hold; of codes, what they stand for."""
     parameters = list(model.parameters())
+    rivals = [module for module in model.modules() if isinstance(module, RivalLinear)]
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": sum(p.numel() for p in parameters) + sum(map(numbers_of, rivals)),
+        "weight_bytes": sum(map(bytes_of, parameters)) + sum(layer.bytes_read() for layer in rivals),
         "projection_parameters": sum(numbers_of(model.get_submodule(name)) for name in names),
     }
 
 
 def numbers_of(layer: nn.Module) -> int:
     """The numbers that a projection holds, its bias among them."""
+    if isinstance(layer, RivalLinear):
+        return layer.in_features * layer.out_features
     if not isinstance(layer, BLRLinear):
         return sum(p.numel() for p in layer.parameters())
     factors = sum(map(math.prod, layer.spec.shapes(FACTOR).values()))

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from hf_blr.bench.models import Shape
+from hf_blr.bench.rival_layers import rival_model
+from hf_blr.bench.rivals import RIVALS
 from hf_blr.bench.shapes import align_rank, typical_indices
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
@@ -31,6 +33,7 @@ class Variant:
     Args:
         fused: what shares an input runs together (`hf_blr.fuse`); of a dense model only its attention is a fused one's.
         storage: the format in which factors are kept, or the matrices of a dense model.
+        by: whose kernels multiply a dense model's matrices in that format, of `rivals.RIVALS`; "": this package's.
     """
 
     structure: str
@@ -38,14 +41,23 @@ class Variant:
     blocks: tuple[int, int] | None = None
     fused: bool = False
     storage: str = PLAIN.name
+    by: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`dense`, `dense+attention`, `dense/fp8`, `low_rank+fused`, `blast:4x4/int4`, `monarch:paper`.
+        """`dense`, `dense+attention`, `dense/fp8`, `low_rank+fused`, `blast:4x4/int4`, `monarch:paper`; of another
+        library's kernels `dense/int4, gemlite`.
 
         Raises:
             ValueError: for anything else.
         """
+        wanted, comma, by = text.partition(", ")
+        if comma:
+            storage = wanted.removeprefix("dense/")
+            if by not in RIVALS.get(storage, {}):
+                known = (f"dense/{name}, {library}" for name, makers in RIVALS.items() for library in makers)
+                raise ValueError(f"expected one of {'; '.join(known)}, got {text!r}")
+            return cls("dense", storage=storage, by=by)
         layers, plus, ending = text.partition("+")
         layers, slash, storage = layers.partition("/")
         structure, _, detail = layers.partition(":")
@@ -78,7 +90,7 @@ class Variant:
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
         ending = "+attention" if self.keeps_dense else "+fused"
         kept = "" if self.storage == PLAIN.name else f"/{self.storage}"
-        return f"{self.structure}:{detail}".rstrip(":") + kept + ending * self.fused
+        return f"{self.structure}:{detail}".rstrip(":") + kept + ending * self.fused + (self.by and f", {self.by}")
 
 
 def build_model(
@@ -101,6 +113,11 @@ def build_model(
         if shape.kind != "text":
             # the layout in which cuDNN's kernels read pictures; in the other they are copied first
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if variant.by:
+            # attends as ours do
+            use_attention(model)
+            rival_model(model, variant.storage, variant.by)
+            return model
         if variant.keeps_dense:
             if variant.fused and device != "meta" and not use_attention(model):
                 raise ValueError(f"{type(model).__name__} does not attend by a function that can be replaced")

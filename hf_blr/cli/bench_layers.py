@@ -13,6 +13,7 @@ import torch
 
 from hf_blr.bench import cases, layers
 from hf_blr.bench.report.files import ResultFile
+from hf_blr.bench.rivals import RIVALS, missing
 from hf_blr.bench.shapes import LAYERS
 from hf_blr.bench.timing import Timer
 from hf_blr.cli.bench_rows import add_common, head
@@ -70,6 +71,8 @@ def bench_layers(args: argparse.Namespace) -> None:
     first_calls: list[layers.FirstCalls] = [{} for _ in todo]
     if args.device != "cpu" and not args.skip_first_call and "hf_blr" in args.impls:
         first_calls = compile_kernels(todo, args, dtype)
+    for reason in sorted({missing(name) or "" for form in args.formats for name in RIVALS.get(form, {})} - {""}):
+        print(f"left out beside ours: {reason}", flush=True)
     timer = Timer(args.device)
     for case, seconds in zip(todo, first_calls, strict=True):
         rows = layers.bench_case(case, timer, dtype, args.impls, seconds, args.formats)
