@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from damage import KINDS
 from damage_bits import KINDS_OF_BITS
+from damage_files import KINDS_OF_FILES, NOT_KEPT
 from robustness import damaged_one, quiet, wholes
 
 #: of a model whose files are small
@@ -31,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     checkpoints = wholes(SMALL)
-    for seed, kind in enumerate([*KINDS, *KINDS_OF_BITS]):
+    for seed, kind in enumerate(kind for kind in [*KINDS, *KINDS_OF_BITS, *KINDS_OF_FILES] if kind not in NOT_KEPT):
         folder = args.folder / re.sub(r"\W+", "_", kind)
         if not folder.exists():
             folder.mkdir(parents=True)

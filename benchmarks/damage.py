@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -33,6 +33,8 @@ class Checkpoint:
     files: dict[str, dict[str, Tensor]]
     #: what is left of a file, by its name: {file: number of bytes}
     cut: dict[str, int]
+    #: what becomes of the folder once all is written
+    edits: list[Callable[[Path], None]] = field(default_factory=list)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -56,6 +58,8 @@ class Checkpoint:
             places = {key: name for name, tensors in self.files.items() for key in tensors}
             index = {"metadata": {}, "weight_map": places}
             (folder / f"{shard_name(1).split('-')[0]}.safetensors.index.json").write_text(json.dumps(index))
+        for edit in self.edits:
+            edit(folder)
 
 
 def shard_name(number: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import torch
 from damage import HEADS, SIZES, WRONG_VALUES
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
@@ -130,6 +131,43 @@ def statistics_of_another_model(model: LlamaForCausalLM, rng: Random) -> Wrong:
     return {"config": config, "statistics": type(found)(grams, found.output_grams, found.tokens)}, [name]
 
 
+def no_statistics(model: LlamaForCausalLM, rng: Random) -> Wrong:
+    """Matrices, or counts beside them, that no text can sum up to."""
+    config = BLRConfig("low_rank", ratio=0.6)
+    found = collect_statistics(model, config, calibration=[ids(rng)])
+    if rng.random() < 0.3:
+        tokens = rng.choice([0, -1, 2.5, "x", None, True, float("nan")])
+        wrong = rng.choice([replace(found, tokens=tokens), {"grams": found.grams}, [found]])
+        return {"config": config, "statistics": wrong}, ["statistics"]
+    kind = rng.choice(["grams", "output_grams"])
+    matrices = dict(getattr(found, kind))
+    name = rng.choice(sorted(matrices))
+    right = matrices[name]
+    dtype = rng.choice([torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    other = [right.to(dtype), right.to("meta"), right.to_sparse(), right.tolist(), None, right.flatten(), -right - 1]
+    uneven = right + right.abs().max() * torch.ones_like(right).triu(1)
+    matrices[name] = rng.choice([*other, uneven])
+    return {"config": config, "statistics": replace(found, **{kind: matrices})}, [name]
+
+
+def no_limit(model: LlamaForCausalLM, rng: Random) -> Wrong:
+    wrong = rng.choice([-1, "lots", "", True, float("nan"), 1e6, [], "-1GB", {}])
+    return {**batches(rng, {"input_ids": ids(rng)}), "max_memory": wrong}, ["max_memory"]
+
+
+def no_shards(model: LlamaForCausalLM, rng: Random) -> Wrong:
+    return {**batches(rng, {"input_ids": ids(rng)}), "shards": rng.choice(["out", 3, True, [], {}])}, ["shards"]
+
+
+def weight_of_no_numbers(model: LlamaForCausalLM, rng: Random) -> Wrong:
+    name = rng.choice(sorted(find_targets(model)))
+    layer = model.get_submodule(name)
+    dtype = rng.choice([torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    layer.weight = nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+    given = {"calibration": [ids(rng)]} if rng.random() < 0.5 else {}
+    return {"config": BLRConfig("low_rank", ratio=0.6), **given}, [name]
+
+
 def no_such_text(model: LlamaForCausalLM, rng: Random) -> Wrong:
     name = "".join(rng.choices("abcdefgh", k=6))
     text = rng.choice([f"{name}.txt", f"/nowhere/{name}", f"{name}=0.5,builtin=0.5", f"builtin=0.5,{name}"])
@@ -151,7 +189,11 @@ INPUTS: dict[str, Callable[[LlamaForCausalLM, Random], Wrong]] = {
     "argument: targets that are not there": targets_of_another_model,
     "argument: another model's plan": plan_of_another_model,
     "argument: another model's statistics": statistics_of_another_model,
+    "argument: no statistics": no_statistics,
+    "argument: no limit of memory": no_limit,
+    "argument: no shards": no_shards,
     "model: a weight that is not finite": weight_not_finite,
+    "model: a weight that is no floating-point number": weight_of_no_numbers,
 }
 
 

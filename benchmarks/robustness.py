@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conditions import RESULTS
 from damage import KINDS, OF_INDICES, SIZES, Checkpoint, damaged, whole
 from damage_bits import FORMATS, KINDS_OF_BITS, formats_for
+from damage_files import KINDS_OF_FILES
 from damage_inputs import INPUTS, called
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -31,7 +32,7 @@ from hf_blr.linear import blr_modules
 from hf_blr.structures import structures
 
 CLEAR, OBSCURE, ACCEPTED = "refused clearly", "obscure", "accepted wrongly"
-ALL_KINDS = (*KINDS, *KINDS_OF_BITS, *INPUTS)
+ALL_KINDS = (*KINDS, *KINDS_OF_BITS, *KINDS_OF_FILES, *INPUTS)
 #: what the command line takes for a user's mistake
 USER_ERRORS = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
 
@@ -60,6 +61,8 @@ def damaged_one(checkpoints: dict[str, Checkpoint], kind: str, rng: Random) -> t
     """One of the checkpoints that can have this kind of damage, with it, and names of which a clear refusal has one."""
     if kind in KINDS_OF_BITS:
         return damaged(checkpoints[rng.choice(formats_for(kind))], KINDS_OF_BITS[kind], rng)
+    if kind in KINDS_OF_FILES:
+        return damaged(checkpoints[rng.choice(sorted(checkpoints))], KINDS_OF_FILES[kind], rng)
     choice = ["pivoted"] if kind in OF_INDICES else sorted(structures())
     return damaged(checkpoints[rng.choice(choice)], KINDS[kind], rng)
 

@@ -6,7 +6,8 @@ Each run is a process of its own, so that its peaks are its own: the largest res
 system cannot take back, which leaves out the pages of mapped files; and the most that PyTorch held on the GPU. Writing
 the random checkpoint is another process, and no part of the time. With `--kill` a run with a journal is killed when
 half of its layers are finished, and the same command goes on; its files are compared with those of the run that nobody
-killed. Time and memory depend on how much text there is and not on which.
+killed. Time and memory depend on how much text there is and not on which. A run that gets SIGTERM says what it has
+taken by then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -77,6 +79,8 @@ def main() -> None:
             for structure in args.structure:
                 result.add([measured(args, blocks, structure, Path(folder))])
                 print(result.rows[-1], flush=True)
+                if "stopped_in" in result.rows[-1]:
+                    return
 
 
 def measured(args: argparse.Namespace, blocks: int, structure: str, folder: Path) -> dict:
@@ -95,7 +99,7 @@ def measured(args: argparse.Namespace, blocks: int, structure: str, folder: Path
         "device": args.device,
         **step([*own, "--step", "run"]),
     }
-    if args.kill:
+    if args.kill and "stopped_in" not in row:
         straight = digest(folder / "out")
         resumed = [*own, "--step", "resume"]
         seconds = killed(resumed, folder / "journal", row["layers"] // 2)
@@ -111,7 +115,12 @@ PARTS = ("load_seconds", "compress_seconds", "save_seconds")
 
 def step(options: list[str]) -> dict:
     """Runs this file once more, with the command line and these options; returns what it measured."""
-    said = subprocess.run([*this_command(), *options], stdout=subprocess.PIPE, text=True, check=True).stdout
+    with subprocess.Popen([*this_command(), *options], stdout=subprocess.PIPE, text=True) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        said, _ = process.communicate()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
     lines = [line for line in said.splitlines() if line.startswith(MARK)]
     return json.loads(lines[-1].removeprefix(MARK)) if lines else {}
 
@@ -140,21 +149,33 @@ def write(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads, compresses and saves, and prints what that took."""
+    """Loads, compresses and saves, and prints what that took, or has taken when it is told to end."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     if args.gpu_memory is not None:
         room = convert_file_size_to_int(args.gpu_memory) / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(room)
-    watch = Anonymous()
-    clock = [now()]
+    watch, clock, found = Anonymous(), [now()], {}
+
+    def say(*signalled: object) -> None:
+        # who signals a group of processes signals this one twice
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if signalled:
+            found["stopped_in"] = PARTS[len(clock) - 1]
+            clock.append(time.perf_counter())
+        found.update((part, end - begin) for part, begin, end in zip(PARTS, clock, clock[1:], strict=False))
+        print(MARK + json.dumps(found | peaks(args.device, watch)), flush=True)
+        if signalled:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, say)
     place = {"": "disk" if args.offload_weights else args.device}
     model = AutoModelForCausalLM.from_pretrained(
         args.folder / "dense", dtype="auto", device_map=place, offload_folder=args.folder
     )
     clock.append(now())
-    before = sum(parameter.numel() for parameter in model.parameters())
+    found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     batches = torch.randint(model.config.vocab_size, (args.sequences, args.length), device=args.device)
     report = compress(
         model,
@@ -166,20 +187,10 @@ def run(args: argparse.Namespace) -> None:
         progress=False,
     )
     clock.append(now())
+    found |= {"layers": len(report.layers), "fit_seconds": sum(layer.seconds for layer in report.layers)}
     model.save_pretrained(args.folder / "out")
     clock.append(now())
-    seconds = {part: end - begin for part, begin, end in zip(PARTS, clock, clock[1:], strict=False)}
-    numbers = {
-        "parameters": before,
-        "layers": len(report.layers),
-        **seconds,
-        "fit_seconds": sum(layer.seconds for layer in report.layers),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
-        "peak_anonymous_bytes": watch.peak,
-        "ram_bytes": host_memory()[0],
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else None,
-    }
-    print(MARK + json.dumps(numbers))
+    say()
 
 
 def config_of(structure: str, ratio: float) -> BLRConfig:
@@ -200,6 +211,15 @@ class Anonymous:
             held = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
             self.peak = max(self.peak, held * KIB)
             time.sleep(INTERVAL)
+
+
+def peaks(device: str, watch: Anonymous) -> dict[str, int | None]:
+    return {
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
+        "peak_anonymous_bytes": watch.peak,
+        "ram_bytes": host_memory()[0],
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device != "cpu" else None,
+    }
 
 
 def now() -> float:

@@ -57,11 +57,6 @@ def test_arguments_of_another_kind_are_refused_with_what_to_do(run, given, messa
         run(*given)
 
 
-def test_what_are_no_statistics_is_refused():
-    with pytest.raises(TypeError, match="takes what collect_statistics returned, got a dict"):
-        compress(tiny_llama(), BLRConfig("low_rank", ratio=0.6), statistics={}, progress=False)
-
-
 @pytest.mark.parametrize("run", [compress, collect_statistics])
 def test_the_name_of_a_tokenizer_is_refused(run):
     with pytest.raises(TypeError, match="got a str: give AutoTokenizer.from_pretrained"):

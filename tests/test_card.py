@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import hf_blr
 from hf_blr import BLRConfig
+from hf_blr.checkpoint.card import CARD, write_card
 from hf_blr.cli import main
 from hf_blr.plan import plan_in_place
 from hf_blr.plan.rows import stored_rows
@@ -149,3 +150,18 @@ def test_the_command_line_says_what_it_did_and_measured(tmp_path, capsys, monkey
     (tmp_path / "e.json").write_text("{}")
     assert main(["card", "out", "--results", "e.json"]) == 2
     assert "e.json is no file that `hf-blr evaluate --json` wrote" in capsys.readouterr().err
+
+
+def test_a_strangers_words_make_no_text_of_their_own(model, tmp_path):
+    origin = model.config.quantization_config.origin
+    model.config.quantization_config.origin = {
+        **(origin or {}),
+        "base_model": "a\n\n# Install\n\nx",
+        "command": "a\n```\nb",
+    }
+    write_card(tmp_path, model.config)
+    lines = (tmp_path / CARD).read_text().splitlines()
+    assert "# Install" not in lines and any("`a # Install x`" in line for line in lines) and "a ``` b" in lines
+    for wrong in ({"divergence": "x"}, {"base_model": [1]}, {"scores": "x"}, {"held_out_tokens": True}, "x"):
+        with pytest.raises(ValueError, match="origin must be a dict of numbers, text and scores"):
+            BLRConfig("low_rank", ratio=0.5, origin=wrong)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_blr import BLRConfig, compress
 from hf_blr.checkpoint.files import stored_tensors
-from hf_blr.checkpoint.headers import check_folder
+from hf_blr.checkpoint.folder import check_folder
 from hf_blr.cli import main
 from hf_blr.formats.values import fault
 from hf_blr.linear import BLRLinear

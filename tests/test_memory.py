@@ -20,9 +20,10 @@ from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.pieces import in_pieces
 from hf_blr.calibration.regression import Regression
 from hf_blr.calibration.sequential import SequentialChain
-from hf_blr.calibration.store import Store, StoredTensors, distinct, only
+from hf_blr.calibration.store import Kept, Store, StoredTensors, distinct, is_zero, only
 from hf_blr.cli import main
 from hf_blr.compression import replace
+from hf_blr.compression.budget import share_budget
 from hf_blr.plan import resolve_plan
 
 
@@ -241,3 +242,24 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with Store(0, tmp_path) as store, pytest.raises(OSError, match="0.pt cannot be written .unexpected pos"):
         store.keep(torch.zeros(3))
+
+
+def test_a_budget_reads_each_matrix_from_its_file_once_a_layer(tmp_path, monkeypatch):
+    """Of a large model reading is most of the time: 190 GB instead of 50 for one of 8 billion parameters."""
+    model, config, read, load = tiny_llama(), BLRConfig("low_rank", ratio=0.6), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: read.append(path) or load(path, **how))
+    with Store(0, tmp_path) as store:
+        found = collect_statistics(model, config, calibration=batches_for(model), store=store)
+        read.clear()
+        share_budget(model, resolve_plan(model, config), found, config)
+        kept = [*found.grams.kept.values(), *found.output_grams.kept.values()]
+        assert sorted(read) == sorted(each._place for each in kept)
+
+
+def test_what_a_store_knows_to_be_zero_is_not_read_for_it(tmp_path, monkeypatch):
+    with Store(0, tmp_path) as store:
+        kept = StoredTensors(store.keep_all({"q": torch.zeros(3), "k": torch.ones(3)}))
+        from_elsewhere = StoredTensors({name: Kept(each._place, each._device) for name, each in kept.kept.items()})
+        assert [is_zero(from_elsewhere, name) for name in kept] == [True, False]
+        monkeypatch.setattr(torch, "load", None)
+        assert [is_zero(kept, name) for name in kept] == [True, False]

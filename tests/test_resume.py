@@ -196,6 +196,20 @@ def test_a_damaged_file_is_named(name, tmp_path, monkeypatch):
         compress(dense, config, calibration=batches, resume=folder, progress=False)
 
 
+@pytest.mark.parametrize("name", ["start.json", "journal.json"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", "[" * 10_000, '{"plan": 1}'], ids=["list", "dict", "null", "deep", "key"]
+)
+def test_a_file_that_says_something_else_is_named_by_whoever_reads_it(name, text, tmp_path, monkeypatch):
+    folder, dense, config = tmp_path / "journal", tiny_llama(), BLRConfig("low_rank", ratio=0.6, fisher=False)
+    begun(folder, monkeypatch, model=copy.deepcopy(dense), config=config, calibration=batches_for(dense))
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        compress(dense, config, calibration=batches_for(dense), resume=folder, progress=False)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        status_of(folder)
+
+
 def test_a_full_disk_ends_in_an_error_of_the_system_and_the_rest_stays(tmp_path, monkeypatch):
     folder, dense, config = tmp_path / "journal", tiny_llama(), BLRConfig("low_rank", ratio=0.6)
 

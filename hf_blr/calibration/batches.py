@@ -19,7 +19,7 @@ from hf_blr.calibration.losses import NoLoss
 from hf_blr.calibration.media import holds_media, media_batches
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.pieces import in_pieces, joined, put_away
-from hf_blr.calibration.store import Store, StoredTensors
+from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
@@ -98,27 +98,6 @@ def statistics_of(
                 part = Statistics(grams, {}, token_count(batches), frozenset(unreached), grams.rows)
                 found.append(part if store.limit is None else put_away(part, store))
     return found[0] if len(found) == 1 else joined(found)
-
-
-def check_statistics(statistics: Statistics, plan: Plan) -> None:
-    """Raises ValueError if the statistics were collected without a planned layer or of another model, or TypeError."""
-    if not isinstance(statistics, Statistics):
-        raise TypeError(f"statistics= takes what collect_statistics returned, got a {type(statistics).__name__}")
-    missing = [name for name in plan if name not in statistics.grams and name not in statistics.unreached]
-    if missing:
-        raise ValueError(
-            f"statistics.grams holds no matrix for {missing[0]} ({len(missing)} of {len(plan)} are missing); "
-            "collect them with this config"
-        )
-    # those in files would all be read for it
-    grams = {} if isinstance(statistics.grams, StoredTensors) else statistics.grams
-    for name in (name for name in plan if name in grams):
-        size, shape = plan[name].spec.in_features, list(grams[name].shape)
-        if shape != [size, size]:
-            raise ValueError(
-                f"statistics.grams holds a matrix {shape} for {name}, which has {size} inputs; collect them with "
-                "this model"
-            )
 
 
 def calibration_batches(

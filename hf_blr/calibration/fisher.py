@@ -26,7 +26,7 @@ from hf_blr.calibration.outputs import frozen, watching
 from hf_blr.calibration.pieces import in_pieces, joined, put_away, recomputed
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.sequences import parts_of, sequences_in
-from hf_blr.calibration.store import Store
+from hf_blr.calibration.store import Store, is_zero
 from hf_blr.calibration.streams import Padding
 from hf_blr.calibration.summed import summed_statistics
 from hf_blr.modes import evaluating
@@ -63,7 +63,7 @@ class Statistics:
 
     def felt(self, name: str) -> bool:
         """Whether the loss felt the layer at all: an input that is not zero reached it, and a gradient came back."""
-        return all(name in grams and bool(grams[name].any()) for grams in (self.grams, self.output_grams))
+        return all(name in grams and not is_zero(grams, name) for grams in (self.grams, self.output_grams))
 
 
 def fisher_statistics(

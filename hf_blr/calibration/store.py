@@ -8,6 +8,8 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, overload
@@ -29,10 +31,13 @@ class Store:
         limit: bytes, or "6GB", that kept tensors take in the memory of the device where they are made at most, those
             that are just worked on not counted; None: no limit, and no files.
         folder: where a folder for the files is made; None: where the system keeps temporary ones.
+
+    Raises:
+        ValueError: if the limit is neither.
     """
 
     def __init__(self, limit: int | str | None = None, folder: str | Path | None = None):
-        self.limit = convert_file_size_to_int(limit) if isinstance(limit, str) else limit
+        self.limit = limit if limit is None else size_of(limit)
         self.used = 0
         self._folder, self._files = folder, 0
         self._made: tempfile.TemporaryDirectory[str] | None = None
@@ -72,7 +77,9 @@ class Store:
         """Keeps tensors elsewhere, those that names share once."""
         kept: dict[str, Kept] = {}
         for names, tensor in distinct(tensors):
-            kept |= dict.fromkeys(names, self.keep(tensor, away=True))
+            away = self.keep(tensor, away=True)
+            away.is_zero = not tensor.any()
+            kept |= dict.fromkeys(names, away)
         return {name: kept[name] for name in tensors}
 
     def list(self, tensors: Iterable[Tensor] = ()) -> StoredList:
@@ -81,6 +88,17 @@ class Store:
 
     def _release(self, size: int) -> None:
         self.used -= size
+
+
+def size_of(limit: int | str) -> int:
+    """In bytes. Raises ValueError for anything but a number of bytes or a size."""
+    size: object = limit
+    if isinstance(limit, str):
+        with suppress(ValueError):
+            size = convert_file_size_to_int(limit)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f'max_memory must be a number of bytes or a size such as "6GB", got {limit!r}')
+    return size
 
 
 class Kept:
@@ -94,6 +112,11 @@ class Kept:
         if isinstance(self._place, Path):
             return torch.load(self._place, map_location=self._device, weights_only=True)
         return self._place.to(self._device)
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """Whether it holds zeros alone; it is read for that where nobody has said so."""
+        return not self.tensor().any()
 
 
 class StoredList(MutableSequence[Tensor]):
@@ -135,6 +158,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.kept[name].tensor()
 
+    def __contains__(self, name: object) -> bool:
+        # a mapping's own would read the tensor
+        return name in self.kept
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kept)
 
@@ -150,6 +177,11 @@ def distinct(tensors: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]
         names.setdefault(id(each), []).append(name)
     for sharing in names.values():
         yield sharing, tensors[sharing[0]]
+
+
+def is_zero(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a tensor holds zeros alone."""
+    return tensors.kept[name].is_zero if isinstance(tensors, StoredTensors) else not tensors[name].any()
 
 
 def only(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:

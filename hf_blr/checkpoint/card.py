@@ -88,7 +88,10 @@ def section_lines(
     folder: Path, config: PreTrainedConfig, blr: BLRConfig, name: str, scores: list[dict] | None
 ) -> list[str]:
     """What the model is, how large, what it lost, how to load it and how it was made."""
-    origin = blr.origin or {}
+    # a line break of a stranger's would begin a text of its own
+    origin = {
+        key: " ".join(fact.split()) if isinstance(fact, str) else fact for key, fact in (blr.origin or {}).items()
+    }
     # saving leaves its name there
     dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
     rows, summary = stored_rows(plan_from_layers(blr.layers or {}), dtype or torch.float32)
@@ -123,7 +126,7 @@ def section_lines(
     ]
     for command in filter(None, (origin.get("command"), origin.get("trained"))):
         lines += ["```sh", command, "```", ""]
-    return [*lines, f"`BLRConfig({arguments(blr)})`, fitted to {fitted_to(blr)}."]
+    return [*lines, f"`BLRConfig({arguments(blr)})`, fitted to {fitted_to(blr, origin)}."]
 
 
 def arguments(blr: BLRConfig) -> str:
@@ -135,9 +138,8 @@ def arguments(blr: BLRConfig) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in ({"structure": blr.structure} | asked).items())
 
 
-def fitted_to(blr: BLRConfig) -> str:
+def fitted_to(blr: BLRConfig, origin: dict[str, Any]) -> str:
     """The weights, or how much of which text, as far as that is known."""
-    origin = blr.origin or {}
     tokens = origin.get("calibration_tokens")
     text = f" of {public_name(describe(blr.dataset))}" if blr.calibrated else ""
     return f"{tokens} tokens{text}" if tokens else origin.get("fitted_to", "the weights")

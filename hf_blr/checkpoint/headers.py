@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_blr.checkpoint.files import Header, stored_tensors
+import torch
+
+from hf_blr.checkpoint.files import Header
 from hf_blr.checkpoint.layout import ModuleNames
 from hf_blr.checkpoint.verify import describe
 from hf_blr.formats.values import fault_of_dtype
@@ -16,9 +15,6 @@ from hf_blr.structures import FACTOR, INDEX, structures, whole_structures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: bytes; the plan of a model of 700 layers takes 120,000
-LARGE_CONFIG = 1 << 20
 
 
 def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> None:
@@ -39,6 +35,7 @@ def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> Non
     records = {**structures(), **whole_structures()}
     of_layers = {tensor for record in records.values() for tensor in record.spec.names()}
     missing = {name: dict.fromkeys(layer.stored()) for name, layer in plan.items()} if stored else {}
+    found: dict[tuple[str, str], str] = {}
     for key, shape, dtype in stored:
         name, leaf = place_of(key, names)
         if name not in plan:
@@ -48,7 +45,14 @@ def check_files(model: PreTrainedModel, plan: Plan, stored: list[Header]) -> Non
         if name is None:
             # of a head that this class does not have
             continue
+        other = found.setdefault((name, leaf), key)
+        if other != key:
+            extra.append(f"{key} (the same tensor as {other}, under another name)")
+            continue
         if name not in plan:
+            own = getattr(names.modules[name], leaf, None)
+            if isinstance(own, torch.Tensor) and own.is_floating_point() and not dtype.is_floating_point:
+                misshapen.append(f"{key} ({fault_of_dtype(FACTOR, dtype)})")
             if leaf.partition(".")[0] in of_layers and not hasattr(names.modules[name], leaf):
                 extra.append(f"{key} (the config's layers do not list this module)")
             continue
@@ -88,23 +92,6 @@ def place_of(key: str, names: ModuleNames) -> tuple[str | None, str]:
         owner, _, factor = owner.rpartition(".")
         name, leaf = names.find(owner), f"{factor}.{leaf}"
     return name, leaf
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError as `check_count`, for a folder of safetensors files.
-
-    It is asked before Transformers reads the config, which it copies several times: a plan of 100,000 modules would
-    take many seconds until it is refused.
-    """
-    about = folder / "config.json"
-    files = [str(path) for path in sorted(folder.glob("*.safetensors"))]
-    layers = None
-    # what is no plan is for others to refuse; a GGUF file or a hub id comes without such a file
-    with suppress(OSError, ValueError, AttributeError, TypeError):
-        if about.stat().st_size > LARGE_CONFIG and files:
-            layers = json.loads(about.read_bytes()).get("quantization_config", {}).get("layers")
-    if layers:
-        check_count(layers, list(stored_tensors(files)))
 
 
 def check_count(layers: dict[str, dict[str, Any]], stored: list[Header]) -> None:

@@ -140,7 +140,7 @@ def read_plan(path: Path) -> dict[str, dict]:
     """The layers of a plan file. Raises ValueError if it is none."""
     try:
         layers = json.loads(path.read_text())["layers"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no plan that `hf-blr plan` wrote: {error!r}") from None
     if not layers:
         raise ValueError(f"{path} holds no layers, so there is nothing to compress")

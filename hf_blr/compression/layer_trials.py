@@ -97,7 +97,8 @@ class Layer:
 
     @property
     def options(self) -> FitOptions:
-        features = len(self.statistics.grams[self.name])
+        # not off H, which may have to be read from a file for it
+        features, _ = feature_sizes(layer_named(self.model, self.name))
         return self.config.fit_options(features, self.statistics.rows_of(self.name))
 
     def curve(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.batches import calibration_batches, device_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.calibration.given_statistics import check_statistics
 from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.store import Store
@@ -85,8 +86,8 @@ def compress(
         The report; its layers are in the model's order.
 
     Raises:
-        TypeError: before anything is changed, if an argument is of another kind, such as a model's name or batches that
-            are no tensors.
+        TypeError: before anything is changed, if an argument is of another kind, such as a model's name, batches that
+            are no tensors, or what are no statistics or shards.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
             none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), the
@@ -104,6 +105,10 @@ def compress(
     refuse_adapters(model)
     plan = plan_from_layers(config.layers) if config.layers else resolve_plan(model, config)
     check_plan(model, plan)
+    if statistics is not None:
+        check_statistics(statistics, plan)
+    if shards is not None and not isinstance(shards, Shards):
+        raise TypeError(f"shards must be a hf_blr.compression.Shards, got {type(shards).__name__}")
     before = parameter_sizes(model)
     use_text = calibration is not None or statistics is None
     reads_dataset = calibration is None and statistics is None

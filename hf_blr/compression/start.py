@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from hf_blr.calibration.batches import check_statistics, statistics_of
+from hf_blr.calibration.batches import statistics_of
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.calibration.store import Store, only
@@ -56,9 +56,7 @@ def start_of(
         store: where what is seen there is kept.
         processes: that share the work; all of them get the same.
     """
-    if statistics is not None:
-        check_statistics(statistics, plan)
-    elif batches and config.fisher:
+    if statistics is None and batches and config.fisher:
         logger.info("running %d batches through the dense model and back, to see what its loss feels", len(batches))
         statistics = statistics_of(model, plan, batches, config, store, processes)
     weighed = statistics is not None and config.fisher and bool(statistics.output_grams)

@@ -90,5 +90,15 @@ def dict_of_dicts(value: Any) -> str | None:
     return None if right else "a dict of dicts, by name"
 
 
-def optional_dict(value: Any) -> str | None:
-    return None if value is None or isinstance(value, dict) else "a dict or None"
+def facts(value: Any) -> str | None:
+    """Of what a model card says: numbers, rows of a table, and text."""
+
+    def right(name: str, fact: Any) -> bool:
+        if name == "scores":
+            return isinstance(fact, list) and all(isinstance(row, dict) for row in fact)
+        if name in ("divergence", "calibration_tokens", "held_out_tokens"):
+            return isinstance(fact, (int, float)) and not isinstance(fact, bool)
+        return isinstance(fact, str)
+
+    told = value is None or (isinstance(value, dict) and all(right(*each) for each in value.items()))
+    return None if told else "a dict of numbers, text and scores, or None"

@@ -210,7 +210,7 @@ class BLRSettings:
     origin: dict[str, Any] | None = option(
         None,
         "What the model came from and what was measured on it, for its model card; filled in by the compression.",
-        options.optional_dict,
+        options.facts,
     )
     version: int = option(FORMAT_VERSION, "Of this format.", integer(1))
     # transformers looks it up among names of its own and of plugins; its annotation knows its own alone

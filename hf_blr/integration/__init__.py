@@ -65,9 +65,9 @@ def register_with_diffusers(auto: ModuleType) -> None:
 
 def register_configs(configs: ModuleType) -> None:
     """Let no plan that cannot be get as far as transformers' configs."""
-    from hf_blr.integration.large_plans import refuse_large_plans
+    from hf_blr.integration.config_files import check_config_files
 
-    refuse_large_plans(configs)
+    check_config_files(configs)
 
 
 def register_flops(counter: ModuleType) -> None:

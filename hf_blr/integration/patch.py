@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hf_blr.checkpoint.files import naming_files
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.integration.on_import import WRAPPED, when_imported
 from hf_blr.integration.parallel import refuse_tensor_parallel
+from hf_blr.integration.shapes import naming_shapes
 from hf_blr.integration.source import dequantizing_config, is_compressed, load_tokenizer
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def wrap(modeling: Any) -> None:
         write_out_stored(kwargs)
         config = take_config(kwargs)
         path: Any = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        with naming_files(Path(path)) if path is not None and os.path.isdir(path) else nullcontext():
+        with ExitStack() as named:
+            if path is not None and os.path.isdir(path):
+                named.enter_context(naming_files(Path(path)))
+                named.enter_context(naming_shapes(cls, Path(path)))
             return call(*args, **kwargs) if config is None else load(call, config, args, kwargs)
 
     wrapper: Any = from_pretrained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from hf_blr.config import BLRConfig
@@ -9,6 +10,9 @@ from hf_blr.dense import at_hand, feature_sizes, is_dense_linear, is_transposed,
 from hf_blr.experts import ExpertsTensor, layer_named
 from hf_blr.factorize.finite import check_finite
 from hf_blr.plan.layers import LayerPlan, Plan
+
+#: what a dense layer may be made of
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_kinds(model: nn.Module, config: BLRConfig) -> None:
@@ -45,6 +49,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise ValueError(
                     f"{name}: the weight is on the meta device; load the model's weights first. Those that device_map "
                     "leaves on the disk are read by transformers 5.13 and later"
+                )
+            if weight.dtype not in NUMBERS:
+                raise ValueError(
+                    f"{name}: the weight is of {weight.dtype}, expected floating-point numbers of 16 bits or more; "
+                    'load the model with dtype="bfloat16"'
                 )
             check_finite(f"{name}.weight", weight, "the checkpoint is damaged or overflowed its dtype")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,8 +54,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return naming(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+def read_json(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """What `write_json` wrote, a dict with these keys. Raises ValueError that names the file."""
+
+    def read() -> dict[str, Any]:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or set(found) != set(keys):
+            raise ValueError(f"expected {', '.join(keys)}, got {sorted(found) if isinstance(found, dict) else found}")
+        return found
+
+    return naming(path, read)
 
 
 def naming(path: Path, read: Callable[[], Found]) -> Found:

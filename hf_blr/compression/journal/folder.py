@@ -22,6 +22,7 @@ from hf_blr.calibration.joint import BlockReport
 from hf_blr.calibration.store import Kept, StoredTensors, distinct
 from hf_blr.compression.allocation import Choice
 from hf_blr.compression.journal.files import (
+    naming,
     read_json,
     read_tensors,
     write_json,
@@ -45,6 +46,9 @@ SOFTWARE = {"journal": 1, "torch": torch.__version__}
 ENDING = ".safetensors"
 #: what the journal is about; the batches; where the fits begin
 ABOUT, TEXT, START = "journal.json", "text.safetensors", "start.json"
+#: what the first and the last of them say
+SAID = ("software", "model", "config", "batches", "statistics")
+BEGINNING = ("plan", "predicted_loss", "choices", "statistics")
 #: folders: of finished layers and blocks, and of matrices that fits need
 FOLDERS = ("layers", "blocks", "statistics")
 #: the fields of `Statistics` that hold them
@@ -76,7 +80,7 @@ class Journal(Unkept):
         scratch = [path for place in ("", *FOLDERS) for path in left_by_killed(self.folder / place)]
         if not about.exists() and any(path not in scratch for path in self.folder.glob("*")):
             raise ValueError(f"{self.folder} holds something else than a journal; name a folder for it alone")
-        self.about: dict[str, Any] = read_json(about) if about.exists() else {}
+        self.about: dict[str, Any] = read_json(about, SAID) if about.exists() else {}
         for path in scratch:
             path.unlink()
         self.layers = names_in(self.folder / "layers")
@@ -159,10 +163,14 @@ class Journal(Unkept):
             }
             write_json(path, value)
         # read in any case: what lies in files needs no memory
-        kept = read_json(path)
-        choices = {name: Choice(**choice) for name, choice in kept["choices"].items()}
-        statistics = kept["statistics"] and self.read_statistics(kept["statistics"])
-        return Start(plan_from_layers(kept["plan"]), kept["predicted_loss"], choices, statistics)
+        kept = read_json(path, BEGINNING)
+
+        def read() -> Start:
+            choices = {name: Choice(**choice) for name, choice in kept["choices"].items()}
+            statistics = kept["statistics"] and self.read_statistics(kept["statistics"])
+            return Start(plan_from_layers(kept["plan"]), kept["predicted_loss"], choices, statistics)
+
+        return naming(path, read)
 
     def kept_statistics(self, statistics: Statistics) -> dict[str, Any]:
         """Writes the matrices into files of their own; returns the rest, with {name: file} in their place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_blr.compression.journal.files import read_json
-from hf_blr.compression.journal.folder import ABOUT, START, TEXT, names_in
+from hf_blr.compression.journal.folder import ABOUT, BEGINNING, SAID, START, TEXT, names_in
 from hf_blr.config.texts import describe
 
 
@@ -14,7 +14,7 @@ def status_of(folder: str | Path) -> str:
     folder = Path(folder)
     if not (folder / ABOUT).exists():
         raise ValueError(f"{folder} holds no journal: none was begun there, or its compression is complete")
-    about = read_json(folder / ABOUT)
+    about = read_json(folder / ABOUT, SAID)
     config, layers = about["config"], names_in(folder / "layers")
     text = "batches of the caller's" if about["batches"] else describe(config["dataset"])
     lines = [f"{about['model']['class']} to {config['structure']}, fitted to {text}"]
@@ -22,7 +22,7 @@ def status_of(folder: str | Path) -> str:
         lines.append("text: " + ("drawn" if (folder / TEXT).exists() else "not drawn yet"))
     if not (folder / START).exists():
         return "\n".join([*lines, "the first fit has not begun: the dense model is looked at, and the budget shared"])
-    plan = read_json(folder / START)["plan"]
+    plan = read_json(folder / START, BEGINNING)["plan"]
     # experts are fitted one by one, and layers that stay dense may be moved
     total = sum(max(layer.get("experts", 0), 1) for layer in plan.values())
     done = sum(name in plan or name.rpartition(".")[0] in plan for name in layers)

@@ -1,4 +1,4 @@
-"""A plan of more modules than a checkpoint can have, refused before transformers copies it many times."""
+"""What a compressed checkpoint's config and index say, looked at before transformers acts on it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_blr.checkpoint.headers import check_folder
+from hf_blr.checkpoint.folder import check_folder, check_notice
 from hf_blr.integration.on_import import wrap_once
 
 
-def refuse_large_plans(configs: ModuleType) -> None:
-    """Let every reading of a config in a folder begin with `check_folder`: by a class, an Auto class or a config."""
+def check_config_files(configs: ModuleType) -> None:
+    """Let each reading of a config, by a class, an Auto class or a config, begin with `check_folder` in a local folder.
+
+    It ends with `check_notice`.
+    """
 
     def checking(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_config_dict(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
             path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             if path is not None and os.path.isdir(path):
                 check_folder(Path(path) / (kwargs.get("subfolder") or ""))
-            return original(cls, *args, **kwargs)
+            found = original(cls, *args, **kwargs)
+            check_notice(found[0], path)
+            return found
 
         return get_config_dict
 
