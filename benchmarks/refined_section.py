@@ -46,7 +46,7 @@ def refined_section() -> str:
                 "mean": f"{mean_ratio(found):.3f}",
             }
         )
-    return f"{format_table(lines)}\n\n{conditions_of(used)} {speeds()}"
+    return f"{format_table(lines)}\n\n{conditions_of(used)}\n\n**Speed in fewer bits.** {speeds()}"
 
 
 def named(kept: float, form: str | float) -> str:

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    dense, tokenizer = loading.load_model(args.model, args, tokenizer=any("=" in s for s in args.texts + args.parts))
+    dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = f"{Path(args.gguf_file or args.model).name.partition('.Q')[0]}, {TURNED}"
     bench = Bench(name, turned(dense).eval(), read_ids(args.texts, tokenizer))
     parts = read_ids(args.parts, tokenizer)

@@ -32,11 +32,13 @@ class ReadOnly(Tensor):
         kwargs = kwargs or {}
         name = func.__name__
         writes = name in WRITERS or (name.endswith("_") and not name.endswith("__") and name not in HARMLESS)
-        scaled_by = getattr(args[0], "scaled_by", None) if name in SCALERS and len(args) == 2 else None
+        # functions of torch.nn.init hand on what they are given by name alone
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        scaled_by = getattr(first, "scaled_by", None) if name in SCALERS and len(args) == 2 else None
         if scaled_by is not None and isinstance(args[1], (int, float)) and args[1] > 0:
             scaled_by(args[1] ** SCALERS[name])
             writes = False
-        if (writes and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+        if (writes and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(
                 f"{name}: this weight is multiplied out of a block low-rank layer's factors each time it is read, so "
                 "that what is written to it would be lost; change the factors, or make the model dense first with "

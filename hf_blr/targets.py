@@ -51,9 +51,10 @@ def find_targets(
             )
     chosen = remaining_targets(model, target_modules, modules_to_not_convert)
     if not chosen:
+        by_default = "those inside of repeated blocks are taken where none are named; name yours, " if dense else ""
         raise ValueError(
             f"no module of {type(model).__name__} is left to compress with target_modules={target_modules!r} and "
-            f"modules_to_not_convert={modules_to_not_convert!r}; its linear layers end in "
+            f"modules_to_not_convert={modules_to_not_convert!r}; {by_default}its linear layers end in "
             f"{sorted({leaf(name) for name in dense})}"
         )
     return chosen
@@ -111,12 +112,16 @@ def refuse_adapters(model: nn.Module) -> None:
             )
 
 
+def hits_of(patterns: Patterns, names: Iterable[str]) -> dict[str, set[str]]:
+    """{pattern: the names that it matches}: a regular expression matches whole names, an entry of a list their ends."""
+    if isinstance(patterns, str):
+        return {patterns: {name for name in names if re.fullmatch(patterns, name)}}
+    return {entry: {n for n in names if n == entry or n.endswith("." + entry)} for entry in patterns}
+
+
 def match(patterns: Patterns, names: Iterable[str], what: str, must_match: bool = True) -> set[str]:
     """The names that a regular expression matches whole, or that equal or end in one of a list's entries."""
-    if isinstance(patterns, str):
-        hits = {patterns: {name for name in names if re.fullmatch(patterns, name)}}
-    else:
-        hits = {entry: {n for n in names if n == entry or n.endswith("." + entry)} for entry in patterns}
+    hits = hits_of(patterns, names)
     empty = [pattern for pattern, found in hits.items() if not found]
     if must_match and empty:
         raise ValueError(
@@ -128,10 +133,12 @@ def match(patterns: Patterns, names: Iterable[str], what: str, must_match: bool 
 
 def override_for(name: str, overrides: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     """The values of the first pattern that an ending of `name` matches, else nothing."""
-    for pattern, values in (overrides or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return values
-    return {}
+    return next((values for pattern, values in (overrides or {}).items() if is_overridden(name, pattern)), {})
+
+
+def is_overridden(name: str, pattern: str) -> bool:
+    """Whether the pattern of an override is about a layer of this name."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 def leaf(name: str) -> str:

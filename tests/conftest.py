@@ -1,6 +1,8 @@
 """What all tests share. Without a GPU the kernels run under Triton's interpreter, set before Triton is imported."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,35 @@ def pytest_collection_modifyitems(config, items):
     long = [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+#: modules that a library may import late, until what they hold is frozen as well
+MODULES = 200
+_frozen = 0
+
+
+def freeze():
+    """What imports have left is not looked through again: not by the collector, nor by who asks it for all models.
+
+    Every compression asks it, and among a million objects it takes half a second to find them.
+    """
+    global _frozen
+    gc.collect()
+    gc.freeze()
+    _frozen = len(sys.modules)
+
+
+def pytest_collection_finish(session):
+    freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Between files, where no model is alive."""
+    if (nextitem is None or nextitem.path != item.path) and len(sys.modules) > _frozen + MODULES:
+        freeze()
+
+
+def pytest_sessionfinish(session):
+    """Libraries take what is still frozen at the end for leaked."""
+    gc.unfreeze()

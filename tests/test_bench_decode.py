@@ -84,7 +84,7 @@ def test_one_compilation_for_all_layers_and_the_same_text(make, graphs, backend)
 @pytest.mark.parametrize("make", [blast, fused])
 def test_blocks_with_kernels_share_a_compilation_too(make):
     pytest.importorskip("triton")
-    model = make(num_hidden_layers=LAYERS, hidden_size=16, intermediate_size=32)
+    model = make(num_hidden_layers=2, hidden_size=16, intermediate_size=32)
     ids = torch.arange(3)[None]
     plain = model.generate(ids, max_new_tokens=4, **SETTINGS).tolist()
     counters.clear()

@@ -122,7 +122,7 @@ def test_usual_variants_are_those_that_can_be_built():
     assert "blast:paper+fused" in usual["DiT-XL/2"] and "monarch:paper+fused" not in usual["DiT-XL/2"]
     for name in ("GPT2-S", "ViT-B/16"):
         for variant in usual_variants(SHAPES[name]):
-            build_model(SHAPES[name].of_blocks(2), variant, 0.5, "cpu", torch.float32)
+            build_model(SHAPES[name].of_blocks(1), variant, 0.5, "cpu", torch.float32)
 
 
 def test_a_replayed_step_generates_the_same_text():
@@ -234,7 +234,7 @@ def test_rows_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_training_step_that_keeps_fewer_activations():
+def test_a_training_step_that_keeps_fewer_activations(monkeypatch):
     from tiny import tiny_shape
 
     from hf_blr.bench.report.model_tables import compared
@@ -243,11 +243,13 @@ def test_a_training_step_that_keeps_fewer_activations():
     shape = tiny_shape(num_hidden_layers=1)
     settings = {"forms": ("compiled",), "mode": "default", "training_tokens": 8, "dtype": torch.float32}
     found = []
-    for budget in (1.0, 0.5):
+    for budget in (0.5, 1.0):
         request = rows.Request(("training",), activation_budget=budget, stop_at_errors=True, **settings)
         found += rows.model_rows("tiny", shape, [Variant.parse("low_rank")], request, Timer("cpu", 0.01, 3))
+        # how long the other takes says nothing of its row
+        monkeypatch.setattr(measure, "training", lambda *args, row=found[-1]: {"ms": row["ms"]})
     found = [row for row in found if row["form"] == "compiled"]
-    assert [row.get("activation_budget") for row in found] == [None, 0.5]
+    assert [row.get("activation_budget") for row in found] == [0.5, None]
     # each is compared with its like
     dense = [{**row, "variant": "dense", "ms": 2 * row["ms"]} for row in found]
     lines = compared([*dense, *found], "training")

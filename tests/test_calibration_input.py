@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import build, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
-from transformers import MPNetConfig, MPNetForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import LlamaForCausalLM, MPNetConfig, MPNetForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.batches import calibration_batches
@@ -37,6 +37,30 @@ def test_what_are_no_batches_is_refused_with_what_to_do(case, run):
         run(model, BLRConfig("low_rank", ratio=0.6), calibration=given)
     assert "\n" not in str(raised.value)
     assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+NO_MODEL = "got a str: load it first, or compress it while it loads with from_pretrained"
+
+
+@pytest.mark.parametrize("run", [compress, collect_statistics])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("name", BLRConfig("low_rank", ratio=0.6)), NO_MODEL),
+        ((LlamaForCausalLM, BLRConfig("low_rank", ratio=0.6)), "got the class LlamaForCausalLM"),
+        ((tiny_llama(), {"ratio": 0.6}), r"must be a BLRConfig, got a dict: give BLRConfig\(\*\*config\)"),
+        ((tiny_llama(), tiny_tokenizer()), "must be a BLRConfig, got a"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_with_what_to_do(run, given, message):
+    with pytest.raises(TypeError, match=message):
+        run(*given)
+
+
+@pytest.mark.parametrize("run", [compress, collect_statistics])
+def test_the_name_of_a_tokenizer_is_refused(run):
+    with pytest.raises(TypeError, match="got a str: give AutoTokenizer.from_pretrained"):
+        run(tiny_llama(), BLRConfig("low_rank", ratio=0.6, dataset=["text " * 99]), tokenizer="name")
 
 
 def test_what_are_batches_is_taken():

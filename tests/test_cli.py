@@ -154,6 +154,30 @@ def test_an_encoder_decoder_keeps_its_class_and_is_fitted_to_text(dense, tmp_pat
     assert blr_modules(type(tiny_t5()).from_pretrained(out))
 
 
+def test_a_dtype_is_named_as_pytorch_names_it(dense, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compress(dense, tmp_path / "out", "--dtype", "bf16")
+    assert "--dtype: expected float32, bfloat16, float16 or auto, got 'bf16'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(dense, tmp_path, capsys):
+    assert compress(dense, tmp_path / "out", "--device", "cuda") == 2
+    assert "--device cuda: this build of PyTorch sees no GPU here" in capsys.readouterr().err
+
+
+def test_images_without_a_processor_are_refused(tmp_path, capsys):
+    tiny_vit().save_pretrained(tmp_path / "vit")
+    command = ["compress", str(tmp_path / "vit"), str(tmp_path / "out"), "--ratio", "0.5", "--images", str(tmp_path)]
+    assert main(command) == 2
+    assert "go through the model's processor, which lies not beside it" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_installed_is_named(capsys):
+    assert main(["run", "no_such_program.main", "--flag"]) == 2
+    assert "no_such_program.main is no Python module of this environment: install" in capsys.readouterr().err
+
+
 def test_text_and_images_at_once_are_refused(dense, tmp_path, capsys):
     assert compress(dense, tmp_path / "out", "--images", str(tmp_path)) == 2
     assert "takes the place of --dataset" in capsys.readouterr().err
@@ -213,11 +237,13 @@ def test_a_bfloat16_checkpoint_trains_in_float32_and_stays_bfloat16(dense, tmp_p
     assert AutoModelForCausalLM.from_pretrained(tuned, dtype="auto").dtype == torch.bfloat16
 
 
-def test_weights_alone_need_no_text(dense, tmp_path):
-    assert (
-        main(["compress", dense[0], str(tmp_path / "o"), "--structure", "low_rank", "--rank", "4", "--dataset", "none"])
-        == 0
-    )
+def test_weights_alone_need_no_text_and_no_tokenizer(dense, tmp_path, capsys):
+    for file in Path(dense[0]).glob("tokenizer*"):
+        file.unlink()
+    command = ["compress", dense[0], str(tmp_path / "o"), "--structure", "low_rank", "--rank", "4", "--dataset"]
+    assert main([*command, dense[1]]) == 2
+    assert f"{dense[0]} holds no tokenizer: save the model's there" in capsys.readouterr().err
+    assert main([*command, "none"]) == 0
     stored = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
     assert stored["dataset"] is None and stored["rank"] == 4
 
@@ -310,6 +336,7 @@ def test_an_output_that_holds_a_model_is_kept(dense, tmp_path, capsys):
         (["--ratio", "0.5", "--target-modules", "query"], "match no linear layer"),
         (["--ratio", "0.5", "--num-blocks", "7"], "choose from"),
         (["--ratio", "0.5", "--dataset", "no-such-file.txt"], "no-such-file.txt"),
+        (["--ratio", "0.5", "--max-memory", "6XB"], "6XB"),
     ],
 )
 def test_mistakes_end_in_one_line(dense, tmp_path, capsys, arguments, message):

@@ -1,11 +1,9 @@
 """A training step of two processes, each with half of the batch, equals one process's step on all of it: DDP, FSDP2."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
+from joined import PROCESSES, join, start_together
 from tiny import tiny_llama
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +16,6 @@ from hf_blr.structures import structures
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-PROCESSES = 2
 BATCH = torch.randint(0, 256, (2 * PROCESSES, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -50,11 +47,7 @@ def indices_of(model):
 
 def work(rank, folder):
     """One of the processes; the factors and indices of all its models go to a file."""
-    # the loopback device, whatever name this machine has for itself
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120))
+    join(rank, folder)
     found = {}
     for structure in structures():
         model = model_for(structure)
@@ -84,7 +77,7 @@ def sharded_step(structure, rank):
 def processes(tmp_path_factory):
     """{structure: (factors, indices)} of each process after its step."""
     folder = str(tmp_path_factory.mktemp("processes"))
-    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    start_together(work, folder)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -1,11 +1,11 @@
 """Compressions of which several processes do a part each end as that of one process."""
 
 import os
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from joined import PROCESSES, join, start_together
 from resume_cases import OPTIONS
 from tiny import batches_for, tiny_gpt2, tiny_llama, tiny_logits, tiny_mixtral, tiny_t5, tiny_tokenizer
 from transformers import LlamaForCausalLM
@@ -17,7 +17,6 @@ from hf_blr.processes import Processes
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-PROCESSES = 2
 #: three batches of eight, so that the parts differ
 CASES = {
     "pivoted": (tiny_llama, {"structure": "pivoted"}),
@@ -45,14 +44,6 @@ def compressed(case, **given):
     return model, report
 
 
-def begin(rank, folder):
-    # the loopback device, whatever name this machine has for itself
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=120))
-
-
 def refused(**given):
     try:
         compress(tiny_llama(), **given, distributed=True, progress=False)
@@ -62,7 +53,7 @@ def refused(**given):
 
 
 def work(rank, folder):
-    begin(rank, folder)
+    join(rank, folder)
     found = {}
     for case in CASES:
         model, report = compressed(case, distributed=True)
@@ -101,7 +92,7 @@ def processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("processes"))
     tiny_llama().save_pretrained(f"{folder}/dense")
     tiny_tokenizer().save_pretrained(f"{folder}/dense")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    start_together(work, folder)
     return folder, [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 

@@ -51,6 +51,11 @@ def attention(computed):
         yield block
 
 
+def one_block():
+    """The interpreter takes its time for each layer."""
+    return tiny_llama(num_hidden_layers=1)
+
+
 def alone(module, x):
     with ops.use_impl("reference"):
         return module(x)
@@ -58,13 +63,13 @@ def alone(module, x):
 
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_a_fused_model_gives_the_same_logits_with_one_call_for_each_group(structure, computed):
-    model = compressed(structure)
+    model = compressed(structure, one_block)
     expected = tiny_logits(model)
     groups = hf_blr.fuse(model)
-    assert len(groups) == 4 and groups[0] == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
+    assert len(groups) == 2 and groups[0] == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
     with ops.use_impl("triton"):
         torch.testing.assert_close(tiny_logits(model), expected, rtol=1e-4, atol=1e-4)
-    assert len(computed) == 4
+    assert len(computed) == 2
 
 
 def test_nothing_changes_where_no_kernel_runs(computed):
@@ -280,40 +285,40 @@ def test_training_goes_on_as_before_but_alone(structure):
 def test_adapters_on_top(computed):
     from peft import LoraConfig, get_peft_model
 
-    model = compressed()
+    model = compressed(build=one_block)
     lora = LoraConfig(r=2, target_modules=hf_blr.lora_targets(model), init_lora_weights=False)
     peft_model = get_peft_model(model, lora)
     expected = tiny_logits(peft_model.eval())
-    assert len(hf_blr.fuse(peft_model)) == 4
+    assert len(hf_blr.fuse(peft_model)) == 2
     with ops.use_impl("triton"):
         torch.testing.assert_close(tiny_logits(peft_model), expected, rtol=1e-4, atol=1e-4)
-    assert len(computed) == 4
+    assert len(computed) == 2
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("structure", CONFIGS)
 def test_compiles_as_one_graph_with_one_op_for_each_group(structure):
-    model = compressed(structure)
+    model = compressed(structure, one_block)
     hf_blr.fuse(model)
-    graphs = []
+    ids, graphs = torch.arange(3)[None], []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
 
     with ops.use_impl("triton"):
-        expected = tiny_logits(model)
-        got = tiny_logits(torch.compile(model, fullgraph=True, backend=backend))
+        expected = model(ids).logits
+        got = torch.compile(model, fullgraph=True, backend=backend)(ids).logits
     torch.testing.assert_close(got, expected)
     nodes = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     calls = [str(node.target) for node in nodes if "grouped" in str(node.target)]
-    assert len(graphs) == 1 and len(calls) == 4
+    assert len(graphs) == 1 and len(calls) == 2
 
 
 @pytest.mark.slow
 def test_generates_with_a_static_cache():
-    model = compressed()
+    model = compressed(build=one_block)
     inputs = tiny_inputs(model)["input_ids"][:1, :4]
     settings = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
     expected = model.generate(inputs, **settings)

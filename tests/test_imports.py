@@ -50,21 +50,19 @@ def test_an_import_upward_is_found(copied, module, line, broken):
     assert status != 0 and f"{broken}" in output.partition("Broken contracts")[2], output
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_import_needs_no_triton_and_touches_no_gpu():
+def test_everything_but_the_kernels_works_without_triton_and_touches_no_gpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, hf_blr\n"
-        "from hf_blr import BLRConfig, compress\n"
+        "from hf_blr import BLRConfig, compress, ops\n"
         "model = torch.nn.Sequential(torch.nn.Linear(16, 16))\n"
         "compress(model, BLRConfig('blast', ratio=0.6, num_blocks=2), progress=False)\n"
-        "print(model(torch.ones(1, 16)).shape, torch.cuda.is_initialized())"
+        "print(model(torch.ones(1, 16)).shape, torch.cuda.is_initialized())\n"
+        "ops.low_rank_linear(torch.ones(2, 4), torch.ones(3, 1), torch.ones(1, 4), impl='triton')"
     )
-    done = run(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "torch.Size([1, 16]) False" in done.stdout, done.stderr
+    assert "Triton is not installed" in done.stderr
 
 
 def test_an_old_triton_is_not_used_and_named(monkeypatch):

@@ -146,3 +146,10 @@ def test_layout_of_another_model(folders, tmp_path):
 def test_tensor_parallelism(keyword, folders):
     with pytest.raises(NotImplementedError, match="tensor or expert parallelism"):
         LlamaForCausalLM.from_pretrained(folders / "dense", blr_config=CONFIG, **keyword)
+
+
+@pytest.mark.parametrize("asked", [{"passes": 2}, {"block_steps": 2}, {"allocation": "loss"}, {"structure": "auto"}])
+def test_what_takes_text_is_refused_while_weights_stream_in(asked, folders):
+    config = BLRConfig(**{"structure": "low_rank", "ratio": 0.5, **asked})
+    with pytest.raises(ValueError, match="and there is none: give text"):
+        LlamaForCausalLM.from_pretrained(folders / "dense", blr_config=config)

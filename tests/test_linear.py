@@ -85,6 +85,7 @@ def test_what_is_computed_from_the_weight_trains_the_factors(spec, transposed):
 
 WRITES = {
     "in place": lambda w: w.add_(2),
+    "by torch.nn.init": nn.init.normal_,
     "by numbers of its own": lambda w: w.mul_(torch.arange(12.0)),
     "turned": lambda w: w.mul_(-1),
     "operator": lambda w: w.__iadd__(1),

@@ -88,7 +88,10 @@ def test_what_cannot_be_fitted_again_is_refused():
     with pytest.raises(ValueError, match="passes must be an integer of at least 1"):
         BLRConfig("low_rank", ratio=0.5, passes=0)
     model = tiny_llama()
+    for asked in ({"passes": 2}, {"block_steps": 2}, {"allocation": "loss"}, {"structure": "auto"}):
+        with pytest.raises(ValueError, match="and there is none: give text"):
+            compress(model, BLRConfig(**{"structure": "low_rank", "ratio": 0.5, **asked}), progress=False)
     config = BLRConfig(passes=2, **SETTINGS)
     statistics = collect_statistics(model, config, calibration=batches_for(model))
-    with pytest.raises(ValueError, match="there is none: set passes=1"):
+    with pytest.raises(ValueError, match="passes=2 fit the model again to text, and there is none: give text"):
         compress(model, config, statistics=statistics, progress=False)

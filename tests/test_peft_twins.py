@@ -192,6 +192,8 @@ def test_merging_is_exact_or_asked_for():
         hf_blr.merge_adapters(adapted(model, ["q_proj"]))
     with pytest.raises(ValueError, match='must be "exact" or "refit", got \'approximately\''):
         hf_blr.merge_adapters(model, merge="approximately")
+    with pytest.raises(TypeError, match="LlamaForCausalLM carries no adapters to merge: give what peft"):
+        hf_blr.merge_adapters(model, merge="refit")
     dense = adapted(tiny_llama().double(), ["q_proj"])
     expected = tiny_logits(dense)
     merged, refits = hf_blr.merge_adapters(dense)

@@ -196,6 +196,13 @@ def test_models_that_predict_no_next_token_have_no_perplexity(build):
         perplexity(model, None, token_ids(32), seqlen=16)
 
 
+def test_names_in_the_place_of_a_model_and_a_tokenizer_are_refused(model):
+    with pytest.raises(TypeError, match="takes a loaded model first, got a str: give AutoModelForCausalLM"):
+        perplexity("name", tiny_tokenizer(), ["text"])
+    with pytest.raises(TypeError, match="got a str: give AutoTokenizer.from_pretrained"):
+        perplexity(model, "name", ["text"], seqlen=16)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [

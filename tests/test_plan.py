@@ -74,6 +74,23 @@ def test_exclusion_wins_and_nothing_left_is_an_error():
         find_targets(model, ["q_proj"], ["q_proj"])
 
 
+def test_patterns_that_match_no_layer_are_named(caplog):
+    dense = {"modules_to_not_convert": ["qproj", "o_proj", "lm_head"]}
+    config = BLRConfig("low_rank", ratio=0.5, overrides={"kproj": {"rank": 2}, "up_proj": {"rank": 4}}, **dense)
+    assert len(resolve_plan(tiny_llama(), config)) == 12  # lm_head is no target, and a layer all the same
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("q_proj" in each for each in said)
+    assert "overrides of BLRConfig has patterns that match no layer: ['kproj']" in said[0]
+    assert "modules_to_not_convert of BLRConfig has patterns that match no layer: ['qproj']" in said[1]
+
+
+def test_layers_outside_of_blocks_are_to_be_named():
+    block = tiny_llama().model.layers[0]
+    with pytest.raises(ValueError, match="those inside of repeated blocks are taken where none are named; name yours"):
+        resolve_plan(block, BLRConfig("low_rank", ratio=0.5))
+    assert list(resolve_plan(block, BLRConfig("low_rank", ratio=0.5, target_modules=["up_proj"]))) == ["mlp.up_proj"]
+
+
 def test_overrides_apply_to_the_first_match():
     config = BLRConfig(
         ratio=0.5,

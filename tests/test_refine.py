@@ -80,6 +80,8 @@ def test_refinement_of_a_dense_model_trains_the_targets_alone_and_with_the_same_
     assert moved == {f"{name}.weight" for name in find_targets(dense)}
     with pytest.raises(ValueError, match="compress it first"):
         refine(copy.deepcopy(dense), dense, WINDOWS, epochs=1, batch_size=4)
+    with pytest.raises(TypeError, match="got a str: hf_blr.text.load_windows makes windows of text"):
+        refine(model, dense, ["a text"], epochs=1)
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])

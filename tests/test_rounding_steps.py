@@ -3,10 +3,14 @@
 import json
 
 import conditions
+import protocol
 import pytest
+import rounding_steps
+import runs_in_bits
 import torch
 from rounding_section import steps_section
-from rounding_steps import OF_FACTORS, OFF, without
+from rounding_steps import LABELS, OF_FACTORS, OFF, without
+from tiny import tiny_llama
 
 from hf_blr.calibration.regression import Regression
 from hf_blr.factorize import FitOptions, factorize
@@ -69,3 +73,17 @@ def test_a_line_says_what_both_lose_without_a_step(tmp_path, monkeypatch):
     assert [cell.strip() for cell in none.split("|")[1:-1]] == ["none", "1.25", "2.50"]
     assert [cell.strip() for cell in refit.split("|")[1:-1]] == ["refit of u", "", "3.00"]
     assert "low-rank at 80% of the parameters; fitted to 4 thousand tokens of valid" in rest[-1]
+
+
+def test_a_row_is_measured_from_the_command_line(tmp_path, monkeypatch):
+    for module, name, value in ((protocol, "SEQLEN", 32), (protocol, "BATCH", 4), (runs_in_bits, "GROUP", 8)):
+        monkeypatch.setattr(module, name, value)
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    ids = torch.randint(0, 256, (256,), generator=torch.Generator().manual_seed(0))
+    torch.save({"text": ids}, tmp_path / "ids.pt")
+    where = ["--model", str(tmp_path / "model"), "--device", "cpu", "--json", str(tmp_path / "s.json")]
+    texts = [item for name in ("--texts", "--parts") for item in (name, str(tmp_path / "ids.pt"))]
+    only = ["--calibration", "text", "--windows", "4", "--labels", LABELS[0], "--steps", "none"]
+    rounding_steps.main([*where, *texts, *only])
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert (row["model"], row["without"]) == ("model, turned", "none") and row["ppl"].keys() == {"text"}

@@ -31,6 +31,9 @@ def test_a_text_shorter_than_eight_characters_a_token_is_cut_as_a_whole():
     assert torch.equal(load_windows(documents, tiny_llama(), tokenizer, 32, 10, 2), expected)
     with pytest.raises(ValueError, match="too few for one window of seqlen=8000"):
         windows_of(tokenizer, documents, 8000, 1)
+    for counts, name in (((0, 10), "seqlen"), ((32, 0), "num_samples")):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            load_windows(documents, tiny_llama(), tokenizer, *counts)
 
 
 def test_of_a_longer_text_windows_lie_apart_in_order_and_begin_with_words():

@@ -23,11 +23,11 @@ from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
-from hf_blr.plan import Plan, check_plan, resolve_plan
+from hf_blr.plan import Plan, check_kinds, check_plan, resolve_plan
 from hf_blr.processes import ALONE, Processes
 from hf_blr.targets import refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, load_windows, reads_text
-from hf_blr.text.windows import check_ids
+from hf_blr.text.windows import check_ids, check_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,18 @@ def collect_statistics(
 ) -> Statistics:
     """The dense model's statistics on the calibration text, all layers in memory at once; see `Statistics`.
 
-    Experts of one tensor share theirs, since a matrix for each would be too much to hold at once. With `config.fisher`
-    that takes a forward and a backward pass, else a forward. Arguments and errors as for `compress`. Given a `Store`
-    with a limit, the matrices are gathered part by part and lie in its files, for as long as it is open.
+    Experts of one tensor share theirs, since a matrix for each would be too much to hold at once.
+
+    Args:
+        model, config, tokenizer, calibration: as for `compress`. With `config.fisher` the text takes a forward and a
+            backward pass, else a forward.
+        store: with a limit, the matrices are gathered part by part and lie in its files, for as long as it is open.
+
+    Raises:
+        TypeError: as `compress` does.
+        ValueError: likewise, and if neither the config nor `calibration` names a text.
     """
+    check_kinds(model, config)
     model = unwrapped(model)
     refuse_adapters(model)
     plan = resolve_plan(model, config)
@@ -124,6 +132,7 @@ def calibration_batches(
                 f"fitting to dataset={config.to_dict()['dataset']!r} needs a tokenizer: pass tokenizer=, or set "
                 "dataset=None to fit the weights alone"
             )
+        check_tokenizer(tokenizer)
         seqlen = min(config.seqlen, *longest_windows(model, tokenizer))
         count = config.num_samples + int(HELD_OUT * config.num_samples)
         windows = load_windows(config.dataset, model, tokenizer, seqlen, count, config.seed, progress=progress)

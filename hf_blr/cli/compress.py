@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     if args.offload_weights and args.device != "cpu":
         raise ValueError(f"--offload-weights reads them on the CPU: pass --device cpu, got --device {args.device}")
     journal = None if args.resume is None else Journal(args.resume)
-    model, reader = loading.load_model(args.model, args, on_disk=args.offload_weights)
+    textless = config.dataset is None
+    model, reader = loading.load_model(args.model, args, on_disk=args.offload_weights, textless=textless)
     text = loading.fitted_to(args, reader)
     more = {"max_memory": args.max_memory, "offload_folder": args.offload_folder, "distributed": processes.count > 1}
     if processes.rank:

@@ -5,26 +5,41 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_blr.config import QUANT_METHOD, BLRConfig
 from hf_blr.text import can_write, reads_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: one of them at least lies beside a model that has a tokenizer
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
-def load_model(path: str, args: argparse.Namespace, reader: bool = True, on_disk: bool = False) -> tuple[Any, Any]:
+
+def load_model(
+    path: str, args: argparse.Namespace, reader: bool = True, on_disk: bool = False, textless: bool = False
+) -> tuple[Any, Any]:
     """(model, reader) for MODEL and the loading options; a BLR checkpoint loads as one.
-
-    Where `on_disk` says so, weights stay in the checkpoint's files, and accelerate reads them for each forward.
 
     The model is of the class that saved it: a classifier that is read as a language model loses its head. One that
     says no class, or that is read from a GGUF file, is a causal language model.
+
+    Args:
+        reader: False reads none, and gives None.
+        on_disk: weights stay in the checkpoint's files, and accelerate reads them for each forward.
+        textless: the command reads no text, so that the reader may be missing.
+
+    Raises:
+        ValueError: if the device is a GPU and there is none, or a model of text has no tokenizer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_blr.integration.loading import class_named
     from hf_blr.integration.patch import dequantizing_config
 
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this build of PyTorch sees no GPU here; pass --device auto or cpu")
     own, source, quantization = None, {}, {}
     if args.gguf_file:
         source["gguf_file"] = args.gguf_file
@@ -34,13 +49,16 @@ def load_model(path: str, args: argparse.Namespace, reader: bool = True, on_disk
     placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
     model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
     model = model if on_disk else model.to(args.device)
-    return model, load_reader(path, model, source) if reader else None
+    return model, load_reader(path, model, source, textless) if reader else None
 
 
-def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any]) -> Any:
+def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any], textless: bool = False) -> Any:
     """What makes inputs of text, images or sounds: a processor where there is one, else the tokenizer.
 
-    None for a model of images or sounds whose files hold neither.
+    None where the files hold neither, for a model of images or sounds, or if `textless`.
+
+    Raises:
+        ValueError: if a model of text has no tokenizer.
     """
     from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
     from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
@@ -48,7 +66,20 @@ def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any]) -> An
     names = () if source else (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if not any(cached_file(path, name, **missing) for name in names):
-        return AutoTokenizer.from_pretrained(path, **source) if reads_text(model) else None
+        if not reads_text(model):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(path, **source)
+        except (OSError, ValueError) as error:
+            # transformers speaks of packages to install, whatever is missing
+            if source or any(cached_file(path, name, **missing) for name in TOKENIZER_FILES):
+                raise
+            if textless:
+                return None
+            raise ValueError(
+                f"{path} holds no tokenizer: save the model's there (tokenizer.save_pretrained); nothing but `hf-blr "
+                "compress --dataset none` does without"
+            ) from error
     try:
         return AutoProcessor.from_pretrained(path)
     except (ImportError, OSError, TypeError, ValueError):
@@ -62,9 +93,14 @@ def tokenizer_of(reader: Any) -> Any:
 
 
 def fitted_to(args: argparse.Namespace, reader: Any) -> dict[str, Any]:
-    """The arguments of `compress` for the text or the images that the options name."""
+    """The arguments of `compress` for the text or the images that the options name. Raises ValueError."""
     if args.images is None:
         return {"tokenizer": tokenizer_of(reader)}
+    if reader is None:
+        raise ValueError(
+            f"--images {args.images} go through the model's processor, which lies not beside it: save it there "
+            "(processor.save_pretrained), or leave --images out to fit the weights alone"
+        )
     return {"tokenizer": reader, "calibration": args.images}
 
 

@@ -31,7 +31,7 @@ def add_model(
 
 def add_loading(parser: argparse.ArgumentParser, dtype: str | None = "auto", dtype_help: str = DTYPE) -> None:
     parser.add_argument("--gguf-file", metavar="NAME", help="read the dense weights from this GGUF file in MODEL")
-    parser.add_argument("--dtype", default=dtype, help=dtype_help)
+    parser.add_argument("--dtype", type=dtype_named, default=dtype, help=dtype_help)
     add_device(parser)
 
 
@@ -136,6 +136,12 @@ def launched(args: argparse.Namespace) -> Processes:
 
     args.device = str(PartialState(cpu=args.device == "cpu").device)
     return Processes(joined=True)
+
+
+def dtype_named(name: str) -> str:
+    if name == "auto" or getattr(getattr(torch, name, None), "is_floating_point", False):
+        return name
+    raise argparse.ArgumentTypeError(f"expected float32, bfloat16, float16 or auto, got {name!r}")
 
 
 def device_named(name: str) -> str:

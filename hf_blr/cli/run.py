@@ -8,6 +8,7 @@ Example: hf-blr run lm_eval --model hf --model_args pretrained=out --tasks arc_e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import runpy
 import sys
 
@@ -18,5 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec(args.module.partition(".")[0]) is None:
+        raise ModuleNotFoundError(f"{args.module} is no Python module of this environment: install its package here")
     sys.argv = [args.module, *args.arguments]
     runpy.run_module(args.module, run_name="__main__", alter_sys=True)

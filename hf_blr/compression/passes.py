@@ -20,6 +20,7 @@ from hf_blr.compression.fits import fit_layers
 from hf_blr.compression.journal import Unkept
 from hf_blr.compression.start import Start, start_of
 from hf_blr.config import BLRConfig
+from hf_blr.config.checks import check_without_text
 from hf_blr.experts import multiply_out
 from hf_blr.linear import blr_modules
 from hf_blr.plan import Plan
@@ -49,13 +50,13 @@ def start_of_passes(
         progress: show progress bars.
 
     Raises:
-        ValueError: if there is no text to fit a copy to, or the model is offloaded.
+        ValueError: if the config asks for what takes text, and there is none, or the model is offloaded.
     """
+    if not batches:
+        check_without_text(config, weighed=statistics is not None)
     start = start_of(model, plan, batches, statistics, config, store, processes)
     if config.passes == 1:
         return start
-    if not batches:
-        raise ValueError(f"passes={config.passes} fit the model again to text, and there is none: set passes=1")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"passes={config.passes} copy the model, which is partly offloaded: set passes=1")
     first = copy.copy(config)

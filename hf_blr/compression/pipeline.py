@@ -28,7 +28,7 @@ from hf_blr.config import BLRConfig
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.experts import dense_layers
 from hf_blr.linear import blr_modules
-from hf_blr.plan import check_plan, plan_from_layers, resolve_plan
+from hf_blr.plan import check_kinds, check_plan, plan_from_layers, resolve_plan
 from hf_blr.processes import Processes
 from hf_blr.targets import find_targets, refuse_adapters, unwrapped
 from hf_blr.text import Tokenizer, resolve_dataset
@@ -86,8 +86,8 @@ def compress(
         The report; its layers are in the model's order.
 
     Raises:
-        TypeError: before anything is changed, if calibration batches are no tensors or dicts of tensors, or statistics
-            or shards are something else.
+        TypeError: before anything is changed, if an argument is of another kind, such as a model's name, batches that
+            are no tensors, or what are no statistics or shards.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
             none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), the
@@ -96,6 +96,9 @@ def compress(
         OSError: if the journal or a shard cannot be written; what the journal holds stays.
     """
     started = time.perf_counter()
+    check_kinds(model, config)
+    # a limit that nobody can read is told before a model has written text for minutes
+    store = Store(max_memory, offload_folder)
     processes = Processes(distributed)
     check_shared(processes, config, resume is not None)
     model = unwrapped(model)
@@ -128,7 +131,7 @@ def compress(
         # what a given plan leaves out of the targets stays dense, like what a budget leaves out
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
-    with Store(max_memory, offload_folder) as store:
+    with store:
         start = journal.start(
             partial(start_of_passes, model, plan, names, batches, statistics, config, store, processes, progress)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import os
 from dataclasses import dataclass, field, fields
@@ -151,7 +152,9 @@ def naming_unknown(init: Any) -> Any:
     def __init__(self: BLRConfig, *args: Any, **values: Any) -> None:
         unknown = sorted(set(values) - {*self.keys(), "quant_method"})
         if unknown:
-            raise ValueError(f"BLRConfig has no {unknown}; it takes {sorted(self.keys())}")
+            close = difflib.get_close_matches(unknown[0], self.keys(), 1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"BLRConfig has no {unknown}{meant}; it takes {sorted(self.keys())}")
         init(self, *args, **values)
 
     return __init__

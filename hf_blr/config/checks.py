@@ -21,7 +21,8 @@ def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
         if settings["structure"] != AUTO or where != "BLRConfig":
             whole = structure_named(settings["structure"]).whole
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        chosen = f"; {AUTO!r} chooses one for each layer" if where == "BLRConfig" else ""
+        raise ValueError(f"{where}: {error}{chosen}") from None
     given = [settings[key] for key in ("ratio", "rank") if settings[key] is not None]
     if whole:
         if given or settings["num_blocks"] is not None:
@@ -35,6 +36,24 @@ def check_budget(where: str, settings: dict[str, Any], planned: bool) -> None:
             f"{where}: give exactly one of ratio (kept / dense parameters) and rank, "
             f"got ratio={settings['ratio']!r} and rank={settings['rank']!r}"
         )
+
+
+def check_without_text(config: BLRConfig, weighed: bool = False) -> None:
+    """Raises ValueError for settings that are about text, of a fit that reads none.
+
+    Args:
+        weighed: whether statistics of the dense model say what its loss feels.
+    """
+    asked = {
+        f"passes={config.passes} fit the model again to text": config.passes > 1,
+        f"block_steps={config.block_steps} refine blocks on text": config.block_steps > 0,
+    }
+    if not (weighed or config.layers):
+        asked['structure="auto" compares structures on text'] = config.structure == AUTO
+        asked['allocation="loss" shares a ratio out by what the loss feels on text'] = config.allocation == "loss"
+    for said, wanted in asked.items():
+        if wanted:
+            raise ValueError(f"{said}, and there is none: give text (dataset=, calibration=), or leave that out")
 
 
 def check_together(config: BLRConfig, planned: bool) -> None:

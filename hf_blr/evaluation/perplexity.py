@@ -15,7 +15,7 @@ from hf_blr.evaluation.score import Perplexity
 from hf_blr.evaluation.windows import batch_windows, cut_windows
 from hf_blr.modes import evaluating
 from hf_blr.text import NAMED, Tokenizer, load_text, tokenize
-from hf_blr.text.windows import check_ids
+from hf_blr.text.windows import check_ids, check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +66,8 @@ def perplexity(
     Raises:
         ValueError: if the text is too short, `seqlen` is beyond the model's positions, a token id is beyond
             its vocabulary, or a count is out of range. Also what `load_text` raises.
-        TypeError: if the model is an encoder, an encoder-decoder or a classifier: it predicts no next token of its
-            input.
+        TypeError: if the model or the tokenizer is given by its name, or the model is an encoder, an encoder-decoder or
+            a classifier: it predicts no next token of its input.
     """
     check_causal(model)
     stride = seqlen if stride is None else stride
@@ -126,7 +126,8 @@ def as_tokens(tokenizer: Tokenizer | None, dataset: Any) -> tuple[torch.Tensor, 
             )
         return dataset.long(), f"<{len(dataset)} token ids>"
     if tokenizer is None:
-        raise ValueError("a tokenizer is needed unless the dataset is a tensor of token ids")
+        raise ValueError("a tokenizer is needed unless the dataset is a tensor of token ids: give the model's own")
+    check_tokenizer(tokenizer)
     if isinstance(dataset, str) and "\n" in dataset:
         return tokenize(tokenizer, [dataset]), f"<text of {len(dataset)} characters>"
     named = isinstance(dataset, str) and dataset in NAMED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from hf_blr.text import can_write
 from hf_blr.text.windows import check_positions
 
@@ -25,7 +27,12 @@ def check_counts(
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises TypeError where logits say nothing of the next token, even if there is a row of them for each token."""
+    """Raises TypeError for what is no model, or if its logits say nothing of the next token, be there one for each."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"perplexity(model, tokenizer, dataset) takes a loaded model first, got a {type(model).__name__}: give "
+            "AutoModelForCausalLM.from_pretrained(name)"
+        )
     if can_write(model):
         return
     if getattr(model.config, "is_encoder_decoder", False):

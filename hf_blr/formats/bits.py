@@ -162,7 +162,7 @@ class Bits(Format):
                 return (
                     f"rows of {name} hold {length} numbers, which groups of {self.group_size} do not divide; take "
                     + (f"a group_size of {choices}" if choices else "another rank")
-                    + ", or None for one scale a row"
+                    + ", or group_size=None for one scale a row"
                 )
         return None
 

@@ -15,7 +15,8 @@ from hf_blr.checkpoint.origin import base_name, record_origin
 from hf_blr.checkpoint.record import forget_quantizer, record_plan
 from hf_blr.checkpoint.values import check_values
 from hf_blr.checkpoint.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
-from hf_blr.config import AUTO, BLRConfig
+from hf_blr.config import BLRConfig
+from hf_blr.config.checks import check_without_text
 from hf_blr.experts import layer_named
 from hf_blr.integration.loading import to_dense
 from hf_blr.integration.parallel import refuse_sharded, refuse_tensor_parallel
@@ -60,8 +61,8 @@ class BLRHfQuantizer(HfQuantizer):
                 "streams in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense "
                 "model and call hf_blr.compress(model, config, tokenizer=tokenizer)"
             )
-        if not self.pre_quantized and self.quantization_config.structure == AUTO:
-            raise ValueError('structure="auto" needs text to compare structures on: set dataset, or name a structure')
+        if not self.pre_quantized:
+            check_without_text(self.quantization_config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

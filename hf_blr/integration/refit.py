@@ -55,9 +55,15 @@ def merge_adapters(peft_model: nn.Module, merge: str = "exact") -> tuple[nn.Modu
     Raises:
         NotImplementedError: for "exact", if a BLR layer carries an adapter.
         ValueError: for another word.
+        TypeError: if it is no PEFT model.
     """
     if merge not in ("exact", "refit"):
         raise ValueError(f'merge must be "exact" or "refit", got {merge!r}')
+    if not hasattr(peft_model, "merge_and_unload"):
+        raise TypeError(
+            f"{type(peft_model).__name__} carries no adapters to merge: give what peft.get_peft_model or "
+            "PeftModel.from_pretrained made of it"
+        )
     model: Any = peft_model
     if merge == "exact":
         return model.merge_and_unload(), {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hf_blr.config import BLRConfig
 from hf_blr.dense import at_hand, feature_sizes, is_dense_linear, is_transposed, stored_weight
 from hf_blr.experts import ExpertsTensor, layer_named
 from hf_blr.factorize.finite import check_finite
@@ -12,6 +13,19 @@ from hf_blr.plan.layers import LayerPlan, Plan
 
 #: what a dense layer may be made of
 NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_kinds(model: nn.Module, config: BLRConfig) -> None:
+    """Raises TypeError, with what to do, for what is no model, or no config for one."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"the model must be a loaded one, got {given}: load it first, or compress it while it loads with "
+            "from_pretrained(name, blr_config=config)"
+        )
+    if not isinstance(config, BLRConfig):
+        unpacked = ": give BLRConfig(**config)" if isinstance(config, dict) else ""
+        raise TypeError(f"the config must be a BLRConfig, got a {type(config).__name__}{unpacked}")
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_blr.config import BLRConfig
 from hf_blr.dense import feature_sizes, is_transposed
-from hf_blr.experts import ExpertsTensor, layer_named
+from hf_blr.experts import ExpertsTensor, dense_layers, layer_named
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import blr_modules
 from hf_blr.plan.layers import LayerPlan, Plan
@@ -24,7 +24,7 @@ from hf_blr.structures import (
     max_rank,
     structure_named,
 )
-from hf_blr.targets import find_targets, override_for
+from hf_blr.targets import find_targets, hits_of, is_overridden, leaf, override_for
 from hf_blr.unreached import warn_of_unreached
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,26 @@ def resolve_plan(model: nn.Module, config: BLRConfig) -> Plan:
             f"rank={config.rank} makes no module of this model smaller, and dense_format={config.dense_format!r} none "
             "of those that stay dense; use a lower rank, a ratio, or a dense_format of fewer bits"
         )
+    warn_of_unmatched(config, targets, [*dense_layers(model)])
     warn_of_unreached(model)
     return plan
+
+
+def warn_of_unmatched(config: BLRConfig, targets: list[str], dense: list[str]) -> None:
+    """Says which patterns are about no layer: with a typing error, they would be passed over in silence."""
+    kept_dense = hits_of(config.modules_to_not_convert or [], dense)
+    unmatched = {
+        "overrides": [p for p in config.overrides or {} if not any(is_overridden(name, p) for name in targets)],
+        "modules_to_not_convert": [pattern for pattern, names in kept_dense.items() if not names],
+    }
+    for field, patterns in unmatched.items():
+        if patterns:
+            logger.warning(
+                "%s of BLRConfig has patterns that match no layer: %s; the model's linear layers end in %s",
+                field,
+                patterns,
+                sorted({leaf(name) for name in dense}),
+            )
 
 
 def too_narrow(module: nn.Module, settings: dict[str, Any]) -> bool:

@@ -75,7 +75,7 @@ def register(record: Structure) -> None:
 
 
 def unregister(name: str) -> None:
-    """Forget a structure that `register` made known."""
+    """Forget a structure that `register` made known. Raises ValueError for one of the package's own."""
     if any(record.name == name for record in BUILT_IN):
         raise ValueError(f"{name!r} belongs to the package and cannot be taken out")
     _records.pop(name, None)

@@ -49,9 +49,12 @@ def load_windows(
         progress: show a progress bar while the model writes.
 
     Raises:
-        ValueError: if the text is shorter than one window, a share comes to no window, or a file holds no windows that
-            fit; also what `load_text` and `write_windows` raise.
+        ValueError: if a count is below one, the text is shorter than one window, a share comes to no window, or a file
+            holds no windows that fit; also what `load_text` and `write_windows` raise.
     """
+    for name, value in (("seqlen", seqlen), ("num_samples", num_samples)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     dataset = resolve_dataset(dataset, model)
     if is_mixture(dataset):
         return mixed_windows(

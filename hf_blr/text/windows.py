@@ -18,11 +18,22 @@ CHARACTERS_PER_TOKEN = 8
 LONGEST_WORD = 64
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises TypeError for what cannot be called with text, such as a tokenizer's name."""
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer= takes a tokenizer, got a {type(tokenizer).__name__}: give AutoTokenizer.from_pretrained(name)"
+        )
+
+
 def tokenize(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
     """Token ids `[T]` of the documents joined by two newlines and tokenised once, as GPTQ and its successors
     do.
 
     A tokenizer that opens each text with a beginning-of-sequence token does so once, at the very start.
+
+    Raises:
+        TypeError: for one string in the place of a list.
     """
     if isinstance(documents, str):
         raise TypeError("tokenize takes a list of strings; for one string pass [text]")

@@ -102,7 +102,8 @@ def expert_rows(x: Tensor, w: Tensor | Weights, experts: Tensor) -> Tensor:
         x,
         w.data,
         w.scale,
-        experts,
+        # one expert a token, picked from more, is a column of a matrix
+        experts.contiguous(),
         out,
         q,
         p // vec,

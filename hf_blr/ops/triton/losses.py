@@ -103,8 +103,8 @@ def losses(student, teacher, labels, sharpness):
     found, logs = (student.new_empty(n, rows, dtype=torch.float32) for n in (2, 3))
     if rows:
         losses_kernel[(rows,)](
-            student, teacher, labels, found, logs, rows, v, student.stride(0), teacher.stride(0), sharpness, BV=BV,
-            num_warps=WARPS,
+            student, teacher, labels.contiguous(), found, logs, rows, v, student.stride(0), teacher.stride(0),
+            sharpness, BV=BV, num_warps=WARPS,
         )  # fmt: skip
     return found, logs
 
@@ -115,7 +115,7 @@ def losses_backward(student, teacher, labels, logs, grads, sharpness):
     out = torch.empty_like(student)
     if rows:
         losses_backward_kernel[(rows, triton.cdiv(v, BV))](
-            student, teacher, labels, logs, grads, out, rows, v, student.stride(0), teacher.stride(0), out.stride(0),
-            sharpness, BV=BV, num_warps=WARPS,
+            student, teacher, labels.contiguous(), logs, grads, out, rows, v, student.stride(0), teacher.stride(0),
+            out.stride(0), sharpness, BV=BV, num_warps=WARPS,
         )  # fmt: skip
     return out
