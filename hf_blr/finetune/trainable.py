@@ -14,7 +14,7 @@ from hf_blr.targets import remaining_targets
 
 #: steps of the scales' logarithms over those of factors: of 1, 3.3 and 10 the middle one did best after 24 steps
 SCALES_RATE = 3.0
-#: steps of codes, as the numbers that they stand for, over those of factors: in int4 1e-4 did better than 2e-4, and 5e-4
+#: steps of codes, as the numbers that they stand for, over those of factors: in int4 1e-4 did better than 2e-4, 5e-4
 #: worse than scales alone (docs/log.md)
 CODES_RATE = 1 / 3
 
