@@ -220,8 +220,9 @@ def test_training_stops_where_other_text_gains_nothing_and_keeps_what_was_best(d
     assert list(seen) == [0, 4, 8, 12] and seen[0] == min(seen.values())
     assert found["after"]["ppl"] == found["before"]["ppl"]
     assert f"{seen[0]:.4f} before, {seen[0]:.4f} after" in capsys.readouterr().out
-    assert main(["finetune", str(out), str(tuned), *train, *held_out[:2], "--overwrite"]) == 2
-    assert "name it as --teacher" in capsys.readouterr().err
+    for alone in (held_out[:2], ["--distill-weight", "0.9"]):
+        assert main(["finetune", str(out), str(tuned), *train, *alone, "--overwrite"]) == 2
+        assert f"{alone[0]} " in (said := capsys.readouterr().err) and "name it as --teacher" in said
 
 
 @pytest.mark.slow

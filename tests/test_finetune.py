@@ -557,9 +557,11 @@ def test_impossible_distillation_is_refused(tmp_path):
         ({"distill_weight": 0.0}, ValueError, r"in \(0, 1\], got 0.0"),
         ({"distill_weight": 1.5}, ValueError, "got 1.5"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"distill_weight": 0.9}, ValueError, "distill_weight=0.9 .*there is none: give teacher="),
+        ({"temperature": 2.0}, ValueError, "temperature=2.0 .*there is none: give teacher="),
         ({"teacher": 3}, TypeError, "name or path of one, got int"),
     ],
-    ids=["weight-0", "weight-1.5", "temperature", "teacher"],
+    ids=["weight-0", "weight-1.5", "temperature", "weight-alone", "temperature-alone", "teacher"],
 )
 def test_bad_settings_are_refused(kwargs, error, match):
     with pytest.raises(error, match=match):

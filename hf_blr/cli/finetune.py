@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--teacher", metavar="MODEL", help="dense model to distil from")
-    parser.add_argument("--distill-weight", type=float, default=0.5, help="share of the distillation loss, 0 to 1")
+    parser.add_argument("--distill-weight", type=float, help="share of the distillation loss, 0 to 1; 0.5 if left out")
     parser.add_argument(
         "--held-out",
         metavar="DATASET",
@@ -54,11 +54,14 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin, score_row
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, KeepBest, train
+    from hf_blr.finetune.callback import DISTILL_WEIGHT
     from hf_blr.finetune.teacher import load_teacher
     from hf_blr.text import load_windows, scored_dataset
 
     if args.held_out is not None and args.teacher is None:
         raise ValueError("--held-out compares the model with a dense one: name it as --teacher")
+    if args.distill_weight is not None and args.teacher is None:
+        raise ValueError("--distill-weight is about what a dense model predicts: name it as --teacher")
     saving.check_output(args.output, args.overwrite)
     stored = AutoConfig.from_pretrained(args.model).dtype if args.dtype is None else None
     # most steps of a training are so small that bfloat16 rounds them away
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     callback = BLRCallback(
         train_norms=args.train_norms,
         teacher=teacher,
-        distill_weight=args.distill_weight,
+        distill_weight=DISTILL_WEIGHT if args.distill_weight is None else args.distill_weight,
         train_bits=args.train_bits,
     )
     best = None

@@ -28,6 +28,9 @@ from hf_blr.formats import FactorInTraining
 
 logger = logging.get_logger(__name__)
 
+#: of a distillation, unless it says otherwise
+DISTILL_WEIGHT, TEMPERATURE = 0.5, 1.0
+
 
 class Selection(TypedDict):
     """What to train besides the factors, as `mark_only_factors_trainable` takes it."""
@@ -73,8 +76,8 @@ class BLRCallback(TrainerCallback):
             float32, with a warning.
 
     Raises:
-        ValueError: for values out of range; at the start, for a model without BLR modules, or with `train_float8` for
-            one of which no layer can train so.
+        ValueError: for values out of range, or about a teacher where there is none; at the start, for a model without
+            BLR modules, or with `train_float8` for one of which no layer can train so.
         RuntimeError: with `train_float8`, where `use_impl("triton")` asks for float8 products that the device lacks.
         TypeError: if the teacher is neither a model nor a name.
     """
@@ -85,8 +88,8 @@ class BLRCallback(TrainerCallback):
         train_biases: bool = False,
         train_also: list[str] | tuple[str, ...] = (),
         teacher: nn.Module | str | os.PathLike[str] | None = None,
-        distill_weight: float = 0.5,
-        temperature: float = 1.0,
+        distill_weight: float = DISTILL_WEIGHT,
+        temperature: float = TEMPERATURE,
         train_bits: str = SCALES,
         float32_factors: bool = True,
         train_float8: bool = False,
@@ -97,6 +100,11 @@ class BLRCallback(TrainerCallback):
             raise ValueError(f"distill_weight must be in (0, 1], got {distill_weight}")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if teacher is None and (distill_weight, temperature) != (DISTILL_WEIGHT, TEMPERATURE):
+            raise ValueError(
+                f"distill_weight={distill_weight} and temperature={temperature} are of the divergence from a teacher, "
+                "and there is none: give teacher=, or leave them out"
+            )
         if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
             raise TypeError(f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}")
         self.selection: Selection = {
