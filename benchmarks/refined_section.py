@@ -23,6 +23,7 @@ SHOWN = (
     (QUALITY, (REFINED, "pivoted", 0.8, "plain")),
     (QUALITY, (f"{TWICE_FITTED_JOINT}, refined", "pivoted", 0.5, "plain")),
     (BITS, (f"{GPTQ}, refined", "dense", 1.0, "int4")),
+    (BITS, (REFINED, "auto", 1.0, 4.25)),
     (BITS, (REFINED, "auto", 1.0, 3.5)),
 )
 TEXTS = ("wikitext2", "ptb", "c4", "code")
