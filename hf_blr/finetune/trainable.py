@@ -155,8 +155,8 @@ def factor_parameter_groups(
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first")
     other_lr = lr if other_lr is None else other_lr
-    scales = {id(form.log_scale) for form in forms_in(model).values()}
-    codes = {id(form.latent) for form in forms_in(model).values()}
+    forms = forms_in(model).values()
+    scales, codes = {id(form.log_scale) for form in forms}, {id(form.latent) for form in forms}
     factors = {id(p) for p in factor_parameters(model)} - scales - codes
     others = [p for p in trainable if id(p) not in scales | codes | factors]
     groups = [
