@@ -33,13 +33,13 @@ from protocol import PROTOCOL, TURNED, Bench, check_tokens, read_ids, sha256_of
 from rates import best_rate
 from runs import TEXTLESS, TRAINED, Run, row_key, runs, shard, shard_of
 from runs_in_bits import runs_in_bits
-from turned import turned
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.checkpoint.record import forget_quantizer
 from hf_blr.cli import loading, options
+from hf_blr.compression import turn_stream
 from hf_blr.finetune import refine
 from hf_blr.plan import resolve_plan
 
@@ -228,7 +228,8 @@ def main(argv=None):
     dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     if args.turned:
-        dense, name = turned(dense), f"{name}, {TURNED}"
+        turn_stream(dense)
+        name = f"{name}, {TURNED}"
     bench = Bench(name, dense.eval(), read_ids(args.texts, tokenizer))
     print(f"[{time.perf_counter() - started:.0f} s] dense {bench.dense_ppl}", flush=True)
     parts = read_ids(args.parts, tokenizer)
