@@ -23,6 +23,7 @@ from tiny import (
     tiny_t5,
     tiny_tokenizer,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_blr import BLRConfig, collect_statistics, compress, from_config, to_dense, turn_stream
@@ -149,6 +150,14 @@ def test_a_compressed_or_offloaded_model_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"model.layers.0.* is offloaded \(18 parameters are\).*without offloading"):
         turn_stream(away)
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tiny_llama()
+    with FakeTensorMode():
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB_SIZE, 64, device="cuda"))
+    with pytest.raises(ValueError, match="lies on cpu, cuda:0, .* load the model on the CPU"):
+        turn_stream(model)
 
 
 def test_it_is_another_basis_for_each_seed_and_survives_a_copy():

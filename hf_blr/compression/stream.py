@@ -6,22 +6,16 @@ What is neither an embedding, a norm nor a linear layer, or reads the stream oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_blr.calibration.batches import device_of, text_batch
-from hf_blr.calibration.calls import hooked
+from hf_blr.compression.stream_trial import Watcher, owners_of, plain_tensors, trial_outputs
 from hf_blr.dense import feature_sizes, is_dense_linear
 from hf_blr.linear import blr_modules
-from hf_blr.modes import evaluating
 
-#: sequences and tokens of the trial forwards
-TRIAL = 2, 16
 #: of an RMS norm's output, how far it may be from what such a norm gives: some round their input to bfloat16
 ROUNDING = 2e-2
 
@@ -30,12 +24,13 @@ ROUNDING = 2e-2
 class Stream:
     """What a model with this stream computes does not depend on the stream's basis, once `find_stream` has tried it.
 
-    size: D, features of the stream. embedding: the module whose rows `[D]` begin the stream. norms: those through which
-    it is read. readers: {linear layer that reads it: its norm}. writers: linear layers that add to it. tied: the
-    readers whose weight is the embedding's. inner: norms of what layers put out.
+    size: D, features of the stream. embedding: the module whose V rows `[D]` begin the stream, V the vocabulary.
+    norms: those through which it is read. readers: {linear layer that reads it: its norm}. writers: linear layers that
+    add to it. tied: the readers whose weight is the embedding's. inner: norms of what layers put out.
     """
 
     size: int
+    vocabulary: int
     embedding: str
     norms: tuple[str, ...]
     readers: dict[str, str]
@@ -45,7 +40,7 @@ class Stream:
 
 
 @dataclass
-class Seen:
+class Seen(Watcher):
     """A forward: what each module with parameters was handed.
 
     sources: {module: the modules whose outputs it was handed; None for any other tensor}, for those that ran.
@@ -82,7 +77,7 @@ def find_stream(model: nn.Module) -> tuple[Stream, Tensor]:
     owners = owners_of(model)
     size = embedding.weight.shape[1]
     seen = Seen()
-    outputs = trial_outputs(model, owners, plain_tensors, seen)
+    outputs = trial_outputs(model, embedding.weight.shape[0], plain_tensors, seen)
     unseen = [name for name in owners if name not in seen.sources]
     if unseen:
         raise refusal(model, unseen[0], "did not run in a forward on token ids alone")
@@ -112,7 +107,7 @@ def find_stream(model: nn.Module) -> tuple[Stream, Tensor]:
     writers = tuple(n for n, m in linears.items() if n not in readers and feature_sizes(m)[1] == size)
     tied = tuple(name for name in readers if linears[name].weight is embedding.weight)
     check_ties(model, start, tied)
-    return Stream(size, start, tuple(norms), readers, writers, tied, tuple(inner)), outputs
+    return Stream(size, len(embedding.weight), start, tuple(norms), readers, writers, tied, tuple(inner)), outputs
 
 
 def embedding_of(model: nn.Module) -> nn.Embedding:
@@ -134,6 +129,13 @@ def embedding_of(model: nn.Module) -> nn.Embedding:
         raise ValueError(
             f"{away[0]} is offloaded ({len(away)} parameters are), and weights must be in memory to be turned: load "
             "the model without offloading (--offload-weights, or a device_map with cpu or disk), or leave turned out"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        # between two, what a norm puts out is copied, and no longer known again
+        raise ValueError(
+            f"the model lies on {', '.join(sorted(devices))}, and a stream is followed on one device: load the model "
+            "on the CPU (fits run on a GPU all the same), or leave turned out"
         )
     return found
 
@@ -171,81 +173,6 @@ def is_rms_norm(norm: nn.Module, size: int) -> bool:
         norm._parameters["weight"] = kept
     wanted = gains * x / x.square().mean(-1, keepdim=True).sqrt()
     return torch.is_tensor(out) and bool((out.double() - wanted).norm() < ROUNDING * wanted.norm())
-
-
-def owners_of(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: module} of those that hold parameters of their own."""
-    return {name: m for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
-
-
-#: (module's name, module) -> tensors in the place of its parameters for a forward
-Tensors = Callable[[str, nn.Module], Mapping[str, Tensor]]
-
-
-def plain_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """Its own parameters, in float32 or wider."""
-    return {key: widened(parameter) for key, parameter in module.named_parameters(recurse=False)}
-
-
-def widened(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@torch.no_grad()
-def trial_outputs(
-    model: nn.Module, owners: Mapping[str, nn.Module], tensors: Tensors, seen: Seen | None = None
-) -> Tensor:
-    """The model's first output on random token ids, its modules running on other tensors than their own, one by one.
-
-    Nothing of the model changes, and one module's tensors are in memory beside it.
-
-    Args:
-        owners: {name: module with parameters of its own}.
-        seen: is told of the forward.
-    """
-    vocabulary = embedding_of(model).weight.shape[0]
-    ids = torch.randint(vocabulary, TRIAL, generator=torch.Generator().manual_seed(0)).to(device_of(model))
-    kept: dict[str, dict[str, Any]] = {}
-    handles = []
-    for name, module in owners.items():
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            if seen is not None:
-                seen.entered(name, args, kwargs)
-            kept[name] = dict(module._parameters)
-            for key, tensor in tensors(name, module).items():
-                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            module._parameters.update(kept.pop(name))
-            if seen is not None:
-                seen.left(name, output)
-
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        with hooked(handles), evaluating(model), exact_products():
-            output = model(**text_batch(model, ids))
-    finally:
-        for name, parameters in kept.items():
-            owners[name]._parameters.update(parameters)
-    logits = getattr(output, "logits", None)
-    found: Any = logits if logits is not None else output[0]
-    return found.double()
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 matrices on a GPU in float32, whatever the process has set."""
-    matmul: Any = torch.backends.cuda.matmul
-    # the older name may not be read once somebody has used the newer one
-    name, value = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 def refusal(model: nn.Module, name: str, reason: str) -> ValueError:
