@@ -188,13 +188,14 @@ def test_weights_in_bfloat16_are_turned_in_float64():
 
 
 def test_int4_loses_less_where_some_weights_stand_out():
-    dense, batches = outlying(), batches_for(tiny_llama())
-    lost, reports = [], []
-    for turned in (False, True):
+    batches, lost, reports = batches_for(tiny_llama()), [], []
+    for dense, turned in ((outlying(), False), (outlying(), True), (uneven(tiny_llama()), False)):
         model = copy.deepcopy(dense)
         reports.append(compress(model, BLRConfig(**INT4, turned=turned), calibration=batches, progress=False))
         lost.append(divergence(dense, model, batches))
-    assert lost[1] < 0.5 * lost[0]
+    assert lost[1] < 0.1 * lost[0]
+    # as much as where none stand out, of a model that computes the same
+    assert lost[1] == pytest.approx(lost[2], rel=0.1)
     # the head had a matrix of its own, and a basis takes none
     assert reports[0].bytes_after == reports[1].bytes_after and reports[1].untied_bytes == 0
 
