@@ -309,9 +309,11 @@ def call_plain(capability):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
     call_losses(bf16, 2048, 49152)
-    # groups of a block whose scales are chosen, and one scale that is given
-    held, upper, tried = torch.empty(8, 72, 128), torch.empty(8, 128, 128), torch.empty(24)
-    rounding.round_columns(held, upper, -8, 7, False, 64, tried)
+    # groups of a block whose scales are chosen, in each format and of any number of rows, and one scale that is given
+    upper, tried = torch.empty(8, 128, 128), torch.empty(24)
+    for limits, rows, size in (((-8, 7), 72, 64), ((-4, 3), 64, 32), ((-2, 1), 1, 128), ((-128, 127), 9, 8)):
+        rounding.round_columns(torch.empty(8, rows, 128), upper, *limits, False, size, tried[: size // 8])
+    held = torch.empty(8, 72, 128)
     rounding.round_columns(held, upper, -448.0, 448.0, True, 128, tried[:1], torch.empty(8, 72, 1))
     call_experts(bf16, 8, 1, 438, 2048)
     call_experts(fp16, 128, 4, 384, 100, transposed=True)
