@@ -49,6 +49,7 @@ def torchao_weights(dense: nn.Module, name: str, **settings: Any) -> tuple[nn.Mo
         layer: Any = nn.Sequential(nn.Linear(k, n, bias=False, device=weight.device, dtype=torch.bfloat16))
         layer[0].weight.copy_(weight)
         quantize(layer, config)
-        stored += bytes_of(layer[0].weight)
+        # of int4 a code, and a scale and a zero for each group: its layout pads small rows to nearly twice their size
+        stored += (n * k // 2 + 4 * n * k // GROUP) if name == "int4" else bytes_of(layer[0].weight)
         weight.copy_(layer(torch.eye(k, device=weight.device, dtype=torch.bfloat16)).mT)
     return model, stored
