@@ -109,7 +109,7 @@ def make(
 
 
 def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.Module, dict]:
-    """Trains the plain factors on half of the training windows, rounds what they became, and trains the scales on half.
+    """Trains the plain factors on half of the training windows, rounds what they became, and trains that on half.
 
     The ranks are those of the fit in bits, which groups divide; what it leaves whole is rounded with the factors.
     """
@@ -122,7 +122,10 @@ def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.
     compress(model, BLRConfig(layers=plain), calibration=on.batches, statistics=on.statistics, progress=False)
     trained(model, halves[0], run.rate, **training)
     compress(to_dense(model), BLRConfig(layers=layers), calibration=on.batches, progress=False)
-    return model, {**trained(model, halves[1], run.rate, **training), "finetune_sha256": sha256_of(on.training)}
+    return model, {
+        **trained(model, halves[1], run.rate, bits=run.trains, **training),
+        "finetune_sha256": sha256_of(on.training),
+    }
 
 
 def trained(

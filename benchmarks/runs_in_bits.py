@@ -43,7 +43,9 @@ def runs_in_bits() -> list[Run]:
 
     def with_refined(run: Run) -> list[Run]:
         scales = replace(run, method=f"{run.method}, refined", kind="refine")
-        return [run, scales, replace(scales, method=f"{run.method}, codes too, refined", trains="codes")]
+        more = {"factor_codes": "codes of factors too, refined", "codes": "codes too, refined"}
+        trained = [replace(scales, method=f"{run.method}, {name}", trains=what) for what, name in more.items()]
+        return [run, scales, *(trained[1:] if run.structure == "dense" else trained)]
 
     def by_torchao(name: str, method: str = TORCHAO, **own: str) -> Run:
         return Run(method, None, 1.0, kind="torchao", settings=tuple({**stored(name, GROUP), **own}.items()))
