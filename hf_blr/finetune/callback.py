@@ -53,8 +53,9 @@ class BLRCallback(TrainerCallback):
     `train_tokens_per_second`, and with a teacher `lm_loss` and `distill_loss`, of which `loss` is the
     weighted sum.
 
-    Of factors that are kept in bits it trains the scales, and where `train_bits` says so the codes too. From the callback's
-    start to the end of `train()` they are in a form for that; checkpoints in between hold codes and scales as ever.
+    Of factors that are kept in bits it trains the scales, and where `train_bits` says so the codes too. From the
+    callback's start to the end of `train()` they are in a form for that; checkpoints in between hold codes and scales
+    as ever.
 
     The parameters that it froze stay frozen after training, as PEFT leaves them: training goes on where it
     stopped, and nothing of it is saved with the model. `model.requires_grad_(True)` thaws them.

@@ -14,8 +14,8 @@ from hf_blr.targets import remaining_targets
 
 #: steps of the scales' logarithms over those of factors: of 1, 3.3 and 10 the middle one did best after 24 steps
 SCALES_RATE = 3.0
-#: steps of codes, as the numbers that they stand for, over those of factors: of 8 bits the same, of fewer smaller, since
-#: a code moves far when it moves; of whole matrices still smaller (docs/log.md)
+#: steps of codes, as the numbers that they stand for, over those of factors: of 8 bits the same, of fewer smaller,
+#: since a code moves far when it moves; of whole matrices still smaller (docs/log.md)
 CODES_RATE = {8: 1.0}
 FEW_BITS_RATE, WHOLE_RATE = 1 / 3, 1 / 3
 
