@@ -43,7 +43,7 @@ AA_PASSES = 5
 #: the format of a run that chooses one for each layer
 CHOSEN = "chosen"
 #: kinds of runs that read no text
-TEXTLESS = ("weights", "descent")
+TEXTLESS = ("weights", "descent", "torchao")
 #: kinds of runs that train
 TRAINED = ("refine", "refine dense", "refine around")
 
