@@ -1,6 +1,6 @@
 """Writes the text "own" of `quality.py`'s calibration sets: windows that the dense model samples itself, seeded.
 
-    python benchmarks/own_text.py --model FOLDER --gguf-file NAME --windows 1200 --out own.pt --json own_text.json
+    python benchmarks/own_text.py --model FOLDER --gguf-file NAME --windows 1152 --out own.pt --json own_text.json
 
 The torch file is a source for `quality.py --parts`. The row says the seconds, and which tokens came out.
 """
@@ -27,8 +27,8 @@ from hf_blr.text import write_windows
 #: the part's name
 OWN = "own"
 PROTOCOL = (
-    "windows sampled at temperature 1 from an empty document each, as many together as half of the memory holds; "
-    "seconds from the loaded model to token ids on the CPU, with no run before"
+    "texts sampled at temperature 1 from an empty document each, all of one length, as many together as half of the "
+    "memory holds; seconds from the loaded model to token ids on the CPU, with no run before"
 )
 
 
@@ -38,7 +38,8 @@ def main(argv=None):
     options.add_loading(parser)
     # half the keys and values; text needs no more
     parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--windows", type=int, default=1200)
+    parser.add_argument("--windows", type=int, default=1152)
+    parser.add_argument("--texts", type=int, default=2, help="in a window, each begun with an empty document")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="torch file to write")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
@@ -49,7 +50,9 @@ def main(argv=None):
     commit = args.commit or machine["commit"]
     file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
     started = time.perf_counter()
-    windows = write_windows(model, tokenizer, args.windows, protocol.SEQLEN, args.seed)
+    count, length = args.windows * args.texts, protocol.SEQLEN // args.texts
+    # rows that follow each other differ in their beginnings
+    windows = write_windows(model, tokenizer, count, length, args.seed).view(args.windows, protocol.SEQLEN)
     seconds = time.perf_counter() - started
     torch.save({OWN: windows.int()}, args.out)
     row = {
@@ -57,6 +60,7 @@ def main(argv=None):
         "dtype": str(model.dtype).removeprefix("torch."),
         "windows": args.windows,
         "seqlen": protocol.SEQLEN,
+        "texts": args.texts,
         "seed": args.seed,
         "seconds": seconds,
         "sha256": sha256_of(windows),
