@@ -107,10 +107,10 @@ def default_text_section() -> str:
             )
     written = read_result(RESULTS / WRITTEN)
     row = max(written["rows"], key=lambda row: row["windows"])
-    tokens = row["windows"] * row["seqlen"]
+    tokens, at_once = row["windows"] * row["seqlen"], row["windows"] * row["texts"] // row["rounds"]
     table.sort(key=lambda line: line["kept"], reverse=True)
     return (
         f"{format_table(table)}\n\n{rows[0]['model']}, BLAST 4x16, `hf-blr compress MODEL OUT --ratio 0.8`: "
         f"perplexity, and over dense. {machine(result['environment'])}. The model wrote {tokens / 1e6:.1f} million "
-        f"tokens in {row['seconds']:.0f} s, {row['windows'] * row['texts']} texts at once in {row['dtype']}."
+        f"tokens in {row['seconds']:.0f} s, {at_once} texts at once in {row['dtype']}."
     )

@@ -2,7 +2,8 @@
 
     python benchmarks/own_text.py --model FOLDER --gguf-file NAME --windows 1152 --out own.pt --json own_text.json
 
-The torch file is a source for `quality.py --parts`. The row says the seconds, and which tokens came out.
+The torch file is a source for `quality.py --parts`; it holds the rounds that are done. The row says the seconds, and
+which tokens came out.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from hf_blr.text import write_windows
 #: the part's name
 OWN = "own"
 PROTOCOL = (
-    "texts sampled at temperature 1 from an empty document each, all of one length, as many together as half of the "
-    "memory holds; seconds from the loaded model to token ids on the CPU, with no run before"
+    "texts sampled at temperature 1 from an empty document each, all of one length, those of a round together as far "
+    "as half of the memory holds them; seconds from the loaded model to token ids on the CPU, with no run before"
 )
 
 
@@ -39,7 +40,9 @@ def main(argv=None):
     # half the keys and values; text needs no more
     parser.set_defaults(dtype="bfloat16")
     parser.add_argument("--windows", type=int, default=1152)
-    parser.add_argument("--texts", type=int, default=2, help="in a window, each begun with an empty document")
+    parser.add_argument("--texts", type=int, default=4, help="in a window, each begun with an empty document")
+    parser.add_argument("--rounds", type=int, default=2, help="in which they are written, each with the next seed")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round that would end after that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="torch file to write")
     parser.add_argument("--commit", help="of the source, where there is no checkout")
@@ -49,18 +52,24 @@ def main(argv=None):
     machine = environment()
     commit = args.commit or machine["commit"]
     file = ResultFile(args.json, {"protocol": PROTOCOL, "environment": {**machine, "commit": commit}}, append=True)
-    started = time.perf_counter()
-    count, length = args.windows * args.texts, protocol.SEQLEN // args.texts
-    # rows that follow each other differ in their beginnings
-    windows = write_windows(model, tokenizer, count, length, args.seed).view(args.windows, protocol.SEQLEN)
-    seconds = time.perf_counter() - started
-    torch.save({OWN: windows.int()}, args.out)
+    count, length = args.windows // args.rounds * args.texts, protocol.SEQLEN // args.texts
+    started, seconds, rounds = time.perf_counter(), 0.0, []
+    for number in range(args.rounds):
+        if number and seconds + seconds / number > args.seconds:
+            break
+        written = write_windows(model, tokenizer, count, length, args.seed + number)
+        # rows that follow each other differ in their beginnings
+        rounds.append(written.view(-1, protocol.SEQLEN).int())
+        seconds = time.perf_counter() - started
+        torch.save({OWN: torch.cat(rounds)}, args.out)
+    windows = torch.cat(rounds)
     row = {
         "model": Path(args.gguf_file or args.model).name.partition(".Q")[0],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "windows": args.windows,
+        "windows": len(windows),
         "seqlen": protocol.SEQLEN,
         "texts": args.texts,
+        "rounds": len(rounds),
         "seed": args.seed,
         "seconds": seconds,
         "sha256": sha256_of(windows),

@@ -77,7 +77,7 @@ def test_the_default_text_stands_beside_the_one_before_and_says_its_seconds(writ
     rows = scored({**blast, "calibration": "builtin", "calibration_tokens": 98304}, 2.0, 2.0)
     rows += scored({**blast, "calibration": "own"}, 1.2, 1.2) + scored({**blast, "method": "ours, refined"}, 1.0, 1.0)
     write(section.FILE, rows)
-    written = {"windows": 1024, "seqlen": 2048, "texts": 2, "seconds": 61.4, "dtype": "bfloat16"}
+    written = {"windows": 1024, "seqlen": 2048, "texts": 4, "rounds": 2, "seconds": 61.4, "dtype": "bfloat16"}
     write(section.WRITTEN, [written, {**written, "windows": 2, "seconds": 9.0}])
     found = section.default_text_section()
     own, builtin = (split(line) for line in found.splitlines()[2:4])
