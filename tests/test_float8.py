@@ -18,7 +18,7 @@ from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
 from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import H100, Device
-from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
+from hf_blr.ops.rules.float8 import Float8Config, float8_config, multiplies_by_cublas
 from hf_blr.structures import LowRank, Monarch, structure_named
 
 #: of the few of one token
@@ -271,6 +271,28 @@ def test_integers_become_numbers_at_many_tokens():
     module = BLRLinear.from_spec(LowRank(128, 64, 32), storage=FORMATS["int8"])
     with torch.no_grad(), ops.use_impl("triton"):
         assert module.route_in_bits(torch.randn(64, 128)) == NUMBERS
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "structure, config",
+    [
+        # tiles whose width is no power of two, of which the last is not full
+        ("low_rank", Float8Config(16, 32, 32, 4, 1, beside=16)),
+        ("monarch", Float8Config(32, 16, 16, 4, 1, beside=32)),
+        # fewer programs than tiles, and more
+        ("blast", Float8Config(16, 32, 16, 4, 1, stays=3)),
+        ("pivoted", Float8Config(16, 16, 32, 4, 1, stays=3)),
+        ("dense", Float8Config(16, 16, 32, 4, 1, beside=32, stays=99)),
+    ],
+    ids=str,
+)
+def test_every_kind_of_tile_computes_the_same(rounding, monkeypatch, structure, config):
+    module, x = layer(structure, n=64 if structure == "dense" else 72), torch.randn(21, 128)
+    with torch.no_grad(), ops.use_impl("triton"):
+        wanted = module(x)
+        monkeypatch.setattr("hf_blr.ops.triton.float8_gemm.float8_config", lambda *args: config)
+        torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 @interpreted

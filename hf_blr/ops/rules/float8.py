@@ -6,10 +6,26 @@ from dataclasses import dataclass, replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
-from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm, gemm_tiles
+from hf_blr.ops.rules.products import GemmConfig, fit_gemm, gemm_tiles
 
 
-def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
+@dataclass(frozen=True)
+class Float8Config(GemmConfig):
+    """Tiles of `float8_gemm_kernel`, which are bn + beside outputs wide."""
+
+    beside: int = 0
+    #: programs that stay on an SM and go from tile to tile; 0: a program a tile
+    stays: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.bn + self.beside
+
+
+SMALLEST = Float8Config(16, 16, 16, 4, 1)
+
+
+def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> Float8Config:
     """For `float8_gemm_kernel`: `groups` products of n outputs, of sums of length k.
 
     H200, us of one product with a graph's start, tiles of 64 x 128, of 128 x 128 by 4 and by 8 warps, and of 128 x 256,
@@ -18,18 +34,18 @@ def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> G
     Where tiles of 128 x 256 leave a fifth of the SMs idle: 4096 tokens, 4096 -> 3168, 89 by 128 x 128 and 100.
     """
     if device == INTERPRETER:
-        return SMALLEST_GEMM
+        return SMALLEST
     rows = groups * -(-tokens // 128)
     wide = rows * -(-n // 256)
     places = -(-wide // device.sms) * device.sms
     if tokens <= 64 or 2 * rows * -(-n // 128) <= device.sms:
-        config = GemmConfig(64, 128, 128, 4, 4)
+        config = Float8Config(64, 128, 128, 4, 4)
     elif rows * -(-n // 128) <= device.sms:
-        config = GemmConfig(128, 128, 128, 8, 4)
+        config = Float8Config(128, 128, 128, 8, 4)
     elif k > 1024 and 2 * wide >= 3 * device.sms and 5 * wide >= 4 * places:
-        config = GemmConfig(128, 256, 128, 8, 3)
+        config = Float8Config(128, 256, 128, 8, 3)
     else:
-        config = GemmConfig(128, 128, 128, 4, 3)
+        config = Float8Config(128, 128, 128, 4, 3)
     return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
 
 
