@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.config.names import AUTO
-from hf_blr.config.options import option
-from hf_blr.config.settings import BLRSettings
+from hf_blr.config.options import integer, option
+from hf_blr.config.settings import BECOMES, BLRSettings
 from hf_blr.formats import FORMATS, PLAIN, Format, format_named, takes_groups
 from hf_blr.structures import structure_named, whole_structures
 from hf_blr.structures.spec import is_count
@@ -86,6 +86,18 @@ class StorageSettings(BLRSettings):
         group=STORED,
         type=float,
         size=True,
+    )
+    rank_multiple: int | None = option(
+        None,
+        "Ranks that a ratio or a budget buys are cut so that this divides the rows that are as long as they are, where "
+        "no more than an eighth is given for it. 128 is best for kernels; if left out, ranks of a shared budget are "
+        "multiples of 16.",
+        integer(1, optional=True),
+        flag="--rank-multiple",
+        group=BECOMES,
+        cli_help="cut ranks so that this divides the rows that are as long as they are, where no more than an eighth "
+        "is given for it; 128 is best for kernels",
+        type=int,
     )
 
     def storage_of(self, structure: str, override: dict[str, Any]) -> Format:

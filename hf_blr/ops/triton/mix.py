@@ -207,7 +207,8 @@ def stack_along_t(blocks, tokens, width, like):
 def blast_mix(y, s, layers=1, z=None):
     """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y and in its dtype; with s^T, dy from dz.
 
-    An empty z in which r is contiguous may be given. For S layers that share x: z `[S*B2, T, R]` from y `[B1, T, S*R]` and s `[B2, B1, S*R]`.
+    An empty z in which r is contiguous may be given. For S layers that share x: z `[S*B2, T, R]` from y
+    `[B1, T, S*R]` and s `[B2, B1, S*R]`.
     """
     (b2, b1, width), tokens = s.shape, y.shape[1]
     blocks, r, along_t = layers * b2, width // layers, y.stride(2) > 1
