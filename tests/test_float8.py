@@ -471,3 +471,20 @@ def test_a_model_in_fp8_keeps_its_activations_fused():
     # gate and up share a cast at many tokens, and their last stage at one
     assert any(group[:2] == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") for group in groups)
     assert torch.equal(tiny_logits(model), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+def test_rows_between_the_stages_begin_at_lines(rounding, monkeypatch, structure):
+    strides = []
+    kernels = importlib.import_module(f"hf_blr.ops.triton.float8_{structure}")
+    run = kernels.float8_gemm
+
+    def seen(a, b, c, *args, **kwargs):
+        strides.extend(t.stride(-2) for t in (a, c) if t.shape[-1] <= 64 and t.dtype == torch.float8_e4m3fn)
+        run(a, b, c, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "float8_gemm", seen)
+    with torch.no_grad(), ops.use_impl("triton"):
+        layer(structure, k=512)(torch.randn(21, 512))
+    assert len(strides) == 2 and {stride % 128 for stride in strides} == {0}

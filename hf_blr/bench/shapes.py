@@ -6,11 +6,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hf_blr.plan.ranks import rank_step
 from hf_blr.structures import BLRSpec, make_spec, structure_named, structures
 
 PAPER_STRUCTURES = ("low_rank", "monarch", "blast")
 #: whose plain form every other structure is compared with, beside dense
 BASELINE = "low_rank"
+#: numbers of a row that are whole lines of the caches in every format from a byte on
+LINE = 128
+#: ranks are cut to such rows where that costs no more than this part of them
+LINES_FOR = 24
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,12 @@ def aligned_spec(
 
 
 def align_rank(spec: BLRSpec) -> BLRSpec:
-    multiple = structure_named(spec.structure).rank_multiple
-    return replace(spec, rank=spec.rank // multiple * multiple or spec.rank)
+    """Rows as long as the rank are whole lines where that costs little, else ranks are loaded in wide pieces."""
+    lines, multiple = rank_step(spec, LINE), structure_named(spec.structure).rank_multiple
+    rank = spec.rank // lines * lines
+    if LINES_FOR * (spec.rank - rank) > spec.rank:
+        rank = spec.rank // multiple * multiple
+    return replace(spec, rank=rank or spec.rank)
 
 
 def typical_indices(spec: BLRSpec, device: torch.device | str) -> dict[str, torch.Tensor]:
