@@ -60,7 +60,8 @@ class Layer:
         found: list[BLRSpec] = []
         for record in structures().values():
             if record.name not in PAPER_STRUCTURES:
-                found.append(aligned_spec(record.name, k, n, self.paper_spec(BASELINE).ratio))
+                # at ranks as the paper's are, of which few make whole lines
+                found.append(aligned_spec(record.name, k, n, self.paper_spec(BASELINE).ratio, lines=False))
             elif record.name == "monarch":
                 total, blocks = self.monarch or (0, 0)
                 found += [record.spec(k, n, total // c, (c, c)) for c in sorted({blocks, 4}) if total]
@@ -73,22 +74,29 @@ class Layer:
 
 
 def aligned_spec(
-    structure: str, in_features: int, out_features: int, ratio: float, num_blocks: tuple[int, int] | None = None
+    structure: str,
+    in_features: int,
+    out_features: int,
+    ratio: float,
+    num_blocks: tuple[int, int] | None = None,
+    lines: bool = True,
 ) -> BLRSpec:
     """The spec of this budget with its rank cut to a multiple that the kernels like, where there is one.
+
+    lines: see `align_rank`.
 
     Raises:
         ValueError: as `make_spec`.
     """
     spec = make_spec(structure, in_features, out_features, ratio=ratio, num_blocks=num_blocks)
-    return align_rank(spec)
+    return align_rank(spec, lines)
 
 
-def align_rank(spec: BLRSpec) -> BLRSpec:
-    """Rows as long as the rank are whole lines where that costs little, else ranks are loaded in wide pieces."""
-    lines, multiple = rank_step(spec, LINE), structure_named(spec.structure).rank_multiple
-    rank = spec.rank // lines * lines
-    if LINES_FOR * (spec.rank - rank) > spec.rank:
+def align_rank(spec: BLRSpec, lines: bool = True) -> BLRSpec:
+    """With lines, rows as long as the rank are whole lines where that costs little; else they load in wide pieces."""
+    step, multiple = rank_step(spec, LINE), structure_named(spec.structure).rank_multiple
+    rank = spec.rank // step * step
+    if not lines or LINES_FOR * (spec.rank - rank) > spec.rank:
         rank = spec.rank // multiple * multiple
     return replace(spec, rank=rank or spec.rank)
 
