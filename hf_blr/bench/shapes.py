@@ -6,16 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_blr.plan.ranks import rank_step
+from hf_blr.plan.ranks import in_multiples, rank_step
 from hf_blr.structures import BLRSpec, make_spec, structure_named, structures
 
 PAPER_STRUCTURES = ("low_rank", "monarch", "blast")
 #: whose plain form every other structure is compared with, beside dense
 BASELINE = "low_rank"
-#: numbers of a row that are whole lines of the caches in every format from a byte on
-LINE = 128
-#: ranks are cut to such rows where that costs no more than this part of them
-LINES_FOR = 24
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,7 @@ class Layer:
         found: list[BLRSpec] = []
         for record in structures().values():
             if record.name not in PAPER_STRUCTURES:
-                # at ranks as the paper's are, of which few make whole lines
-                found.append(aligned_spec(record.name, k, n, self.paper_spec(BASELINE).ratio, lines=False))
+                found.append(aligned_spec(record.name, k, n, self.paper_spec(BASELINE).ratio))
             elif record.name == "monarch":
                 total, blocks = self.monarch or (0, 0)
                 found += [record.spec(k, n, total // c, (c, c)) for c in sorted({blocks, 4}) if total]
@@ -79,26 +74,26 @@ def aligned_spec(
     out_features: int,
     ratio: float,
     num_blocks: tuple[int, int] | None = None,
-    lines: bool = True,
+    multiple: int | None = None,
 ) -> BLRSpec:
     """The spec of this budget with its rank cut to a multiple that the kernels like, where there is one.
 
-    lines: see `align_rank`.
+    multiple: see `align_rank`.
 
     Raises:
         ValueError: as `make_spec`.
     """
     spec = make_spec(structure, in_features, out_features, ratio=ratio, num_blocks=num_blocks)
-    return align_rank(spec, lines)
+    return align_rank(spec, multiple)
 
 
-def align_rank(spec: BLRSpec, lines: bool = True) -> BLRSpec:
-    """With lines, rows as long as the rank are whole lines where that costs little; else they load in wide pieces."""
-    step, multiple = rank_step(spec, LINE), structure_named(spec.structure).rank_multiple
-    rank = spec.rank // step * step
-    if not lines or LINES_FOR * (spec.rank - rank) > spec.rank:
-        rank = spec.rank // multiple * multiple
-    return replace(spec, rank=rank or spec.rank)
+def align_rank(spec: BLRSpec, multiple: int | None = None) -> BLRSpec:
+    """Rows as long as the rank are multiples of `multiple` where that costs little, else they load in wide pieces."""
+    cut = spec if multiple is None else in_multiples(spec, multiple)
+    if multiple is not None and cut.rank % rank_step(spec, multiple) == 0:
+        return cut
+    wide = structure_named(spec.structure).rank_multiple
+    return replace(spec, rank=spec.rank // wide * wide or spec.rank)
 
 
 def typical_indices(spec: BLRSpec, device: torch.device | str) -> dict[str, torch.Tensor]:

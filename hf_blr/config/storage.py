@@ -90,12 +90,12 @@ class StorageSettings(BLRSettings):
     rank_multiple: int | None = option(
         None,
         "Ranks that a ratio or a budget buys are cut so that this divides the rows that are as long as they are, where "
-        "no more than an eighth is given for it. 128 is best for kernels; if left out, ranks of a shared budget are "
+        "no more than a sixteenth is given for it. 128 is best for kernels; if left out, ranks of a shared budget are "
         "multiples of 16.",
         integer(1, optional=True),
         flag="--rank-multiple",
         group=BECOMES,
-        cli_help="cut ranks so that this divides the rows that are as long as they are, where no more than an eighth "
+        cli_help="cut ranks so that this divides the rows that are as long as they are, where no more than a sixteenth "
         "is given for it; 128 is best for kernels",
         type=int,
     )

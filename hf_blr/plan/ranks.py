@@ -15,15 +15,16 @@ def lowered(spec: BLRSpec, suits: Callable[[BLRSpec], bool], lowest: int) -> BLR
     return next((candidate for candidate in lower if suits(candidate)), spec)
 
 
-def most_of(rank: int) -> int:
-    """The lowest rank that is still taken in its place: no more than an eighth is given for what kernels like."""
-    return rank * 7 // 8
-
-
 def has_even_rows(spec: BLRSpec) -> bool:
     """Whether rows of all factors that are multiplied by blocks are multiples of 16 bytes in 16 bits."""
     shapes = spec.shapes(FACTOR).items()
     return all(shape[-1] % 8 == 0 for name, shape in shapes if name not in spec.elementwise)
+
+
+def in_multiples(spec: BLRSpec, multiple: int, suits: Callable[[BLRSpec], bool] = lambda _: True) -> BLRSpec:
+    """The spec at the highest of `rank_step`'s multiples that suits, which costs at most a sixteenth of its rank."""
+    step = rank_step(spec, multiple)
+    return lowered(spec, lambda lower: lower.rank % step == 0 and suits(lower), -(-spec.rank * 15 // 16))
 
 
 def rank_step(shape: BLRSpec, multiple: int) -> int:

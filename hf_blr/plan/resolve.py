@@ -13,7 +13,7 @@ from hf_blr.experts import ExpertsTensor, dense_layers, layer_named
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import blr_modules
 from hf_blr.plan.layers import LayerPlan, Plan
-from hf_blr.plan.ranks import has_even_rows, lowered, most_of, rank_step
+from hf_blr.plan.ranks import has_even_rows, in_multiples, lowered
 from hf_blr.structures import (
     BLRSpec,
     Dense,
@@ -124,13 +124,11 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
     if settings["ratio"] is not None:
         spec = lowered(spec, lambda lower: storage.misfit(lower) is None, 1)
         if config.rank_multiple is not None:
-            step = rank_step(spec, config.rank_multiple)
-            fits = lambda lower: storage.misfit(lower) is None and lower.rank % step == 0  # noqa: E731
-            spec = lowered(spec, fits, most_of(spec.rank))
+            spec = in_multiples(spec, config.rank_multiple, lambda lower: storage.misfit(lower) is None)
         if isinstance(module, ExpertsTensor):
-            # products of many experts take rows that begin at such multiples
-            fits = lambda lower: storage.misfit(lower) is None and has_even_rows(lower)  # noqa: E731
-            spec = lowered(spec, fits, most_of(spec.rank))
+            # products of many experts take rows that begin at such multiples; no more than an eighth is given for it
+            least = spec.rank * 7 // 8
+            spec = lowered(spec, lambda lower: storage.misfit(lower) is None and has_even_rows(lower), least)
     if storage.misfit(spec) is None and (waste := storage.waste(spec)) is not None:
         logger.warning("%s: stays in the plain format: %s", name, waste)
         storage = PLAIN
