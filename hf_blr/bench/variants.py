@@ -146,8 +146,13 @@ def build_model(
 def config_for(variant: Variant, ratio: float) -> BLRConfig:
     if variant.structure == "dense":
         return BLRConfig("dense", dense_format=variant.storage)
-    kept = {"factor_format": variant.storage, "rank_multiple": variant.multiple}
-    return BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks, **kept)
+    return BLRConfig(
+        variant.structure,
+        ratio=ratio,
+        num_blocks=variant.blocks,
+        factor_format=variant.storage,
+        rank_multiple=variant.multiple,
+    )
 
 
 def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> Plan:
