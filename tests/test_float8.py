@@ -320,30 +320,40 @@ def test_who_multiplies_the_last_stage():
 
 def test_tiles_of_products():
     found = {
-        (t, n, k): (c.bt, c.bn, c.warps)
-        for t, n, k in (
-            (48, 4096, 4096),
-            (1024, 1024, 4096),
-            (1024, 1584, 4096),
-            (4096, 4096, 1024),
-            (4096, 14336, 1584),
-            # of 256 columns, a fifth of the SMs would wait
-            (4096, 3168, 4096),
+        (t, n, k, groups): (c.bt, c.outputs, c.warps)
+        for t, n, k, groups in (
+            (48, 4096, 4096, 1),
+            (1024, 1024, 4096, 1),
+            (1024, 1584, 4096, 1),
+            # 128 tiles of 64 x 192 fill 132 SMs
+            (1024, 1536, 14336, 1),
+            (4096, 4096, 1024, 1),
+            # 384 tiles of 128 x 128 leave a quarter of the card idle, 256 of 128 x 192 do not
+            (4096, 1536, 4096, 1),
+            (4096, 1584, 14336, 1),
+            (4096, 14336, 1584, 1),
+            (4096, 3168, 4096, 1),
+            # of 256 columns, half of a second tile would be for nothing
+            (4096, 384, 3584, 16),
         )
-        for c in [float8_config(t, n, k, 1, H100)]
+        for c in [float8_config(t, n, k, groups, H100)]
     }
     assert list(found.values()) == [
         (64, 128, 4),
         (64, 128, 4),
         (128, 128, 8),
+        (64, 192, 4),
         (128, 128, 4),
+        (128, 192, 8),
         (128, 256, 8),
+        (128, 128, 4),
+        (128, 128, 4),
         (128, 128, 4),
     ]
     # no wider than the outputs, and within the memory of smaller cards
     assert float8_config(4096, 64, 256, 16, H100).bn == 64
     small = float8_config(4096, 14336, 1584, 1, Device((8, 9), 128, 101376))
-    assert small.stages * (small.bt + small.bn) * small.bk <= 101376
+    assert small.stages * (small.bt + small.outputs) * small.bk <= 101376
 
 
 def test_the_cast_of_compiled_code_is_plain():
