@@ -22,6 +22,7 @@ from hf_blr.atomic import write_text_atomically
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
+from hf_blr.ops.rules.float8 import Float8Config
 from hf_blr.ops.rules.mix import MixConfig
 from hf_blr.ops.rules.packed import PlacesConfig
 from hf_blr.ops.rules.products import GemmConfig
@@ -68,6 +69,7 @@ CHANGES = {
         {"stages": 2},
     ),
 }
+CHANGES[Float8Config] = CHANGES[GemmConfig]
 #: a change must be this much faster than the rule's choice, or noise would pick it
 GAIN = 0.97
 
