@@ -34,15 +34,19 @@ def word_vector(per: int) -> int:
     return 8 // per
 
 
-def steps_of(columns: int, step: int) -> tuple[int, int]:
-    """(steps, tail) of a row: whole steps, at least one, and a power of two that holds the rest; 0: nothing is left."""
+def steps_of(columns: int, step: int, least: int) -> tuple[int, int]:
+    """(steps, tail) of a row: at least one step, and a power of two that holds the rest; 0: nothing is left.
+
+    A tail is as long as what a warp reads at once, `least`, or longer: a shorter one saves nothing. One that is longer
+    than half a step becomes a step.
+    """
     steps, rest = divmod(columns, step)
-    tail = pow2(rest) if rest else 0
+    tail = max(least, pow2(rest)) if rest else 0
     return (steps + 1, 0) if 2 * tail > step or not steps else (steps, tail)
 
 
-def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
-    """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
+def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device) -> OneConfig:
+    """As `few_tokens.one_config` with a matrix in bits.
 
     A row lies across all warps, so that x stands in registers once. H200, us of one stage, the best of seven settings
     and the next, of rows that share one scale: 14336 x 1584 int4 6.5, 7.0, fp8 8.2, 8.9; 4096 x 1024 2.1, 2.3 and 2.5,

@@ -1,0 +1,122 @@
+"""Rows of a matrix and what they are multiplied by, as the kernels of one token hold them in registers.
+
+A row is read in whole steps, of which nothing is masked, and perhaps in one that ends where the row does. Rows behind
+the last are the last again. Loads have no cache policy: five instructions in a chain would make it anew for each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hf_blr.ops.triton.bits import by_place, sum_of_columns
+from hf_blr.ops.triton.halves import paired
+
+
+@triton.jit
+def rows_of(
+    w_ptr,
+    i_q,
+    Q,
+    C,
+    stride_wq,
+    WHOLE: tl.constexpr,
+    STEPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BQ: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BQ, BC]` and, if TAIL > 0, one `[BQ, TAIL]`, zero behind C.
+
+    WHOLE of the steps end within the row.
+    """
+    o_q = tl.minimum(i_q * BQ + tl.arange(0, BQ), Q - 1)
+    # steps are distances that a load's own offset holds
+    row_ptr = w_ptr + o_q[:, None] * stride_wq
+    pieces = ()
+    for step in tl.static_range(STEPS):
+        o_c = step * BC + tl.arange(0, BC)
+        if step < WHOLE:
+            pieces = pieces + (tl.load(row_ptr + o_c[None, :]),)
+        else:
+            pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
+    if TAIL > 0:
+        o_c = STEPS * BC + tl.arange(0, TAIL)
+        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
+    return pieces
+
+
+@triton.jit
+def scales_of(
+    s_ptr,
+    i_q,
+    Q,
+    C,
+    stride_sq,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STEPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BQ: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Of the same tile in bits: the scale of each column in pieces like the tile's, or `[BQ]` of each row."""
+    o_q = tl.minimum(i_q * BQ + tl.arange(0, BQ), Q - 1)
+    pieces = ()
+    if FORM != "plain":
+        if GROUP == 0:
+            pieces = pieces + (tl.load(s_ptr + o_q * stride_sq),)
+        else:
+            row_ptr = s_ptr + o_q[:, None] * stride_sq
+            for step in tl.static_range(STEPS):
+                o_c = step * BC + tl.arange(0, BC)
+                if step >= WHOLE:
+                    # behind the row, its last column's
+                    o_c = tl.minimum(o_c, C - 1)
+                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :]),)
+            if TAIL > 0:
+                o_c = tl.minimum(STEPS * BC + tl.arange(0, TAIL), C - 1)
+                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :]),)
+    return pieces
+
+
+@triton.jit
+def vector_of(x_ptr, R, FIRST, FORM: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr):
+    """What `paired` makes of x `[R]` in STEPS pieces `[1, BC]` of columns from FIRST on."""
+    pieces = ()
+    for step in tl.static_range(STEPS):
+        o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
+        b_x = tl.load(x_ptr + o_r, mask=o_r < R, other=0.0)
+        tiles = by_place(b_x[None, None, :], FORM)
+        for j in tl.static_range(PER):
+            pieces = pieces + (tl.reshape(tiles[j], (1, BC)),)
+    return paired(pieces, 0, STEPS, FORM, PER)
+
+
+@triton.jit
+def product_of(
+    b_xs,
+    b_ts,
+    b_ws,
+    b_ss,
+    bias_ptr,
+    o_n,
+    m_q,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """`[BQ]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
+    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 1)
+    if TAIL > 0:
+        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 1)
+    if FORM != "plain" and GROUP == 0:
+        b_out *= b_ss[0].to(tl.float32)
+    if HAS_BIAS:
+        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)
+    return b_out
