@@ -16,7 +16,7 @@ from hf_blr.ops.rules.few_tokens import one_config
 from hf_blr.ops.rules.packed import packed_one_config, steps_of, word_vector
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, weights_of
-from hf_blr.ops.triton.one_rows import product_of, rows_of, scales_of, vector_of
+from hf_blr.ops.triton.one_rows import places_of_rows, product_of, rows_of, scales_of, vector_of
 from hf_blr.ops.triton.tiles import wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -55,6 +55,7 @@ def decode_one_kernel(
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
     BQ: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
 ):
     """out[q // GROUP, i, q % GROUP] = activation(w[i, q] . x[i] + bias[i, q]), with w `[blocks, Q, R]`.
@@ -69,36 +70,36 @@ def decode_one_kernel(
     w_ptr += i_i.to(tl.int64) * (stride_wi * VEC_W)
     if FORM != "plain":
         ws_ptr += i_i * stride_si
-    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BC)
-    b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BC)
+    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
+    b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
     if GATED:
         w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W)
         ws2_ptr = ws_ptr if FORM == "plain" else ws_ptr + GATED_BLOCKS * stride_si
     wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BC), ()
+    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
     if TAIL > 0:
-        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, TAIL)
+        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
     if GATED:
         x_ptr += stride_xg * VEC
-        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BC), ()
+        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
         if TAIL > 0:
-            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, TAIL)
+            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
     tiles = tl.cdiv(Q, BQ)
     for i_q in tl.range(i_p, tiles, n_p):
         # behind the last tile the same again, which is at hand
         i_next = tl.where(i_q + n_p < tiles, i_q + n_p, i_q)
-        o_q = i_q * BQ + tl.arange(0, BQ)
+        o_q = places_of_rows(i_q, BQ, BX)
         m_q, o_n = o_q < Q, i_i * Q + o_q
         b_v, b_s = b_ws, b_ss
         if GATED:
             # the layers take turns, so that registers hold the rows of two tiles and not of four
-            b_ws = rows_of(w2_ptr, i_q, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BC)
-            b_ss = scales_of(ws2_ptr, i_q, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BC)
+            b_ws = rows_of(w2_ptr, i_q, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
+            b_ss = scales_of(ws2_ptr, i_q, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
             b_gate = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
             b_v, b_s = b_ws, b_ss
-        b_ws = rows_of(w_ptr, i_next, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BC)
-        b_ss = scales_of(ws_ptr, i_next, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BC)
+        b_ws = rows_of(w_ptr, i_next, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
+        b_ss = scales_of(ws_ptr, i_next, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
         if GATED:
             o_2 = o_n + GATED_BLOCKS * Q
             b_out = product_of(b_x2s, b_t2s, b_v, b_s, bias_ptr, o_2, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
@@ -148,7 +149,9 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
     def run(config):
         programs = max(1, config.programs * device.sms // blocks)
         columns, step = triton.cdiv(r, w.per), config.length // w.per
-        steps, tail = steps_of(columns, step, step if w.form == "plain" else 32 * vec_w)
+        # columns that a thread reads at once
+        per_thread = 16 // w.data.element_size() if w.form == "plain" else word_vector(w.per)
+        steps, tail = steps_of(columns, step, step if w.form == "plain" else 32 * per_thread)
         decode_one_kernel[(min(triton.cdiv(q, config.rows), programs), blocks)](
             x,
             w.data,
@@ -177,6 +180,8 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             STEPS=steps,
             TAIL=tail,
             BQ=config.rows,
+            # what the warps hold side by side, of rows shorter than what they read at once
+            BX=min(config.rows, max(1, 32 * config.warps * per_thread // step)),
             BC=config.length // w.per,
             num_warps=config.warps,
             **device.launch_options,

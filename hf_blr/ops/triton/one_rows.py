@@ -14,6 +14,16 @@ from hf_blr.ops.triton.halves import paired
 
 
 @triton.jit
+def places_of_rows(i_q, BQ: tl.constexpr, BX: tl.constexpr):
+    """`[BX, BQ // BX]`: the rows of tile i_q, of which the warps hold BX side by side.
+
+    Triton spreads warps over the last axis first, and then over the first.
+    """
+    EACH: tl.constexpr = BQ // BX
+    return i_q * BQ + tl.arange(0, BX)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+
+
+@triton.jit
 def rows_of(
     w_ptr,
     i_q,
@@ -24,25 +34,26 @@ def rows_of(
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
     BQ: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BQ, BC]` and, if TAIL > 0, one `[BQ, TAIL]`, zero behind C.
+    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BX, BQ // BX, BC]` and, if TAIL > 0, one of TAIL columns.
 
-    WHOLE of the steps end within the row.
+    WHOLE of the steps end within the row; behind C is zero.
     """
-    o_q = tl.minimum(i_q * BQ + tl.arange(0, BQ), Q - 1)
+    o_q = tl.minimum(places_of_rows(i_q, BQ, BX), Q - 1)
     # steps are distances that a load's own offset holds
-    row_ptr = w_ptr + o_q[:, None] * stride_wq
+    row_ptr = w_ptr + o_q[:, :, None] * stride_wq
     pieces = ()
     for step in tl.static_range(STEPS):
         o_c = step * BC + tl.arange(0, BC)
         if step < WHOLE:
-            pieces = pieces + (tl.load(row_ptr + o_c[None, :]),)
+            pieces = pieces + (tl.load(row_ptr + o_c[None, None, :]),)
         else:
-            pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
+            pieces = pieces + (tl.load(row_ptr + o_c[None, None, :], mask=(o_c < C)[None, None, :], other=0),)
     if TAIL > 0:
         o_c = STEPS * BC + tl.arange(0, TAIL)
-        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
+        pieces = pieces + (tl.load(row_ptr + o_c[None, None, :], mask=(o_c < C)[None, None, :], other=0),)
     return pieces
 
 
@@ -60,38 +71,44 @@ def scales_of(
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
     BQ: tl.constexpr,
+    BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Of the same tile in bits: the scale of each column in pieces like the tile's, or `[BQ]` of each row."""
-    o_q = tl.minimum(i_q * BQ + tl.arange(0, BQ), Q - 1)
+    """Of the same tile in bits: the scale of each column in pieces like the tile's, or of each row."""
+    o_q = tl.minimum(places_of_rows(i_q, BQ, BX), Q - 1)
     pieces = ()
     if FORM != "plain":
         if GROUP == 0:
             pieces = pieces + (tl.load(s_ptr + o_q * stride_sq),)
         else:
-            row_ptr = s_ptr + o_q[:, None] * stride_sq
+            row_ptr = s_ptr + o_q[:, :, None] * stride_sq
             for step in tl.static_range(STEPS):
                 o_c = step * BC + tl.arange(0, BC)
                 if step >= WHOLE:
                     # behind the row, its last column's
                     o_c = tl.minimum(o_c, C - 1)
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :]),)
+                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :]),)
             if TAIL > 0:
                 o_c = tl.minimum(STEPS * BC + tl.arange(0, TAIL), C - 1)
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :]),)
+                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :]),)
     return pieces
 
 
 @triton.jit
-def vector_of(x_ptr, R, FIRST, FORM: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr):
-    """What `paired` makes of x `[R]` in STEPS pieces `[1, BC]` of columns from FIRST on."""
+def vector_of(
+    x_ptr, R, FIRST, FORM: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr
+):
+    """What `paired` makes of x `[R]` in STEPS pieces `[BX, 1, BC]` of columns from FIRST on, for BX equal rows.
+
+    Each warp loads what it needs and asks no other.
+    """
     pieces = ()
     for step in tl.static_range(STEPS):
         o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
-        b_x = tl.load(x_ptr + o_r, mask=o_r < R, other=0.0)
-        tiles = by_place(b_x[None, None, :], FORM)
+        o_r = tl.broadcast_to(o_r[None, None, :], (BX, 1, BC * PER))
+        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0), FORM)
         for j in tl.static_range(PER):
-            pieces = pieces + (tl.reshape(tiles[j], (1, BC)),)
+            pieces = pieces + (tiles[j],)
     return paired(pieces, 0, STEPS, FORM, PER)
 
 
@@ -111,10 +128,10 @@ def product_of(
     TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """`[BQ]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
-    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 1)
+    """`[BX, BQ // BX]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
+    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 2)
     if TAIL > 0:
-        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 1)
+        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 2)
     if FORM != "plain" and GROUP == 0:
         b_out *= b_ss[0].to(tl.float32)
     if HAS_BIAS:
