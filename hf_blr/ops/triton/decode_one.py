@@ -87,8 +87,6 @@ def decode_one_kernel(
             b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
     tiles = tl.cdiv(Q, BQ)
     for i_q in tl.range(i_p, tiles, n_p):
-        # behind the last tile the same again, which is at hand
-        i_next = tl.where(i_q + n_p < tiles, i_q + n_p, i_q)
         o_q = places_of_rows(i_q, BQ, BX)
         m_q, o_n = o_q < Q, i_i * Q + o_q
         b_v, b_s = b_ws, b_ss
@@ -98,8 +96,9 @@ def decode_one_kernel(
             b_ss = scales_of(ws2_ptr, i_q, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
             b_gate = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
             b_v, b_s = b_ws, b_ss
-        b_ws = rows_of(w_ptr, i_next, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
-        b_ss = scales_of(ws_ptr, i_next, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
+        if i_q + n_p < tiles:
+            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
+            b_ss = scales_of(ws_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
         if GATED:
             o_2 = o_n + GATED_BLOCKS * Q
             b_out = product_of(b_x2s, b_t2s, b_v, b_s, bias_ptr, o_2, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)

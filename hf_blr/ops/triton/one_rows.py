@@ -58,6 +58,28 @@ def rows_of(
 
 
 @triton.jit
+def scales_of_columns(
+    row_ptr, FIRST: tl.constexpr, C, WITHIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, BC: tl.constexpr
+):
+    """The scales of columns FIRST to FIRST + BC of rows `[BX, EACH, 1]`; if not WITHIN, behind C its last column's."""
+    if BC * PER % GROUP == 0:
+        # a load so small that Triton lets each thread have what it uses
+        GROUPS: tl.constexpr = BC * PER // GROUP
+        o_g = FIRST * PER // GROUP + tl.arange(0, GROUPS)
+        if not WITHIN:
+            o_g = tl.minimum(o_g, (C - 1) * PER // GROUP)
+        b_s = tl.load(row_ptr + o_g[None, None, :])[:, :, :, None]
+        b_s = tl.broadcast_to(b_s, (b_s.shape[0], b_s.shape[1], GROUPS, BC // GROUPS))
+        b = tl.reshape(b_s, (b_s.shape[0], b_s.shape[1], BC))
+    else:
+        o_c = FIRST + tl.arange(0, BC)
+        if not WITHIN:
+            o_c = tl.minimum(o_c, C - 1)
+        b = tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :])
+    return b
+
+
+@triton.jit
 def scales_of(
     s_ptr,
     i_q,
@@ -83,14 +105,9 @@ def scales_of(
         else:
             row_ptr = s_ptr + o_q[:, :, None] * stride_sq
             for step in tl.static_range(STEPS):
-                o_c = step * BC + tl.arange(0, BC)
-                if step >= WHOLE:
-                    # behind the row, its last column's
-                    o_c = tl.minimum(o_c, C - 1)
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :]),)
+                pieces = pieces + (scales_of_columns(row_ptr, step * BC, C, step < WHOLE, PER, GROUP, BC),)
             if TAIL > 0:
-                o_c = tl.minimum(STEPS * BC + tl.arange(0, TAIL), C - 1)
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :]),)
+                pieces = pieces + (scales_of_columns(row_ptr, STEPS * BC, C, False, PER, GROUP, TAIL),)
     return pieces
 
 
