@@ -17,7 +17,7 @@ from hf_blr.ops.rules.packed import packed_one_config, steps_of, word_vector
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, weights_of
 from hf_blr.ops.triton.one_rows import places_of_rows, product_of, rows_of, scales_of, vector_of
-from hf_blr.ops.triton.tiles import wait_for_previous
+from hf_blr.ops.triton.tiles import end_after_previous, start_beside_previous, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
 
@@ -49,6 +49,7 @@ def decode_one_kernel(
     SCALED: tl.constexpr,
     GROUPED: tl.constexpr,
     PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
     VEC: tl.constexpr,
     VEC_W: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -75,16 +76,21 @@ def decode_one_kernel(
     if GATED:
         w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W)
         ws2_ptr = ws_ptr if FORM == "plain" else ws_ptr + GATED_BLOCKS * stride_si
-    wait_for_previous(PDL)
+    # a kernel that did not wait asks L2, where what others wrote is
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""
+    if BESIDE:
+        start_beside_previous(PDL)
+    else:
+        wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
+    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, CACHE, FORM, PER, STEPS, BX, BC), ()
     if TAIL > 0:
-        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
+        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, CACHE, FORM, PER, 1, BX, TAIL)
     if GATED:
         x_ptr += stride_xg * VEC
-        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
+        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, CACHE, FORM, PER, STEPS, BX, BC), ()
         if TAIL > 0:
-            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
+            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, CACHE, FORM, PER, 1, BX, TAIL)
     tiles = tl.cdiv(Q, BQ)
     for i_q in tl.range(i_p, tiles, n_p):
         o_q = places_of_rows(i_q, BQ, BX)
@@ -108,6 +114,8 @@ def decode_one_kernel(
             b_out = activate(b_out, ACTIVATION)
         o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP if GROUPED else o_n
         tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
+    if BESIDE:
+        end_after_previous(PDL)
 
 
 def project_one(x: Tensor, v: Tensor | Weights, z: Tensor):
@@ -117,7 +125,15 @@ def project_one(x: Tensor, v: Tensor | Weights, z: Tensor):
     multiply(x, v, None, z, b1, group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
 
 
-def expand_one(z: Tensor, u: Tensor | Weights, bias: Tensor | None, out: Tensor, activation: str = "", gated=False):
+def expand_one(
+    z: Tensor,
+    u: Tensor | Weights,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str = "",
+    gated: bool = False,
+    beside: bool = False,
+):
     """Stage two of one token, as `decode_expand.decode_expand`.
 
     With `gated`, of two layers: out `[1, N]` is activation(the first's) * the second's, from u `[2*B2, Q, R]` and z
@@ -129,10 +145,12 @@ def expand_one(z: Tensor, u: Tensor | Weights, bias: Tensor | None, out: Tensor,
         blocks //= 2
         apart = r if len(z) == blocks else blocks * z.stride(0)
     strides = z.stride(0), r, apart
-    multiply(z, u, bias, out, blocks, q, strides, 0, len(z), activation, gated)
+    multiply(z, u, bias, out, blocks, q, strides, 0, len(z), activation, gated, beside)
 
 
-def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False):
+def multiply(
+    x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False, beside=False
+):
     """Launch `decode_one_kernel`: `strides` of x are from block to block, layer to layer and to the gated layer."""
     w, device = weights_of(w), device_of(x)
     all_blocks, q, r = w.shape
@@ -173,6 +191,7 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             SCALED=w.group,
             GROUPED=group < q,
             PDL=device.has_pdl,
+            BESIDE=beside,
             VEC=vec,
             VEC_W=vec_w,
             WHOLE=columns // step,

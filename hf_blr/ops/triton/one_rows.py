@@ -113,17 +113,25 @@ def scales_of(
 
 @triton.jit
 def vector_of(
-    x_ptr, R, FIRST, FORM: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr
+    x_ptr,
+    R,
+    FIRST,
+    CACHE: tl.constexpr,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    STEPS: tl.constexpr,
+    BX: tl.constexpr,
+    BC: tl.constexpr,
 ):
     """What `paired` makes of x `[R]` in STEPS pieces `[BX, 1, BC]` of columns from FIRST on, for BX equal rows.
 
-    Each warp loads what it needs and asks no other.
+    Each warp loads what it needs, by the caches that CACHE says, and asks no other.
     """
     pieces = ()
     for step in tl.static_range(STEPS):
         o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
         o_r = tl.broadcast_to(o_r[None, None, :], (BX, 1, BC * PER))
-        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0), FORM)
+        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0, cache_modifier=CACHE), FORM)
         for j in tl.static_range(PER):
             pieces = pieces + (tiles[j],)
     return paired(pieces, 0, STEPS, FORM, PER)
