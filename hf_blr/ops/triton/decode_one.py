@@ -16,7 +16,7 @@ from hf_blr.ops.rules.few_tokens import one_config
 from hf_blr.ops.rules.packed import packed_one_config, steps_of, word_vector
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, weights_of
-from hf_blr.ops.triton.one_rows import places_of_rows, product_of, rows_of, scales_of, vector_of
+from hf_blr.ops.triton.one_rows import layers_apart, places_of_rows, product_of, rows_of, scales_of, vector_of
 from hf_blr.ops.triton.tiles import end_after_previous, start_beside_previous, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -55,8 +55,8 @@ def decode_one_kernel(
     WHOLE: tl.constexpr,
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
-    BQ: tl.constexpr,
     BX: tl.constexpr,
+    EACH: tl.constexpr,
     BC: tl.constexpr,
 ):
     """out[q // GROUP, i, q % GROUP] = activation(w[i, q] . x[i] + bias[i, q]), with w `[blocks, Q, R]`.
@@ -71,11 +71,13 @@ def decode_one_kernel(
     w_ptr += i_i.to(tl.int64) * (stride_wi * VEC_W)
     if FORM != "plain":
         ws_ptr += i_i * stride_si
-    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
-    b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
-    if GATED:
-        w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W)
-        ws2_ptr = ws_ptr if FORM == "plain" else ws_ptr + GATED_BLOCKS * stride_si
+    LAYERS: tl.constexpr = 2 if GATED else 1
+    stride_wl, stride_wq = tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W), stride_wq * VEC_W
+    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
+    stride_sl = GATED_BLOCKS * stride_si
+    b_ss = ()
+    if FORM != "plain":
+        b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
     # a kernel that did not wait asks L2, where what others wrote is
     CACHE: tl.constexpr = ".cg" if BESIDE else ""
     if BESIDE:
@@ -83,37 +85,30 @@ def decode_one_kernel(
     else:
         wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, CACHE, FORM, PER, STEPS, BX, BC), ()
+    stride_xg *= VEC
+    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, stride_xg, CACHE, FORM, PER, STEPS, LAYERS, BX, BC), ()
     if TAIL > 0:
-        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, CACHE, FORM, PER, 1, BX, TAIL)
-    if GATED:
-        x_ptr += stride_xg * VEC
-        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, CACHE, FORM, PER, STEPS, BX, BC), ()
-        if TAIL > 0:
-            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, CACHE, FORM, PER, 1, BX, TAIL)
-    tiles = tl.cdiv(Q, BQ)
+        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, stride_xg, CACHE, FORM, PER, 1, LAYERS, BX, TAIL)
+    tiles = tl.cdiv(Q, BX // LAYERS * EACH)
     for i_q in tl.range(i_p, tiles, n_p):
-        o_q = places_of_rows(i_q, BQ, BX)
-        m_q, o_n = o_q < Q, i_i * Q + o_q
+        o_q = places_of_rows(i_q, LAYERS, BX, EACH)
+        o_n = i_i * Q + layers_apart(GATED_BLOCKS * Q, LAYERS, BX)[:, None] + o_q
         b_v, b_s = b_ws, b_ss
-        if GATED:
-            # the layers take turns, so that registers hold the rows of two tiles and not of four
-            b_ws = rows_of(w2_ptr, i_q, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
-            b_ss = scales_of(ws2_ptr, i_q, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
-            b_gate = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
-            b_v, b_s = b_ws, b_ss
         if i_q + n_p < tiles:
-            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, WHOLE, STEPS, TAIL, BQ, BX, BC)
-            b_ss = scales_of(ws_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, WHOLE, STEPS, TAIL, BQ, BX, BC)
+            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
+            if FORM != "plain":
+                b_ss = scales_of(
+                    ws_ptr, i_q + n_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC
+                )
+        b_out = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, o_q < Q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
         if GATED:
-            o_2 = o_n + GATED_BLOCKS * Q
-            b_out = product_of(b_x2s, b_t2s, b_v, b_s, bias_ptr, o_2, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
-            b_out *= activate(b_gate, ACTIVATION)
+            b_gate, b_up = tl.split(tl.permute(tl.reshape(b_out, (2, BX // 2, EACH)), (1, 2, 0)))
+            b_out = activate(b_gate, ACTIVATION) * b_up
+            o_q = places_of_rows(i_q, 1, BX // 2, EACH)
         else:
-            b_out = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
             b_out = activate(b_out, ACTIVATION)
-        o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP if GROUPED else o_n
-        tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
+        o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP if GROUPED else i_i * Q + o_q
+        tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=o_q < Q)
     if BESIDE:
         end_after_previous(PDL)
 
@@ -169,6 +164,8 @@ def multiply(
         # columns that a thread reads at once
         per_thread = 16 // w.data.element_size() if w.form == "plain" else word_vector(w.per)
         steps, tail = steps_of(columns, step, step if w.form == "plain" else 32 * per_thread)
+        # rows of a layer that the warps hold side by side
+        side = min(config.rows, max(1, 32 * config.warps * per_thread // step // layers))
         decode_one_kernel[(min(triton.cdiv(q, config.rows), programs), blocks)](
             x,
             w.data,
@@ -197,9 +194,8 @@ def multiply(
             WHOLE=columns // step,
             STEPS=steps,
             TAIL=tail,
-            BQ=config.rows,
-            # what the warps hold side by side, of rows shorter than what they read at once
-            BX=min(config.rows, max(1, 32 * config.warps * per_thread // step)),
+            BX=layers * side,
+            EACH=config.rows // side,
             BC=config.length // w.per,
             num_warps=config.warps,
             **device.launch_options,

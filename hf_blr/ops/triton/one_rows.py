@@ -14,13 +14,21 @@ from hf_blr.ops.triton.halves import paired
 
 
 @triton.jit
-def places_of_rows(i_q, BQ: tl.constexpr, BX: tl.constexpr):
-    """`[BX, BQ // BX]`: the rows of tile i_q, of which the warps hold BX side by side.
+def places_of_rows(i_q, LAYERS: tl.constexpr, BX: tl.constexpr, EACH: tl.constexpr):
+    """`[BX, EACH]`: the rows of tile i_q, of which the warps hold BX side by side: equal ones of all layers.
 
     Triton spreads warps over the last axis first, and then over the first.
     """
-    EACH: tl.constexpr = BQ // BX
-    return i_q * BQ + tl.arange(0, BX)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    o_x = tl.arange(0, BX)
+    if LAYERS > 1:
+        o_x %= BX // LAYERS
+    return i_q * (BX // LAYERS * EACH) + o_x[:, None] * EACH + tl.arange(0, EACH)[None, :]
+
+
+@triton.jit
+def layers_apart(distance, LAYERS: tl.constexpr, BX: tl.constexpr):
+    """`[BX]`: how far the layers' rows lie from the first's, `distance` from layer to layer."""
+    return tl.arange(0, BX) // (BX // LAYERS) * distance
 
 
 @triton.jit
@@ -29,21 +37,25 @@ def rows_of(
     i_q,
     Q,
     C,
+    stride_wl,
     stride_wq,
     WHOLE: tl.constexpr,
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
-    BQ: tl.constexpr,
+    LAYERS: tl.constexpr,
     BX: tl.constexpr,
+    EACH: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BX, BQ // BX, BC]` and, if TAIL > 0, one of TAIL columns.
+    """Tile i_q of LAYERS matrices `[Q, C]` in STEPS pieces `[BX, EACH, BC]` and, if TAIL > 0, one of TAIL columns.
 
     WHOLE of the steps end within the row; behind C is zero.
     """
-    o_q = tl.minimum(places_of_rows(i_q, BQ, BX), Q - 1)
+    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, EACH), Q - 1)
     # steps are distances that a load's own offset holds
     row_ptr = w_ptr + o_q[:, :, None] * stride_wq
+    if LAYERS > 1:
+        row_ptr += layers_apart(stride_wl, LAYERS, BX)[:, None, None]
     pieces = ()
     for step in tl.static_range(STEPS):
         o_c = step * BC + tl.arange(0, BC)
@@ -85,29 +97,32 @@ def scales_of(
     i_q,
     Q,
     C,
+    stride_sl,
     stride_sq,
-    FORM: tl.constexpr,
     PER: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
-    BQ: tl.constexpr,
+    LAYERS: tl.constexpr,
     BX: tl.constexpr,
+    EACH: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Of the same tile in bits: the scale of each column in pieces like the tile's, or of each row."""
-    o_q = tl.minimum(places_of_rows(i_q, BQ, BX), Q - 1)
+    """Of the same tile: the scale of each column in pieces like the tile's, or of each row."""
+    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, EACH), Q - 1)
+    o_s = o_q * stride_sq
+    if LAYERS > 1:
+        o_s += layers_apart(stride_sl, LAYERS, BX)[:, None]
     pieces = ()
-    if FORM != "plain":
-        if GROUP == 0:
-            pieces = pieces + (tl.load(s_ptr + o_q * stride_sq),)
-        else:
-            row_ptr = s_ptr + o_q[:, :, None] * stride_sq
-            for step in tl.static_range(STEPS):
-                pieces = pieces + (scales_of_columns(row_ptr, step * BC, C, step < WHOLE, PER, GROUP, BC),)
-            if TAIL > 0:
-                pieces = pieces + (scales_of_columns(row_ptr, STEPS * BC, C, False, PER, GROUP, TAIL),)
+    if GROUP == 0:
+        pieces = pieces + (tl.load(s_ptr + o_s),)
+    else:
+        row_ptr = s_ptr + o_s[:, :, None]
+        for step in tl.static_range(STEPS):
+            pieces = pieces + (scales_of_columns(row_ptr, step * BC, C, step < WHOLE, PER, GROUP, BC),)
+        if TAIL > 0:
+            pieces = pieces + (scales_of_columns(row_ptr, STEPS * BC, C, False, PER, GROUP, TAIL),)
     return pieces
 
 
@@ -116,14 +131,16 @@ def vector_of(
     x_ptr,
     R,
     FIRST,
+    stride_xl,
     CACHE: tl.constexpr,
     FORM: tl.constexpr,
     PER: tl.constexpr,
     STEPS: tl.constexpr,
+    LAYERS: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What `paired` makes of x `[R]` in STEPS pieces `[BX, 1, BC]` of columns from FIRST on, for BX equal rows.
+    """What `paired` makes of each layer's x `[R]` in STEPS pieces `[BX, 1, BC]` of columns from FIRST on.
 
     Each warp loads what it needs, by the caches that CACHE says, and asks no other.
     """
@@ -131,7 +148,10 @@ def vector_of(
     for step in tl.static_range(STEPS):
         o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
         o_r = tl.broadcast_to(o_r[None, None, :], (BX, 1, BC * PER))
-        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0, cache_modifier=CACHE), FORM)
+        o_x = o_r
+        if LAYERS > 1:
+            o_x += layers_apart(stride_xl, LAYERS, BX)[:, None, None]
+        tiles = by_place(tl.load(x_ptr + o_x, mask=o_r < R, other=0.0, cache_modifier=CACHE), FORM)
         for j in tl.static_range(PER):
             pieces = pieces + (tiles[j],)
     return paired(pieces, 0, STEPS, FORM, PER)
@@ -153,7 +173,7 @@ def product_of(
     TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """`[BX, BQ // BX]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
+    """`[BX, EACH]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
     b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 2)
     if TAIL > 0:
         b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 2)
