@@ -55,16 +55,18 @@ def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
+    small = per == 8
     if row <= 2048 and layers > 1:
-        return OneConfig(4, min(pow2(row), 512), 2, 8)
+        return OneConfig(8, min(pow2(row), 256), 4, 4 if small else 3)
     if row <= 1024:
         return OneConfig(16, min(pow2(row), 512), 2, 6)
     if row <= 2048:
-        return OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
+        return OneConfig(8, 512, 2, 10) if small else OneConfig(4, 512, 2, 12)
     if row <= 8192:
-        return OneConfig(8 // layers, 1024, 4, 3)
+        return OneConfig(8 // layers, 1024 // layers, 4, 3)
     if row <= 16384:
-        return OneConfig(4 // layers, 2048, 8, 2) if per == 8 else OneConfig(2 // layers, 2048, 8, 3)
+        rows, length = (4, 2048) if small else (2, 4096)
+        return OneConfig(rows // layers, length // layers, 8, 2)
     # one row: two spill. Not timed
     return OneConfig(1, 4096, 16, 1)
 

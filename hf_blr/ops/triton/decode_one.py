@@ -198,6 +198,7 @@ def multiply(
             EACH=config.rows // side,
             BC=config.length // w.per,
             num_warps=config.warps,
+            maxnreg=config.registers,
             **device.launch_options,
         )
 
