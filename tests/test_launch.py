@@ -151,6 +151,13 @@ def test_decode_reads_no_more_than_a_piece_of_a_row():
         assert c.length <= max(16, pow2(row // parts))
 
 
+def test_registers_of_a_thread_let_all_programs_stay():
+    for warps, programs in itertools.product((1, 2, 4, 8, 16), (1, 2, 3, 5, 10)):
+        registers = few_tokens.OneConfig(4, 256, warps, programs).registers
+        assert 32 <= registers <= 255
+        assert registers == 32 or 32 * warps * programs * registers <= few_tokens.REGISTERS
+
+
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_programs_of_one_token_fit_the_registers(device):
     """Two tiles and the vector of each program that is asked for; a warp never reads less than 16 bytes a lane."""
