@@ -56,7 +56,7 @@ def decode_one_kernel(
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
     BX: tl.constexpr,
-    EACH: tl.constexpr,
+    BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
     """out[q // GROUP, i, q % GROUP] = activation(w[i, q] . x[i] + bias[i, q]), with w `[blocks, Q, R]`.
@@ -73,11 +73,11 @@ def decode_one_kernel(
         ws_ptr += i_i * stride_si
     LAYERS: tl.constexpr = 2 if GATED else 1
     stride_wl, stride_wq = tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W), stride_wq * VEC_W
-    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
+    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
     stride_sl = GATED_BLOCKS * stride_si
     b_ss = ()
     if FORM != "plain":
-        b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
+        b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
     # a kernel that did not wait asks L2, where what others wrote is
     CACHE: tl.constexpr = ".cg" if BESIDE else ""
     if BESIDE:
@@ -86,25 +86,25 @@ def decode_one_kernel(
         wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
     stride_xg *= VEC
-    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, stride_xg, CACHE, FORM, PER, STEPS, LAYERS, BX, BC), ()
+    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, stride_xg, CACHE, FORM, PER, STEPS, LAYERS, BX, BQ, BC), ()
     if TAIL > 0:
-        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, stride_xg, CACHE, FORM, PER, 1, LAYERS, BX, TAIL)
-    tiles = tl.cdiv(Q, BX // LAYERS * EACH)
+        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, stride_xg, CACHE, FORM, PER, 1, LAYERS, BX, BQ, TAIL)
+    tiles = tl.cdiv(Q, BQ // LAYERS)
     for i_q in tl.range(i_p, tiles, n_p):
-        o_q = places_of_rows(i_q, LAYERS, BX, EACH)
-        o_n = i_i * Q + layers_apart(GATED_BLOCKS * Q, LAYERS, BX)[:, None] + o_q
+        o_q = places_of_rows(i_q, LAYERS, BX, BQ)
+        o_n = i_i * Q + layers_apart(GATED_BLOCKS * Q, LAYERS, BX, BQ) + o_q
         b_v, b_s = b_ws, b_ss
         if i_q + n_p < tiles:
-            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC)
+            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
             if FORM != "plain":
                 b_ss = scales_of(
-                    ws_ptr, i_q + n_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, EACH, BC
+                    ws_ptr, i_q + n_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC
                 )
         b_out = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, o_q < Q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
         if GATED:
-            b_gate, b_up = tl.split(tl.permute(tl.reshape(b_out, (2, BX // 2, EACH)), (1, 2, 0)))
-            b_out = activate(b_gate, ACTIVATION) * b_up
-            o_q = places_of_rows(i_q, 1, BX // 2, EACH)
+            b_gate, b_up = tl.split(tl.permute(tl.reshape(b_out, (BQ // BX, 2, BX // 2)), (0, 2, 1)))
+            b_out = tl.reshape(activate(b_gate, ACTIVATION) * b_up, (BQ // 2,))
+            o_q = places_of_rows(i_q, 1, BX // 2, BQ // 2)
         else:
             b_out = activate(b_out, ACTIVATION)
         o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP if GROUPED else i_i * Q + o_q
@@ -195,7 +195,7 @@ def multiply(
             STEPS=steps,
             TAIL=tail,
             BX=layers * side,
-            EACH=config.rows // side,
+            BQ=layers * config.rows,
             BC=config.length // w.per,
             num_warps=config.warps,
             maxnreg=config.registers,

@@ -14,21 +14,18 @@ from hf_blr.ops.triton.halves import paired
 
 
 @triton.jit
-def places_of_rows(i_q, LAYERS: tl.constexpr, BX: tl.constexpr, EACH: tl.constexpr):
-    """`[BX, EACH]`: the rows of tile i_q, of which the warps hold BX side by side: equal ones of all layers.
-
-    Triton spreads warps over the last axis first, and then over the first.
-    """
-    o_x = tl.arange(0, BX)
+def places_of_rows(i_q, LAYERS: tl.constexpr, BX: tl.constexpr, BQ: tl.constexpr):
+    """`[BQ]`: the rows of tile i_q, which the warps hold BX side by side, equal ones of each layer."""
+    o_q = tl.arange(0, BQ)
     if LAYERS > 1:
-        o_x %= BX // LAYERS
-    return i_q * (BX // LAYERS * EACH) + o_x[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        o_q = o_q // BX * (BX // LAYERS) + o_q % (BX // LAYERS)
+    return i_q * (BQ // LAYERS) + o_q
 
 
 @triton.jit
-def layers_apart(distance, LAYERS: tl.constexpr, BX: tl.constexpr):
-    """`[BX]`: how far the layers' rows lie from the first's, `distance` from layer to layer."""
-    return tl.arange(0, BX) // (BX // LAYERS) * distance
+def layers_apart(distance, LAYERS: tl.constexpr, BX: tl.constexpr, BQ: tl.constexpr):
+    """`[BQ]`: how far the rows of a tile lie from those of the first layer, `distance` from layer to layer."""
+    return tl.arange(0, BQ) // (BX // LAYERS) % LAYERS * distance
 
 
 @triton.jit
@@ -44,28 +41,28 @@ def rows_of(
     TAIL: tl.constexpr,
     LAYERS: tl.constexpr,
     BX: tl.constexpr,
-    EACH: tl.constexpr,
+    BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Tile i_q of LAYERS matrices `[Q, C]` in STEPS pieces `[BX, EACH, BC]` and, if TAIL > 0, one of TAIL columns.
+    """Tile i_q of LAYERS matrices `[Q, C]` in STEPS pieces `[BQ, BC]` and, if TAIL > 0, one of TAIL columns.
 
     WHOLE of the steps end within the row; behind C is zero.
     """
-    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, EACH), Q - 1)
+    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, BQ), Q - 1)
     # steps are distances that a load's own offset holds
-    row_ptr = w_ptr + o_q[:, :, None] * stride_wq
+    row_ptr = w_ptr + o_q[:, None] * stride_wq
     if LAYERS > 1:
-        row_ptr += layers_apart(stride_wl, LAYERS, BX)[:, None, None]
+        row_ptr += layers_apart(stride_wl, LAYERS, BX, BQ)[:, None]
     pieces = ()
     for step in tl.static_range(STEPS):
         o_c = step * BC + tl.arange(0, BC)
         if step < WHOLE:
-            pieces = pieces + (tl.load(row_ptr + o_c[None, None, :]),)
+            pieces = pieces + (tl.load(row_ptr + o_c[None, :]),)
         else:
-            pieces = pieces + (tl.load(row_ptr + o_c[None, None, :], mask=(o_c < C)[None, None, :], other=0),)
+            pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
     if TAIL > 0:
         o_c = STEPS * BC + tl.arange(0, TAIL)
-        pieces = pieces + (tl.load(row_ptr + o_c[None, None, :], mask=(o_c < C)[None, None, :], other=0),)
+        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=(o_c < C)[None, :], other=0),)
     return pieces
 
 
@@ -73,21 +70,21 @@ def rows_of(
 def scales_of_columns(
     row_ptr, FIRST: tl.constexpr, C, WITHIN: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, BC: tl.constexpr
 ):
-    """The scales of columns FIRST to FIRST + BC of rows `[BX, EACH, 1]`; if not WITHIN, behind C its last column's."""
+    """The scales of columns FIRST to FIRST + BC of rows `[BQ, 1]`; if not WITHIN, behind C its last column's."""
     if BC * PER % GROUP == 0:
         # a load so small that Triton lets each thread have what it uses
         GROUPS: tl.constexpr = BC * PER // GROUP
         o_g = FIRST * PER // GROUP + tl.arange(0, GROUPS)
         if not WITHIN:
             o_g = tl.minimum(o_g, (C - 1) * PER // GROUP)
-        b_s = tl.load(row_ptr + o_g[None, None, :])[:, :, :, None]
-        b_s = tl.broadcast_to(b_s, (b_s.shape[0], b_s.shape[1], GROUPS, BC // GROUPS))
-        b = tl.reshape(b_s, (b_s.shape[0], b_s.shape[1], BC))
+        b_s = tl.load(row_ptr + o_g[None, :])[:, :, None]
+        b_s = tl.broadcast_to(b_s, (b_s.shape[0], GROUPS, BC // GROUPS))
+        b = tl.reshape(b_s, (b_s.shape[0], BC))
     else:
         o_c = FIRST + tl.arange(0, BC)
         if not WITHIN:
             o_c = tl.minimum(o_c, C - 1)
-        b = tl.load(row_ptr + (o_c * PER // GROUP)[None, None, :])
+        b = tl.load(row_ptr + (o_c * PER // GROUP)[None, :])
     return b
 
 
@@ -106,19 +103,19 @@ def scales_of(
     TAIL: tl.constexpr,
     LAYERS: tl.constexpr,
     BX: tl.constexpr,
-    EACH: tl.constexpr,
+    BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
     """Of the same tile: the scale of each column in pieces like the tile's, or of each row."""
-    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, EACH), Q - 1)
+    o_q = tl.minimum(places_of_rows(i_q, LAYERS, BX, BQ), Q - 1)
     o_s = o_q * stride_sq
     if LAYERS > 1:
-        o_s += layers_apart(stride_sl, LAYERS, BX)[:, None]
+        o_s += layers_apart(stride_sl, LAYERS, BX, BQ)
     pieces = ()
     if GROUP == 0:
         pieces = pieces + (tl.load(s_ptr + o_s),)
     else:
-        row_ptr = s_ptr + o_s[:, :, None]
+        row_ptr = s_ptr + o_s[:, None]
         for step in tl.static_range(STEPS):
             pieces = pieces + (scales_of_columns(row_ptr, step * BC, C, step < WHOLE, PER, GROUP, BC),)
         if TAIL > 0:
@@ -138,23 +135,27 @@ def vector_of(
     STEPS: tl.constexpr,
     LAYERS: tl.constexpr,
     BX: tl.constexpr,
+    BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What `paired` makes of each layer's x `[R]` in STEPS pieces `[BX, 1, BC]` of columns from FIRST on.
+    """What `paired` makes of each layer's x `[R]` in STEPS pieces `[BQ, BC]` of columns from FIRST on.
 
-    Each warp loads what it needs, by the caches that CACHE says, and asks no other.
+    Each warp loads what it needs, by the caches that CACHE says, and asks no other. It holds a number once for all its
+    rows.
     """
-    pieces = ()
+    tiles = ()
     for step in tl.static_range(STEPS):
         o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
-        o_r = tl.broadcast_to(o_r[None, None, :], (BX, 1, BC * PER))
+        o_r = tl.broadcast_to(o_r[None, None, :], (1, BX, BC * PER))
         o_x = o_r
         if LAYERS > 1:
-            o_x += layers_apart(stride_xl, LAYERS, BX)[:, None, None]
-        tiles = by_place(tl.load(x_ptr + o_x, mask=o_r < R, other=0.0, cache_modifier=CACHE), FORM)
-        for j in tl.static_range(PER):
-            pieces = pieces + (tiles[j],)
-    return paired(pieces, 0, STEPS, FORM, PER)
+            o_x += layers_apart(stride_xl, LAYERS, BX, BX)[None, :, None]
+        tiles = tiles + by_place(tl.load(x_ptr + o_x, mask=o_r < R, other=0.0, cache_modifier=CACHE), FORM)
+    tiles = paired(tiles, 0, STEPS, FORM, PER)
+    pieces = ()
+    for i in tl.static_range(len(tiles)):
+        pieces = pieces + (tl.reshape(tl.broadcast_to(tiles[i], (BQ // BX, BX, BC)), (BQ, BC)),)
+    return pieces
 
 
 @triton.jit
@@ -173,10 +174,10 @@ def product_of(
     TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """`[BX, EACH]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
-    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 2)
+    """`[BQ]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
+    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 1)
     if TAIL > 0:
-        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 2)
+        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 1)
     if FORM != "plain" and GROUP == 0:
         b_out *= b_ss[0].to(tl.float32)
     if HAS_BIAS:
