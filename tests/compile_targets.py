@@ -272,6 +272,18 @@ def call_gated_places(dtype, tokens, bits, group, n, rank):
     expand_by_places(torch.empty(1, tokens, 2 * rank, dtype=dtype), u, None, torch.empty(tokens, n), "silu", True)
 
 
+def call_gated_one(bits, n, rank):
+    """The last stage of two layers in bits, whose rows the warps have side by side."""
+    z, u = torch.empty(1, 1, 2 * rank, dtype=torch.bfloat16), weights_in_bits(*codes_of((2, n, rank), bits, None))
+    decode_one.expand_one(z, u, None, torch.empty(1, n, dtype=torch.bfloat16), "silu", gated=True)
+
+
+def call_one_beside(bits, n, rank):
+    """The last stage of layers whose neighbours' was launched before."""
+    z, u = torch.empty(1, 1, rank, dtype=torch.bfloat16), weights_in_bits(*codes_of((1, n, rank), bits, None))
+    decode_one.expand_one(z, u, None, torch.empty(1, n, dtype=torch.bfloat16), beside=True)
+
+
 def call_plain(capability):
     """All launches of the plain format, and attention."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -333,6 +345,8 @@ def main(capability: int):
         dtype, tokens, bits, group, *_ = PACKED[capability]
         call_experts(dtype, 8 * tokens, 1, 768, 2048, bits=bits, group=group)
         call_one_in_float8(4096, 1584)
+        call_gated_one(bits, 14336, 1584)
+        call_one_beside(bits, 1024, 400)
         call_gated_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
@@ -352,6 +366,11 @@ def main(capability: int):
             "wgmma": ptx.count("wgmma.mma_async"),
             "wgmma_float8": len(re.findall(r"wgmma\.mma_async\S*e4m3\.e4m3", ptx)),
             "mma": ptx.count("mma.sync"),
+            "policies": ptx.count("createpolicy"),
+            "barriers": ptx.count("bar.sync"),
+            "gated": kwargs.get("GATED", False),
+            "beside": kwargs.get("BESIDE", False),
+            "waits_last": ptx.rfind("griddepcontrol.wait") > ptx.rfind("st.global"),
         }
         print(json.dumps(row), flush=True)
 

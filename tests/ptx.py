@@ -54,6 +54,7 @@ OPERATIONS = {
     "and.b32": lambda a, b: a & b,
     "lop3.b32": logic,
     "cvt.rn.f16x2.e4m3x2": of_float8,
+    "cvt.rn.f16x2.f32": lambda high, low: joined(torch.stack([low, high]).half()),
     "cvt.f32.f16": lambda a: halves(a, torch.float16)[0].float(),
     "add.rn.f32": lambda a, b: a + b,
 }

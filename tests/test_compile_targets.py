@@ -54,3 +54,10 @@ def test_kernels_build_and_fit(capability):
     assert on_tensor_cores >= {"block_gemm_kernel", "blast_expand_kernel", "float8_gemm_kernel"} & names
     # float8 numbers as such, and not turned into others before they are multiplied
     assert capability != 90 or all(row["wgmma_float8"] for row in rows if row["kernel"] == "float8_gemm_kernel")
+    of_one = [row for row in rows if row["kernel"] == "decode_one_kernel"]
+    assert not any(row["policies"] for row in of_one)
+    # of warps with rows of their own: the vector does not pass through shared memory, where the product of two does
+    assert all(0 < row["barriers"] <= 4 for row in of_one if row["gated"])
+    # a kernel that runs beside the one before waits for it at its end, and no other does
+    assert capability != 90 or {row["beside"] for row in of_one} == {True, False}
+    assert capability != 90 or all(row["waits_last"] == row["beside"] for row in of_one)

@@ -50,6 +50,12 @@ def test_sums_of_products(form, words):
     assert (found - wanted).norm() <= 2**-10 * wanted.norm()
 
 
+def test_a_pair_of_x():
+    x, y = torch.randn(2, 1000) * 100
+    (found,) = machine(halves.PAIR.value, x, y)
+    assert torch.equal(found, joined(torch.stack([x, y]).half()))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_sum_overflows(form):
     _, largest, top = FORMS[form]

@@ -76,7 +76,9 @@ def test_place_by_place(form, group, monkeypatch):
 
 def test_a_short_last_step():
     # whole steps, and the power of two that holds the rest unless that is a step itself
-    assert [steps_of(n, 64) for n in (198, 192, 230, 20)] == [(3, 8), (3, 0), (4, 0), (1, 0)]
+    assert [steps_of(n, 64, 8) for n in (198, 192, 230, 20)] == [(3, 8), (3, 0), (4, 0), (1, 0)]
+    # no shorter than what a warp reads
+    assert [steps_of(n, 64, 32) for n in (193, 230)] == [(3, 32), (4, 0)]
 
 
 def test_what_is_multiplied_place_by_place():

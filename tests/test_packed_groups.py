@@ -15,6 +15,7 @@ from hf_blr.formats import format_named  # noqa: E402
 from hf_blr.inference.fusion import run_together  # noqa: E402
 from hf_blr.inference.grouped import GroupInBits  # noqa: E402
 from hf_blr.linear import BLRLinear  # noqa: E402
+from hf_blr.ops.triton import decode_one  # noqa: E402
 from hf_blr.structures import Blast, LowRank, Monarch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the kernels on the GPU")
@@ -75,6 +76,23 @@ def test_one_first_stage_for_all(tokens, kernel, ranks, monkeypatch):
         torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
     # a last stage for q, and one for k and v, which are of one size
     assert len(grids) == 3
+
+
+@pytest.mark.parametrize("form", ["int4", "plain"])
+def test_a_last_stage_runs_beside_that_of_its_neighbours(form, monkeypatch):
+    block = block_of((24, 12, 12), lambda n: LowRank(32, n, {24: 32, 12: 16}[n]), form, None)
+    x = torch.randn(1, 32).half()
+    hf_blr.fuse(block)
+    beside, kernel = [], decode_one.decode_one_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: beside.append(kwargs["BESIDE"]) or kernel[grid](*args, **kwargs)
+
+    monkeypatch.setattr(decode_one, "decode_one_kernel", Recorded())
+    outputs(block, x)
+    # the first stage of all, q's last stage, that of k and v
+    assert beside == [False, False, True]
 
 
 def test_more_layers_than_one_first_stage_has():

@@ -44,6 +44,11 @@ class OneConfig:
     warps: int
     programs: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, as many as let all programs stay."""
+        return max(32, min(255, REGISTERS // (32 * self.warps * self.programs) // 8 * 8))
+
 
 def runs_decode_kernels(tokens: int, b1: int, b2: int) -> bool:
     """Whether the kernels for few tokens run; they hold an accumulator for each block."""
@@ -160,11 +165,11 @@ def one_config(row: int, rows: int, layers: int, itemsize: int, device: Device) 
     steps = -(-row // (length * sharing))
     # of a thread, as compiled: this row and the next one, the vector, addresses; H100, us of Monarch's qkv of 4096,
     # 80 registers: 17.7 with the 24 warps that fit, 18.5 with 32, 19.0 with 16
-    fitting = REGISTERS // (32 * steps * (20 if layers == 1 else 32))
+    fitting = REGISTERS // (32 * steps * 20)
     # few rows are spread over more programs
-    warps = max(sharing, 8 if fitting >= 16 and rows >= 16 * device.sms else 4)
-    # the estimate of registers is rather high than low
-    return OneConfig(warps // sharing, length * sharing, warps, max(1, int(fitting / warps + 0.3)))
+    warps = max(min(16, sharing * layers), 8 if fitting >= 16 and rows >= 16 * device.sms else 4)
+    # the estimate of registers is rather high than low; rows of all layers lie side by side
+    return OneConfig(max(1, warps // sharing // layers), length * sharing, warps, max(1, int(fitting / warps + 0.3)))
 
 
 def one_mix_config(b1: int, part: int, itemsize: int, device: Device) -> OneConfig:

@@ -34,15 +34,19 @@ def word_vector(per: int) -> int:
     return 8 // per
 
 
-def steps_of(columns: int, step: int) -> tuple[int, int]:
-    """(steps, tail) of a row: whole steps, at least one, and a power of two that holds the rest; 0: nothing is left."""
+def steps_of(columns: int, step: int, least: int) -> tuple[int, int]:
+    """(steps, tail) of a row: at least one step, and a power of two that holds the rest; 0: nothing is left.
+
+    A tail is as long as what a warp reads at once, `least`, or longer: a shorter one saves nothing. One that is longer
+    than half a step becomes a step.
+    """
     steps, rest = divmod(columns, step)
-    tail = pow2(rest) if rest else 0
+    tail = max(least, pow2(rest)) if rest else 0
     return (steps + 1, 0) if 2 * tail > step or not steps else (steps, tail)
 
 
-def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneConfig:
-    """For `decode_one_kernel` with a matrix in bits, of rows of `row` weights, of as many `layers` at once.
+def packed_one_config(row: int, rows: int, layers: int, per: int, device: Device) -> OneConfig:
+    """As `few_tokens.one_config` with a matrix in bits.
 
     A row lies across all warps, so that x stands in registers once. H200, us of one stage, the best of seven settings
     and the next, of rows that share one scale: 14336 x 1584 int4 6.5, 7.0, fp8 8.2, 8.9; 4096 x 1024 2.1, 2.3 and 2.5,
@@ -51,16 +55,18 @@ def packed_one_config(row: int, layers: int, per: int, device: Device) -> OneCon
     """
     if device == INTERPRETER:
         return OneConfig(4, 16, 4, 1)
+    small = per == 8
     if row <= 2048 and layers > 1:
-        return OneConfig(4, min(pow2(row), 512), 2, 8)
+        return OneConfig(8, min(pow2(row), 256), 4, 4 if small else 3)
     if row <= 1024:
         return OneConfig(16, min(pow2(row), 512), 2, 6)
     if row <= 2048:
-        return OneConfig(8, 512, 2, 10) if per == 8 else OneConfig(4, 512, 2, 12)
+        return OneConfig(8, 512, 2, 10) if small else OneConfig(4, 512, 2, 12)
     if row <= 8192:
-        return OneConfig(8 // layers, 1024, 4, 3)
+        return OneConfig(8 // layers, 1024 // layers, 4, 3)
     if row <= 16384:
-        return OneConfig(4 // layers, 2048, 8, 2) if per == 8 else OneConfig(2 // layers, 2048, 8, 3)
+        rows, length = (4, 2048) if small else (2, 4096)
+        return OneConfig(rows // layers, length // layers, 8, 2)
     # one row: two spill. Not timed
     return OneConfig(1, 4096, 16, 1)
 

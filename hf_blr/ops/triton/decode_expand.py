@@ -134,15 +134,16 @@ def decode_expand_kernel(
     tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_t[:, None] & m_q[None, :])
 
 
-def decode_expand(z, u, bias, out, activation=""):
+def decode_expand(z, u, bias, out, activation="", beside=False):
     """Stage two at few tokens: out `[T, N]` from z `[B2, T, R]` and u `[B2, Q, R]`, plain or in bits.
 
-    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`.
+    For S layers that share x: out `[T, S*N]` from z `[B2, T, S*R]` and u `[S*B2, Q, R]`. `beside`: the kernel before is
+    this function's on other layers of the same z, so that one token's need not wait for it.
     """
     u = weights_of(u)
     (blocks, q, r), tokens = u.shape, z.shape[1]
     if tokens == 1:
-        return expand_one(z, u, bias, out, activation)
+        return expand_one(z, u, bias, out, activation, beside=beside)
     if by_places(u):
         return expand_by_places(z, u, bias, out, activation)
     device = device_of(z)

@@ -15,110 +15,10 @@ from hf_blr.ops.rules.device import device_of, vector_width
 from hf_blr.ops.rules.few_tokens import one_config
 from hf_blr.ops.rules.packed import packed_one_config, steps_of, word_vector
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.bits import Weights, by_place, sum_of_columns, weights_of
-from hf_blr.ops.triton.halves import paired
-from hf_blr.ops.triton.tiles import wait_for_previous
+from hf_blr.ops.triton.bits import Weights, weights_of
+from hf_blr.ops.triton.one_rows import layers_apart, places_of_rows, product_of, rows_of, scales_of, vector_of
+from hf_blr.ops.triton.tiles import end_after_previous, start_beside_previous, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
-
-
-@triton.jit
-def rows_of(w_ptr, i_q, Q, C, stride_wq, STEPS: tl.constexpr, TAIL: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr):
-    """Tile i_q of a matrix `[Q, C]` in STEPS pieces `[BQ, BC]` and, if TAIL > 0, one `[BQ, TAIL]`; zero outside.
-
-    Read once, so the first to leave L2.
-    """
-    o_q = i_q * BQ + tl.arange(0, BQ)
-    # steps are distances that a load's own offset holds
-    row_ptr, m_q = w_ptr + o_q[:, None] * stride_wq, (o_q < Q)[:, None]
-    pieces = ()
-    for step in tl.static_range(STEPS):
-        o_c = step * BC + tl.arange(0, BC)
-        m = m_q & (o_c < C)[None, :]
-        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=m, other=0, eviction_policy="evict_first"),)
-    if TAIL > 0:
-        o_c = STEPS * BC + tl.arange(0, TAIL)
-        m = m_q & (o_c < C)[None, :]
-        pieces = pieces + (tl.load(row_ptr + o_c[None, :], mask=m, other=0, eviction_policy="evict_first"),)
-    return pieces
-
-
-@triton.jit
-def scales_of(
-    s_ptr,
-    i_q,
-    Q,
-    C,
-    stride_sq,
-    FORM: tl.constexpr,
-    PER: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEPS: tl.constexpr,
-    TAIL: tl.constexpr,
-    BQ: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Of the same tile in bits: the scale of each column in pieces like the tile's, or `[BQ]` of each row."""
-    o_q = i_q * BQ + tl.arange(0, BQ)
-    pieces = ()
-    if FORM != "plain":
-        if GROUP == 0:
-            pieces = pieces + (tl.load(s_ptr + o_q * stride_sq, mask=o_q < Q, other=0.0),)
-        else:
-            row_ptr, m_q = s_ptr + o_q[:, None] * stride_sq, (o_q < Q)[:, None]
-            for step in tl.static_range(STEPS):
-                o_c = step * BC + tl.arange(0, BC)
-                m = m_q & (o_c < C)[None, :]
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :], mask=m, other=0.0),)
-            if TAIL > 0:
-                o_c = STEPS * BC + tl.arange(0, TAIL)
-                m = m_q & (o_c < C)[None, :]
-                pieces = pieces + (tl.load(row_ptr + (o_c * PER // GROUP)[None, :], mask=m, other=0.0),)
-    return pieces
-
-
-@triton.jit
-def vector_of(
-    x_ptr, R, FIRST, FORM: tl.constexpr, PER: tl.constexpr, STEPS: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr
-):
-    """What `paired` makes of x `[R]` in STEPS pieces of BC columns from FIRST on, for equal rows.
-
-    Each warp loads what it needs and asks no other.
-    """
-    pieces = ()
-    for step in tl.static_range(STEPS):
-        o_r = (FIRST + step * BC) * PER + tl.arange(0, BC * PER)
-        o_r = tl.broadcast_to(o_r[None, None, :], (1, BX, BC * PER))
-        tiles = by_place(tl.load(x_ptr + o_r, mask=o_r < R, other=0.0), FORM)
-        for j in tl.static_range(PER):
-            pieces = pieces + (tl.reshape(tiles[j], (BX, BC)),)
-    return paired(pieces, 0, STEPS, FORM, PER)
-
-
-@triton.jit
-def product_of(
-    b_xs,
-    b_ts,
-    b_ws,
-    b_ss,
-    bias_ptr,
-    o_n,
-    m_q,
-    FORM: tl.constexpr,
-    PER: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEPS: tl.constexpr,
-    TAIL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """`[BQ]`: the rows times the vector, b_xs and of the tail b_ts, plus the bias."""
-    b_out = tl.sum(sum_of_columns(b_xs, b_ws, b_ss, 0, STEPS, FORM, PER, GROUP), 1)
-    if TAIL > 0:
-        b_out += tl.sum(sum_of_columns(b_ts, b_ws, b_ss, STEPS, 1, FORM, PER, GROUP), 1)
-    if FORM != "plain" and GROUP == 0:
-        b_out *= b_ss[0].to(tl.float32)
-    if HAS_BIAS:
-        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)
-    return b_out
 
 
 @triton.jit(do_not_specialize=["stride_wi", "stride_wq"])
@@ -147,9 +47,12 @@ def decode_one_kernel(
     FORM: tl.constexpr,
     PER: tl.constexpr,
     SCALED: tl.constexpr,
+    GROUPED: tl.constexpr,
     PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
     VEC: tl.constexpr,
     VEC_W: tl.constexpr,
+    WHOLE: tl.constexpr,
     STEPS: tl.constexpr,
     TAIL: tl.constexpr,
     BX: tl.constexpr,
@@ -168,42 +71,46 @@ def decode_one_kernel(
     w_ptr += i_i.to(tl.int64) * (stride_wi * VEC_W)
     if FORM != "plain":
         ws_ptr += i_i * stride_si
-    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wq * VEC_W, STEPS, TAIL, BQ, BC)
-    b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, TAIL, BQ, BC)
-    if GATED:
-        w2_ptr = w_ptr + tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W)
-        ws2_ptr = ws_ptr if FORM == "plain" else ws_ptr + GATED_BLOCKS * stride_si
-        b_w2s = rows_of(w2_ptr, i_p, Q, C, stride_wq * VEC_W, STEPS, TAIL, BQ, BC)
-        b_s2s = scales_of(ws2_ptr, i_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, TAIL, BQ, BC)
-    wait_for_previous(PDL)
+    LAYERS: tl.constexpr = 2 if GATED else 1
+    stride_wl, stride_wq = tl.cast(GATED_BLOCKS, tl.int64) * (stride_wi * VEC_W), stride_wq * VEC_W
+    b_ws = rows_of(w_ptr, i_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
+    stride_sl = GATED_BLOCKS * stride_si
+    b_ss = ()
+    if FORM != "plain":
+        b_ss = scales_of(ws_ptr, i_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
+    # a kernel that did not wait asks L2, where what others wrote is
+    CACHE: tl.constexpr = ".cg" if BESIDE else ""
+    if BESIDE:
+        start_beside_previous(PDL)
+    else:
+        wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
+    stride_xg *= VEC
+    b_xs, b_ts = vector_of(x_ptr, R * VEC, 0, stride_xg, CACHE, FORM, PER, STEPS, LAYERS, BX, BQ, BC), ()
     if TAIL > 0:
-        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
-    if GATED:
-        x_ptr += stride_xg * VEC
-        b_x2s, b_t2s = vector_of(x_ptr, R * VEC, 0, FORM, PER, STEPS, BX, BC), ()
-        if TAIL > 0:
-            b_t2s = vector_of(x_ptr, R * VEC, STEPS * BC, FORM, PER, 1, BX, TAIL)
-    for i_q in tl.range(i_p, tl.cdiv(Q, BQ), n_p):
-        b_next = rows_of(w_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, STEPS, TAIL, BQ, BC)
-        b_snext = scales_of(ws_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, TAIL, BQ, BC)
+        b_ts = vector_of(x_ptr, R * VEC, STEPS * BC, stride_xg, CACHE, FORM, PER, 1, LAYERS, BX, BQ, TAIL)
+    tiles = tl.cdiv(Q, BQ // LAYERS)
+    for i_q in tl.range(i_p, tiles, n_p):
+        o_q = places_of_rows(i_q, LAYERS, BX, BQ)
+        o_n = i_i * Q + layers_apart(GATED_BLOCKS * Q, LAYERS, BX, BQ) + o_q
+        b_v, b_s = b_ws, b_ss
+        if i_q + n_p < tiles:
+            b_ws = rows_of(w_ptr, i_q + n_p, Q, C, stride_wl, stride_wq, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC)
+            if FORM != "plain":
+                b_ss = scales_of(
+                    ws_ptr, i_q + n_p, Q, C, stride_sl, stride_sq, PER, SCALED, WHOLE, STEPS, TAIL, LAYERS, BX, BQ, BC
+                )
+        b_out = product_of(b_xs, b_ts, b_v, b_s, bias_ptr, o_n, o_q < Q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
         if GATED:
-            b_next2 = rows_of(w2_ptr, i_q + n_p, Q, C, stride_wq * VEC_W, STEPS, TAIL, BQ, BC)
-            b_snext2 = scales_of(ws2_ptr, i_q + n_p, Q, C, stride_sq, FORM, PER, SCALED, STEPS, TAIL, BQ, BC)
-        o_q = i_q * BQ + tl.arange(0, BQ)
-        m_q, o_n = o_q < Q, i_i * Q + o_q
-        b_out = product_of(b_xs, b_ts, b_ws, b_ss, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS)
-        b_out = activate(b_out, ACTIVATION)
-        if GATED:
-            o_n += GATED_BLOCKS * Q
-            b_out *= product_of(
-                b_x2s, b_t2s, b_w2s, b_s2s, bias_ptr, o_n, m_q, FORM, PER, SCALED, STEPS, TAIL, HAS_BIAS
-            )
-            b_w2s, b_s2s = b_next2, b_snext2
-        o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP
-        tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=m_q)
-        b_ws, b_ss = b_next, b_snext
+            b_gate, b_up = tl.split(tl.permute(tl.reshape(b_out, (BQ // BX, 2, BX // 2)), (0, 2, 1)))
+            b_out = tl.reshape(activate(b_gate, ACTIVATION) * b_up, (BQ // 2,))
+            o_q = places_of_rows(i_q, 1, BX // 2, BQ // 2)
+        else:
+            b_out = activate(b_out, ACTIVATION)
+        o_o = (o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP if GROUPED else i_i * Q + o_q
+        tl.store(out_ptr + o_o, b_out.to(out_ptr.dtype.element_ty), mask=o_q < Q)
+    if BESIDE:
+        end_after_previous(PDL)
 
 
 def project_one(x: Tensor, v: Tensor | Weights, z: Tensor):
@@ -213,7 +120,15 @@ def project_one(x: Tensor, v: Tensor | Weights, z: Tensor):
     multiply(x, v, None, z, b1, group=rows // len(z), strides=(p, 0, 0), stride_og=z.stride(0))
 
 
-def expand_one(z: Tensor, u: Tensor | Weights, bias: Tensor | None, out: Tensor, activation: str = "", gated=False):
+def expand_one(
+    z: Tensor,
+    u: Tensor | Weights,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str = "",
+    gated: bool = False,
+    beside: bool = False,
+):
     """Stage two of one token, as `decode_expand.decode_expand`.
 
     With `gated`, of two layers: out `[1, N]` is activation(the first's) * the second's, from u `[2*B2, Q, R]` and z
@@ -225,10 +140,12 @@ def expand_one(z: Tensor, u: Tensor | Weights, bias: Tensor | None, out: Tensor,
         blocks //= 2
         apart = r if len(z) == blocks else blocks * z.stride(0)
     strides = z.stride(0), r, apart
-    multiply(z, u, bias, out, blocks, q, strides, 0, len(z), activation, gated)
+    multiply(z, u, bias, out, blocks, q, strides, 0, len(z), activation, gated, beside)
 
 
-def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False):
+def multiply(
+    x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, activation="", gated=False, beside=False
+):
     """Launch `decode_one_kernel`: `strides` of x are from block to block, layer to layer and to the gated layer."""
     w, device = weights_of(w), device_of(x)
     all_blocks, q, r = w.shape
@@ -239,15 +156,16 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
         rule = one_config(r, q * all_blocks, layers, w.data.element_size(), device)
     else:
         vec_w = min(vec_w, word_vector(w.per))
-        rule = packed_one_config(r, layers, w.per, device)
+        rule = packed_one_config(r, q * all_blocks, layers, w.per, device)
 
     def run(config):
         programs = max(1, config.programs * device.sms // blocks)
         columns, step = triton.cdiv(r, w.per), config.length // w.per
-        # what is masked costs arithmetic, which bounds words alone
-        steps, tail = (triton.cdiv(columns, step), 0) if w.form == "plain" else steps_of(columns, step)
-        # a warp that has whole rows to itself needs one copy of x
-        alone = w.form != "plain" and config.length // w.per >= 32 * config.warps
+        # columns that a thread reads at once
+        per_thread = 16 // w.data.element_size() if w.form == "plain" else word_vector(w.per)
+        steps, tail = steps_of(columns, step, step if w.form == "plain" else 32 * per_thread)
+        # rows of a layer that the warps hold side by side
+        side = min(config.rows, max(1, 32 * config.warps * per_thread // step // layers))
         decode_one_kernel[(min(triton.cdiv(q, config.rows), programs), blocks)](
             x,
             w.data,
@@ -268,15 +186,19 @@ def multiply(x, w, bias, out, blocks, group, strides, stride_og, x_blocks=None, 
             FORM=w.form_on(device),
             PER=w.per,
             SCALED=w.group,
+            GROUPED=group < q,
             PDL=device.has_pdl,
+            BESIDE=beside,
             VEC=vec,
             VEC_W=vec_w,
+            WHOLE=columns // step,
             STEPS=steps,
             TAIL=tail,
-            BX=1 if alone else config.rows,
-            BQ=config.rows,
+            BX=layers * side,
+            BQ=layers * config.rows,
             BC=config.length // w.per,
             num_warps=config.warps,
+            maxnreg=config.registers,
             **device.launch_options,
         )
 

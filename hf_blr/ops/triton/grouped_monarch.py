@@ -37,7 +37,7 @@ def forward(x, us, vs, biases):
             if not few:
                 monarch_finish(ranks(y, vs, part, run), u, bias, o, route)
             elif b1 == 1:
-                decode_expand(ranks(z, vs, part, run), u, bias, o)
+                decode_expand(ranks(z, vs, part, run), u, bias, o, beside=run.start > part.start)
             else:
                 decode_expand(monarch_decode(x, joined(vs, run, 1), u.shape[0], route), u, bias, o)
     return out

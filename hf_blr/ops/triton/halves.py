@@ -64,6 +64,8 @@ def sum_program(form: str, words: int) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+#: $0: $1 in the lower half and $2 in the upper, in float16
+PAIR = tl.constexpr("{ cvt.rn.f16x2.f32 $0, $2, $1; }")
 INT4_1, INT4_2 = (tl.constexpr(sum_program("int4", n)) for n in (1, 2))
 INT8_1, INT8_2 = (tl.constexpr(sum_program("int8", n)) for n in (1, 2))
 FP8_1, FP8_2 = (tl.constexpr(sum_program("fp8", n)) for n in (1, 2))
@@ -73,9 +75,14 @@ FP8_BITS_1, FP8_BITS_2 = (tl.constexpr(sum_program("fp8_bits", n)) for n in (1, 
 @triton.jit
 def pair_of(b_x, b_y, b_in):
     """int32 of two float16: x times a power of two in the lower half, y in the upper."""
-    b_low = (b_x.to(tl.float32) * b_in).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    b_high = (b_y.to(tl.float32) * b_in).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return b_low | b_high
+    return tl.inline_asm_elementwise(
+        PAIR,
+        "=r,f,f",
+        [b_x.to(tl.float32) * b_in, b_y.to(tl.float32) * b_in],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -73,6 +73,23 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def start_beside_previous(PDL: tl.constexpr):
+    """For a kernel that needs nothing of the one before it, which itself began by `wait_for_previous`.
+
+    What that one has waited for is there: all its programs have passed their wait when this kernel begins.
+    """
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_previous(PDL: tl.constexpr):
+    """The last step of such a kernel: who waits for it waits for the kernel before it too."""
+    if PDL:
+        tl_cuda.gdc_wait()
+
+
+@triton.jit
 def wait_past_loads(PDL: tl.constexpr):
     """As `wait_for_previous`, within a loop whose pipelined loads do not depend on the kernel before and may pass it.
 
