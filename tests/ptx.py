@@ -52,6 +52,7 @@ OPERATIONS = {
     "prmt.b32": permuted,
     "shr.b32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,
+    "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
     "lop3.b32": logic,
     "cvt.rn.f16x2.e4m3x2": of_float8,
     "cvt.f32.f16": lambda a: halves(a, torch.float16)[0].float(),

@@ -117,10 +117,11 @@ class PlacesConfig:
     """
 
     rows: int
+    tiles: int
     words: int
     parts: int
-    warps: int
     stages: int
+    splits: int = 1
 
 
 def multiplies_by_places(group: int, per: int) -> bool:
@@ -136,19 +137,14 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     7.1; 1584 x 14336 14.9, 15.2 and 17.0, 17.7. One run. Two layers at once were timed by (64, 16, 1, 4, 4) alone.
     """
     if device == INTERPRETER:
-        return PlacesConfig(16, CHUNK, 2, 4, 1)
-    if row > 4096:
-        config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
-    elif row > 2048:
-        # of 32 tokens, the wide one spills
-        wide = per == 8 and tokens <= 16 and rows > 16 * device.sms
-        config = PlacesConfig(32, 2 * CHUNK, 4, 4, 3) if wide else PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
-    elif layers > 1:
-        config = PlacesConfig(64, CHUNK, 1, 4, 4)
-    elif rows > 64 * device.sms:
-        config = PlacesConfig(128, CHUNK, 1, 4, 3) if per == 8 else PlacesConfig(64, 2 * CHUNK, 1, 4, 3)
+        return PlacesConfig(16, 2, CHUNK, 2, 1, 2)
+    steps = 2 * CHUNK if per == 4 else CHUNK
+    if row > 8192:
+        config = PlacesConfig(16, 6, steps, 8, 3, 8)
+    elif row > 2048 or rows <= 64 * device.sms:
+        config = PlacesConfig(16 if rows <= 16 * device.sms else 32, 1, steps, 8 // layers, 3)
     else:
-        config = PlacesConfig(16, CHUNK, 2, 2, 6) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
+        config = PlacesConfig(16, 7, steps, 8 // layers, 3)
     return fitting(whole_groups(config, per, group), layers, tokens, per, device)
 
 
@@ -160,7 +156,7 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
 def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
     while True:
-        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
+        stage = layers * config.parts * config.words * (4 * config.rows * config.tiles + 2 * per * places_inputs(tokens))
         stages = min(config.stages, 1 + device.shared_memory // stage)
         if stages >= min(config.stages, 3) or config.words == CHUNK:
             return replace(config, stages=stages)

@@ -7,6 +7,7 @@ loads of x is split into places in registers as well. Warps have parts of the ro
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,8 +23,59 @@ from hf_blr.ops.rules.packed import (
 )
 from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
+from hf_blr.ops.triton.decode_splits import sum_splits
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
+
+
+@triton.jit
+def put_rows(
+    acc,
+    ws_ptr,
+    bias_ptr,
+    out_ptr,
+    o_si,
+    o_q,
+    i_i,
+    T,
+    Q,
+    GROUP,
+    GATED_BLOCKS,
+    stride_og,
+    stride_ot,
+    stride_sq,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Store what `decode_places_kernel` says of its rows o_q, from their sums by parts `[BJ, BQ, BT]`."""
+    BJ: tl.constexpr = acc.shape[0]
+    BQ: tl.constexpr = acc.shape[1]
+    BT: tl.constexpr = acc.shape[2]
+    o_t, m_q = tl.arange(0, BT), o_q < Q
+    if SCALED == 0:
+        o_s = o_si[:, None] + (o_q * stride_sq)[None, :]
+        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
+    o_n = i_i * Q + o_q
+    if GATED:
+        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
+        b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
+    else:
+        b_out = tl.sum(acc, 0)
+    if HAS_BIAS:
+        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
+    out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
+    m = m_q[:, None] & (o_t < T)[None, :]
+    if ADD:
+        b_out += tl.load(out_ptr, mask=m, other=0.0).to(tl.float32)
+    b_out = activate(b_out, ACTIVATION)
+    if GATED:
+        if HAS_BIAS:
+            b_up += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
+        b_out *= b_up
+    tl.store(out_ptr, b_out.to(out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -38,6 +90,7 @@ def decode_places_kernel(
     GROUP,
     BLOCKS,
     GATED_BLOCKS,
+    stride_os,
     stride_og,
     stride_ot,
     PART,
@@ -68,6 +121,7 @@ def decode_places_kernel(
     BX: tl.constexpr,
     BT: tl.constexpr,
     BQ: tl.constexpr,
+    TILES: tl.constexpr,
     BC: tl.constexpr,
 ):
     """out[q // GROUP, t, i*GROUP + q % GROUP] = activation(w[i, q] . x[i, t] + bias[i, q]), with w `[blocks, Q, R]`.
@@ -78,72 +132,75 @@ def decode_places_kernel(
     SCALED numbers of a row share a scale of ws, which steps divide, or all.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
-    o_t, o_q, o_b = tl.arange(0, BT), i_q * BQ + tl.arange(0, BQ), tl.arange(0, BJ)
-    m_t, m_q = o_t < T, o_q < Q
+    o_q, o_b = i_q * (TILES * BQ) + tl.arange(0, BQ), tl.arange(0, BJ)
     # one token is loaded once for all columns of a tile
     o_tx = tl.arange(0, BX)
     m_tx = o_tx < T
     # of two gated layers, each has every other part
-    o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, o_b * PART)
+    o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, (tl.program_id(2) * BJ + o_b) * PART)
     columns = C * VEC_W
     o_wi = (i_i + o_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + o_j
-    o_w = o_wi[:, None, None] + o_q[None, :, None] * (stride_wq * VEC_W)
     if PDL:
         o_l = tl.arange(0, LINES) * LINE
-        m_l = in_part(o_l, o_j, PART, columns)[:, None, :] & m_q[None, :, None]
-        prefetch_to_l2(w_ptr, o_w + o_l[None, None, :], m_l)
-    o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None] + (o_q * stride_sq)[None, :]
+        for tile in tl.static_range(TILES):
+            o_n = o_q + tile * BQ
+            m_l = in_part(o_l, o_j, PART, columns)[:, None, :] & (o_n < Q)[None, :, None]
+            o_wn = o_wi[:, None, None] + o_n[None, :, None] * (stride_wq * VEC_W)
+            prefetch_to_l2(w_ptr, o_wn + o_l[None, None, :], m_l)
+    o_si = (i_i + o_g * GATED_BLOCKS) * stride_si
     wait_for_previous(PDL)
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
     o_x = (o_g * (stride_xg * VEC))[:, None, None] + (o_tx * (stride_xt * VEC))[None, :, None]
     o_c, o_r = tl.arange(0, BC), tl.arange(0, BC * PER)
-    acc = tl.zeros((BJ, BQ, BT), tl.float32)
+    accs = ()
+    for _tile in tl.static_range(TILES):
+        accs = accs + (tl.zeros((BJ, BQ, BT), tl.float32),)
     for step in range(0, PART // BC):
         o_jc = o_j + step * BC
-        m_w = (o_jc[:, None] + o_c[None, :] < columns)[:, None, :] & m_q[None, :, None]
-        b_w = tl.load(w_ptr + o_w + (step * BC + o_c)[None, None, :], mask=m_w, other=0, eviction_policy="evict_first")
+        m_c = o_jc[:, None] + o_c[None, :] < columns
         o_jr = (o_jc * PER)[:, None] + o_r[None, :]
         m_x = (o_jr < R * VEC)[:, None, :] & m_tx[None, :, None]
         b_x = tl.load(x_ptr + o_x + o_jr[:, None, :], mask=m_x, other=0.0)
-        b_x = tl.broadcast_to(b_x, (BJ, BT, BC * PER))
-        b_ws, b_xs = places_of(b_w, FORM, PER, b_x.dtype), by_place(b_x, FORM)
-        if BJ == 1:
-            # warps share the rows; of a batch, they share its members alone
-            b = tl.zeros((BQ, BT), tl.float32) if SCALED > 0 else tl.reshape(acc, (BQ, BT))
-            for j in tl.static_range(PER):
-                b_wj, b_xj = tl.reshape(b_ws[j], (BQ, BC)), tl.reshape(b_xs[j], (BT, BC))
-                b = tl.dot(b_wj, b_xj.T, b, input_precision=PRECISION)
-            b = tl.reshape(b, (1, BQ, BT))
-        else:
-            b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
+        b_xs = by_place(tl.broadcast_to(b_x, (BJ, BT, BC * PER)), FORM)
+        sums = ()
+        for tile in tl.static_range(TILES):
+            o_n = o_q + tile * BQ
+            o_w = o_wi[:, None, None] + o_n[None, :, None] * (stride_wq * VEC_W) + (step * BC + o_c)[None, None, :]
+            m_w = m_c[:, None, :] & (o_n < Q)[None, :, None]
+            b_w = tl.load(w_ptr + o_w, mask=m_w, other=0, eviction_policy="evict_first")
+            b_ws = places_of(b_w, FORM, PER, b_x.dtype)
+            b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else accs[tile]
             for j in tl.static_range(PER):
                 b = tl.dot(b_ws[j], tl.permute(b_xs[j], (0, 2, 1)), b, input_precision=PRECISION)
-        if SCALED > 0:
-            m_s = (o_jc < columns)[:, None] & m_q[None, :]
-            b_s = tl.load(ws_ptr + o_s + (o_jc * PER // SCALED)[:, None], mask=m_s, other=0.0)
-            acc += b * b_s.to(tl.float32)[:, :, None]
-        else:
-            acc = b
-    if SCALED == 0:
-        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
-    o_n = i_i * Q + o_q
-    if GATED:
-        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
-        b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
-    else:
-        b_out = tl.sum(acc, 0)
-    if HAS_BIAS:
-        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-    out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
-    m = m_q[:, None] & m_t[None, :]
-    if ADD:
-        b_out += tl.load(out_ptr, mask=m, other=0.0).to(tl.float32)
-    b_out = activate(b_out, ACTIVATION)
-    if GATED:
-        if HAS_BIAS:
-            b_up += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-        b_out *= b_up
-    tl.store(out_ptr, b_out.to(out_ptr.dtype.element_ty), mask=m)
+            if SCALED > 0:
+                o_s = o_si[:, None] + (o_n * stride_sq)[None, :] + (o_jc * PER // SCALED)[:, None]
+                b_s = tl.load(ws_ptr + o_s, mask=(o_jc < columns)[:, None] & (o_n < Q)[None, :], other=0.0)
+                b = accs[tile] + b * b_s.to(tl.float32)[:, :, None]
+            sums = sums + (b,)
+        accs = sums
+    out_ptr += tl.program_id(2).to(tl.int64) * stride_os
+    for tile in tl.static_range(TILES):
+        put_rows(
+            accs[tile],
+            ws_ptr,
+            bias_ptr,
+            out_ptr,
+            o_si,
+            o_q + tile * BQ,
+            i_i,
+            T,
+            Q,
+            GROUP,
+            GATED_BLOCKS,
+            stride_og,
+            stride_ot,
+            stride_sq,
+            HAS_BIAS,
+            ACTIVATION,
+            GATED,
+            ADD,
+            SCALED,
+        )
 
 
 def by_places(w) -> bool:
@@ -173,24 +230,30 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     device, tokens = device_of(x), out.shape[-2]
     layers = 1 + gated
     columns = w.data.shape[-1]
+    splittable = out.dim() == 3
     vec, vec_w = vector_width(r, *strides), vector_width(columns, *w.strides)
 
     def run(config: PlacesConfig):
         config = whole_groups(config, w.per, w.group)
-        part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
+        splits = config.splits if splittable else 1
+        part = triton.cdiv(triton.cdiv(columns, config.parts * splits), config.words) * config.words
         parts = config.parts * layers
-        decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
+        rows = config.rows * config.tiles
+        # in float32, to be added by one kernel more
+        sums = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+        decode_places_kernel[(triton.cdiv(q, rows), all_blocks // layers, splits)](
             x,
             w.data,
             w.scale,
             bias,
-            out,
+            sums,
             tokens,
             q,
             group,
             x_blocks,
             all_blocks // layers,
-            *out_strides,
+            sums.stride(0) if splits > 1 else 0,
+            *(out_strides if splits == 1 else sums.stride()[1:3]),
             part,
             *(n // vec for n in (r, *strides)),
             *(n // vec_w for n in (columns, *w.strides)),
@@ -198,7 +261,7 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             GATED=gated,
-            ADD=add,
+            ADD=add and splits == 1,
             LINES=lines(part, 32),
             LINE=32,
             FORM=w.form,
@@ -212,13 +275,16 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             BX=places_inputs(tokens),
             BT=places_rows(tokens),
             BQ=config.rows,
+            TILES=config.tiles,
             BC=config.words,
-            # a warp has a part; rows in one part are shared
-            num_warps=config.warps if parts == 1 else parts,
+            # a warp has a part
+            num_warps=parts,
             # no more than a row has steps
             num_stages=min(config.stages, max(2, part // config.words + 1)),
             **device.launch_options,
         )
+        if splits > 1:
+            sum_splits(sums, out, add)
 
     rule = places_config(r, all_blocks * q, layers, tokens, w.per, w.group, device)
     launch(run, w.named("decode_places"), rule, tokens, (r, q, all_blocks, gated), x)
