@@ -111,9 +111,10 @@ def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class PlacesConfig:
-    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
+    """Of `decode_places_kernel`: rows of a tile and tiles of a program, words of a part that a step reads.
 
-    warps: of rows in one part; else each part has a warp.
+    parts: of a row in one program, a warp each.
+    splits: programs that share a row of a first stage; their sums are added by one kernel more.
     """
 
     rows: int
@@ -156,7 +157,8 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
 def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
     while True:
-        stage = layers * config.parts * config.words * (4 * config.rows * config.tiles + 2 * per * places_inputs(tokens))
+        words = 4 * config.rows * config.tiles + 2 * per * places_inputs(tokens)
+        stage = layers * config.parts * config.words * words
         stages = min(config.stages, 1 + device.shared_memory // stage)
         if stages >= min(config.stages, 3) or config.words == CHUNK:
             return replace(config, stages=stages)

@@ -2,7 +2,9 @@
 
 A word holds numbers of several places, 0 to 7 of int4. Tensor cores take the numbers of one place of sixteen words with
 the inputs that meet them, so that a number is multiplied by the thread that unpacked it. What a step of this layout
-loads of x is split into places in registers as well. Warps have parts of the rows, since there are few rows to share.
+loads of x is split into places in registers as well, once for all tiles of rows. Each warp has a part of every row, so
+that none reads the x of another. A batch of products, one for each part, keeps Triton from Hopper's products of four
+warps, which would take every place of x through shared memory. Rows too long for that are shared by programs.
 """
 
 from __future__ import annotations
@@ -21,61 +23,10 @@ from hf_blr.ops.rules.packed import (
     places_rows,
     whole_groups,
 )
-from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.bits import Weights, by_place, places_of
-from hf_blr.ops.triton.decode_splits import sum_splits
+from hf_blr.ops.triton.places_out import put_rows, sum_splits
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
-
-
-@triton.jit
-def put_rows(
-    acc,
-    ws_ptr,
-    bias_ptr,
-    out_ptr,
-    o_si,
-    o_q,
-    i_i,
-    T,
-    Q,
-    GROUP,
-    GATED_BLOCKS,
-    stride_og,
-    stride_ot,
-    stride_sq,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Store what `decode_places_kernel` says of its rows o_q, from their sums by parts `[BJ, BQ, BT]`."""
-    BJ: tl.constexpr = acc.shape[0]
-    BQ: tl.constexpr = acc.shape[1]
-    BT: tl.constexpr = acc.shape[2]
-    o_t, m_q = tl.arange(0, BT), o_q < Q
-    if SCALED == 0:
-        o_s = o_si[:, None] + (o_q * stride_sq)[None, :]
-        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
-    o_n = i_i * Q + o_q
-    if GATED:
-        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
-        b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
-    else:
-        b_out = tl.sum(acc, 0)
-    if HAS_BIAS:
-        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-    out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
-    m = m_q[:, None] & (o_t < T)[None, :]
-    if ADD:
-        b_out += tl.load(out_ptr, mask=m, other=0.0).to(tl.float32)
-    b_out = activate(b_out, ACTIVATION)
-    if GATED:
-        if HAS_BIAS:
-            b_up += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-        b_out *= b_up
-    tl.store(out_ptr, b_out.to(out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -127,9 +78,10 @@ def decode_places_kernel(
     """out[q // GROUP, t, i*GROUP + q % GROUP] = activation(w[i, q] . x[i, t] + bias[i, q]), with w `[blocks, Q, R]`.
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
-    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A row is cut into BJ
-    parts of PART words, BC a step. R and strides of x come / VEC, C and strides of w, in words of PER numbers, / VEC_W.
-    SCALED numbers of a row share a scale of ws, which steps divide, or all.
+    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A program has TILES tiles
+    of BQ rows. A row is cut into parts of PART words, BC a step: BJ of a program, and of as many as the grid's last
+    axis, each of which puts out its own sum, stride_os apart. R and strides of x come / VEC, C and strides of w, in
+    words of PER numbers, / VEC_W. SCALED numbers of a row share a scale of ws, which steps divide, or all.
     """
     i_q, i_i = tl.program_id(0), tl.program_id(1)
     o_q, o_b = i_q * (TILES * BQ) + tl.arange(0, BQ), tl.arange(0, BJ)
@@ -230,12 +182,12 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     device, tokens = device_of(x), out.shape[-2]
     layers = 1 + gated
     columns = w.data.shape[-1]
-    splittable = out.dim() == 3
     vec, vec_w = vector_width(r, *strides), vector_width(columns, *w.strides)
 
     def run(config: PlacesConfig):
         config = whole_groups(config, w.per, w.group)
-        splits = config.splits if splittable else 1
+        # what a last stage does to its sums cannot wait for others
+        splits = config.splits if out.dim() == 3 else 1
         part = triton.cdiv(triton.cdiv(columns, config.parts * splits), config.words) * config.words
         parts = config.parts * layers
         rows = config.rows * config.tiles

@@ -51,12 +51,12 @@ CHANGES = {
     ),
     PlacesConfig: (
         {"rows": 2},
-        {"rows": 2, "parts": 0.5},
+        {"tiles": 0.5},
         {"words": 2},
-        {"words": 2, "parts": 0.5, "warps": 0.5},
-        {"parts": 2, "warps": 2},
-        {"parts": 0.5, "warps": 0.5},
+        {"parts": 2},
+        {"parts": 0.5},
         {"stages": 2},
+        {"splits": 2},
     ),
     DecodeConfig: (
         {"rows": 2},
