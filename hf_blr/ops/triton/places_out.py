@@ -14,6 +14,17 @@ from hf_blr.ops.triton.tiles import wait_for_previous
 
 
 @triton.jit
+def sum_of_last(b, COUNT: tl.constexpr):
+    """The sum over the last axis, of COUNT numbers. A thread has all of them, so that none change places twice."""
+    if COUNT == 1:
+        b_sum = tl.reshape(b, b.shape[:-1])
+    else:
+        b_left, b_right = tl.split(tl.reshape(b, b.shape[:-1] + (COUNT // 2, 2)))
+        b_sum = sum_of_last(b_left + b_right, COUNT // 2)
+    return b_sum
+
+
+@triton.jit
 def put_rows(
     acc,
     ws_ptr,
@@ -45,10 +56,10 @@ def put_rows(
         acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
     o_n = i_i * Q + o_q
     if GATED:
-        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
-        b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
+        b_parts = tl.permute(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), (2, 3, 1, 0))
+        b_out, b_up = tl.split(sum_of_last(b_parts, BJ // 2))
     else:
-        b_out = tl.sum(acc, 0)
+        b_out = sum_of_last(tl.permute(acc, (1, 2, 0)), BJ)
     if HAS_BIAS:
         b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
     out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
