@@ -130,7 +130,9 @@ def multiplies_by_places(group: int, per: int) -> bool:
     return group % (CHUNK * per) == 0
 
 
-def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
+def places_config(
+    row: int, rows: int, layers: int, tokens: int, per: int, group: int, itemsize: int, device: Device
+) -> PlacesConfig:
     """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once.
 
     H200, us of one stage at 16 tokens, the best of two to five settings and the next: 14336 x 1584 int4 14.3, 15.1, fp8
@@ -140,13 +142,16 @@ def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group
     if device == INTERPRETER:
         return PlacesConfig(16, 2, CHUNK, 2, 1, 2)
     steps = 2 * CHUNK if per == 4 else CHUNK
-    if row > 8192:
+    if itemsize == 4:
+        # products without tensor cores: a tile more takes Triton a minute
+        config = PlacesConfig(16, 1, CHUNK, 8 // layers, 2)
+    elif row > 8192:
         config = PlacesConfig(16, 6, steps, 8, 3, 8)
     elif row > 2048 or rows <= 64 * device.sms:
         config = PlacesConfig(16 if rows <= 16 * device.sms else 32, 1, steps, 8 // layers, 3)
     else:
         config = PlacesConfig(16, 7, steps, 8 // layers, 3)
-    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
+    return fitting(whole_groups(config, per, group), layers, tokens, per, itemsize, device)
 
 
 def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
@@ -154,10 +159,12 @@ def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
     return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
 
 
-def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
+def fitting(
+    config: PlacesConfig, layers: int, tokens: int, per: int, itemsize: int, device: Device
+) -> PlacesConfig:
     """The setting, with shorter steps and fewer stages where shared memory asks for that."""
     while True:
-        words = 4 * config.rows * config.tiles + 2 * per * places_inputs(tokens)
+        words = 4 * config.rows * config.tiles + itemsize * per * places_inputs(tokens)
         stage = layers * config.parts * config.words * words
         stages = min(config.stages, 1 + device.shared_memory // stage)
         if stages >= min(config.stages, 3) or config.words == CHUNK:

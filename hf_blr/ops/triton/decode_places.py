@@ -238,5 +238,5 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
         if splits > 1:
             sum_splits(sums, out, add)
 
-    rule = places_config(r, all_blocks * q, layers, tokens, w.per, w.group, device)
+    rule = places_config(r, all_blocks * q, layers, tokens, w.per, w.group, x.element_size(), device)
     launch(run, w.named("decode_places"), rule, tokens, (r, q, all_blocks, gated), x)
