@@ -78,7 +78,7 @@ def test_place_by_place(form, group, monkeypatch):
 @pytest.mark.parametrize("add", [False, True])
 def test_programs_share_long_rows(add, monkeypatch):
     # three programs of two parts, of which the last are empty; 16 rows of 40 are the last tile's of two programs
-    config = PlacesConfig(16, 2, 16, 2, 1, 3)
+    config = PlacesConfig(2, 2, 3)
     monkeypatch.setattr(decode_places, "places_config", lambda *sizes: config)
     grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
     x, z = torch.randn(3, 2 * 520), torch.randn(2, 3, 2 * 20)

@@ -111,17 +111,14 @@ def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class PlacesConfig:
-    """Of `decode_places_kernel`: rows of a tile and tiles of a program, words of a part that a step reads.
+    """Of `decode_places_kernel`: tiles of 16 rows of weights that a program has.
 
     parts: of a row in one program, a warp each.
     splits: programs that share a row of a first stage; their sums are added by one kernel more.
     """
 
-    rows: int
     tiles: int
-    words: int
     parts: int
-    stages: int
     splits: int = 1
 
 
@@ -131,52 +128,21 @@ def multiplies_by_places(group: int, per: int) -> bool:
 
 
 def places_config(
-    row: int, rows: int, layers: int, tokens: int, per: int, group: int, itemsize: int, device: Device
+    row: int, rows: int, layers: int, tokens: int, per: int, itemsize: int, device: Device
 ) -> PlacesConfig:
-    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once.
-
-    H200, us of one stage at 16 tokens, the best of two to five settings and the next: 14336 x 1584 int4 14.3, 15.1, fp8
-    16.6, 19.2; 4096 x 1024 3.6, 4.0 and 4.5, 4.9; 3168 x 4096 7.4, 8.1 and 9.5, 11.7; 1024 x 4096 5.5, 5.7 and 5.6,
-    7.1; 1584 x 14336 14.9, 15.2 and 17.0, 17.7. One run. Two layers at once were timed by (64, 16, 1, 4, 4) alone.
-    """
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
     if device == INTERPRETER:
-        return PlacesConfig(16, 2, CHUNK, 2, 1, 2)
-    steps = 2 * CHUNK if per == 4 else CHUNK
+        return PlacesConfig(2, 2, 2)
     if itemsize == 4:
         # products without tensor cores: a tile more takes Triton a minute
-        config = PlacesConfig(16, 1, CHUNK, 8 // layers, 2)
-    elif row > 8192:
-        config = PlacesConfig(16, 6, steps, 8, 3, 8)
-    elif row > 2048 or rows <= 64 * device.sms:
-        config = PlacesConfig(16 if rows <= 16 * device.sms else 32, 1, steps, 8 // layers, 3)
-    else:
-        config = PlacesConfig(16, 7, steps, 8 // layers, 3)
-    return fitting(whole_groups(config, per, group), layers, tokens, per, itemsize, device)
-
-
-def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
-    """The setting with the longest steps, of its words at most, each of which lies in one group; 0: no groups."""
-    return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
-
-
-def fitting(
-    config: PlacesConfig, layers: int, tokens: int, per: int, itemsize: int, device: Device
-) -> PlacesConfig:
-    """The setting, with shorter steps and fewer stages where shared memory asks for that."""
-    while True:
-        words = 4 * config.rows * config.tiles + itemsize * per * places_inputs(tokens)
-        stage = layers * config.parts * config.words * words
-        stages = min(config.stages, 1 + device.shared_memory // stage)
-        if stages >= min(config.stages, 3) or config.words == CHUNK:
-            return replace(config, stages=stages)
-        config = replace(config, words=config.words // 2)
+        return PlacesConfig(1, 8 // layers)
+    if row > 8192:
+        return PlacesConfig(3, 8, 4)
+    if row > 2048:
+        return PlacesConfig(2, 8)
+    return PlacesConfig(4 if rows > 64 * device.sms else 2, 4 // layers)
 
 
 def places_rows(tokens: int) -> int:
     """Tokens are columns of a tensor-core tile, of at least 8."""
     return max(8, pow2(tokens))
-
-
-def places_inputs(tokens: int) -> int:
-    """Rows of x that a step keeps in shared memory: one for one token, which all columns share."""
-    return 1 if tokens == 1 else places_rows(tokens)

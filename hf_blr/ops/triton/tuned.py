@@ -50,12 +50,12 @@ CHANGES = {
         {"length": 2},
     ),
     PlacesConfig: (
-        {"rows": 2},
+        {"tiles": 2},
         {"tiles": 0.5},
-        {"words": 2},
         {"parts": 2},
         {"parts": 0.5},
-        {"stages": 2},
+        {"parts": 2, "tiles": 0.5},
+        {"parts": 0.5, "tiles": 2},
         {"splits": 2},
     ),
     DecodeConfig: (
