@@ -122,6 +122,20 @@ class PlacesConfig:
     splits: int = 1
 
 
+#: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}
+PLACES = {
+    # last stages: two layers at once, many rows, rows of more than 1024 numbers, of fewer
+    "gated": (PlacesConfig(4, 2), PlacesConfig(2, 2), PlacesConfig(4, 2), PlacesConfig(4, 2)),
+    "wide": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
+    "last": (PlacesConfig(2, 8), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    "short": (PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    # first stages: rows of more than 8192 numbers, many rows, few
+    "long": (PlacesConfig(3, 8, 4), PlacesConfig(1, 16), PlacesConfig(3, 8, 4), PlacesConfig(3, 8, 4)),
+    "first": (PlacesConfig(2, 8), PlacesConfig(2, 16), PlacesConfig(2, 8), PlacesConfig(2, 16)),
+    "few": (PlacesConfig(1, 8), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
+}
+
+
 def multiplies_by_places(group: int, per: int) -> bool:
     """Whether `decode_places_kernel` takes words of `per` numbers, `group` of which share a scale, or whole rows: 0."""
     return group % (CHUNK * per) == 0
@@ -130,17 +144,29 @@ def multiplies_by_places(group: int, per: int) -> bool:
 def places_config(
     row: int, rows: int, layers: int, tokens: int, per: int, itemsize: int, device: Device
 ) -> PlacesConfig:
-    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once."""
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once, in words of `per` numbers.
+
+    H200, us of one stage at 16 tokens, rows that share one scale, the best of four to eight settings and the next:
+    14336 x 1584 int4 9.9, 10.2, fp8 14.6, 15.8; two such layers at once 16.3, 17.1 and 26.5, 27.0; 4096 x 1584 4.7, 4.9
+    and 5.8, 6.8; 4096 x 1024 3.6, 4.0 and 3.6, 4.8; 3168 x 4096 6.9, 7.8 and 8.6, 9.5; 1024 x 4096 4.6, 4.7 and 4.8,
+    5.3; 1584 x 14336 12.0, 12.2 and 15.2, 16.1. One run. At 32 tokens two or three settings were timed.
+    """
     if device == INTERPRETER:
         return PlacesConfig(2, 2, 2)
     if itemsize == 4:
         # products without tensor cores: a tile more takes Triton a minute
         return PlacesConfig(1, 8 // layers)
     if row > 8192:
-        return PlacesConfig(3, 8, 4)
-    if row > 2048:
-        return PlacesConfig(2, 8)
-    return PlacesConfig(4 if rows > 64 * device.sms else 2, 4 // layers)
+        stage = "long"
+    elif row > 2048:
+        stage = "few" if rows <= 16 * device.sms else "first"
+    elif layers > 1:
+        stage = "gated"
+    elif rows > 64 * device.sms:
+        stage = "wide"
+    else:
+        stage = "last" if row > 1024 else "short"
+    return PLACES[stage][2 * (tokens > 16) + (per < 8)]
 
 
 def places_rows(tokens: int) -> int:
