@@ -122,10 +122,10 @@ class PlacesConfig:
     splits: int = 1
 
 
-#: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}
+#: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}; layers share the parts
 PLACES = {
     # last stages: two layers at once, many rows, rows of more than 1024 numbers, of fewer
-    "gated": (PlacesConfig(4, 2), PlacesConfig(2, 2), PlacesConfig(4, 2), PlacesConfig(4, 2)),
+    "gated": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
     "wide": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
     "last": (PlacesConfig(2, 8), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
     "short": (PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
@@ -166,7 +166,8 @@ def places_config(
         stage = "wide"
     else:
         stage = "last" if row > 1024 else "short"
-    return PLACES[stage][2 * (tokens > 16) + (per < 8)]
+    config = PLACES[stage][2 * (tokens > 16) + (per < 8)]
+    return replace(config, parts=config.parts // layers)
 
 
 def places_rows(tokens: int) -> int:
