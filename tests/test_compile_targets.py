@@ -39,6 +39,7 @@ def test_kernels_build_and_fit(capability):
         "losses_kernel",
         "losses_backward_kernel",
         "decode_places_kernel",
+        "decode_sums_kernel",
         "numbers_kernel",
         "swap_blocks_kernel",
         "columns_kernel",

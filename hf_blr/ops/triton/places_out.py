@@ -75,7 +75,7 @@ def put_rows(
 
 
 @triton.jit
-def sum_splits_kernel(
+def decode_sums_kernel(
     p_ptr,
     out_ptr,
     T,
@@ -107,7 +107,7 @@ def sum_splits(parts: Tensor, out: Tensor, add: bool):
     splits, groups, tokens, n = parts.shape
     device = device_of(out)
     block = 128
-    sum_splits_kernel[(triton.cdiv(n, block), tokens, groups)](
+    decode_sums_kernel[(triton.cdiv(n, block), tokens, groups)](
         parts,
         out,
         tokens,
