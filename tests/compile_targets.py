@@ -42,7 +42,6 @@ from hf_blr.ops.triton import (
     numbers,
     packed,
     pivoted,
-    places_out,
     rounding,
     swap,
 )
