@@ -73,8 +73,8 @@ def decoding_section() -> str:
                 "over dense by bytes and starts": f"{before['graph_ms'] / least:.2f}x",
             }
         )
-    config = places_config(GATE[1], 2 * GATE[0], 2, 16, PER_WORD["fp8"], 0, H100)
-    programs, warps = -(-GATE[0] // config.rows), 2 * config.parts
+    config = places_config(GATE[1], 2 * GATE[0], 2, 16, PER_WORD["fp8"], 2, H100)
+    programs, warps = -(-GATE[0] // (16 * config.tiles)), 2 * config.parts
     return (
         f"{format_table(lines)}\n\nms of a decoding step of {next(iter(dense.values()))['model']}; bytes at "
         f"{MEASURED.bandwidth / 1e12} TB/s, starts of {MEASURED.kernel_seconds * 1e6} us. The last stage of gate and "
