@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conditions import RESULTS, machine
 
+from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import blocks_of
 from hf_blr.markdown import format_table
@@ -14,14 +15,15 @@ from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
 def float8_section() -> str:
     """Stages of low-rank layers beside dense, whole layers of the other structures, and their errors."""
     result = read_result(RESULTS / "float8_h200.json")
-    rows = {kind: [row for row in result["rows"] if row["measured"] == kind] for kind in ("products", "layer", "error")}
+    kinds = ("products", "layer", "error")
+    rows = {kind: [row for row in rows_of(result) if row["measured"] == kind] for kind in kinds}
     (compiled,) = [row for row in result["rows"] if row["measured"] == "compiled"]
     dense = {(r["in_features"], r["out_features"], r["tokens"]): r["dense_us"] for r in rows["products"]}
     return (
         "Low-rank. Sums of stages are not whole layers: each stage pays a graph's start.\n\n"
         f"{format_table(list(map(stages_line, rows['products'])))}\n\n"
         "First: our kernel, and last: cuBLAS or ours, as the rules say. Dense in float8: cuBLAS with a scale a row, "
-        "behind our cast.\n\n"
+        f"behind our cast. Stages at {commits_of(rows['products'])}.\n\n"
         "Behind a norm under torch.compile, where the cast joins the norm's kernel, norm and layer of 4096 x 4096 took "
         f"{compiled['norm_and_layer_us']:.1f} us at {compiled['tokens']} tokens, the norm alone "
         f"{compiled['norm_us']:.1f}; the last stage was ours.\n\n"

@@ -92,7 +92,7 @@ def speeds() -> str:
     models, decode = (read_result(RESULTS / name) for name in ("models_h200.json", "decode_h200.json"))
     prefill = {row["variant"]: row for row in rows_of(models) if row["model"].startswith("Llama-3-8B,")}
     steps = {row["variant"]: row for row in rows_of(decode) if row["batch"] == 1}
-    fp8, int4, dense = prefill["low_rank/fp8+fused"], steps["low_rank/int4+fused"], steps["dense"]
+    fp8, int4, dense = prefill["low_rank@128/fp8+fused"], steps["low_rank/int4+fused"], steps["dense"]
     where = f"{machine(decode['environment'])}; in fp8 commit {commits_of([fp8])}"
     return (
         f"Low-rank at half, {dense['model']}'s shape: in fp8 its blocks take {fp8['tokens']} tokens "

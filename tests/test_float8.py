@@ -498,3 +498,22 @@ def test_rows_between_the_stages_begin_at_lines(rounding, monkeypatch, structure
     with torch.no_grad(), ops.use_impl("triton"):
         layer(structure, k=512)(torch.randn(21, 512))
     assert len(strides) == 2 and {stride % 128 for stride in strides} == {0}
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["monarch", "blast"])
+def test_factors_with_gaps_between_their_blocks(rounding, structure):
+    """As they lie where layers run together."""
+    module, x = layer(structure), torch.randn(21, 128)
+    part = dict(module.named_children())["v"]
+    codes, scale = part.weight, part.weight_scale
+    with torch.no_grad():
+        scale.mul_(torch.linspace(1, 9, scale.numel()).view_as(scale))
+    with torch.no_grad(), ops.use_impl("triton"):
+        wanted = module(x)
+        for name, t in (("weight", codes.clone()), ("weight_scale", scale.clone())):
+            wide = t.new_zeros(t.shape[0], t.shape[1] + 16, t.shape[2])
+            wide[:, : t.shape[1]] = t
+            getattr(part, name).data = wide[:, : t.shape[1]]
+        assert not part.weight_scale.is_contiguous()
+        torch.testing.assert_close(module(x), wanted)

@@ -50,7 +50,8 @@ def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> F
     elif k > 4096 and wide >= half:
         config = Float8Config(128, 256, 128, 8, 3)
     else:
-        config = Float8Config(128, 128, 128, 4, 3)
+        # staying: last stages take 8 % less, first ones 3 %, in the mean of 22 of more than one round
+        config = Float8Config(128, 128, 128, 4, 3, stays=2 * (tiles > 2 * device.sms))
     return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
 
 

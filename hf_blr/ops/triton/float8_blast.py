@@ -11,7 +11,8 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
 
     tensors (u `[B2, Q, R]`, s, v `[B1, R, P]`) float8, with scales `[.., 1]`, but s `[B2, B1, R]` in dtype.
     """
-    (u, s, v), (u_scale, _, v_scale) = tensors, scales
+    # layers that run together lie in one buffer, each with gaps between its input blocks
+    (u, s, v), (u_scale, v_scale) = tensors, (scales[0], scales[2].contiguous())
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out = x.new_empty(tokens, b2 * q, dtype=dtype)
     if tokens == 0:

@@ -10,7 +10,8 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
 
     tensors (u `[B2, Q, B1*R]`, v `[B1, B2*R, P]`) float8, with scales `[.., 1]`.
     """
-    (u, v), (u_scale, v_scale) = tensors, scales
+    # layers that run together lie in one buffer, each with gaps between its input blocks
+    (u, v), (u_scale, v_scale) = (tensors[0], tensors[1].contiguous()), (scales[0], scales[1].contiguous())
     tokens, (b1, rows, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out, r = x.new_empty(tokens, b2 * q, dtype=dtype), rows // b2
     if tokens == 0:
