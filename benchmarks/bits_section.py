@@ -93,26 +93,30 @@ def same_fit(row: dict) -> tuple:
 def goals_section() -> str:
     """What was aimed at on WikiText-2, by models that are fitted to its validation part, beside what was measured."""
     rows = [row for row in read_result(RESULTS / FILE)["rows"] if turned(row) and row["dataset"] == "wikitext2"]
-    found: dict[tuple, float] = {}
+    found: dict[tuple, dict[str | None, float]] = {}
     for row in rows:
         if row["calibration"] == "valid" and row["method"] != COLUMNS:
             trained = row.get("finetune_tokens", 0) > 0
             key = row["structure"], row["ratio"], row.get("bits_per_weight") or row["format"], trained
-            # the best way to train it
-            found[key] = min(row["ppl"], found.get(key, row["ppl"]))
+            # the best way to train it on these tokens
+            on = found.setdefault(key, {})
+            text = row.get("finetune_sha256")
+            on[text] = min(row["ppl"], on.get(text, row["ppl"]))
     whole = {4.25: "int4", 3.25: "int3"}
     table = []
     for bits, goals in BUDGETS.items():
         for goal, trained in zip(goals, (False, True), strict=True):
             rival = found.get(("dense", 1.0, whole.get(bits), trained))
-            beside = f" (GPTQ{', refined' * trained} {score(rival)})" if rival else ""
+            beside = f" (GPTQ{', refined' * trained} {score(min(rival.values()))})" if rival else ""
             measured = found.get(("auto", 1.0, bits, trained))
             name = f"auto, {bits:g} bits{', refined' * trained}"
-            table.append((name, f"{goal:g}", f"{score(measured)}{beside}" if measured else UNKNOWN))
+            table.append((name, f"{goal:g}", f"{score(min(measured.values()))}{beside}" if measured else UNKNOWN))
     for name, goals in FACTORS.items():
         for most, trained in zip(goals, (False, True), strict=True):
-            plain, measured = (found.get(("low_rank", 0.8, each, trained)) for each in ("plain", name))
-            known = f"{100 * (measured / plain - 1):.1f} %" if measured and plain else UNKNOWN
+            plain, measured = (found.get(("low_rank", 0.8, each, trained), {}) for each in ("plain", name))
+            # what was trained on other text says nothing
+            shares = [ppl / plain[text] for text, ppl in measured.items() if text in plain]
+            known = f"{100 * (min(shares) - 1):.1f} %" if shares else UNKNOWN
             table.append((f"low-rank 80 % in {name}, over plain{', refined' * trained}", f"at most {most:g} %", known))
     return format_table([dict(zip(("perplexity", "goal", "measured"), row, strict=True)) for row in table])
 

@@ -54,7 +54,9 @@ def stages_line(row: dict) -> dict:
 def tiles(tokens: int, n: int, k: int) -> str:
     """What the rule takes, as the file names it."""
     config = float8_config(tokens, n, k, 1, H100)
-    return f"{config.bt} x {config.bn}, {config.warps} warps, {config.stages} stages"
+    return f"{config.bt} x {config.outputs}, {config.warps} warps, {config.stages} stages" + ", staying" * (
+        config.stays > 0
+    )
 
 
 def in_sum(parts: list[float]) -> str:

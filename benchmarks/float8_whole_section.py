@@ -8,12 +8,14 @@ from float8_training import MODEL, PROTOCOL
 from hf_blr.bench.model_peaks import model_predictions
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
-from hf_blr.bench.report.lines import wide
+from hf_blr.bench.report.lines import grouped, wide
 from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
 from hf_blr.roofline.devices import DEVICES
 
 FAMILIES = {"dense": "dense", "low_rank": "low-rank"}
+#: variants that the others are compared with
+COMPARED = ("dense", "dense/fp8", "dense/fp8, torchao")
 #: {column: parts of a profile}
 KINDS = {
     "products": ("products", "blr"),
@@ -95,24 +97,29 @@ def prefill_section() -> str:
     """Prefill of whole models whose factors are kept in fp8."""
     result = read_result(RESULTS / "models_h200.json")
     rows = [row for row in rows_of(result) if row["model"].startswith(MODEL) and row["measurement"] == "prefill"]
-    predicted = {row["variant"]: row["predicted_ms"] for row in model_predictions(rows, DEVICES["H200-measured"])}
-    by_variant = {row["variant"]: row for row in rows}
-    dense, rival = by_variant["dense"], by_variant["dense/fp8"]
-    lines = [
-        {
-            "variant": row["variant"],
-            "ms": f"{row['ms']:.2f}",
-            "over dense": f"{dense['ms'] / row['ms']:.2f}x",
-            "over dense/fp8": f"{rival['ms'] / row['ms']:.2f}x",
-            "predicted ms": f"{predicted[row['variant']]:.2f}" if row["variant"] in predicted else "",
-            **{name: f"{sum(row['profile']['parts'][part] for part in parts):.2f}" for name, parts in KINDS.items()},
-        }
-        for row in by_variant.values()
-    ]
+    counted = model_predictions(rows, DEVICES["H200-measured"])
+    predicted = {(row["variant"], row["tokens"]): row["predicted_ms"] for row in counted}
+    lines = []
+    for tokens, group in grouped(rows, lambda row: row["tokens"]).items():
+        ms = {row["variant"]: row["ms"] for row in group}
+        lines += [
+            {
+                "tokens": tokens,
+                "variant": row["variant"],
+                "ms": f"{row['ms']:.2f}",
+                **{f"over {name}": f"{ms[name] / row['ms']:.2f}x" for name in COMPARED},
+                "predicted ms": f"{predicted[row['variant'], tokens]:.2f}"
+                if (row["variant"], tokens) in predicted
+                else "",
+                **{name: f"{sum(row['profile']['parts'][part] for part in of):.2f}" for name, of in KINDS.items()},
+            }
+            for row in group
+        ]
+    dense = rows[0]
     where = machine(result["environment"] | {"commit": commits_of(rows)})
     return (
-        f"{format_table(lines)}\n\n{dense['model']}, {dense['batch']} x {dense['tokens']} tokens, half of "
-        "each projection kept, compiled blocks in one CUDA graph; dense/fp8: the matrices in fp8, by cuBLAS behind a "
-        "cast that joins the norm before. Predicted: by the counts of `hf-blr roofline`. ms of kernels by kind from a "
-        f"profile of one replay. {where}."
+        f"{format_table(lines)}\n\n{dense['model']}, one text, half of each projection kept, at "
+        "ranks cut so that 128 divides them, compiled blocks in one CUDA graph; dense/fp8: the matrices in fp8, by "
+        "cuBLAS behind a cast that joins the norm before. Predicted: by the counts of `hf-blr roofline`. ms of kernels "
+        f"by kind from a profile of one replay. {where}."
     )

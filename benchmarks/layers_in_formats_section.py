@@ -32,7 +32,8 @@ def layers_section() -> str:
     table, where = table_of(wide(order, line_of, cell_of), rows, result)
     return (
         f"{table}\n\nus, speed over dense in bfloat16, and over dense in float8 with the cast of its input; half of "
-        f"the parameters kept. {result['protocol']}. {where}.\n\n"
+        "the parameters kept, in ranks that are cut so that 128 divides them where a sixteenth of them is enough for "
+        f"that; of low-rank those that 16 divides too. {result['protocol']}. {where}.\n\n"
         f"Geometric means over the sizes of a structure in fp8, over dense in bfloat16 and in float8:\n\n{means(rows)}"
     )
 
@@ -50,13 +51,26 @@ def cell_of(row: dict) -> dict[str, str]:
 
 def means(rows: list[dict]) -> str:
     fp8 = [row for row in rows if row["format"] == "fp8" and row["structure"] != "dense" and row["tokens"] > FEW_TOKENS]
-    groups = grouped(fp8, lambda row: (row["structure"], blocks_of(row), row["tokens"]))
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for (structure, blocks, tokens), group in groups.items():
-        line = lines.setdefault((structure, blocks), {"structure": structure, "blocks": blocks, "sizes": len(group)})
-        over = (geometric_mean(row[dense] / row["us"] for row in group) for dense in ("dense_us", "dense_fp8_us"))
-        line[f"{tokens} tokens"] = ", ".join(f"{speed:.2f}x" for speed in over)
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for (structure, blocks, tokens), found in grouped(
+        fp8, lambda row: (row["structure"], blocks_of(row), row["tokens"])
+    ).items():
+        # the larger ranks of layers that have two are those that were not cut
+        both = {"cut": of_least_rank(found), "not cut": of_least_rank(found, -1)}
+        for ranks, group in both.items() if both["cut"] != both["not cut"] else [("cut", found)]:
+            line = lines.setdefault((structure, blocks, ranks), {"structure": structure, "blocks": blocks})
+            line |= {"ranks": ranks, "sizes": len(group)}
+            over = (geometric_mean(row[dense] / row["us"] for row in group) for dense in ("dense_us", "dense_fp8_us"))
+            line[f"{tokens} tokens"] = ", ".join(f"{speed:.2f}x" for speed in over)
     return format_table(list(lines.values()))
+
+
+def of_least_rank(rows: list[dict], sign: int = 1) -> list[dict]:
+    """Of each layer at each number of tokens the row of the least rank; with sign -1 of the largest."""
+    found: dict[tuple[str, int], dict] = {}
+    for row in sorted(rows, key=lambda row: sign * row["rank"]):
+        found.setdefault((row["layer"], row["tokens"]), row)
+    return [found[key] for key in sorted(found)]
 
 
 def predicted_section() -> str:

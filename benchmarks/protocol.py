@@ -73,7 +73,7 @@ class Bench:
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
-    def rows(self, model: nn.Module, facts: dict, kept: int | None = None) -> list[dict]:
+    def rows(self, model: nn.Module, facts: dict, kept: int | None = None, stored: int | None = None) -> list[dict]:
         """One row for each dataset.
 
         Args:
@@ -81,12 +81,14 @@ class Bench:
             facts: what the row says of it: method, ratio, fit_seconds and so on.
             kept: numbers that the targeted projections need, of a model whose zeros stand for what is gone; counted
                 if left out.
+            stored: bytes that they take, of a model that stands for one of another library's; counted if left out.
 
         Raises:
             ValueError: if the targeted projections keep more than the ratio that the row would claim, or more bits.
         """
         scores = self.dense_ppl if model is self.dense else self.score(model)
-        stored = stored_bytes(model, self.targets) if kept is None else DTYPE.itemsize * kept
+        if stored is None:
+            stored = stored_bytes(model, self.targets) if kept is None else DTYPE.itemsize * kept
         kept = kept_parameters(model, self.targets) if kept is None else kept
         total = sum(self.targets.values())
         if kept > (facts["ratio"] + SIZE_TOLERANCE) * total:

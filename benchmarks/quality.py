@@ -33,13 +33,13 @@ from protocol import PROTOCOL, TURNED, Bench, check_tokens, read_ids, sha256_of
 from rates import best_rate
 from runs import TEXTLESS, TRAINED, Run, row_key, runs, shard, shard_of
 from runs_in_bits import runs_in_bits
-from turned import turned
 
 from hf_blr import BLRConfig, compress, to_dense
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.checkpoint.record import forget_quantizer
 from hf_blr.cli import loading, options
+from hf_blr.compression import turn_stream
 from hf_blr.finetune import refine
 from hf_blr.plan import resolve_plan
 
@@ -65,7 +65,8 @@ def too_small(bench: Bench, run: Run) -> str | None:
 def make(
     run: Run, on: Calibration, earlier: dict[tuple, torch.nn.Module], training: dict
 ) -> tuple[torch.nn.Module, dict]:
-    """The compressed model and what its row says of the fit; "kept" is an argument of `Bench.rows`.
+    """The compressed model and what its row says of the fit; "kept" and "stored" are arguments of
+    `Bench.rows`.
 
     training: arguments of `refine`.
     """
@@ -92,6 +93,10 @@ def make(
         return model, {"kept": kept}
     elif run.kind == "descent":
         return baselines.blast_by_gradients(dense, run.ratio, run.blocks, DESCENT_STEPS, on.seed), {}
+    elif run.kind == "torchao":
+        own = {"scales": settings["scales"]} if "scales" in settings else {}
+        model, stored = baselines.torchao_weights(dense, run.format, **own)
+        return model, {"stored": stored}
     else:
         model = copy.deepcopy(dense)
         config = run.config(on.seed)
@@ -104,7 +109,7 @@ def make(
 
 
 def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.Module, dict]:
-    """Trains the plain factors on half of the training windows, rounds what they became, and trains the scales on half.
+    """Trains the plain factors on half of the training windows, rounds what they became, and trains that on half.
 
     The ranks are those of the fit in bits, which groups divide; what it leaves whole is rounded with the factors.
     """
@@ -117,7 +122,10 @@ def refined_around(run: Run, on: Calibration, training: dict) -> tuple[torch.nn.
     compress(model, BLRConfig(layers=plain), calibration=on.batches, statistics=on.statistics, progress=False)
     trained(model, halves[0], run.rate, **training)
     compress(to_dense(model), BLRConfig(layers=layers), calibration=on.batches, progress=False)
-    return model, {**trained(model, halves[1], run.rate, **training), "finetune_sha256": sha256_of(on.training)}
+    return model, {
+        **trained(model, halves[1], run.rate, bits=run.trains, **training),
+        "finetune_sha256": sha256_of(on.training),
+    }
 
 
 def trained(
@@ -228,7 +236,8 @@ def main(argv=None):
     dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = Path(args.gguf_file or args.model).name.partition(".Q")[0]
     if args.turned:
-        dense, name = turned(dense), f"{name}, {TURNED}"
+        turn_stream(dense)
+        name = f"{name}, {TURNED}"
     bench = Bench(name, dense.eval(), read_ids(args.texts, tokenizer))
     print(f"[{time.perf_counter() - started:.0f} s] dense {bench.dense_ppl}", flush=True)
     parts = read_ids(args.parts, tokenizer)
@@ -282,8 +291,8 @@ def main(argv=None):
                 more["peak_memory"] = torch.cuda.max_memory_allocated()
             seconds = time.perf_counter() - fit
             more["fit_seconds"] = None if args.beside else seconds
-            kept = more.pop("kept", None)
-            rows = bench.rows(model, {**facts, **more}, kept)
+            kept, stored = more.pop("kept", None), more.pop("stored", None)
+            rows = bench.rows(model, {**facts, **more}, kept, stored)
             file.add(rows)
             done |= keys
             scores = ", ".join(f"{row['dataset']} {row['ppl']:.2f}" for row in rows)

@@ -30,12 +30,12 @@ from protocol import PROTOCOL, TURNED, Bench, read_ids
 from quality import make
 from runs import Run
 from runs_in_bits import runs_in_bits
-from turned import turned
 
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
 from hf_blr.calibration.regression import Regression
 from hf_blr.cli import loading, options
+from hf_blr.compression import turn_stream
 from hf_blr.factorize import Factors, columns, rounding, with_codes
 from hf_blr.factorize.bits import ToRound, rotation
 from hf_blr.structures import BLRSpec
@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     dense, tokenizer = loading.load_model(args.model, args, reader=any("=" in s for s in args.texts + args.parts))
     name = f"{Path(args.gguf_file or args.model).name.partition('.Q')[0]}, {TURNED}"
-    bench = Bench(name, turned(dense).eval(), read_ids(args.texts, tokenizer))
+    turn_stream(dense)
+    bench = Bench(name, dense.eval(), read_ids(args.texts, tokenizer))
     parts = read_ids(args.parts, tokenizer)
     on = Calibration.draw(bench.dense, parts, Mixture.parse(args.calibration), 0, args.windows, protocol.SEQLEN)
     machine = environment()

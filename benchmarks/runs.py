@@ -32,6 +32,8 @@ LADDER = {
 BLOCK_STEPS = 64
 #: the whole model fitted twice; and more steps on each block with it
 TWICE, TWICE_JOINT = {"passes": 2}, {"passes": 2, "block_steps": 128}
+#: more of these steps, in runs of their own
+MORE_STEPS = (256, 512)
 #: what all fits had before damping followed the number of tokens
 SMALL_DAMPING = {"damping": 1e-4}
 #: twice the rounds of alternating least squares, and a later stop
@@ -43,7 +45,7 @@ AA_PASSES = 5
 #: the format of a run that chooses one for each layer
 CHOSEN = "chosen"
 #: kinds of runs that read no text
-TEXTLESS = ("weights", "descent")
+TEXTLESS = ("weights", "descent", "torchao")
 #: kinds of runs that train
 TRAINED = ("refine", "refine dense", "refine around")
 
@@ -135,8 +137,9 @@ def runs() -> list[Run]:
         Run(BLOCK_JOINT_REFINED, "blast", ratio, (16, 16), "refine", tuple(by_block.items())) for ratio in (0.8, 0.5)
     ]
     again = []
+    more_steps = [(f"{TWICE_FITTED_JOINT}, {n} steps", {**TWICE_JOINT, "block_steps": n}) for n in MORE_STEPS]
     for ratio in (0.8, 0.5, 0.9):
-        for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT)):
+        for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT), *more_steps):
             run = ours("pivoted", ratio, None, method, settings)
             again += [run, replace(run, method=f"{method}, refined", kind="refine")]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]

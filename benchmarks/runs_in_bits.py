@@ -10,6 +10,8 @@ from runs import OURS, Run
 GPTQ = "GPTQ"
 #: the same without feedback between rows
 COLUMNS = f"{GPTQ}, columns alone"
+#: another library's, which reads no text
+TORCHAO = "torchao"
 #: numbers that share a scale; blocks of the small model's rows are divided by no power of two that large
 GROUP, GROUP_IN_BLOCKS = 64, 48
 BLOCKED = {"blast": (4, 4), "monarch": (4, 4)}
@@ -41,7 +43,12 @@ def runs_in_bits() -> list[Run]:
 
     def with_refined(run: Run) -> list[Run]:
         scales = replace(run, method=f"{run.method}, refined", kind="refine")
-        return [run, scales, replace(scales, method=f"{run.method}, codes too, refined", trains="codes")]
+        more = {"factor_codes": "codes of factors too, refined", "codes": "codes too, refined"}
+        trained = [replace(scales, method=f"{run.method}, {name}", trains=what) for what, name in more.items()]
+        return [run, scales, *(trained[1:] if run.structure == "dense" else trained)]
+
+    def by_torchao(name: str, method: str = TORCHAO, **own: str) -> Run:
+        return Run(method, None, 1.0, kind="torchao", settings=tuple({**stored(name, GROUP), **own}.items()))
 
     return [
         *with_refined(whole("int4")),
@@ -55,6 +62,8 @@ def runs_in_bits() -> list[Run]:
         factors("low_rank", 0.8, "int3"),
         *(factors("low_rank", 0.5, name) for name in ("int8", "int4", "fp8")),
         *(factors(structure, 0.8, "int4") for structure in ("pivoted", "blast", "monarch")),
+        *(by_torchao(name) for name in ("int4", "int8", "fp8")),
+        by_torchao("int4", f"{TORCHAO}, HQQ", scales="hqq"),
         # with groups that divide the rows of blocks, which then compete
         shared(BUDGETS[0], GROUP_IN_BLOCKS, f"{OURS}, groups of {GROUP_IN_BLOCKS}"),
     ]

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from conditions import RESULTS, machine
 from decode_section import FILE as DECODING
 from layers_in_formats_section import FILE as LAYERS
+from layers_in_formats_section import of_least_rank
 from packed_section import us
 
 from hf_blr.bench.peaks import spec_of
@@ -72,8 +73,8 @@ def decoding_section() -> str:
                 "over dense by bytes and starts": f"{before['graph_ms'] / least:.2f}x",
             }
         )
-    config = places_config(GATE[1], 2 * GATE[0], 2, 16, PER_WORD["fp8"], 0, H100)
-    programs, warps = -(-GATE[0] // config.rows), 2 * config.parts
+    config = places_config(GATE[1], 2 * GATE[0], 2, 16, PER_WORD["fp8"], 2, H100)
+    programs, warps = -(-GATE[0] // (16 * config.tiles)), 2 * config.parts
     return (
         f"{format_table(lines)}\n\nms of a decoding step of {next(iter(dense.values()))['model']}; bytes at "
         f"{MEASURED.bandwidth / 1e12} TB/s, starts of {MEASURED.kernel_seconds * 1e6} us. The last stage of gate and "
@@ -100,7 +101,8 @@ def layers_section() -> str:
     groups = grouped(rows, lambda row: (row["structure"], blocks_of(row), row["tokens"]))
     lines = []
     for (structure, blocks, tokens), (goal, beside) in LAYER_GOALS.items():
-        found = [r for r in groups[structure, blocks, tokens] if beside or r["in_features"] == r["out_features"]]
+        found = of_least_rank(groups[structure, blocks, tokens])
+        found = [r for r in found if beside or r["in_features"] == r["out_features"]]
         kernels = [kernels_of(row) for row in found]
         peaks = geometric_mean(
             row["dense_us"] / seconds(of, FLOOR) / 1e6 for row, of in zip(found, kernels, strict=True)

@@ -54,16 +54,10 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
     with half the range over the seeds; "worst" is the largest ratio. "of dense refined" divides the mean of a refined
     model by that of the dense model that was trained on the same tokens, at the rate that was best for it.
     """
-    groups = {key: complete(found, texts) for key, found in grouped(rows, method_of).items()}
-    groups = {key: runs for key, runs in groups.items() if runs}
-    fair: dict[tuple, float] = {}
-    for runs in groups.values():
-        row = runs[0][0]
-        if row["method"].startswith(DENSE_REFINED):
-            text = trained_on(row)
-            fair[text] = min(fair.get(text, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
+    groups = complete_groups(rows, texts)
+    fair = fair_means(groups)
     lines = []
-    for runs in groups.values():
+    for runs in groups:
         row = runs[0][0]
         mean = geometric_mean([mean_ratio(run) for run in runs])
         line = {
@@ -86,6 +80,23 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
         measured = [each for run in runs for each in run]
         lines.append((-row["ratio"], mean, {**line, "commit": commits_of(measured)}))
     return [line for *_, line in sorted(lines, key=lambda each: each[:2])]
+
+
+def complete_groups(rows: list[dict], texts: list[str]) -> list[list[list[dict]]]:
+    """For each thing that was measured on all texts, and for each of its seeds, the rows in the order of the texts."""
+    groups = [complete(found, texts) for found in grouped(rows, method_of).values()]
+    return [runs for runs in groups if runs]
+
+
+def fair_means(groups: list[list[list[dict]]]) -> dict[tuple, float]:
+    """{what was trained on: the mean ratio of the dense model that was trained on it, at the rate that was best}."""
+    fair: dict[tuple, float] = {}
+    for runs in groups:
+        row = runs[0][0]
+        if row["method"].startswith(DENSE_REFINED):
+            text = trained_on(row)
+            fair[text] = min(fair.get(text, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
+    return fair
 
 
 def complete(rows: list[dict], texts: list[str]) -> list[list[dict]]:

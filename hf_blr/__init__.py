@@ -13,7 +13,7 @@ from hf_blr.integration import register
 
 if TYPE_CHECKING:
     from hf_blr.calibration import Statistics, collect_statistics, denoising_batches
-    from hf_blr.compression import CompressionReport, compress
+    from hf_blr.compression import CompressionReport, compress, turn_stream
     from hf_blr.config import BLRConfig
     from hf_blr.evaluation import Perplexity, perplexity
     from hf_blr.finetune import BLRCallback
@@ -58,6 +58,7 @@ _HOMES = {
     "to_format": "hf_blr.integration",
     "to_linears": "hf_blr.integration",
     "tune": "hf_blr.inference",
+    "turn_stream": "hf_blr.compression",
     "unfuse": "hf_blr.inference",
 }
 
@@ -87,6 +88,7 @@ __all__ = [
     "to_format",
     "to_linears",
     "tune",
+    "turn_stream",
     "unfuse",
 ]
 

@@ -46,7 +46,7 @@ from hf_blr.ops.triton import (
     swap,
 )
 from hf_blr.ops.triton.bits import weights_in_bits
-from hf_blr.ops.triton.decode_places import expand_by_places
+from hf_blr.ops.triton.decode_places import expand_by_places, project_by_places
 
 #: multiprocessors and bytes of shared memory for one program
 DEVICES = {
@@ -266,10 +266,13 @@ def call_one_in_float8(n, k):
     packed.dense(torch.empty(1, k, dtype=torch.bfloat16), [codes], [scale], [bits], [length], None, "")
 
 
-def call_gated_places(dtype, tokens, bits, group, n, rank):
-    """The last stage of two layers whose outputs are multiplied, place by place."""
+def call_places(dtype, tokens, bits, group, n, rank):
+    """The last stage of two layers whose outputs are multiplied, and a first stage of long rows, place by place."""
     u = weights_in_bits(*codes_of((2, n, rank), bits, group))
     expand_by_places(torch.empty(1, tokens, 2 * rank, dtype=dtype), u, None, torch.empty(tokens, n), "silu", True)
+    # rows that programs share
+    v = weights_in_bits(*codes_of((1, rank, n), bits, group))
+    project_by_places(torch.empty(tokens, n, dtype=dtype), v, torch.empty(1, tokens, rank, dtype=dtype))
 
 
 def call_gated_one(bits, n, rank):
@@ -321,9 +324,11 @@ def call_plain(capability):
         call_attention(bf16, *sizes)
     call_attention(torch.float32, 2, 3, 2, 600, 256)
     call_losses(bf16, 2048, 49152)
-    # groups of a block whose scales are chosen, and one scale that is given
-    held, upper, tried = torch.empty(8, 72, 128), torch.empty(8, 128, 128), torch.empty(24)
-    rounding.round_columns(held, upper, -8, 7, False, 64, tried)
+    # groups of a block whose scales are chosen, in each format and of any number of rows, and one scale that is given
+    upper, tried = torch.empty(8, 128, 128), torch.empty(24)
+    for limits, rows, size in (((-8, 7), 72, 64), ((-4, 3), 64, 32), ((-2, 1), 1, 128), ((-128, 127), 9, 8)):
+        rounding.round_columns(torch.empty(8, rows, 128), upper, *limits, False, size, tried[: size // 8])
+    held = torch.empty(8, 72, 128)
     rounding.round_columns(held, upper, -448.0, 448.0, True, 128, tried[:1], torch.empty(8, 72, 1))
     call_experts(bf16, 8, 1, 438, 2048)
     call_experts(fp16, 128, 4, 384, 100, transposed=True)
@@ -345,11 +350,11 @@ def main(capability: int):
         call_one_in_float8(4096, 1584)
         call_gated_one(bits, 14336, 1584)
         call_one_beside(bits, 1024, 400)
-        call_gated_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
+        call_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)
-        call_float8(4096, 14336, 4096, 1584, 4, 4)
+        call_float8(4096, 14336, 4096, 1536, 4, 4)
     seen = set()
     for kernel, args, kwargs in launches:
         compiled = compile_launch(kernel, args, kwargs, capability)

@@ -52,6 +52,7 @@ OPERATIONS = {
     "prmt.b32": permuted,
     "shr.b32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,
+    "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
     "lop3.b32": logic,
     "cvt.rn.f16x2.e4m3x2": of_float8,
     "cvt.rn.f16x2.f32": lambda high, low: joined(torch.stack([low, high]).half()),

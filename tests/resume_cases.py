@@ -36,6 +36,7 @@ CASES = {
     "one shot": (tiny_llama, {"structure": "monarch", "sequential": False, "fit_rounds": 3}),
     "two chains": (tiny_t5, {"structure": "low_rank"}),
     "bits": (tiny_gpt2, {"structure": "low_rank", "factor_format": "int8", "group_size": 16}),
+    "turned": (tiny_llama, {"structure": "low_rank", "turned": True}),
     "whole pass": (tiny_llama, {"structure": "low_rank", "fisher": False}),
 }
 

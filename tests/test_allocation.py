@@ -18,6 +18,7 @@ from hf_blr.compression.shapes import at_ranks
 from hf_blr.factorize import FitOptions, factorize
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.metric import OUTPUT_DAMPING, OutputMetric, metric_blocks, regroup
+from hf_blr.linear import blr_modules
 from hf_blr.ops.table import implementation_of
 from hf_blr.plan import resolve_plan
 from hf_blr.structures import Blast, LowRank, Monarch, make_spec
@@ -224,6 +225,27 @@ def test_candidates_span_the_ratios_in_ranks_that_kernels_like(structure, blocks
     assert specs[0].ratio < 0.13 and 0.95 < specs[-1].ratio < 1
     step = {spec.rank % 16 for spec in specs}
     assert step == {0} or structure == "monarch"
+
+
+@pytest.mark.parametrize(
+    "structure, blocks, step",
+    [("low_rank", None, 128), ("pivoted", None, 128), ("monarch", (4, 4), 32), ("blast", 16, 128)],
+)
+def test_ranks_of_whole_lines(structure, blocks, step):
+    shape = make_spec(structure, 4096, 4096, rank=1, num_blocks=blocks)
+    assert {spec.rank % step for spec in at_ranks(shape, 0.1, 1.0, 128)} == {0}
+    assert {spec.rank % step for spec in at_ranks(shape, 0.1, 1.0)} != {0} or structure == "monarch"
+    # a layer that would have few ranks left takes others
+    assert at_ranks(make_spec("low_rank", 256, 256, rank=1), 0.1, 1.0, 128) == at_ranks(
+        make_spec("low_rank", 256, 256, rank=1), 0.1, 1.0
+    )
+
+
+def test_a_shared_budget_takes_ranks_of_whole_lines():
+    model = tiny_llama()
+    config = BLRConfig("low_rank", ratio=0.5, rank_multiple=2, fit_rounds=2)
+    compress(model, config, calibration=batches_for(model), progress=False)
+    assert {module.spec.rank % 2 for module in blr_modules(model).values()} == {0}
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_vit])

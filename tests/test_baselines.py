@@ -2,14 +2,16 @@
 
 import copy
 
+import pytest
 import torch
-from baselines import aa_svd, blast_descent, svd_llm_updated
+from baselines import aa_svd, blast_descent, svd_llm_updated, torchao_weights
 from tiny import tiny_llama
 
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.dense import dense_weight
 from hf_blr.factorize import relative_error
 from hf_blr.structures import FACTOR, Blast
+from hf_blr.targets import find_targets
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -83,3 +85,20 @@ def test_training_its_blocks_brings_the_last_hidden_states_nearer_to_the_dense_o
             for passes in (0, 25)
         )
     assert (trained - wanted).norm() < (closed - wanted).norm()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_torchao_rounds_each_projection_by_a_scale_a_row(name):
+    pytest.importorskip("torchao")
+    dense = tiny_llama()
+    model, stored = torchao_weights(dense, name)
+    targets = find_targets(dense)
+    count = sum(dense.get_submodule(target).weight.numel() for target in targets)
+    rows = sum(dense.get_submodule(target).weight.shape[0] for target in targets)
+    # a scale, and of int8 a zero
+    assert count + 2 * rows <= stored <= count + 6 * rows
+    for target in targets:
+        weight, rounded = dense.get_submodule(target).weight, model.get_submodule(target).weight
+        assert 1e-4 < relative_error(weight, rounded) < {"int8": 0.02, "fp8": 0.04}[name]
+    # what is no projection stays
+    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)

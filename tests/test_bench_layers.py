@@ -50,6 +50,9 @@ def test_our_ranks_are_multiples_that_the_kernels_like():
     assert aligned_spec("monarch", 4096, 4096, 0.5, (4, 4)).rank == 256
     # below the multiple the rank stays as it is rather than vanish
     assert aligned_spec("low_rank", 16, 16, 0.5).rank == 4
+    # 1016 of BLAST would be cut by an eighth
+    ranks = [aligned_spec("low_rank", 4096, n, 0.5, multiple=128).rank for n in (14336, 1024)]
+    assert ranks == [1536, 384] and aligned_spec("blast", 4096, 4096, 0.5, (4, 4), 128) == spec
 
 
 def test_pivoted_layers_store_what_low_rank_does():

@@ -100,7 +100,14 @@ def test_pivoted_layers_gather_from_everywhere():
 def test_variants_by_name():
     for text in ("dense", "low_rank", "low_rank:paper", "pivoted", "monarch:4x4", "blast:4x16"):
         assert str(Variant.parse(text)) == text
-    for text in ("dense+attention", "dense/fp8", "dense/int4+fused", "low_rank/fp8+fused", "blast:4x4/int4"):
+    for text in (
+        "dense+attention",
+        "dense/fp8",
+        "dense/int4+fused",
+        "low_rank/fp8+fused",
+        "blast:4x4/int4",
+        "blast:4x4@128/int4",
+    ):
         assert str(Variant.parse(text)) == text
     for text in (
         "dense:4x4",
@@ -110,9 +117,19 @@ def test_variants_by_name():
         "low_rank/int9",
         "dense+fused",
         "dense/fp8+attention",
+        "dense@128",
+        "low_rank:paper@128",
+        "low_rank@many",
     ):
         with pytest.raises(ValueError, match="expected"):
             Variant.parse(text)
+
+
+def test_variants_of_ranks_that_a_number_divides():
+    shape = SHAPES["Llama-3-8B"].of_blocks(1)
+    model = build_model(shape, Variant.parse("low_rank@128/fp8"), 0.5, "meta", torch.bfloat16)
+    assert [module.spec.rank for module in blr_modules(model).values()] == [1024, 384, 384, 1024, 1536, 1536, 1536]
+    assert model.config.quantization_config.rank_multiple == 128
 
 
 @pytest.mark.slow

@@ -134,3 +134,16 @@ def test_goals_stand_beside_what_was_measured_and_what_was_not_says_so(results):
     assert found["auto, 4.25 bits"] == found["low-rank 80 % in fp8, over plain"] == "not measured"
     assert found["low-rank 80 % in int8, over plain"] == "0.2 %"
     assert found["low-rank 80 % in int8, over plain, refined"] == "not measured"
+
+
+def test_refined_models_stand_beside_plain_ones_that_were_trained_on_the_same_text(results):
+    file = results / "bits_h200.json"
+    result = json.loads(file.read_text().replace('"a"', '"wikitext2"').replace('"web"', '"valid"'))
+    plain = [row for row in result["rows"] if (row["structure"], row["format"]) == ("low_rank", "plain")]
+    for stored, text, share in (("plain", "x", 0.9), ("int8", "x", 0.909), ("fp8", "y", 0.9), ("int8", "y", 0.5)):
+        trained = {"method": "ours, refined", "finetune_tokens": 1000, "finetune_sha256": text, "format": stored}
+        result["rows"] += [{**row, **trained, "ppl": share * row["ppl"]} for row in plain]
+    file.write_text(json.dumps(result))
+    found = {line["perplexity"]: line["measured"] for line in cells(bits_section.goals_section())}
+    assert found["low-rank 80 % in int8, over plain, refined"] == "1.0 %"
+    assert found["low-rank 80 % in fp8, over plain, refined"] == "not measured"

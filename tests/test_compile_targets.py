@@ -39,6 +39,7 @@ def test_kernels_build_and_fit(capability):
         "losses_kernel",
         "losses_backward_kernel",
         "decode_places_kernel",
+        "decode_sums_kernel",
         "numbers_kernel",
         "swap_blocks_kernel",
         "columns_kernel",
@@ -46,10 +47,15 @@ def test_kernels_build_and_fit(capability):
         "round_columns_kernel",
     }
     assert names == float8 | ({"blast_mix_kernel", "columns_kernel"} if capability == 89 else plain)
+    # one for all formats of integers, since a fit in bits waits for each
+    assert capability == 89 or sum(row["kernel"] == "round_columns_kernel" for row in rows) == 2
     for row in rows:
         assert row["shared"] <= row["limit"], row
     on_tensor_cores = {row["kernel"] for row in rows if row["wgmma" if capability == 90 else "mma"]}
     assert on_tensor_cores >= {"block_gemm_kernel", "blast_expand_kernel", "float8_gemm_kernel"} & names
+    # neither Hopper's products of four warps, which take places of words through shared memory, nor loads that do
+    places = [row for row in rows if row["kernel"] == "decode_places_kernel"]
+    assert all(row["mma"] and not row["wgmma"] and row["shared"] <= 1 << 14 for row in places)
     # float8 numbers as such, and not turned into others before they are multiplied
     assert capability != 90 or all(row["wgmma_float8"] for row in rows if row["kernel"] == "float8_gemm_kernel")
     of_one = [row for row in rows if row["kernel"] == "decode_one_kernel"]

@@ -25,6 +25,7 @@ CASES = {
     "experts": (tiny_mixtral, {"structure": "low_rank"}),
     "two chains": (tiny_t5, {"structure": "low_rank"}),
     "float8": (tiny_llama, {"structure": "low_rank", "factor_format": "fp8", "allocation": "uniform"}),
+    "turned": (tiny_llama, {"structure": "low_rank", "turned": True, "allocation": "uniform"}),
 }
 
 

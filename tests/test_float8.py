@@ -18,7 +18,7 @@ from hf_blr.ops.cast import LARGEST, cast_rows, plain_cast
 from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import H100, Device
-from hf_blr.ops.rules.float8 import float8_config, multiplies_by_cublas
+from hf_blr.ops.rules.float8 import Float8Config, float8_config, multiplies_by_cublas
 from hf_blr.structures import LowRank, Monarch, structure_named
 
 #: of the few of one token
@@ -274,6 +274,28 @@ def test_integers_become_numbers_at_many_tokens():
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "structure, config",
+    [
+        # tiles whose width is no power of two, of which the last is not full
+        ("low_rank", Float8Config(16, 32, 32, 4, 1, beside=16)),
+        ("monarch", Float8Config(32, 16, 16, 4, 1, beside=32)),
+        # fewer programs than tiles, and more
+        ("blast", Float8Config(16, 32, 16, 4, 1, stays=3)),
+        ("pivoted", Float8Config(16, 16, 32, 4, 1, stays=3)),
+        ("dense", Float8Config(16, 16, 32, 4, 1, beside=32, stays=99)),
+    ],
+    ids=str,
+)
+def test_every_kind_of_tile_computes_the_same(rounding, monkeypatch, structure, config):
+    module, x = layer(structure, n=64 if structure == "dense" else 72), torch.randn(21, 128)
+    with torch.no_grad(), ops.use_impl("triton"):
+        wanted = module(x)
+        monkeypatch.setattr("hf_blr.ops.triton.float8_gemm.float8_config", lambda *args: config)
+        torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 @pytest.mark.parametrize("structure", ["low_rank", "pivoted", "dense"])
 def test_the_last_stage_by_cublas(rounding, monkeypatch, structure):
     """PyTorch's product of float8 runs on a CPU too; its scales are what the first stage stores."""
@@ -298,30 +320,40 @@ def test_who_multiplies_the_last_stage():
 
 def test_tiles_of_products():
     found = {
-        (t, n, k): (c.bt, c.bn, c.warps)
-        for t, n, k in (
-            (48, 4096, 4096),
-            (1024, 1024, 4096),
-            (1024, 1584, 4096),
-            (4096, 4096, 1024),
-            (4096, 14336, 1584),
-            # of 256 columns, a fifth of the SMs would wait
-            (4096, 3168, 4096),
+        (t, n, k, groups): (c.bt, c.outputs, c.warps)
+        for t, n, k, groups in (
+            (48, 4096, 4096, 1),
+            (1024, 1024, 4096, 1),
+            (1024, 1584, 4096, 1),
+            # 128 tiles of 64 x 192 fill 132 SMs
+            (1024, 1536, 14336, 1),
+            (4096, 4096, 1024, 1),
+            # 384 tiles of 128 x 128 leave a quarter of the card idle, 256 of 128 x 192 do not
+            (4096, 1536, 4096, 1),
+            (4096, 1584, 14336, 1),
+            (4096, 14336, 1584, 1),
+            (4096, 3168, 4096, 1),
+            # of 256 columns, half of a second tile would be for nothing
+            (4096, 384, 3584, 16),
         )
-        for c in [float8_config(t, n, k, 1, H100)]
+        for c in [float8_config(t, n, k, groups, H100)]
     }
     assert list(found.values()) == [
         (64, 128, 4),
         (64, 128, 4),
         (128, 128, 8),
+        (64, 192, 4),
         (128, 128, 4),
+        (128, 192, 8),
         (128, 256, 8),
+        (128, 128, 4),
+        (128, 128, 4),
         (128, 128, 4),
     ]
     # no wider than the outputs, and within the memory of smaller cards
     assert float8_config(4096, 64, 256, 16, H100).bn == 64
     small = float8_config(4096, 14336, 1584, 1, Device((8, 9), 128, 101376))
-    assert small.stages * (small.bt + small.bn) * small.bk <= 101376
+    assert small.stages * (small.bt + small.outputs) * small.bk <= 101376
 
 
 def test_the_cast_of_compiled_code_is_plain():
@@ -449,3 +481,20 @@ def test_a_model_in_fp8_keeps_its_activations_fused():
     # gate and up share a cast at many tokens, and their last stage at one
     assert any(group[:2] == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj") for group in groups)
     assert torch.equal(tiny_logits(model), expected)
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["low_rank", "monarch", "blast"])
+def test_rows_between_the_stages_begin_at_lines(rounding, monkeypatch, structure):
+    strides = []
+    kernels = importlib.import_module(f"hf_blr.ops.triton.float8_{structure}")
+    run = kernels.float8_gemm
+
+    def seen(a, b, c, *args, **kwargs):
+        strides.extend(t.stride(-2) for t in (a, c) if t.shape[-1] <= 64 and t.dtype == torch.float8_e4m3fn)
+        run(a, b, c, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "float8_gemm", seen)
+    with torch.no_grad(), ops.use_impl("triton"):
+        layer(structure, k=512)(torch.randn(21, 512))
+    assert len(strides) == 2 and {stride % 128 for stride in strides} == {0}

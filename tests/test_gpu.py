@@ -517,3 +517,10 @@ def test_layers_in_float8_run_together(tokens, bias):
             # of x, of y, and of what is stored
             assert ((out - wanted).norm() / wanted.norm()).item() < 0.042
         assert group.unclaimed == 0
+
+
+def test_a_stream_is_turned_as_on_the_cpu():
+    on_cpu, on_gpu = tiny_llama(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=True).cuda()
+    assert hf_blr.turn_stream(on_cpu) == hf_blr.turn_stream(on_gpu) > 0
+    for found, wanted in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(found.cpu(), wanted)

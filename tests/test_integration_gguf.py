@@ -1,5 +1,7 @@
 """GGUF files as dense sources."""
 
+import argparse
+
 import numpy as np
 import protocol
 import pytest
@@ -9,6 +11,7 @@ from tiny import VOCAB_SIZE, tiny_llama, tiny_logits, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_blr.bench.report.files import read_result
+from hf_blr.cli import loading
 from hf_blr.compression import compress
 from hf_blr.config import BLRConfig
 from hf_blr.integration import blr_modules, register
@@ -87,6 +90,21 @@ def test_gguf_file_without_a_blr_config_loads_as_ever(folder, dense):
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf", dtype=torch.float32)
     assert not blr_modules(model)
     torch.testing.assert_close(tiny_logits(model), tiny_logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_commands_parse_the_file_once(folder, dense, monkeypatch):
+    parsed = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *args):
+            parsed.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    args = argparse.Namespace(gguf_file="tiny.gguf", dtype="float32", device="cpu")
+    model, _ = loading.load_model(str(folder), args, reader=False)
+    assert torch.equal(tiny_logits(model), tiny_logits(dense)) and len(parsed) == 1
+    assert gguf.GGUFReader is Reader
 
 
 def test_what_was_read_from_gguf_trains_once_compressed(folder):

@@ -12,8 +12,9 @@ from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.rules.packed import multiplies_by_places, steps_of  # noqa: E402
+from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, steps_of  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
+from hf_blr.ops.triton.bits import weights_in_bits  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -72,6 +73,23 @@ def test_place_by_place(form, group, monkeypatch):
     assert_packed_within_budget("low_rank", form, group, 2, sizes, torch.float16, activation="gelu")
     assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16, bias=False)
     assert len(grids) == 4
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_programs_share_long_rows(add, monkeypatch):
+    # three programs of two parts, of which the last are empty; 16 rows of 40 are the last tile's of two programs
+    config = PlacesConfig(2, 2, 3)
+    monkeypatch.setattr(decode_places, "places_config", lambda *sizes: config)
+    grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
+    x, z = torch.randn(3, 2 * 520), torch.randn(2, 3, 2 * 20)
+    storage = format_named("int4", None)
+    codes = storage.nearest(torch.randn(2, 40, 520))
+    v = weights_in_bits(storage.laid_out(codes)[storage.code_part], codes.scale, 4, 520)
+    wanted = torch.einsum("tbp,brp->btr", x.view(3, 2, 520).double(), codes.numbers(torch.float64))
+    wanted = wanted.view(2, 3, 2, 20).permute(2, 1, 0, 3).reshape(2, 3, 40) + (z.double() if add else 0)
+    decode_places.project_by_places(x, v, z, add)
+    assert grids == [(2, 2, 3)]
+    assert torch.allclose(z.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_a_short_last_step():

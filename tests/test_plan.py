@@ -104,6 +104,20 @@ def test_overrides_apply_to_the_first_match():
     assert plan_from_layers(layers_from_plan(plan)) == plan
 
 
+@pytest.mark.parametrize(
+    "structure, blocks, multiple, step", [("low_rank", None, 8, 8), ("monarch", 4, 8, 2), ("blast", 4, 8, 8)]
+)
+def test_ranks_are_cut_to_multiples(structure, blocks, multiple, step):
+    model, sizes = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 24)), {"ratio": 0.6, "num_blocks": blocks}
+    config = BLRConfig(structure, rank_multiple=multiple, target_modules=["0", "1"], **sizes)
+    wide, narrow = resolve_plan(model, config).values()
+    before, same = resolve_plan(model, BLRConfig(structure, target_modules=["0", "1"], **sizes)).values()
+    assert before.spec.rank % step
+    assert wide.spec.rank == before.spec.rank // step * step
+    # more than a sixteenth would be given for it
+    assert structure == "monarch" or narrow.spec.rank == same.spec.rank
+
+
 def test_conv1d_is_planned_in_out_in_order():
     layer = resolve_plan(tiny_gpt2(), BLRConfig("low_rank", ratio=0.5))["transformer.h.0.attn.c_attn"]
     assert (layer.spec.in_features, layer.spec.out_features) == (64, 192)

@@ -86,9 +86,9 @@ def scales_kernel(x_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def codes_kernel(x_ptr, out_ptr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.constexpr, N: tl.constexpr):
+def codes_kernel(x_ptr, out_ptr, lowest, highest, FLOAT8: tl.constexpr, N: tl.constexpr):
     o = tl.arange(0, N)
-    tl.store(out_ptr + o, nearest_code(tl.load(x_ptr + o), LOWEST, HIGHEST, FLOAT8))
+    tl.store(out_ptr + o, nearest_code(tl.load(x_ptr + o), lowest, highest, FLOAT8))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int2", "fp8"])

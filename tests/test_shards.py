@@ -20,6 +20,7 @@ CONFIGS = {
     "text": {"structure": "pivoted"},
     "refined": {"structure": "low_rank", "block_steps": 3},
     "bits": {"structure": "low_rank", "factor_format": "int8", "group_size": 8},
+    "turned": {"structure": "low_rank", "turned": True},
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_blr.text import can_write, write_windows
 from hf_blr.text import written as module
-from hf_blr.text.draws import Codes, Draws
+from hf_blr.text.draws import Codes, Draws, drawn
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
 
@@ -106,7 +106,7 @@ def test_batches_change_nothing(monkeypatch):
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda ids, **kw: sizes.append(len(ids)) or generate(ids, **kw))
     # keys and values of two blocks with two heads of 16 in float32, and a row of logits
-    monkeypatch.setattr(module, "CACHE_BYTES", 3 * (2 * 2 * 2 * 16 * 4 * 24 + 28 * 257))
+    monkeypatch.setattr(module, "CACHE_BYTES", 3 * (2 * 2 * 2 * 16 * 4 * 24 + 24 * 257))
     assert torch.equal(write_windows(model, tokenizer, 7, 24, progress=False), at_once)
     assert sizes == [3, 3, 1]
 
@@ -175,6 +175,25 @@ def test_what_has_no_probability_is_never_drawn():
     draws.codes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     scores = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf]).repeat(2, 1)
     assert draws(None, scores).argmax(-1).tolist() == [1, 2]
+    # in the first of many chunks of a large vocabulary, and behind its last token
+    scores = torch.full((2, 1000), -torch.inf)
+    scores[:, [5, 600]] = 0.0
+    draws = Draws(Codes(2, 1, seed=0), torch.arange(2), torch.device("cpu"))
+    draws.codes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draws(None, scores).argmax(-1).tolist() == [5, 600]
+
+
+@pytest.mark.parametrize("vocabulary", [12, 256, 257, 1000])
+def test_chunks_find_the_token_that_a_sum_over_all_of_them_finds(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (torch.randn(64, vocabulary, generator=generator) * 4).softmax(-1)
+    points = torch.rand(64, 1, generator=generator, dtype=torch.float64)
+    tokens, lower, upper = drawn(probabilities, points)
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    sums = torch.cat([torch.zeros(64, 1), sums / sums[:, -1:]], -1)
+    assert torch.equal(tokens, torch.searchsorted(sums[:, 1:].contiguous(), points, right=True))
+    torch.testing.assert_close((lower, upper), (sums.gather(-1, tokens), sums.gather(-1, tokens + 1)))
+    assert (lower <= points).all() and (points < upper).all()
 
 
 def test_windows_longer_than_the_models_positions_are_refused():

@@ -14,13 +14,14 @@ from hf_blr import BLRCallback, BLRConfig, compress
 from hf_blr.calibration.held_out import HeldOut
 from hf_blr.calibration.training_form import factors_in_bits, open_bits, trained_bits, training_form
 from hf_blr.finetune import WindowDataset, close_bits, factor_parameter_groups, mark_only_factors_trainable, refine
-from hf_blr.finetune.trainable import CODES_RATE, SCALES_RATE
+from hf_blr.finetune.trainable import FEW_BITS_RATE, SCALES_RATE, WHOLE_RATE
 from hf_blr.formats import FactorInBits, FactorInTraining, format_named
 from hf_blr.linear import BLRLinear
 from hf_blr.structures import LowRank
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1))
+WHOLE = "model.layers.0.mlp.up_proj"
 FORMATS = [("int8", None), ("int4", 8), ("int3", None), ("int2", 8), ("fp8", None)]
 
 
@@ -144,7 +145,8 @@ def test_refinement_of_scales_lowers_the_loss_and_moves_no_code(structure):
     model, dense = in_bits(structure), tiny_llama()
     before = parts_of(model)
     numbers = {name: p.clone() for name, p in model.named_parameters()}
-    history = refine(model, dense, WINDOWS, epochs=8, batch_size=4, learning_rate=1e-2, distill_weight=1.0)
+    how = {"epochs": 8, "batch_size": 4, "learning_rate": 1e-2, "distill_weight": 1.0}
+    history = refine(model, dense, WINDOWS, **how, bits="scales")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < 0.97 * losses[0]
     after = parts_of(model)
@@ -153,6 +155,42 @@ def test_refinement_of_scales_lowers_the_loss_and_moves_no_code(structure):
     others = {name for name, p in model.named_parameters() if name not in after and not torch.equal(p, numbers[name])}
     # s of BLAST is no factor in bits
     assert all(name.endswith(".s") for name in others) and bool(others) == (structure == "blast")
+
+
+def with_whole_matrices():
+    """In int4 both: factors, and one matrix that stays whole."""
+    model = tiny_llama()
+    bits = {"factor_format": "int4", "dense_format": "int4", "group_size": 16}
+    compress(model, BLRConfig("low_rank", rank=16, **bits, overrides={WHOLE: {"structure": "dense"}}), progress=False)
+    return model
+
+
+def test_refinement_moves_codes_of_factors_alone_unless_told_otherwise():
+    def moved(model, **how):
+        before = parts_of(model)
+        refine(model, tiny_llama(), WINDOWS, epochs=4, batch_size=8, learning_rate=2e-2, **how)
+        return {key for key, part in parts_of(model).items() if not torch.equal(part, before[key])}
+
+    model = with_whole_matrices()
+    names = parts_of(model).keys()
+    codes = {key for key in names if key.endswith("packed")}
+    whole = {key for key in codes if WHOLE in key}
+    assert whole and moved(model) & codes == codes - whole
+    assert moved(with_whole_matrices(), bits="codes") & codes == codes
+
+
+def test_codes_have_rates_of_their_own_by_bits_and_by_what_they_are():
+    model = with_whole_matrices()
+    mark_only_factors_trainable(model, bits="codes")
+    rates = {id(p): group["lr"] for group in factor_parameter_groups(model, 1e-3) for p in group["params"]}
+    for name, form in factors_in_bits(model).items():
+        whole = WHOLE_RATE if WHOLE in name else 1
+        assert rates[id(form.latent)] == pytest.approx(FEW_BITS_RATE * whole * 1e-3)
+        assert rates[id(form.log_scale)] == pytest.approx(SCALES_RATE * 1e-3)
+    eight = in_bits(bits="int8")
+    mark_only_factors_trainable(eight, bits="factor_codes")
+    rates = [group["lr"] for group in factor_parameter_groups(eight, 1e-3)]
+    assert rates == pytest.approx([SCALES_RATE * 1e-3, 1e-3])
 
 
 def test_refinement_of_codes_moves_them_too(capsys):
@@ -169,7 +207,7 @@ def test_refinement_of_codes_moves_them_too(capsys):
     assert moved >= {key for key in after if "scale" in key} and any("packed" in key for key in moved)
 
 
-@pytest.mark.parametrize("bits", ["scales", "codes"])
+@pytest.mark.parametrize("bits", ["scales", "factor_codes", "codes"])
 @pytest.mark.parametrize("structure", ["pivoted", "dense"])
 def test_refinement_that_ruins_a_model_puts_its_bits_back(structure, bits):
     model = in_bits(structure)
@@ -186,8 +224,8 @@ def test_codes_of_eight_bits_train_at_the_rate_of_factors_like_them(bits):
     held_out = HeldOut(tiny_llama(), [{"input_ids": WINDOWS}])
     before = held_out.divergence(plain)
     how = {"epochs": 4, "batch_size": 4, "distill_weight": 1.0, "bits": "codes"}
-    for each, rate in ((model, 1e-3 / CODES_RATE), (plain, 1e-3)):
-        refine(each, tiny_llama(), WINDOWS, **how, learning_rate=rate)
+    for each in (model, plain):
+        refine(each, tiny_llama(), WINDOWS, **how, learning_rate=1e-3)
     after = held_out.divergence(plain)
     assert abs(held_out.divergence(model) - after) < 0.3 * (before - after)
 
@@ -245,7 +283,7 @@ def test_a_loop_of_ones_own():
     trained, total = mark_only_factors_trainable(model, bits="codes")
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < total
     groups = factor_parameter_groups(model, 1e-3, other_lr=1e-4)
-    assert [group["lr"] for group in groups] == [1e-3, SCALES_RATE * 1e-3, CODES_RATE * 1e-3]
+    assert [group["lr"] for group in groups] == [1e-3, SCALES_RATE * 1e-3, FEW_BITS_RATE * 1e-3]
     scales = {id(p) for p in groups[1]["params"]}
     assert scales == {id(form.log_scale) for form in factors_in_bits(model).values()}
     optimizer = torch.optim.AdamW(groups)
@@ -277,7 +315,7 @@ def test_what_trains_is_named_right():
         lambda: refine(model, tiny_llama(), WINDOWS, bits="all"),
         lambda: BLRCallback(train_bits="all"),
     ):
-        with pytest.raises(ValueError, match='must be "scales" or "codes".*got \'all\''):
+        with pytest.raises(ValueError, match="must be one of 'scales', 'factor_codes', 'codes', got 'all'"):
             call()
     assert not trained_bits(model)
 

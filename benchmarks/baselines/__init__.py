@@ -7,5 +7,6 @@ from baselines.aa_svd import aa_svd
 from baselines.blast_descent import blast_by_gradients
 from baselines.modegpt import modegpt
 from baselines.svd_llm import svd_llm_updated
+from baselines.torchao_weights import torchao_weights
 
-__all__ = ["aa_svd", "blast_by_gradients", "modegpt", "svd_llm_updated"]
+__all__ = ["aa_svd", "blast_by_gradients", "modegpt", "svd_llm_updated", "torchao_weights"]

@@ -47,12 +47,16 @@ def shape_cases(
     tokens: Sequence[int],
     directions: Sequence[str],
     names: Sequence[str],
+    multiple: int | None = None,
 ) -> list[Case]:
-    """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2), in the structures of these names."""
+    """Layers of the user's own sizes [(K, N)], at this budget and these (B1, B2), in the structures of these names.
+
+    multiple: of ranks, where that costs little; see `align_rank`.
+    """
     cases = []
     for k, n in shapes:
         specs = [
-            aligned_spec(name, k, n, ratio, pair)
+            aligned_spec(name, k, n, ratio, pair, multiple)
             for name in names
             for pair in (blocks if structure_named(name).spec.blocked else [None])
         ]

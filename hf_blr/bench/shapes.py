@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hf_blr.plan.ranks import in_multiples, rank_step
 from hf_blr.structures import BLRSpec, make_spec, structure_named, structures
 
 PAPER_STRUCTURES = ("low_rank", "monarch", "blast")
@@ -68,20 +69,31 @@ class Layer:
 
 
 def aligned_spec(
-    structure: str, in_features: int, out_features: int, ratio: float, num_blocks: tuple[int, int] | None = None
+    structure: str,
+    in_features: int,
+    out_features: int,
+    ratio: float,
+    num_blocks: tuple[int, int] | None = None,
+    multiple: int | None = None,
 ) -> BLRSpec:
     """The spec of this budget with its rank cut to a multiple that the kernels like, where there is one.
+
+    multiple: see `align_rank`.
 
     Raises:
         ValueError: as `make_spec`.
     """
     spec = make_spec(structure, in_features, out_features, ratio=ratio, num_blocks=num_blocks)
-    return align_rank(spec)
+    return align_rank(spec, multiple)
 
 
-def align_rank(spec: BLRSpec) -> BLRSpec:
-    multiple = structure_named(spec.structure).rank_multiple
-    return replace(spec, rank=spec.rank // multiple * multiple or spec.rank)
+def align_rank(spec: BLRSpec, multiple: int | None = None) -> BLRSpec:
+    """Rows as long as the rank are multiples of `multiple` where that costs little, else they load in wide pieces."""
+    cut = spec if multiple is None else in_multiples(spec, multiple)
+    if multiple is not None and cut.rank % rank_step(spec, multiple) == 0:
+        return cut
+    wide = structure_named(spec.structure).rank_multiple
+    return replace(spec, rank=spec.rank // wide * wide or spec.rank)
 
 
 def typical_indices(spec: BLRSpec, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ class Variant:
     Args:
         fused: what shares an input runs together (`hf_blr.fuse`); of a dense model only its attention is a fused one's.
         storage: the format in which factors are kept, or the matrices of a dense model.
+        multiple: of ranks, where that costs little; see `align_rank`.
         by: whose kernels multiply a dense model's matrices in that format, of `rivals.RIVALS`; "": this package's.
     """
 
@@ -42,11 +43,12 @@ class Variant:
     fused: bool = False
     storage: str = PLAIN.name
     by: str = ""
+    multiple: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """`dense`, `dense+attention`, `dense/fp8`, `low_rank+fused`, `blast:4x4/int4`, `monarch:paper`; of another
-        library's kernels `dense/int4, gemlite`.
+        """`dense`, `dense+attention`, `dense/fp8`, `low_rank+fused`, `blast:4x4/int4`, `monarch:paper`, of ranks that
+        128 divides `low_rank@128/fp8`; of another library's kernels `dense/int4, gemlite`.
 
         Raises:
             ValueError: for anything else.
@@ -60,7 +62,10 @@ class Variant:
             return cls("dense", storage=storage, by=by)
         layers, plus, ending = text.partition("+")
         layers, slash, storage = layers.partition("/")
+        layers, at, multiple = layers.partition("@")
         structure, _, detail = layers.partition(":")
+        if at and (structure == "dense" or detail == "paper" or not multiple.isdecimal() or int(multiple) < 1):
+            raise ValueError(f"expected a number after the @, of ranks that are ours to choose, got {text!r}")
         plain_dense = structure == "dense" and not slash
         if plus and ending != ("attention" if plain_dense else "fused"):
             raise ValueError(
@@ -79,7 +84,8 @@ class Variant:
             blocks = None if detail in ("", "paper") else block_pair_of(detail)
         except ValueError:
             raise ValueError(f"expected blocks such as 4x16 after the colon, got {text!r}") from None
-        return cls(structure, detail == "paper", blocks, bool(plus), storage or PLAIN.name)
+        kept, cut = storage or PLAIN.name, int(multiple) if at else None
+        return cls(structure, detail == "paper", blocks, bool(plus), kept, multiple=cut)
 
     @property
     def keeps_dense(self) -> bool:
@@ -90,7 +96,10 @@ class Variant:
         detail = "paper" if self.paper else "x".join(map(str, self.blocks)) if self.blocks else ""
         ending = "+attention" if self.keeps_dense else "+fused"
         kept = "" if self.storage == PLAIN.name else f"/{self.storage}"
-        return f"{self.structure}:{detail}".rstrip(":") + kept + ending * self.fused + (self.by and f", {self.by}")
+        cut = "" if self.multiple is None else f"@{self.multiple}"
+        return (
+            f"{self.structure}:{detail}".rstrip(":") + cut + kept + ending * self.fused + (self.by and f", {self.by}")
+        )
 
 
 def build_model(
@@ -137,7 +146,13 @@ def build_model(
 def config_for(variant: Variant, ratio: float) -> BLRConfig:
     if variant.structure == "dense":
         return BLRConfig("dense", dense_format=variant.storage)
-    return BLRConfig(variant.structure, ratio=ratio, num_blocks=variant.blocks, factor_format=variant.storage)
+    return BLRConfig(
+        variant.structure,
+        ratio=ratio,
+        num_blocks=variant.blocks,
+        factor_format=variant.storage,
+        rank_multiple=variant.multiple,
+    )
 
 
 def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> Plan:
@@ -147,7 +162,7 @@ def plan_for(model: nn.Module, shape: Shape, variant: Variant, ratio: float) -> 
         # the rank of a whole matrix is not ours to choose
         if variant.structure == "dense":
             return plan
-        return {name: replace(layer, spec=align_rank(layer.spec)) for name, layer in plan.items()}
+        return {name: replace(layer, spec=align_rank(layer.spec, variant.multiple)) for name, layer in plan.items()}
     storage = format_named(variant.storage)
     plan = paper_plan(model, shape, variant.structure)
     return {name: replace(layer, storage=storage) for name, layer in plan.items()}

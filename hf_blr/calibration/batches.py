@@ -21,6 +21,7 @@ from hf_blr.calibration.padding import token_count
 from hf_blr.calibration.pieces import in_pieces, joined, put_away
 from hf_blr.calibration.store import Store
 from hf_blr.config import BLRConfig
+from hf_blr.config.checks import check_unturned
 from hf_blr.experts import expanded, opened
 from hf_blr.modes import evaluating
 from hf_blr.plan import Plan, check_kinds, check_plan, resolve_plan
@@ -63,6 +64,7 @@ def collect_statistics(
     check_kinds(model, config)
     model = unwrapped(model)
     refuse_adapters(model)
+    check_unturned(config)
     plan = resolve_plan(model, config)
     check_plan(model, plan)
     batches, _ = calibration_batches(model, config, tokenizer, calibration)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,16 +32,22 @@ def calibrating(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
+def tf32() -> AbstractContextManager[None]:
     """Products of float32 matrices on a GPU in TF32: 11 bits of each number, summed in float32.
 
     Perplexity of a model fitted so stays within 0.05 %, and the products, most of a calibration's seconds, take a
     fraction.
     """
+    return float32_products("tf32")
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Products of float32 matrices on a GPU in "tf32" or "ieee", whatever the process has set."""
     matmul: Any = torch.backends.cuda.matmul
     # the older name may not be read once somebody has used the newer one
-    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    new = hasattr(matmul, "fp32_precision")
+    name, value = ("fp32_precision", precision) if new else ("allow_tf32", precision == "tf32")
     before = getattr(matmul, name)
     setattr(matmul, name, value)
     try:

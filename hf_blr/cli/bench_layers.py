@@ -37,6 +37,9 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
         "--structures", nargs="+", default=list(structures()), choices=list(structures()), help="with --shapes"
     )
     parser.add_argument("--ratio", type=float, default=0.5, help="kept / dense parameters, with --shapes")
+    parser.add_argument(
+        "--rank-multiple", type=int, metavar="N", help="cut ranks as BLRConfig's rank_multiple does, with --shapes"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=list(cases.TOKENS), help="rows of the input")
     directions = (cases.FORWARD, cases.TRAINING)
     parser.add_argument("--directions", nargs="+", default=directions, choices=directions, help="what is timed")
@@ -64,7 +67,8 @@ def add_layers_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_layers(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     if args.shapes:
-        todo = cases.shape_cases(args.shapes, args.blocks, args.ratio, args.tokens, args.directions, args.structures)
+        sizes = args.shapes, args.blocks, args.ratio, args.tokens, args.directions, args.structures
+        todo = cases.shape_cases(*sizes, args.rank_multiple)
     else:
         todo = cases.paper_cases(args.models, args.tokens, args.directions)
     file = ResultFile(args.json, head(args, layers.PROTOCOL), args.append)

@@ -38,8 +38,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=variant,
         metavar="V",
         help="dense (+attention: with that of fused models), or a structure, with :paper for the paper's ranks or "
-        ":B1xB2 for blocks after it; then /FORMAT in which factors, or matrices of dense, are kept, and +fused where "
-        "projections with one input are to run together, as in low_rank/int4+fused; "
+        ":B1xB2 for blocks after it, and @N for ranks cut as BLRConfig's rank_multiple does; then /FORMAT in which "
+        "factors, or matrices of dense, are kept, and +fused where projections with one input are to run together, as "
+        "in low_rank/int4+fused; "
         f"{' '.join(VARIANTS)} if left out, as far as the paper has the model",
     )
     parser.add_argument("--measure", nargs="+", default=MEASUREMENTS, choices=MEASUREMENTS, help="what is measured")

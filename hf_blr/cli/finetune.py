@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-norms", action="store_true", help="train the normalisation layers too")
     parser.add_argument(
         "--train-bits",
-        choices=("scales", "codes"),
+        choices=("scales", "factor_codes", "codes"),
         default="scales",
-        help="what trains of factors in bits; codes: both",
+        help="what trains of layers in bits: scales; also the codes of factors; also those of whole matrices",
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     parser.add_argument("--seed", type=int, default=0, help="of which windows are read, and in which order")

@@ -36,7 +36,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hf_blr.integration.loading import class_named
-    from hf_blr.integration.patch import dequantizing_config
+    from hf_blr.integration.source import dequantizing_config, reading_once
 
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this build of PyTorch sees no GPU here; pass --device auto or cpu")
@@ -47,9 +47,12 @@ def load_model(
     else:
         own = class_named(AutoConfig.from_pretrained(path))
     placed: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": args.offload_folder} if on_disk else {}
-    model = (own or AutoModelForCausalLM).from_pretrained(path, dtype=args.dtype, **source, **quantization, **placed)
-    model = model if on_disk else model.to(args.device)
-    return model, load_reader(path, model, source, textless) if reader else None
+    with reading_once():
+        model = (own or AutoModelForCausalLM).from_pretrained(
+            path, dtype=args.dtype, **source, **quantization, **placed
+        )
+        model = model if on_disk else model.to(args.device)
+        return model, load_reader(path, model, source, textless) if reader else None
 
 
 def load_reader(path: str, model: PreTrainedModel, source: dict[str, Any], textless: bool = False) -> Any:

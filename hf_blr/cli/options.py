@@ -83,12 +83,12 @@ def add_blr(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup
 
 
 def add_field(group: Any, field: Field[Any], cli: dict[str, Any]) -> None:
-    """One option: a switch for a field that is True by default, a value for any other."""
+    """One option: a switch for a field that is True or False by default, a value for any other."""
     said = field.metadata["help"]
     flag, help = cli.pop("flag"), cli.pop("cli_help", (said[0].lower() + said[1:].rstrip(".")).replace("%", "%%"))
     cli.pop("none", None)
-    if field.default is True:
-        group.add_argument(flag, dest=field.name, action="store_false", help=help)
+    if isinstance(field.default, bool):
+        group.add_argument(flag, dest=field.name, action=f"store_{not field.default}".lower(), help=help)
         return
     if field.name == "structure":
         cli["choices"] = (*structures(), *whole_structures(), AUTO)

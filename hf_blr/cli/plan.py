@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_blr.calibration import collect_statistics
     from hf_blr.compression.bits import TimeLimit, share_bits
     from hf_blr.compression.budget import share_budget
+    from hf_blr.compression.turning import turn_stream
     from hf_blr.plan import layers_from_plan, resolve_plan
 
     saving.check_file(args.output, args.overwrite)
@@ -81,8 +82,10 @@ def run(args: argparse.Namespace) -> None:
         )
     # short fits compare structures at this size where the budget names none
     args.ratio = 0.5 if args.ratio is None and args.bits_per_weight is None else args.ratio
-    config = options.blr_config(args)
+    config = options.blr_config(args, turned=False)
     model, reader = loading.load_model(args.model, args)
+    if args.turned:
+        turn_stream(model, config.seed)
     statistics = collect_statistics(model, config, **loading.fitted_to(args, reader))
     plan = resolve_plan(model, config)
     if args.stored_mb is not None:
@@ -106,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
     )
     result = {"model": args.model, "predicted_loss": loss, "layers": layers_from_plan(chosen)}
     write_text_atomically(args.output, json.dumps(result, indent=1) + "\n")
-    print(f"plan written to {args.output}; edit it, then: hf-blr compress {args.model} OUT --plan {args.output}")
+    follow = f"hf-blr compress {args.model} OUT --plan {args.output}{' --turned' if args.turned else ''}"
+    print(f"plan written to {args.output}; edit it, then: {follow}")
 
 
 def dense_parameters(plan: Plan) -> int:

@@ -4,5 +4,6 @@ from hf_blr.compression.journal import Journal
 from hf_blr.compression.pipeline import compress, parameter_sizes
 from hf_blr.compression.report import CompressionReport, LayerReport
 from hf_blr.compression.shards import Shards
+from hf_blr.compression.turning import turn_stream
 
-__all__ = ["CompressionReport", "Journal", "LayerReport", "Shards", "compress", "parameter_sizes"]
+__all__ = ["CompressionReport", "Journal", "LayerReport", "Shards", "compress", "parameter_sizes", "turn_stream"]

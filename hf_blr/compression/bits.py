@@ -167,7 +167,7 @@ def options_of(
         found.append(Option(whole, 8.0 * kept.num_bytes(whole, dtype, leading), loss, kept))
     for shape, tries in trials.items():
         if not all(trial.hopeless for trial in tries):
-            for spec, storage, loss in outcomes(shape, tries, curve, scale, formats):
+            for spec, storage, loss in outcomes(shape, tries, curve, scale, formats, config.rank_multiple):
                 found.append(Option(spec, 8.0 * storage.num_bytes(spec, dtype, leading), loss, storage))
     return found
 

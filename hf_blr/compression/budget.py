@@ -84,7 +84,7 @@ def share_budget(
         for shape in shapes[name]:
             trials = factors.get((layers[name].kind, shape.structure, shape.num_blocks), [])
             storage = storage_of(name, shape, config)
-            for candidate in at_ranks(shape, budget.floor, budget.ceiling):
+            for candidate in at_ranks(shape, budget.floor, budget.ceiling, config.rank_multiple):
                 if storage.misfit(candidate) is not None or storage.waste(candidate) is not None:
                     continue
                 loss = factor_at(trials, candidate.ratio) * interpolate(curves[name], candidate.equivalent_rank)

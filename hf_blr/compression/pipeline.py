@@ -24,7 +24,9 @@ from hf_blr.compression.passes import start_of_passes
 from hf_blr.compression.report import CompressionReport
 from hf_blr.compression.shards import Shards
 from hf_blr.compression.sharing import check_shared, shared_text
+from hf_blr.compression.turning import Turn
 from hf_blr.config import BLRConfig
+from hf_blr.config.checks import check_unturned
 from hf_blr.config.texts import DEFAULT, describe
 from hf_blr.experts import dense_layers
 from hf_blr.linear import blr_modules
@@ -90,9 +92,10 @@ def compress(
             are no tensors, or what are no statistics or shards.
         ValueError: likewise, if the config does not fit the model, a weight is not finite, the model is partly
             offloaded or carries PEFT adapters, there is too little calibration text, or a model whose outputs depend on
-            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), the
-            folder of `resume` is about another model, config or text, or several processes are given different text,
-            a journal or `block_steps`.
+            none of the layers meets a config that weighs them (`allocation="loss"`, `structure="auto"`), the model
+            cannot be turned (see `turn_stream`) or its statistics are given where it is still to be, the folder of
+            `resume` is about another model, config or text, or several processes are given different text, a journal or
+            `block_steps`.
         OSError: if the journal or a shard cannot be written; what the journal holds stays.
     """
     started = time.perf_counter()
@@ -107,8 +110,10 @@ def compress(
     check_plan(model, plan)
     if statistics is not None:
         check_statistics(statistics, plan)
+        check_unturned(config)
     if shards is not None and not isinstance(shards, Shards):
         raise TypeError(f"shards must be a hf_blr.compression.Shards, got {type(shards).__name__}")
+    turn = Turn.of(model, config.seed) if config.turned else None
     before = parameter_sizes(model)
     use_text = calibration is not None or statistics is None
     reads_dataset = calibration is None and statistics is None
@@ -132,10 +137,12 @@ def compress(
         chosen = {*plan, *find_targets(model, config.target_modules, config.modules_to_not_convert)}
         names = [name for name in dense_layers(model) if name in chosen]
     with store:
+        held_out = HeldOut(model, apart, store)
+        # behind what the model as it was has to say, as it is rounded anew
+        untied = 0 if turn is None else turn.apply()
         start = journal.start(
             partial(start_of_passes, model, plan, names, batches, statistics, config, store, processes, progress)
         )
-        held_out = HeldOut(model, apart, store)
         layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, processes, progress)
         divergence = held_out.divergence(model)
     after = parameter_sizes(model)
@@ -153,6 +160,7 @@ def compress(
         predicted_loss=start.predicted_loss,
         divergence=divergence,
         held_out_tokens=held_out.tokens,
+        untied_bytes=untied,
         left_dense={name: size for name, size in targets.items() if name not in start.plan},
     )
     record_origin(

@@ -51,6 +51,7 @@ class CompressionReport:
         divergence: the mean KL divergence from the dense model on text that no fit saw, in nats a token; None where no
             text was held out (batches of the caller's own, few windows) or the model predicts no classes.
         held_out_tokens: that it was measured on.
+        untied_bytes: of `bytes_after`, those of the head that shared the embedding's matrix until the model was turned.
     """
 
     parameters_before: int
@@ -67,6 +68,7 @@ class CompressionReport:
     left_dense: dict[str, int] = field(default_factory=dict)
     divergence: float | None = None
     held_out_tokens: int = 0
+    untied_bytes: int = 0
 
     @property
     def mean_rel_error(self) -> float:
@@ -103,9 +105,10 @@ class CompressionReport:
         cost = ""
         if self.divergence is not None:
             cost = f"; {self.divergence:.4f} nats a token from the dense model on text that no fit saw"
+        untied = f", {self.untied_bytes / 1e6:.0f} of them a head of its own" if self.untied_bytes else ""
         return (
             f"{len(self.layers)} layers{left}, at {100 * self.ratio:.1f} % of their parameters, fitted to {fitted} in "
             f"{self.seconds:.0f} s; model {self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M "
-            f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; "
+            f"parameters, {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB{untied}; "
             f"mean relative error {self.mean_rel_error:.4f}{refined}{cost}"
         )

@@ -29,9 +29,9 @@ def storable(spec: BLRSpec, formats: tuple[Bits, ...]) -> list[Bits]:
 
 
 @cache
-def candidates(shape: BLRSpec, formats: tuple[Bits, ...]) -> list[BLRSpec]:
-    """The structure and blocks at the ranks worth considering that at least one format can store."""
-    return [spec for spec in at_ranks(shape, FLOOR, 1.0) if storable(spec, formats)]
+def candidates(shape: BLRSpec, formats: tuple[Bits, ...], multiple: int | None) -> list[BLRSpec]:
+    """The structure and blocks at the ranks worth considering that at least one format can store; see `at_ranks`."""
+    return [spec for spec in at_ranks(shape, FLOOR, 1.0, multiple) if storable(spec, formats)]
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ def trials_of(
         dtype = stored_weight(layer_named(layer.model, name)).dtype
         rivals: list[Point] = [(PLAIN.num_bytes(whole, dtype), 0.0)]
         rivals += [(s.num_bytes(whole, dtype), feedback.of_whole(weight, s)) for s in storable(whole, formats)]
-        found[kind] = {}
+        found[kind], multiple = {}, layer.config.rank_multiple
         for shape in shapes_for(whole, layer.config):
-            ranks = in_most_formats(candidates(shape, formats), formats)
+            ranks = in_most_formats(candidates(shape, formats, multiple), formats)
             near = list(dict.fromkeys(nearest_to(kept, ranks) for kept in TRIAL_RATIOS if ranks))
             fits = {spec: layer.fit(spec) for spec in near[:1]}
             first = [trial_of(layer, spec, fits[spec], curve, scale, ()) for spec in fits]
@@ -72,14 +72,14 @@ def trials_of(
             hull = Hull.of(rivals)
             hopeless = all(
                 hull.above((storage.num_bytes(spec, dtype), loss))
-                for spec, storage, loss in outcomes(shape, best, curve, scale, formats)
+                for spec, storage, loss in outcomes(shape, best, curve, scale, formats, multiple)
             )
             if hopeless and not hopeless_too:
                 found[kind][shape] = first
                 continue
             fits |= {spec: layer.fit(spec) for spec in near[1:]}
             trials = [trial_of(layer, spec, fitted, curve, scale, formats) for spec, fitted in fits.items()]
-            options = outcomes(shape, trials, curve, scale, formats)
+            options = outcomes(shape, trials, curve, scale, formats, multiple)
             rivals += [(storage.num_bytes(spec, dtype), loss) for spec, storage, loss in options]
             found[kind][shape] = trials
     return found
@@ -98,13 +98,13 @@ def granted(first: Trial, others: Iterable[list[Trial]], formats: tuple[Bits, ..
 
 
 def outcomes(
-    shape: BLRSpec, trials: list[Trial], curve: Tensor, scale: float, formats: tuple[Bits, ...]
+    shape: BLRSpec, trials: list[Trial], curve: Tensor, scale: float, formats: tuple[Bits, ...], multiple: int | None
 ) -> Iterator[tuple[BLRSpec, Format, float]]:
     """(spec, format, predicted loss) of each rank that the shape may have, given its trials.
 
     curve, scale: of the layer that this is about, `loss_curve` and what errors of its weight's own size would lose.
     """
-    for spec in candidates(shape, formats):
+    for spec in candidates(shape, formats, multiple):
         truncation = factor_at([(trial.ratio, trial.truncation) for trial in trials], spec.ratio)
         cut = truncation * interpolate(curve, spec.equivalent_rank)
         yield spec, PLAIN, cut

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hf_blr.config import AUTO, BLRConfig
+from hf_blr.plan.ranks import rank_step
 from hf_blr.structures import BLRSpec, structures
 
 #: smallest ratio that a layer may keep: the prediction is local and says little about ruins
@@ -41,13 +42,18 @@ def shapes_for(spec: BLRSpec, config: BLRConfig) -> list[BLRSpec]:
     return [shape for shape in shapes if shape.num_parameters < shape.dense_parameters]
 
 
-def at_ranks(shape: BLRSpec, floor: float, ceiling: float) -> list[BLRSpec]:
-    """The structure and blocks at the ranks worth considering, from the floor to almost dense."""
+def at_ranks(shape: BLRSpec, floor: float, ceiling: float, multiple: int | None = None) -> list[BLRSpec]:
+    """The structure and blocks at the ranks worth considering, from the floor to almost dense.
+
+    multiple: `BLRConfig.rank_multiple`, of which a layer takes no notice where that leaves it fewer than eight ranks.
+    """
     dense, sizes = shape.dense_parameters, (shape.in_features, shape.out_features, shape.num_blocks)
     highest = shape.rank_within(min(dense - 1, int(ceiling * dense)), *sizes)
     step = 1
     while step < LARGEST_STEP and 2 * step <= highest / 16:
         step *= 2
+    if multiple is not None and (wanted := rank_step(shape, multiple)) <= highest / 8:
+        step = wanted
     lowest = max(step, -(-shape.rank_within(int(floor * dense), *sizes) // step) * step)
     return [replace(shape, rank=rank) for rank in range(lowest, highest + 1, step)]
 

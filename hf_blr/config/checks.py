@@ -56,6 +56,15 @@ def check_without_text(config: BLRConfig, weighed: bool = False) -> None:
             raise ValueError(f"{said}, and there is none: give text (dataset=, calibration=), or leave that out")
 
 
+def check_unturned(config: BLRConfig) -> None:
+    """Raises ValueError where statistics of a model are in question that is still to be turned."""
+    if config.turned:
+        raise ValueError(
+            "turned=True turns the model before its statistics are collected: turn it with hf_blr.turn_stream(model), "
+            "collect from it, and leave turned out"
+        )
+
+
 def check_together(config: BLRConfig, planned: bool) -> None:
     """Raises ValueError for settings that contradict each other."""
     if config.block_steps and not config.sequential:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_blr.config.names import AUTO
-from hf_blr.config.options import option
-from hf_blr.config.settings import BLRSettings
+from hf_blr.config.options import boolean, integer, option
+from hf_blr.config.settings import BECOMES, FITTED, BLRSettings
 from hf_blr.formats import FORMATS, PLAIN, Format, format_named, takes_groups
 from hf_blr.structures import structure_named, whole_structures
 from hf_blr.structures.spec import is_count
@@ -86,6 +86,29 @@ class StorageSettings(BLRSettings):
         group=STORED,
         type=float,
         size=True,
+    )
+    turned: bool = option(
+        False,
+        "Turn the residual stream into a random orthogonal basis of `seed` first, in which no weights stand out: where "
+        "some do, bits then lose less. A head that shares its matrix with the embedding gets one of its own. For "
+        "models of text whose stream is read through RMS norms alone.",
+        boolean,
+        flag="--turned",
+        group=FITTED,
+        cli_help="turn the residual stream into a random orthogonal basis first, in which no weights stand out: where "
+        "some do, bits then lose less; a head that shares its matrix with the embedding gets one of its own",
+    )
+    rank_multiple: int | None = option(
+        None,
+        "Ranks that a ratio or a budget buys are cut so that this divides the rows that are as long as they are, where "
+        "no more than a sixteenth is given for it. 128 is best for kernels; if left out, ranks of a shared budget are "
+        "multiples of 16.",
+        integer(1, optional=True),
+        flag="--rank-multiple",
+        group=BECOMES,
+        cli_help="cut ranks so that this divides the rows that are as long as they are, where no more than a sixteenth "
+        "is given for it; 128 is best for kernels",
+        type=int,
     )
 
     def storage_of(self, structure: str, override: dict[str, Any]) -> Format:

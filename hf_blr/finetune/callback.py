@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from hf_blr.calibration.training_form import CODES, SCALES, close_bits, open_bits, trained_bits
+from hf_blr.calibration.training_form import SCALES, check_what, close_bits, open_bits, trained_bits
 from hf_blr.finetune.distill import Distiller
 from hf_blr.finetune.float8 import close_float8, open_float8
 from hf_blr.finetune.language import is_causal_lm, perplexities
@@ -53,8 +53,9 @@ class BLRCallback(TrainerCallback):
     `train_tokens_per_second`, and with a teacher `lm_loss` and `distill_loss`, of which `loss` is the
     weighted sum.
 
-    Of factors that are kept in bits it trains the scales, with `train_bits="codes"` the codes too. From the callback's
-    start to the end of `train()` they are in a form for that; checkpoints in between hold codes and scales as ever.
+    Of factors that are kept in bits it trains the scales, and where `train_bits` says so the codes too. From the
+    callback's start to the end of `train()` they are in a form for that; checkpoints in between hold codes and scales
+    as ever.
 
     The parameters that it froze stay frozen after training, as PEFT leaves them: training goes on where it
     stopped, and nothing of it is saved with the model. `model.requires_grad_(True)` thaws them.
@@ -62,7 +63,8 @@ class BLRCallback(TrainerCallback):
     Args:
         train_norms, train_biases, train_also: what to train besides the factors; `norms`, `biases` and `also`
             of `mark_only_factors_trainable`, which also says what happens to a model with PEFT adapters.
-        train_bits: what trains of factors in bits; its `bits`.
+        train_bits: what trains of factors in bits; its `bits`. One learning rate suits scales and codes badly: for
+            codes give the Trainer an optimizer of `factor_parameter_groups`.
         teacher: a model to distil from, usually the dense one, or the name or path of a causal language
             model, loaded when training starts. It is moved to the model's device, put in evaluation mode, and
             gets no gradients.
@@ -94,8 +96,7 @@ class BLRCallback(TrainerCallback):
         float32_factors: bool = True,
         train_float8: bool = False,
     ):
-        if train_bits not in (SCALES, CODES):
-            raise ValueError(f'train_bits must be "{SCALES}" or "{CODES}", got {train_bits!r}')
+        check_what("train_bits", train_bits)
         if not 0 < distill_weight <= 1:
             raise ValueError(f"distill_weight must be in (0, 1], got {distill_weight}")
         if temperature <= 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
-from hf_blr.calibration.training_form import SCALES, training_form
+from hf_blr.calibration.training_form import FACTOR_CODES, training_form
 from hf_blr.config import BLRConfig
 from hf_blr.finetune.best import KeepBest
 from hf_blr.finetune.callback import BLRCallback
@@ -41,7 +41,7 @@ def refine(
     learning_rate: float = 3e-4,
     distill_weight: float = 0.9,
     dense_rate: float = 0.0,
-    bits: str = SCALES,
+    bits: str = FACTOR_CODES,
     held_out: Tensor | None = None,
     compiled: bool = False,
     seed: int = 0,
@@ -66,8 +66,8 @@ def refine(
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
-        bits: what trains of layers that are kept in bits: "scales", or "codes" for both, straight-through. Scales are
-            the safe choice: they cannot undo a careful rounding.
+        bits: what trains of layers that are kept in bits: "scales"; "factor_codes", scales and the codes of factors,
+            straight-through; "codes", those of whole matrices too. With little text those fit that text.
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_blr.calibration.training_form import CODES, SCALES, trained_bits
+from hf_blr.calibration.training_form import CODES, FACTOR_CODES, SCALES, trained_bits
 from hf_blr.finetune.trainable import factor_parameters, fresh_head, has_adapters
 from hf_blr.linear import blr_modules
 
 logger = logging.get_logger(__name__)
 
-TRAINS = {SCALES: "scales", CODES: "codes and scales"}
+TRAINS = {SCALES: "scales", FACTOR_CODES: "scales and factors' codes", CODES: "codes and scales"}
 
 
 def what_trains(model: nn.Module, extra: list[str], bits: str, float8_layers: list[str]) -> str:

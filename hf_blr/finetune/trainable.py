@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from hf_blr.calibration.training_form import SCALES, forms_in, open_bits, trained_bits
+from hf_blr.calibration.training_form import SCALES, forms_in, open_bits, trained_bits, whole_in_bits
 from hf_blr.checkpoint.verify import is_loaded
 from hf_blr.linear import blr_modules
 from hf_blr.targets import remaining_targets
 
 #: steps of the scales' logarithms over those of factors: of 1, 3.3 and 10 the middle one did best after 24 steps
 SCALES_RATE = 3.0
-#: steps of codes, as the numbers that they stand for, over those of factors: in int4 1e-4 did better than 2e-4, 5e-4
-#: worse than scales alone (docs/log.md)
-CODES_RATE = 1 / 3
+#: steps of codes, as the numbers that they stand for, over those of factors: of 8 bits the same, of fewer smaller,
+#: since a code moves far when it moves; of whole matrices still smaller (docs/log.md)
+CODES_RATE = {8: 1.0}
+FEW_BITS_RATE, WHOLE_RATE = 1 / 3, 1 / 3
 
 
 def mark_only_factors_trainable(
@@ -30,8 +31,8 @@ def mark_only_factors_trainable(
 
     Such a head (a classifier on a model that was saved without one) holds random numbers, so it trains too.
 
-    Of factors that are kept in bits the scales train, and with `bits="codes"` the codes too. They are put into a form
-    for that, `formats.FactorInTraining`, which computes the same and is saved as before; `close_bits` ends it.
+    Of factors that are kept in bits the scales train, and where `bits` says so codes. They are put into a form for
+    that, `formats.FactorInTraining`, which computes the same and is saved as before; `close_bits` ends it.
 
     A model that carries PEFT adapters is left as PEFT set it up: its adapters train and the factors below
     them stay frozen, because a PEFT checkpoint holds the adapters alone and trained factors would be lost
@@ -44,7 +45,7 @@ def mark_only_factors_trainable(
         biases: train the other biases too, those of BLR modules among them.
         also: names or name endings of further modules to train whole, such as a fresh "classifier". If whole names
             of projections are among them, the model may be dense.
-        bits: what trains of factors in bits, "scales" or "codes".
+        bits: what trains of factors in bits: "scales", "factor_codes" or "codes", as in `refine`.
 
     Returns:
         (trainable, total) numbers of parameters, shared ones counted once.
@@ -143,8 +144,9 @@ def factor_parameter_groups(
 
     Args:
         model: a compressed model, after `mark_only_factors_trainable`.
-        lr: learning rate of the factors. Scales, whose steps are relative, take three times as much; codes that train a
-            third, in the numbers that they stand for.
+        lr: learning rate of the factors. Scales, whose steps are relative, take three times as much. Codes that train
+            take it in 8 bits and a third of it in fewer, in the numbers that they stand for; those of whole matrices a
+            third of that.
         other_lr: learning rate of everything else; None is `lr`.
         weight_decay: of the other matrices (adapters, a head). Vectors do not decay.
 
@@ -155,18 +157,29 @@ def factor_parameter_groups(
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no trainable parameter; call mark_only_factors_trainable first")
     other_lr = lr if other_lr is None else other_lr
-    forms = forms_in(model).values()
-    scales, codes = {id(form.log_scale) for form in forms}, {id(form.latent) for form in forms}
-    factors = {id(p) for p in factor_parameters(model)} - scales - codes
-    others = [p for p in trainable if id(p) not in scales | codes | factors]
+    scales, codes = {id(form.log_scale) for form in forms_in(model).values()}, codes_rates(model)
+    factors = {id(p) for p in factor_parameters(model)} - scales - codes.keys()
+    others = [p for p in trainable if id(p) not in scales | codes.keys() | factors]
     groups = [
         {"params": [p for p in trainable if id(p) in factors], "lr": lr, "weight_decay": 0.0},
         {"params": [p for p in trainable if id(p) in scales], "lr": SCALES_RATE * lr, "weight_decay": 0.0},
-        {"params": [p for p in trainable if id(p) in codes], "lr": CODES_RATE * lr, "weight_decay": 0.0},
+        *(
+            {"params": [p for p in trainable if codes.get(id(p)) == rate], "lr": rate * lr, "weight_decay": 0.0}
+            for rate in dict.fromkeys(codes.values())
+        ),
         {"params": [p for p in others if p.dim() > 1], "lr": other_lr, "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() <= 1], "lr": other_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def codes_rates(model: nn.Module) -> dict[int, float]:
+    """{identity of a parameter: its steps over those of factors} of the codes of all forms, trained or not."""
+    whole = whole_in_bits(model)
+    return {
+        id(form.latent): CODES_RATE.get(form.storage.bits, FEW_BITS_RATE) * (WHOLE_RATE if name in whole else 1)
+        for name, form in forms_in(model).items()
+    }
 
 
 def let_gradients_in(model: nn.Module) -> None:

@@ -134,7 +134,8 @@ def from_config(
         **kwargs: for the class's `from_config`, such as `dtype`.
 
     Raises:
-        ValueError: if neither or both say what to compress, or no class is given and the config names none.
+        ValueError: if neither or both say what to compress, no class is given and the config names none, or the
+            `blr_config` asks for a turned model.
     """
     stored = getattr(config, "quantization_config", None)
     if (stored is None) == (blr_config is None):
@@ -144,6 +145,8 @@ def from_config(
         )
     given: Any = stored if blr_config is None else blr_config
     wanted: BLRConfig = BLRConfig(**given) if isinstance(given, dict) else given
+    if stored is None and wanted.turned:
+        raise ValueError("turned=True turns weights that a model has, and these are to be random: leave turned out")
     dense_config = copy.deepcopy(config)
     if stored is not None:
         del dense_config.quantization_config

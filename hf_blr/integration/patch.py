@@ -117,8 +117,8 @@ def is_blr(config: Any) -> bool:
 def load(original: Callable[..., Any], config: BLRConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `from_pretrained` does with a BLR config.
 
-    Fits to the weights alone stream while transformers loads. Fits to activations, and GGUF files (which
-    transformers does not combine with a quantizer), take a loaded dense model.
+    Fits to the weights alone stream while transformers loads. Fits to activations, models that are turned, and GGUF
+    files (which transformers does not combine with a quantizer), take a loaded dense model.
 
     Raises:
         ValueError: if activations are asked for and there is no tokenizer.
@@ -129,7 +129,8 @@ def load(original: Callable[..., Any], config: BLRConfig, args: tuple[Any, ...],
     tokenizer = kwargs.pop("tokenizer", None)
     path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     from_gguf = kwargs.get("gguf_file") is not None
-    if not from_gguf and (not config.calibrated or is_compressed(path, kwargs)):
+    streams = not (config.calibrated or config.turned or from_gguf)
+    if streams or (not from_gguf and is_compressed(path, kwargs)):
         return original(*args, **{**kwargs, "quantization_config": config})
 
     from hf_blr.compression import compress

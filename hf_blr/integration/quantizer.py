@@ -61,6 +61,12 @@ class BLRHfQuantizer(HfQuantizer):
                 "streams in: switch hf_blr's from_pretrained on with hf_blr.enable(), or load the dense "
                 "model and call hf_blr.compress(model, config, tokenizer=tokenizer)"
             )
+        if not self.pre_quantized and self.quantization_config.turned:
+            raise ValueError(
+                "BLRConfig.turned turns the whole model, which is not there while a checkpoint streams in: switch "
+                "hf_blr's from_pretrained on with hf_blr.enable(), or load the dense model and call "
+                "hf_blr.compress(model, config)"
+            )
         if not self.pre_quantized:
             check_without_text(self.quantization_config)
 

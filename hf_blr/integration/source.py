@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,3 +59,20 @@ def dequantizing_config() -> Any:
     # the class came with the release in which a GGUF load began to leave a quantizer on the model
     gguf_config = getattr(transformers, "GgufConfig", None)
     return None if gguf_config is None else gguf_config(dequantize=True)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """A GGUF file is parsed once inside; config, weights and tokenizer each do it by themselves, for seconds."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:
+        # transformers says so where the file is read
+        yield
+        return
+    before = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(before)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = before

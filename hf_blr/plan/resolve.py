@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,8 +13,8 @@ from hf_blr.experts import ExpertsTensor, dense_layers, layer_named
 from hf_blr.formats import PLAIN, Format, format_named
 from hf_blr.linear import blr_modules
 from hf_blr.plan.layers import LayerPlan, Plan
+from hf_blr.plan.ranks import has_even_rows, in_multiples, lowered
 from hf_blr.structures import (
-    FACTOR,
     BLRSpec,
     Dense,
     as_block_pair,
@@ -125,6 +123,8 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
     storage = config.storage_of(spec.structure, override)
     if settings["ratio"] is not None:
         spec = lowered(spec, lambda lower: storage.misfit(lower) is None, 1)
+        if config.rank_multiple is not None:
+            spec = in_multiples(spec, config.rank_multiple, lambda lower: storage.misfit(lower) is None)
         if isinstance(module, ExpertsTensor):
             # products of many experts take rows that begin at such multiples; no more than an eighth is given for it
             least = spec.rank * 7 // 8
@@ -133,18 +133,6 @@ def factored_plan(name: str, module: nn.Module, config: BLRConfig, override: dic
         logger.warning("%s: stays in the plain format: %s", name, waste)
         storage = PLAIN
     return planned(module, spec, storage)
-
-
-def lowered(spec: BLRSpec, suits: Callable[[BLRSpec], bool], lowest: int) -> BLRSpec:
-    """The spec at the highest of its own rank and those below that suits, or as it is if none suits."""
-    lower = (replace(spec, rank=rank) for rank in range(spec.rank, max(lowest, 1) - 1, -1))
-    return next((candidate for candidate in lower if suits(candidate)), spec)
-
-
-def has_even_rows(spec: BLRSpec) -> bool:
-    """Whether rows of all factors that are multiplied by blocks are multiples of 16 bytes in 16 bits."""
-    shapes = spec.shapes(FACTOR).items()
-    return all(shape[-1] % 8 == 0 for name, shape in shapes if name not in spec.elementwise)
 
 
 def planned(module: nn.Module, spec: BLRSpec, storage: Format) -> LayerPlan:

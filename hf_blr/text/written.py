@@ -17,8 +17,8 @@ from hf_blr.text.windows import check_positions
 
 #: for keys and values of a batch where the device does not say how much it has; more rows gain nothing on a CPU
 CACHE_BYTES = 2 << 30
-#: for each logit of a row: itself, twice in float32, its probability, their sum in float64, what is left of it
-BYTES_PER_LOGIT = 28
+#: for each logit of a row: itself, twice in float32, its probability, that in whole chunks, what is left of it
+BYTES_PER_LOGIT = 24
 
 
 def can_write(model: Any) -> bool:

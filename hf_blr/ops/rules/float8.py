@@ -6,31 +6,58 @@ from dataclasses import dataclass, replace
 
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import INTERPRETER, Device, pow2
-from hf_blr.ops.rules.products import SMALLEST_GEMM, GemmConfig, fit_gemm, gemm_tiles
+from hf_blr.ops.rules.products import GemmConfig, fit_gemm, gemm_tiles
 
 
-def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> GemmConfig:
+@dataclass(frozen=True)
+class Float8Config(GemmConfig):
+    """Tiles of `float8_gemm_kernel`, which are bn + beside outputs wide."""
+
+    beside: int = 0
+    #: programs that stay on an SM and go from tile to tile; 0: a program a tile
+    stays: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.bn + self.beside
+
+
+SMALLEST = Float8Config(16, 16, 16, 4, 1)
+
+
+def float8_config(tokens: int, n: int, k: int, groups: int, device: Device) -> Float8Config:
     """For `float8_gemm_kernel`: `groups` products of n outputs, of sums of length k.
 
-    H200, us of one product with a graph's start, tiles of 64 x 128, of 128 x 128 by 4 and by 8 warps, and of 128 x 256,
-    which read least from L2: 1024 tokens, 4096 -> 1024 15.5, 18.2, 18.2 and 28.1; 14336 -> 1584 52, 55, 42 and 71;
-    4096 tokens, 4096 -> 400 30, 20, 17.5 and 25; 1024 -> 4096 54, 39, 49 and 42; 1584 -> 14336 355, 254, 279 and 222.
-    Where tiles of 128 x 256 leave a fifth of the SMs idle: 4096 tokens, 4096 -> 3168, 89 by 128 x 128 and 100.
+    H200, us of one product with a graph's start. Tiles of 128 x 128, of which an SM has two, of 128 x 192 and of
+    128 x 256: 4096 tokens, 4096 -> 1536 50.2, 46.5 and 50.9; 14336 -> 1536 155, 133 and 151, -> 1584 159, 194 and 150;
+    1536 -> 14336 163, 203 and 174; 16 of 3584 -> 384 135, 152 and 197. Of fewer tiles than SMs, 1024 tokens: 64 x 128
+    with 4 and 7 steps on their way 15.0 and 14.5 (4096 -> 1024); 128 x 128 by 8 warps with 4 and 6 steps, and 64 x 192,
+    4096 -> 1536 18.3, 18.3 and 17.7, 14336 -> 1536 44.5, 43.7 and 37.9.
     """
     if device == INTERPRETER:
-        return SMALLEST_GEMM
+        return SMALLEST
     rows = groups * -(-tokens // 128)
-    wide = rows * -(-n // 256)
-    places = -(-wide // device.sms) * device.sms
-    if tokens <= 64 or 2 * rows * -(-n // 128) <= device.sms:
-        config = GemmConfig(64, 128, 128, 4, 4)
-    elif rows * -(-n // 128) <= device.sms:
-        config = GemmConfig(128, 128, 128, 8, 4)
-    elif k > 1024 and 2 * wide >= 3 * device.sms and 5 * wide >= 4 * places:
-        config = GemmConfig(128, 256, 128, 8, 3)
+    tiles, thin = rows * -(-n // 128), groups * -(-tokens // 64) * -(-n // 192)
+    half, narrow, wide = (busy(rows, n, width, places * device.sms) for width, places in ((128, 2), (192, 1), (256, 1)))
+    if tokens <= 64 or 2 * tiles <= device.sms:
+        config = Float8Config(64, 128, 128, 4, 7)
+    elif tiles <= device.sms and n % 192 == 0 and 0.9 * device.sms <= thin <= device.sms:
+        config = Float8Config(64, 128, 128, 4, 6, beside=64)
+    elif tiles <= device.sms:
+        config = Float8Config(128, 128, 128, 8, 6)
+    elif tiles > 2 * device.sms and k > 1024 and narrow > 1.2 * half:
+        config = Float8Config(128, 128, 128, 8, 5, beside=64)
+    elif k > 4096 and wide >= half:
+        config = Float8Config(128, 256, 128, 8, 3)
     else:
-        config = GemmConfig(128, 128, 128, 4, 3)
+        config = Float8Config(128, 128, 128, 4, 3)
     return fit_gemm(replace(config, bn=min(config.bn, max(64, pow2(n)))), 1, device)
+
+
+def busy(rows: int, n: int, width: int, places: int) -> float:
+    """The share of the time in which tiles of n outputs in all keep these places busy: the last round is not full."""
+    rounds = -(-rows * -(-n // width) // places)
+    return rows * n / width / (rounds * places)
 
 
 def multiplies_by_cublas(tokens: int, n: int, rounds_to_bfloat16: bool, activates: bool, device: Device) -> bool:

@@ -121,16 +121,29 @@ def within_groups(config: DecodeConfig, group: int) -> DecodeConfig:
 
 @dataclass(frozen=True)
 class PlacesConfig:
-    """Of `decode_places_kernel`: rows of weights per program, words of each that a step reads, parts of a row.
+    """Of `decode_places_kernel`: tiles of 16 rows of weights that a program has.
 
-    warps: of rows in one part; else each part has a warp.
+    parts: of a row in one program, a warp each.
+    splits: programs that share a row of a first stage; their sums are added by one kernel more.
     """
 
-    rows: int
-    words: int
+    tiles: int
     parts: int
-    warps: int
-    stages: int
+    splits: int = 1
+
+
+#: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}; layers share the parts
+PLACES = {
+    # last stages: two layers at once, many rows, rows of more than 1024 numbers, of fewer
+    "gated": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
+    "wide": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
+    "last": (PlacesConfig(2, 8), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    "short": (PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    # first stages: rows of more than 8192 numbers, many rows, few
+    "long": (PlacesConfig(3, 8, 4), PlacesConfig(1, 16), PlacesConfig(3, 8, 4), PlacesConfig(3, 8, 4)),
+    "first": (PlacesConfig(2, 8), PlacesConfig(2, 16), PlacesConfig(2, 8), PlacesConfig(2, 16)),
+    "few": (PlacesConfig(1, 8), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
+}
 
 
 def multiplies_by_places(group: int, per: int) -> bool:
@@ -138,50 +151,35 @@ def multiplies_by_places(group: int, per: int) -> bool:
     return group % (CHUNK * per) == 0
 
 
-def places_config(row: int, rows: int, layers: int, tokens: int, per: int, group: int, device: Device) -> PlacesConfig:
-    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once.
+def places_config(
+    row: int, rows: int, layers: int, tokens: int, per: int, itemsize: int, device: Device
+) -> PlacesConfig:
+    """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once, in words of `per` numbers.
 
-    H200, us of one stage at 16 tokens, the best of two to five settings and the next: 14336 x 1584 int4 14.3, 15.1, fp8
-    16.6, 19.2; 4096 x 1024 3.6, 4.0 and 4.5, 4.9; 3168 x 4096 7.4, 8.1 and 9.5, 11.7; 1024 x 4096 5.5, 5.7 and 5.6,
-    7.1; 1584 x 14336 14.9, 15.2 and 17.0, 17.7. One run. Two layers at once were timed by (64, 16, 1, 4, 4) alone.
+    H200, us of one stage at 16 tokens, rows that share one scale, the best of four to eight settings and the next:
+    14336 x 1584 int4 9.9, 10.2, fp8 14.6, 15.8; two such layers at once 16.3, 17.1 and 26.5, 27.0; 4096 x 1584 4.7, 4.9
+    and 5.8, 6.8; 4096 x 1024 3.6, 4.0 and 3.6, 4.8; 3168 x 4096 6.9, 7.8 and 8.6, 9.5; 1024 x 4096 4.6, 4.7 and 4.8,
+    5.3; 1584 x 14336 12.0, 12.2 and 15.2, 16.1. One run. At 32 tokens two or three settings were timed.
     """
     if device == INTERPRETER:
-        return PlacesConfig(16, CHUNK, 2, 4, 1)
-    if row > 4096:
-        config = PlacesConfig(16, CHUNK, 8, 8, 4) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 6)
+        return PlacesConfig(2, 2, 2)
+    if itemsize == 4:
+        # products without tensor cores: a tile more takes Triton a minute
+        return PlacesConfig(1, 8 // layers)
+    if row > 8192:
+        stage = "long"
     elif row > 2048:
-        # of 32 tokens, the wide one spills
-        wide = per == 8 and tokens <= 16 and rows > 16 * device.sms
-        config = PlacesConfig(32, 2 * CHUNK, 4, 4, 3) if wide else PlacesConfig(16, 2 * CHUNK, 4, 4, 4)
+        stage = "few" if rows <= 16 * device.sms else "first"
     elif layers > 1:
-        config = PlacesConfig(64, CHUNK, 1, 4, 4)
+        stage = "gated"
     elif rows > 64 * device.sms:
-        config = PlacesConfig(128, CHUNK, 1, 4, 3) if per == 8 else PlacesConfig(64, 2 * CHUNK, 1, 4, 3)
+        stage = "wide"
     else:
-        config = PlacesConfig(16, CHUNK, 2, 2, 6) if per == 8 else PlacesConfig(16, 2 * CHUNK, 4, 4, 2)
-    return fitting(whole_groups(config, per, group), layers, tokens, per, device)
-
-
-def whole_groups(config: PlacesConfig, per: int, group: int) -> PlacesConfig:
-    """The setting with the longest steps, of its words at most, each of which lies in one group; 0: no groups."""
-    return replace(config, words=min(config.words, largest_power_of_two(group) // per)) if group else config
-
-
-def fitting(config: PlacesConfig, layers: int, tokens: int, per: int, device: Device) -> PlacesConfig:
-    """The setting, with shorter steps and fewer stages where shared memory asks for that."""
-    while True:
-        stage = layers * config.parts * config.words * (4 * config.rows + 2 * per * places_inputs(tokens))
-        stages = min(config.stages, 1 + device.shared_memory // stage)
-        if stages >= min(config.stages, 3) or config.words == CHUNK:
-            return replace(config, stages=stages)
-        config = replace(config, words=config.words // 2)
+        stage = "last" if row > 1024 else "short"
+    config = PLACES[stage][2 * (tokens > 16) + (per < 8)]
+    return replace(config, parts=config.parts // layers)
 
 
 def places_rows(tokens: int) -> int:
     """Tokens are columns of a tensor-core tile, of at least 8."""
     return max(8, pow2(tokens))
-
-
-def places_inputs(tokens: int) -> int:
-    """Rows of x that a step keeps in shared memory: one for one token, which all columns share."""
-    return 1 if tokens == 1 else places_rows(tokens)

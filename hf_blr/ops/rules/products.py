@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from hf_blr.ops.rules.device import INTERPRETER, Device, largest_power_of_two
 
@@ -17,6 +18,13 @@ class GemmConfig:
     warps: int
     stages: int
 
+    @property
+    def outputs(self) -> int:
+        """Of one tile."""
+        return self.bn
+
+
+Config = TypeVar("Config", bound=GemmConfig)
 
 SMALLEST_GEMM = GemmConfig(16, 16, 16, 4, 1)
 
@@ -41,11 +49,11 @@ def fused_mix_config(b1: int, itemsize: int, device: Device) -> GemmConfig:
     return fit_gemm(config, itemsize, device, tiles_a=b1)
 
 
-def fit_gemm(config: GemmConfig, itemsize: int, device: Device, tiles_a: int = 1) -> GemmConfig:
+def fit_gemm(config: Config, itemsize: int, device: Device, tiles_a: int = 1) -> Config:
     """The config with fewer stages, then a shorter step, then smaller tiles, until it fits."""
 
     def fits(c: GemmConfig) -> bool:
-        return c.stages * (tiles_a * c.bt + c.bn) * c.bk * itemsize <= device.shared_memory
+        return c.stages * (tiles_a * c.bt + c.outputs) * c.bk * itemsize <= device.shared_memory
 
     while not fits(config):
         if config.stages > 2:

@@ -1,27 +1,38 @@
 """2 to 32 tokens on weights in bits, multiplied place by place: all stages but the first of BLAST.
 
 A word holds numbers of several places, 0 to 7 of int4. Tensor cores take the numbers of one place of sixteen words with
-the inputs that meet them, so that a number is multiplied by the thread that unpacked it. What a step of this layout
-loads of x is split into places in registers as well. Warps have parts of the rows, since there are few rows to share.
+the inputs that meet them, so that a number is multiplied by the thread that unpacked it. Words and inputs come into
+those threads' registers straight from memory (`place_tiles.py`), the words of a step ahead, and those of the first step
+before the wait for the kernel before. Each warp has a part of every row, so that none reads the x of another; rows too
+long for that are shared by programs. A batch of products, one for each part, keeps Triton from Hopper's products of
+four warps, which would take every place of x through shared memory.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import lines
 from hf_blr.ops.rules.packed import (
+    CHUNK,
     PlacesConfig,
     multiplies_by_places,
     places_config,
-    places_inputs,
     places_rows,
-    whole_groups,
 )
-from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.bits import Weights, by_place, places_of
+from hf_blr.ops.triton.bits import Weights, places_of
+from hf_blr.ops.triton.place_tiles import (
+    by_warp,
+    input_places,
+    load_inputs,
+    load_words,
+    warp_and_row,
+    words_in_order,
+)
+from hf_blr.ops.triton.places_out import put_rows, sum_splits
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
 
@@ -38,6 +49,7 @@ def decode_places_kernel(
     GROUP,
     BLOCKS,
     GATED_BLOCKS,
+    stride_os,
     stride_og,
     stride_ot,
     PART,
@@ -64,86 +76,106 @@ def decode_places_kernel(
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,
     VEC_W: tl.constexpr,
+    V: tl.constexpr,
     BJ: tl.constexpr,
-    BX: tl.constexpr,
     BT: tl.constexpr,
-    BQ: tl.constexpr,
-    BC: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """out[q // GROUP, t, i*GROUP + q % GROUP] = activation(w[i, q] . x[i, t] + bias[i, q]), with w `[blocks, Q, R]`.
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
-    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A row is cut into BJ
-    parts of PART words, BC a step. R and strides of x come / VEC, C and strides of w, in words of PER numbers, / VEC_W.
-    SCALED numbers of a row share a scale of ws, which steps divide, or all.
+    w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A program has TILES tiles
+    of 16 rows. A row is cut into parts of PART words: BJ of a program, and of as many as the grid's last axis, each of
+    which puts out its own sum, stride_os apart. R and strides of x come / VEC, C and strides of w, in words of PER
+    numbers, / VEC_W; V words are loaded at once. SCALED numbers of a row share a scale of ws, which steps of 16 words
+    divide, or all.
     """
-    i_q, i_i = tl.program_id(0), tl.program_id(1)
-    o_t, o_q, o_b = tl.arange(0, BT), i_q * BQ + tl.arange(0, BQ), tl.arange(0, BJ)
-    m_t, m_q = o_t < T, o_q < Q
-    # one token is loaded once for all columns of a tile
-    o_tx = tl.arange(0, BX)
-    m_tx = o_tx < T
-    # of two gated layers, each has every other part
-    o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, o_b * PART)
+    i_q, i_i = tl.program_id(0) * (TILES * 16), tl.program_id(1)
+    first = tl.program_id(2) * (BJ * PART)
     columns = C * VEC_W
-    o_wi = (i_i + o_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + o_j
-    o_w = o_wi[:, None, None] + o_q[None, :, None] * (stride_wq * VEC_W)
+    # of two gated layers, each has every other part
+    o_q, o_b = i_q + tl.arange(0, 16), tl.arange(0, BJ)
+    o_g, o_j = (o_b % 2, o_b // 2 * PART) if GATED else (o_b * 0, first + o_b * PART)
     if PDL:
+        o_w = (i_i + o_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + o_j
         o_l = tl.arange(0, LINES) * LINE
-        m_l = in_part(o_l, o_j, PART, columns)[:, None, :] & m_q[None, :, None]
-        prefetch_to_l2(w_ptr, o_w + o_l[None, None, :], m_l)
-    o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None] + (o_q * stride_sq)[None, :]
-    wait_for_previous(PDL)
+        for tile in tl.static_range(TILES):
+            o_n = o_q + tile * 16
+            m_l = in_part(o_l, o_j, PART, columns)[:, None, :] & (o_n < Q)[None, :, None]
+            o_wn = o_w[:, None, None] + o_n[None, :, None] * (stride_wq * VEC_W)
+            prefetch_to_l2(w_ptr, o_wn + o_l[None, None, :], m_l)
+    # rows of words as they are loaded
+    l_j, l_q = warp_and_row(tl.arange(0, BJ * 16), BJ)
+    l_g, l_o = (l_j % 2, l_j // 2 * PART) if GATED else (l_j * 0, first + l_j * PART)
+    l_end = tl.minimum(l_o + PART, columns)[:, None]
+    l_q += i_q
+    w_ptr += ((i_i + l_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + l_q * (stride_wq * VEC_W) + l_o)[:, None]
+    accs = ()
+    words = ()
+    for tile in tl.static_range(TILES):
+        accs = accs + (tl.zeros((BJ, 16, BT), tl.float32),)
+        m_w = (l_q + tile * 16 < Q)[:, None]
+        words = words + (load_words(w_ptr + tile * 16 * (stride_wq * VEC_W), m_w, l_o[:, None], l_end, V),)
+    # and of inputs
+    t_j, t_t = warp_and_row(tl.arange(0, BJ * BT), BJ)
+    t_g, t_o = (t_j % 2, t_j // 2 * PART) if GATED else (t_j * 0, first + t_j * PART)
+    t_end = tl.minimum((t_o + PART) * PER, R * VEC)[:, None]
+    t_o = (t_o * PER)[:, None]
+    m_t = (t_t < T)[:, None]
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
-    o_x = (o_g * (stride_xg * VEC))[:, None, None] + (o_tx * (stride_xt * VEC))[None, :, None]
-    o_c, o_r = tl.arange(0, BC), tl.arange(0, BC * PER)
-    acc = tl.zeros((BJ, BQ, BT), tl.float32)
-    for step in range(0, PART // BC):
-        o_jc = o_j + step * BC
-        m_w = (o_jc[:, None] + o_c[None, :] < columns)[:, None, :] & m_q[None, :, None]
-        b_w = tl.load(w_ptr + o_w + (step * BC + o_c)[None, None, :], mask=m_w, other=0, eviction_policy="evict_first")
-        o_jr = (o_jc * PER)[:, None] + o_r[None, :]
-        m_x = (o_jr < R * VEC)[:, None, :] & m_tx[None, :, None]
-        b_x = tl.load(x_ptr + o_x + o_jr[:, None, :], mask=m_x, other=0.0)
-        b_x = tl.broadcast_to(b_x, (BJ, BT, BC * PER))
-        b_ws, b_xs = places_of(b_w, FORM, PER, b_x.dtype), by_place(b_x, FORM)
-        if BJ == 1:
-            # warps share the rows; of a batch, they share its members alone
-            b = tl.zeros((BQ, BT), tl.float32) if SCALED > 0 else tl.reshape(acc, (BQ, BT))
+    x_ptr += (t_g * (stride_xg * VEC) + t_t * (stride_xt * VEC))[:, None] + t_o
+    wait_for_previous(PDL)
+    inputs = load_inputs(x_ptr, m_t, t_o, t_end, V, PER)
+    for step in range(0, PART // 16):
+        b_xs = input_places(inputs, FORM, PER)
+        # what the next step takes is on its way while this one multiplies
+        ahead = (step + 1) * 16
+        inputs = load_inputs(x_ptr + ahead * PER, m_t, t_o + ahead * PER, t_end, V, PER)
+        sums = ()
+        next_words = ()
+        for tile in tl.static_range(TILES):
+            b_w = by_warp(words_in_order(words[tile], V), BJ)
+            m_w = (l_q + tile * 16 < Q)[:, None]
+            next_ptr = w_ptr + tile * 16 * (stride_wq * VEC_W) + ahead
+            next_words = next_words + (load_words(next_ptr, m_w, l_o[:, None] + ahead, l_end, V),)
+            b_ws = places_of(b_w, FORM, PER, inputs[0].dtype)
+            b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
             for j in tl.static_range(PER):
-                b_wj, b_xj = tl.reshape(b_ws[j], (BQ, BC)), tl.reshape(b_xs[j], (BT, BC))
-                b = tl.dot(b_wj, b_xj.T, b, input_precision=PRECISION)
-            b = tl.reshape(b, (1, BQ, BT))
-        else:
-            b = tl.zeros((BJ, BQ, BT), tl.float32) if SCALED > 0 else acc
-            for j in tl.static_range(PER):
-                b = tl.dot(b_ws[j], tl.permute(b_xs[j], (0, 2, 1)), b, input_precision=PRECISION)
-        if SCALED > 0:
-            m_s = (o_jc < columns)[:, None] & m_q[None, :]
-            b_s = tl.load(ws_ptr + o_s + (o_jc * PER // SCALED)[:, None], mask=m_s, other=0.0)
-            acc += b * b_s.to(tl.float32)[:, :, None]
-        else:
-            acc = b
-    if SCALED == 0:
-        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
-    o_n = i_i * Q + o_q
-    if GATED:
-        b_sums = tl.sum(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), 0)
-        b_out, b_up = tl.split(tl.permute(b_sums, (1, 2, 0)))
-    else:
-        b_out = tl.sum(acc, 0)
-    if HAS_BIAS:
-        b_out += tl.load(bias_ptr + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-    out_ptr += ((o_q // GROUP) * stride_og + i_i * GROUP + o_q % GROUP)[:, None] + o_t.to(tl.int64)[None, :] * stride_ot
-    m = m_q[:, None] & m_t[None, :]
-    if ADD:
-        b_out += tl.load(out_ptr, mask=m, other=0.0).to(tl.float32)
-    b_out = activate(b_out, ACTIVATION)
-    if GATED:
-        if HAS_BIAS:
-            b_up += tl.load(bias_ptr + GATED_BLOCKS * Q + o_n, mask=m_q, other=0.0).to(tl.float32)[:, None]
-        b_out *= b_up
-    tl.store(out_ptr, b_out.to(out_ptr.dtype.element_ty), mask=m)
+                b_x = tl.permute(by_warp(b_xs[j], BJ), (0, 2, 1))
+                b = tl.dot(b_ws[j], b_x, b, input_precision=PRECISION)
+            if SCALED > 0:
+                o_n, o_c = o_q + tile * 16, o_j + step * 16
+                o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si + o_c * PER // SCALED)[:, None] + (o_n * stride_sq)[
+                    None, :
+                ]
+                b_s = tl.load(ws_ptr + o_s, mask=(o_c < columns)[:, None] & (o_n < Q)[None, :], other=0.0)
+                b = accs[tile] + b * b_s.to(tl.float32)[:, :, None]
+            sums = sums + (b,)
+        accs = sums
+        words = next_words
+    out_ptr += tl.program_id(2).to(tl.int64) * stride_os
+    for tile in tl.static_range(TILES):
+        put_rows(
+            accs[tile],
+            ws_ptr,
+            bias_ptr,
+            out_ptr,
+            (i_i + o_g * GATED_BLOCKS) * stride_si,
+            o_q + tile * 16,
+            i_i,
+            T,
+            Q,
+            GROUP,
+            GATED_BLOCKS,
+            stride_og,
+            stride_ot,
+            stride_sq,
+            HAS_BIAS,
+            ACTIVATION,
+            GATED,
+            ADD,
+            SCALED,
+        )
 
 
 def by_places(w) -> bool:
@@ -176,21 +208,26 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
     vec, vec_w = vector_width(r, *strides), vector_width(columns, *w.strides)
 
     def run(config: PlacesConfig):
-        config = whole_groups(config, w.per, w.group)
-        part = triton.cdiv(triton.cdiv(columns, config.parts), config.words) * config.words
+        # what a last stage does to its sums cannot wait for others
+        splits = config.splits if out.dim() == 3 else 1
+        part = triton.cdiv(columns, config.parts * splits * CHUNK) * CHUNK
         parts = config.parts * layers
-        decode_places_kernel[(triton.cdiv(q, config.rows), all_blocks // layers)](
+        rows = 16 * config.tiles
+        # in float32, to be added by one kernel more
+        sums = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+        decode_places_kernel[(triton.cdiv(q, rows), all_blocks // layers, splits)](
             x,
             w.data,
             w.scale,
             bias,
-            out,
+            sums,
             tokens,
             q,
             group,
             x_blocks,
             all_blocks // layers,
-            *out_strides,
+            sums.stride(0) if splits > 1 else 0,
+            *(out_strides if splits == 1 else sums.stride()[1:3]),
             part,
             *(n // vec for n in (r, *strides)),
             *(n // vec_w for n in (columns, *w.strides)),
@@ -198,9 +235,9 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             GATED=gated,
-            ADD=add,
-            LINES=lines(part, 32),
-            LINE=32,
+            ADD=add and splits == 1,
+            LINES=lines(part, 128 // w.per),
+            LINE=128 // w.per,
             FORM=w.form,
             PER=w.per,
             SCALED=w.group,
@@ -208,17 +245,18 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             PRECISION=dot_precision(x.dtype),
             VEC=vec,
             VEC_W=vec_w,
+            V=min(4, vec_w),
             BJ=parts,
-            BX=places_inputs(tokens),
             BT=places_rows(tokens),
-            BQ=config.rows,
-            BC=config.words,
-            # a warp has a part; rows in one part are shared
-            num_warps=config.warps if parts == 1 else parts,
-            # no more than a row has steps
-            num_stages=min(config.stages, max(2, part // config.words + 1)),
+            TILES=config.tiles,
+            # a warp has a part
+            num_warps=parts,
+            # nothing goes through shared memory
+            num_stages=1,
             **device.launch_options,
         )
+        if splits > 1:
+            sum_splits(sums, out, add)
 
-    rule = places_config(r, all_blocks * q, layers, tokens, w.per, w.group, device)
+    rule = places_config(r, all_blocks * q, layers, tokens, w.per, x.element_size(), device)
     launch(run, w.named("decode_places"), rule, tokens, (r, q, all_blocks, gated), x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_blr.ops.triton.float8_gemm import Peak, float8_gemm, peak_of_codes
+from hf_blr.ops.triton.float8_gemm import Peak, float8_gemm, in_lines, peak_of_codes
 from hf_blr.ops.triton.float8_mix import float8_mix
 
 
@@ -16,7 +16,7 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
     out = x.new_empty(tokens, b2 * q, dtype=dtype)
     if tokens == 0:
         return out
-    codes, y = peak_of_codes(p), x.new_empty(b1, tokens, r)
+    codes, y = peak_of_codes(p), in_lines(x, b1, tokens, r)
     float8_gemm(x.view(tokens, b1, p).transpose(0, 1), v, y[:, None], None, codes)
     z, peaks = float8_mix(y, s, v_scale)
     peak, blocks = Peak(codes.bound, peaks.view(1, b2, 1)), out.view(1, tokens, b2, q).transpose(1, 2)

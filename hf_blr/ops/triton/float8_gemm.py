@@ -11,118 +11,18 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from hf_blr.ops.cast import LARGEST
-from hf_blr.ops.rules.device import device_of
+from hf_blr.ops.rules.device import device_of, pow2
 from hf_blr.ops.rules.float8 import float8_config
-from hf_blr.ops.triton.activate import activate
 from hf_blr.ops.triton.block_gemm import descriptor, fits_tma
-from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.float8_tiles import float8_gemm_kernel
 from hf_blr.ops.triton.tuned import launch
 
 #: as much longer can rounding to e4m3 make a vector
 LONGER = 1 + 2**-4
-
-
-@triton.jit
-def peak_of(peaks_ptr, i_i, J, B2, R, BS: tl.constexpr):
-    """The largest of peaks[:, i_i] of peaks `[J, B2, R]`."""
-    b_peak = tl.zeros((BS,), tl.float32)
-    for step in range(0, tl.cdiv(J * R, BS)):
-        o = step * BS + tl.arange(0, BS)
-        o_p = (o // R) * B2 * R + i_i * R + o % R
-        b_peak = tl.maximum(b_peak, tl.load(peaks_ptr + o_p, mask=o < J * R, other=0.0).to(tl.float32))
-    return tl.max(b_peak, 0)
-
-
-@triton.jit
-def float8_gemm_kernel(
-    a,
-    b,
-    c_ptr,
-    b_scale_ptr,
-    x_scale_ptr,
-    peaks_ptr,
-    pivots_ptr,
-    bias_ptr,
-    last_scale_ptr,
-    row_scale_ptr,
-    column_scale_ptr,
-    T,
-    N,
-    K,
-    LAST,
-    B2,
-    PEAKS_J,
-    PEAKS_R,
-    REPEAT,
-    stride_ag,
-    stride_at,
-    stride_bg,
-    stride_bn,
-    stride_cj,
-    stride_ci,
-    stride_ct,
-    stride_cn,
-    stride_pt,
-    bound,
-    extra,
-    FIRST: tl.constexpr,
-    SCALED: tl.constexpr,
-    PEAKS: tl.constexpr,
-    PIVOTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EMITS: tl.constexpr,
-    TMA: tl.constexpr,
-    BS: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """c[g] = a[g // REPEAT] b[g]^T for a `[G/REPEAT, T, K]`, b `[G, N, K]`, with scales; group g is pair (j, i) of B2.
-
-    SCALED: columns are multiplied by b's scale `[G, N]`. PIVOTS adds those `[T, N]` to the results. No result of the
-    first stage exceeds `peak` times the norm of a token; FIRST divides by it, so that results fit c's float8, and the
-    last stage multiplies by it and by x_scale `[T]`. peaks `[J, B2, R]`: see `Peak`. EMITS: see `EmittedScales`.
-    """
-    i_n, i_t, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_j, i_i = i_g // B2, i_g % B2
-    acc = tl.zeros((BT, BN), tl.float32)
-    for step in range(0, tl.cdiv(K, BK)):
-        b_a = load_tile(a, i_g // REPEAT, i_t * BT, step * BK, T, K, stride_ag, stride_at, 1, BT, BK, TMA)
-        b_b = load_tile(b, i_g, i_n * BN, step * BK, N, K, stride_bg, stride_bn, 1, BN, BK, TMA)
-        acc = tl.dot(b_a, b_b.T, acc)
-    o_t, o_n = i_t * BT + tl.arange(0, BT), i_n * BN + tl.arange(0, BN)
-    m_t, m_n = o_t < T, o_n < N
-    if SCALED:
-        acc *= tl.load(b_scale_ptr + i_g * N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    if PIVOTS:
-        o_p = o_t.to(tl.int64)[:, None] * stride_pt + o_n[None, :]
-        acc += tl.load(pivots_ptr + o_p, mask=m_t[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-    peak = bound
-    if PEAKS:
-        peak *= peak_of(peaks_ptr, i_i, PEAKS_J, B2, PEAKS_R, BS)
-        peak = tl.sqrt(peak * peak + extra * extra)
-    if EMITS:
-        if i_n == 0:
-            tl.store(row_scale_ptr + o_t, tl.load(x_scale_ptr + o_t, mask=m_t, other=0.0) * peak, mask=m_t)
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        for step in range(i_t * tl.num_programs(0) + i_n, tl.cdiv(LAST, BN), programs):
-            o_l = step * BN + tl.arange(0, BN)
-            b_l = tl.load(last_scale_ptr + o_l, mask=o_l < LAST, other=0.0)
-            tl.store(column_scale_ptr + o_l, b_l.to(tl.float32), mask=o_l < LAST)
-    if FIRST:
-        acc *= 1 / peak
-    else:
-        acc *= (tl.load(x_scale_ptr + o_t, mask=m_t, other=0.0) * peak)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + i_g * N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
-    c_ptr += i_j.to(tl.int64) * stride_cj + i_i.to(tl.int64) * stride_ci
-    o = o_t.to(tl.int64)[:, None] * stride_ct + o_n.to(tl.int64)[None, :] * stride_cn
-    tl.store(c_ptr + o, acc.to(c_ptr.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
+#: numbers of float8 in a line of the caches
+LINE = 128
 
 
 class Peak(NamedTuple):
@@ -154,6 +54,12 @@ class EmittedScales(NamedTuple):
     columns: torch.Tensor
 
 
+def in_lines(like, *shape):
+    """An empty tensor like `like` whose rows begin at lines of 128 bytes, so that no tile's row lies in one more."""
+    *outer, length = shape
+    return like.new_empty(*outer, -(-length // LINE) * LINE)[..., :length]
+
+
 def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None):
     """c[j, i] = a[..] b[j * I + i]^T, scaled, into the strided view c `[J, I, T, N]`.
 
@@ -176,10 +82,11 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
 
     def run(config):
         tma = device.has_tma and fits_tma(a) and fits_tma(b)
-        grid = (triton.cdiv(n, config.bn), triton.cdiv(tokens, config.bt), j * i)
-        float8_gemm_kernel[grid](
+        tiles = triton.cdiv(n, config.outputs) * triton.cdiv(tokens, config.bt) * j * i
+        float8_gemm_kernel[(min(tiles, config.stays * device.sms) if config.stays else tiles,)](
             descriptor(a, config.bt, config.bk) if tma else a,
             descriptor(b, config.bn, config.bk) if tma else b,
+            descriptor(b, config.beside, config.bk) if tma and config.beside else b,
             c,
             b_scale,
             emits[0],
@@ -190,6 +97,7 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             tokens,
             n,
             k,
+            j * i,
             0 if emitted is None else emitted.columns.numel(),
             i,
             peaks[0],
@@ -209,9 +117,12 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             ACTIVATION=activation,
             EMITS=emitted is not None,
             TMA=tma,
-            BS=1024,
+            STAYS=config.stays > 0,
+            BI=pow2(i),
+            BS=min(2048, pow2(peaks[0] * peaks[2])),
             BT=config.bt,
             BN=config.bn,
+            BESIDE=config.beside,
             BK=config.bk,
             num_warps=config.warps,
             num_stages=config.stages,

@@ -6,7 +6,7 @@ import torch
 
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import multiplies_by_cublas
-from hf_blr.ops.triton.float8_gemm import EmittedScales, float8_gemm, peak_of_codes
+from hf_blr.ops.triton.float8_gemm import EmittedScales, float8_gemm, in_lines, peak_of_codes
 from hf_blr.ops.triton.grouped import columns, joined, ranks, split
 
 
@@ -25,7 +25,7 @@ def both_stages(x, x_scale, u, u_scale, v, v_scale, peak, pivots, bias, dtype, a
     tokens, (n, r) = x.shape[0], u.shape
     if tokens == 0:
         return x.new_empty(0, n, dtype=dtype)
-    y = x.new_empty(tokens, r)
+    y = in_lines(x, tokens, r)
     if multiplies_by_cublas(tokens, n, dtype == torch.bfloat16, bool(activation), device_of(x)):
         rows, columns = x_scale.new_empty(tokens, 1), x_scale.new_empty(1, n)
         emitted = EmittedScales(x_scale, u_scale, rows, columns)
@@ -50,7 +50,7 @@ def grouped(x, x_scale, us, vs, u_scales, v_scales, biases, dtype):
         return out
     for part in split(range(len(vs)), (vs, 1), (v_scales, 1)):
         v, v_scale = joined(vs, part, 1), joined(v_scales, part, 1)
-        y, peak = x.new_empty(1, tokens, v.shape[1]), peak_of_codes(v.shape[2], v_scale.view(1, 1, -1))
+        y, peak = in_lines(x, 1, tokens, v.shape[1]), peak_of_codes(v.shape[2], v_scale.view(1, 1, -1))
         runs = split(part, (us, 0), (u_scales, 0), (biases, 0))
         widest = max(runs, key=lambda run: us[run.start].shape[1])
         n = us[widest.start].shape[1]

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of, pow2
 from hf_blr.ops.rules.float8 import weights_config
-from hf_blr.ops.triton.float8_gemm import LONGER
+from hf_blr.ops.triton.float8_gemm import LONGER, in_lines
 from hf_blr.ops.triton.mix import blast_mix
 
 
@@ -74,4 +74,4 @@ def float8_mix(y, s, v_scale):
         BR=block,
         num_warps=warps,
     )
-    return blast_mix(y, weights), peaks
+    return blast_mix(y, weights, z=in_lines(y, b2, y.shape[1], r)), peaks

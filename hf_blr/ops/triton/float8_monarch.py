@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_blr.ops.triton.float8_gemm import float8_gemm, peak_of_codes
+from hf_blr.ops.triton.float8_gemm import float8_gemm, in_lines, peak_of_codes
 
 
 def forward(x, x_scale, tensors, scales, bias, dtype, activation):
@@ -16,7 +16,7 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
     if tokens == 0:
         return out
     peak = peak_of_codes(p, v_scale.view(b1, b2, r))
-    z = x.new_empty(b2, tokens, b1 * r)
+    z = in_lines(x, b2, tokens, b1 * r)
     swapped = z.view(b2, tokens, b1, r).permute(2, 0, 1, 3)
     float8_gemm(x.view(tokens, b1, p).transpose(0, 1), v.view(b1 * b2, r, p), swapped, v_scale, peak)
     blocks = out.view(1, tokens, b2, q).transpose(1, 2)

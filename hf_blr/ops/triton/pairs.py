@@ -53,20 +53,22 @@ def int8_pairs(kind: str, one: int, magic: int, mask: int, offset: int) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
-def float8_pairs(kind: str, shift: int, mask: int, factor: int) -> str:
+def float8_pairs(kind: str, times: int, factor: int) -> str:
     """Numbers 0 to 3 of words $4 and $5: the bits of e4m3 as a wider number's, times what the exponents differ by.
+
+    A product moves the bits, as shifts share their unit with all that masks.
 
     Args:
         kind: of the numbers in PTX.
-        shift: by which the bits below the sign come to their place.
-        mask: of those bits, twice.
-        factor: the bits of the power of two, twice.
+        times: the power of two by which the bits below the sign come to their place.
+        factor: the bits of the power of two that exponents differ by, twice.
     """
     lines = [f".reg .b32 t, m, factor, zero; mov.b32 factor, {factor:#x}; mov.b32 zero, 0x80008000;"]
     for j in range(4):
-        # byte j of both words, each above one that the masks drop; then (t & sign) | m
-        lines.append(f"prmt.b32 t, $4, $5, {0x1000 * (4 + j) | 0x10 * j:#x};")
-        lines.append(f"shr.b32 m, t, {shift}; and.b32 m, m, {mask:#x}; lop3.b32 t, t, 0x80008000, m, 0xEA;")
+        # byte j of both words, each twice: the higher has the sign; then (t & sign) | m
+        lines.append(f"prmt.b32 t, $4, $5, {0x11 * j + 0x1100 * (4 + j):#x};")
+        lines.append(f"and.b32 m, t, 0x007F007F; mul.lo.u32 m, m, {times};")
+        lines.append("lop3.b32 t, t, 0x80008000, m, 0xEA;")
         lines.append(f"fma.rn.{kind} ${j}, t, factor, zero;")
     return "{ " + " ".join(lines) + " }"
 
@@ -75,8 +77,8 @@ INT4_BF16 = tl.constexpr(int4_pairs("bf16x2", 0x3F803F80, 0x43004300, 0xC308C308
 INT4_FP16 = tl.constexpr(int4_pairs("f16x2", 0x3C003C00, 0x64006400, 0xE408E408))
 INT8_BF16 = tl.constexpr(int8_pairs("bf16x2", 0x3F803F80, 0x43004300, 0x007F007F, 0xC380C380))
 INT8_FP16 = tl.constexpr(int8_pairs("f16x2", 0x3C003C00, 0x64006400, 0x00FF00FF, 0xE480E480))
-FLOAT8_BF16 = tl.constexpr(float8_pairs("bf16x2", 4, 0x07F007F0, 0x7B807B80))
-FLOAT8_FP16 = tl.constexpr(float8_pairs("f16x2", 1, 0x3F803F80, 0x5C005C00))
+FLOAT8_BF16 = tl.constexpr(float8_pairs("bf16x2", 16, 0x7B807B80))
+FLOAT8_FP16 = tl.constexpr(float8_pairs("f16x2", 128, 0x5C005C00))
 
 
 @triton.jit

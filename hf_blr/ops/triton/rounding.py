@@ -11,9 +11,9 @@ ROWS = 8
 
 
 @triton.jit
-def nearest_code(b_x, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.constexpr):
+def nearest_code(b_x, lowest, highest, FLOAT8: tl.constexpr):
     """The nearest code to each value in float32, of ties the even one."""
-    b_x = tl.minimum(tl.maximum(b_x, LOWEST), HIGHEST)
+    b_x = tl.minimum(tl.maximum(b_x, lowest), highest)
     # a sum with it has no bits left behind those of a code
     SMALL: tl.constexpr = 1.5 * 2**14 if FLOAT8 else 1.5 * 2**23
     b_code = (b_x + SMALL) - SMALL
@@ -33,11 +33,11 @@ def nearest_scale(b_x):
 
 
 @triton.jit
-def best_scale(b_left, inside, fractions_ptr, tries, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, FLOAT8: tl.constexpr):
+def best_scale(b_left, inside, fractions_ptr, tries, lowest, highest, FLOAT8: tl.constexpr):
     """The scale `[BN]` of least squared error for the columns of b_left `[BN, BM]` that are inside."""
     b_high = tl.max(tl.where(inside, b_left, -float("inf")), 1)
     b_low = tl.min(tl.where(inside, b_left, float("inf")), 1)
-    b_full = tl.maximum(b_high / HIGHEST, b_low / LOWEST)
+    b_full = tl.maximum(b_high / highest, b_low / lowest)
     # a group of zeros takes any scale
     b_full = tl.where(b_full > 0, b_full, 1.0)
     b_best = nearest_scale(b_full)
@@ -45,14 +45,15 @@ def best_scale(b_left, inside, fractions_ptr, tries, LOWEST: tl.constexpr, HIGHE
     for i in range(tries):
         b_scale = nearest_scale(tl.load(fractions_ptr + i) * b_full)
         b_wide = b_scale[:, None]
-        b_off = nearest_code(b_left / b_wide, LOWEST, HIGHEST, FLOAT8) * b_wide - b_left
+        b_off = nearest_code(b_left / b_wide, lowest, highest, FLOAT8) * b_wide - b_left
         b_error = tl.sum(tl.where(inside, b_off * b_off, 0.0), 1)
         b_best = tl.where(b_error < b_least, b_scale, b_best)
         b_least = tl.minimum(b_error, b_least)
     return b_best
 
 
-@triton.jit
+# one kernel for all formats of integers, and for all numbers of rows: a budget of bits tries them all
+@triton.jit(do_not_specialize=["n", "size", "tries"])
 def round_columns_kernel(
     columns_ptr,
     upper_ptr,
@@ -64,9 +65,9 @@ def round_columns_kernel(
     m,
     size,
     tries,
+    lowest,
+    highest,
     CHOOSES: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
     FLOAT8: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -87,14 +88,14 @@ def round_columns_kernel(
     for g in range(groups):
         if CHOOSES:
             of_group = (o_m // size == g)[None, :] & inside
-            b_scale = best_scale(b_left, of_group, fractions_ptr, tries, LOWEST, HIGHEST, FLOAT8)
+            b_scale = best_scale(b_left, of_group, fractions_ptr, tries, lowest, highest, FLOAT8)
             tl.store(scale_ptr + rows * groups + g, b_scale, mask=there)
         else:
             b_scale = tl.load(scale_ptr + rows * groups + g, mask=there, other=1.0)
         for i in range(g * size, g * size + size):
             b_upper = tl.load(upper_ptr + i * m + o_m, mask=(o_m >= i) & (o_m < m), other=0.0)
             b_column = tl.sum(tl.where((o_m == i)[None, :], b_left, 0.0), 1)
-            b_error = b_column - nearest_code(b_column / b_scale, LOWEST, HIGHEST, FLOAT8) * b_scale
+            b_error = b_column - nearest_code(b_column / b_scale, lowest, highest, FLOAT8) * b_scale
             b_left -= b_error[:, None] * b_upper[None, :]
             tl.store(errors_ptr + rows * m + i, b_error, mask=there)
     tl.store(numbers_ptr + places, b_left, mask=inside)
@@ -126,9 +127,9 @@ def round_columns(columns, upper, lowest, highest, float8, size, fractions, scal
         m,
         size,
         len(fractions),
+        float(lowest),
+        float(highest),
         CHOOSES=chooses,
-        LOWEST=float(lowest),
-        HIGHEST=float(highest),
         FLOAT8=float8,
         BM=triton.next_power_of_2(m),
         BN=ROWS,

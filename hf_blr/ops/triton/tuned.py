@@ -22,6 +22,7 @@ from hf_blr.atomic import write_text_atomically
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
+from hf_blr.ops.rules.float8 import Float8Config
 from hf_blr.ops.rules.mix import MixConfig
 from hf_blr.ops.rules.packed import PlacesConfig
 from hf_blr.ops.rules.products import GemmConfig
@@ -50,13 +51,13 @@ CHANGES = {
         {"length": 2},
     ),
     PlacesConfig: (
-        {"rows": 2},
-        {"rows": 2, "parts": 0.5},
-        {"words": 2},
-        {"words": 2, "parts": 0.5, "warps": 0.5},
-        {"parts": 2, "warps": 2},
-        {"parts": 0.5, "warps": 0.5},
-        {"stages": 2},
+        {"tiles": 2},
+        {"tiles": 0.5},
+        {"parts": 2},
+        {"parts": 0.5},
+        {"parts": 2, "tiles": 0.5},
+        {"parts": 0.5, "tiles": 2},
+        {"splits": 2},
     ),
     DecodeConfig: (
         {"rows": 2},
@@ -68,6 +69,7 @@ CHANGES = {
         {"stages": 2},
     ),
 }
+CHANGES[Float8Config] = CHANGES[GemmConfig]
 #: a change must be this much faster than the rule's choice, or noise would pick it
 GAIN = 0.97
 

@@ -1,0 +1,50 @@
+"""The text that the quality benchmark has its model write: what it draws windows from, again with the same seed."""
+
+import json
+
+import own_text
+import protocol
+import pytest
+import torch
+from calibration_sets import Calibration, Mixture
+from protocol import read_ids, sha256_of
+from tiny import EOS_ID, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(protocol, "SEQLEN", 32)
+    monkeypatch.setattr(protocol, "BATCH", 4)
+    return tmp_path
+
+
+def written(folder, seed, name, *more):
+    out = folder / name
+    arguments = ["--model", str(folder / "model"), "--windows", "12", "--seed", str(seed), "--device", "cpu"]
+    own_text.main([*arguments, "--out", str(out), "--json", str(folder / "own_text.json"), *more])
+    return read_ids([str(out)], None)["own"]
+
+
+def test_it_is_a_part_of_calibration_sets_and_comes_again_with_its_seed(folder):
+    first, again, other = (written(folder, seed, name) for seed, name in ((0, "a.pt"), (0, "b.pt"), (1, "c.pt")))
+    assert first.shape == (12, 32) and first.dtype == torch.int32
+    # four texts a window
+    assert (first[:, [0, 8, 16, 24]] == EOS_ID).all()
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    on = Calibration.draw(tiny_llama(), {"own": first}, Mixture.parse(["own"]), 0, 8, 32)
+    assert on.counts == {"own": 8} and on.windows.unique(dim=0).shape == (8, 32)
+    rows = json.loads((folder / "own_text.json").read_text())["rows"]
+    assert [row["sha256"] for row in rows] == [sha256_of(windows) for windows in (first, again, other)]
+    assert [(row["windows"], row["seqlen"], row["seed"]) for row in rows] == [(12, 32, 0), (12, 32, 0), (12, 32, 1)]
+    assert all(row["seconds"] > 0 and row["dtype"] == "bfloat16" for row in rows)
+
+
+def test_rounds_have_seeds_of_their_own_and_what_is_done_in_time_is_kept(folder):
+    first, other = written(folder, 0, "a.pt").chunk(2)
+    assert not torch.equal(first, other)
+    assert torch.equal(written(folder, 0, "b.pt", "--seconds", "0"), first)
+    assert torch.equal(written(folder, 1, "c.pt", "--windows", "6", "--rounds", "1"), other)
+    rows = json.loads((folder / "own_text.json").read_text())["rows"]
+    assert [(row["windows"], row["rounds"]) for row in rows] == [(12, 2), (6, 1), (6, 1)]
