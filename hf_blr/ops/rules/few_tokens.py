@@ -165,7 +165,7 @@ def one_config(row: int, rows: int, layers: int, itemsize: int, device: Device) 
     steps = -(-row // (length * sharing))
     # of a thread, as compiled: this row and the next one, the vector, addresses; H100, us of Monarch's qkv of 4096,
     # 80 registers: 17.7 with the 24 warps that fit, 18.5 with 32, 19.0 with 16
-    fitting = REGISTERS // (32 * steps * 20)
+    fitting = REGISTERS // (32 * steps * (20 if layers == 1 else 16))
     # few rows are spread over more programs
     warps = max(min(16, sharing * layers), 8 if fitting >= 16 and rows >= 16 * device.sms else 4)
     # the estimate of registers is rather high than low; rows of all layers lie side by side
