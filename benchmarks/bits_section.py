@@ -106,11 +106,13 @@ def goals_section() -> str:
     table = []
     for bits, goals in BUDGETS.items():
         for goal, trained in zip(goals, (False, True), strict=True):
-            rival = found.get(("dense", 1.0, whole.get(bits), trained))
-            beside = f" (GPTQ{', refined' * trained} {score(min(rival.values()))})" if rival else ""
-            measured = found.get(("auto", 1.0, bits, trained))
+            measured = found.get(("auto", 1.0, bits, trained), {})
+            text = min(measured, key=lambda text: measured[text], default=None)
+            # refined on the same text, if it is
+            rival = found.get(("dense", 1.0, whole.get(bits), trained), {}).get(text)
+            beside = f" (GPTQ{', refined' * trained} {score(rival)})" if rival else ""
             name = f"auto, {bits:g} bits{', refined' * trained}"
-            table.append((name, f"{goal:g}", f"{score(min(measured.values()))}{beside}" if measured else UNKNOWN))
+            table.append((name, f"{goal:g}", f"{score(measured[text])}{beside}" if measured else UNKNOWN))
     for name, goals in FACTORS.items():
         for most, trained in zip(goals, (False, True), strict=True):
             plain, measured = (found.get(("low_rank", 0.8, each, trained), {}) for each in ("plain", name))
