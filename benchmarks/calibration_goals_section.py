@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import partial
 from statistics import geometric_mean
 
-from conditions import RESULTS, machine
+from conditions import RESULTS
 from text_ratio_sections import complete_groups, fair_means, mean_ratio, ratio, ratio_lines, trained_on
 
-from hf_blr.bench.report.commits import rows_of
+from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import label_of
 from hf_blr.markdown import format_table
 
 FILE, SENTENCES, WRITTEN = "quality_h200.json", "sentences_h200.json", "own_text.json"
+#: the heading over what each goal is of
+WHAT = "mean ratio of four texts, or what else is said"
 #: {kept: (mean ratio without training, refined over the dense model that was trained on the same tokens)}
 GOALS = {0.9: (1.05, 1.03), 0.8: (1.10, 1.06), 0.5: (1.9, 1.4)}
 #: the largest of the four ratios at 80 %, without training
@@ -61,7 +63,7 @@ def worst(runs: list[list[dict]]) -> float:
 def line(name: str, goal: float, groups: list, measure) -> dict:
     """The group that measures least beside the goal."""
     best = min(groups, key=measure, default=None)
-    first = {"mean ratio of four texts": name, "goal": f"{goal:g}"}
+    first = {WHAT: name, "goal": f"{goal:g}"}
     if best is None:
         return first | {"measured": "not measured", "by": ""}
     row = best[0][0]
@@ -82,7 +84,7 @@ def sentence_lines() -> list[dict]:
         name = f"{best[0]['model']}, {100 * best[0]['ratio']:.0f} %, cosine{', refined' * trained}"
         found.append(
             {
-                "mean ratio of four texts": name,
+                WHAT: name,
                 "goal": f"{goal:g}",
                 "measured": ", ".join(cosines.values()),
                 "by": f"{label_of(best[0])}, {method}, on {', '.join(cosines)}",
@@ -105,12 +107,13 @@ def default_text_section() -> str:
                 | {each: found[each] for each in names}
                 | {"mean": found["mean"]}
             )
+    rows = [row for row in rows if row["calibration"] in TEXTS]
     written = read_result(RESULTS / WRITTEN)
     row = max(written["rows"], key=lambda row: row["windows"])
     tokens, at_once = row["windows"] * row["seqlen"], row["windows"] * row["texts"] // row["rounds"]
     table.sort(key=lambda line: line["kept"], reverse=True)
     return (
         f"{format_table(table)}\n\n{rows[0]['model']}, BLAST 4x16, `hf-blr compress MODEL OUT --ratio 0.8`: "
-        f"perplexity, and over dense. {machine(result['environment'])}. The model wrote {tokens / 1e6:.1f} million "
-        f"tokens in {row['seconds']:.0f} s, {at_once} texts at once in {row['dtype']}."
+        f"perplexity, and over dense. {result['environment']['device']}, commits {commits_of(rows)}. The model wrote "
+        f"{tokens / 1e6:.1f} million tokens in {row['seconds']:.0f} s, {at_once} texts at once in {row['dtype']}."
     )

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bits_section
 import bits_times_section
+import calibration_goals_section
 import config_section
 import decode_section
 import experts_section
@@ -80,6 +81,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "calibration.md": {
         "zoo": zoo_section.zoo_section,
+        "default-text": calibration_goals_section.default_text_section,
     },
     ROOT / "docs" / "trust.md": {
         "robustness": robustness_section.robustness_section,
@@ -107,6 +109,7 @@ DOCUMENTS = {
     ROOT / "docs" / "log.md": {
         "result-files": inventory_section.inventory_section,
         "bits-goals": bits_section.goals_section,
+        "calibration-goals": calibration_goals_section.goals_section,
     },
 }
 
