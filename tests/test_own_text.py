@@ -1,6 +1,7 @@
 """The text that the quality benchmark has its model write: what it draws windows from, again with the same seed."""
 
 import json
+from pathlib import Path
 
 import own_text
 import protocol
@@ -48,3 +49,10 @@ def test_rounds_have_seeds_of_their_own_and_what_is_done_in_time_is_kept(folder)
     assert torch.equal(written(folder, 1, "c.pt", "--windows", "6", "--rounds", "1"), other)
     rows = json.loads((folder / "own_text.json").read_text())["rows"]
     assert [(row["windows"], row["rounds"]) for row in rows] == [(12, 2), (6, 1), (6, 1)]
+
+
+def test_the_tokens_that_are_kept_are_those_of_the_last_row():
+    file = Path(own_text.__file__).parent / "results" / "own_text.json"
+    row = json.loads(file.read_text())["rows"][-1]
+    kept = read_ids([str(file.with_suffix(".pt"))], None)["own"]
+    assert sha256_of(kept) == row["sha256"] and kept.shape == (row["windows"], row["seqlen"])
