@@ -3,7 +3,8 @@
     python benchmarks/own_text.py --model FOLDER --gguf-file NAME --windows 1152 --out own.pt --json own_text.json
 
 The torch file is a source for `quality.py --parts`; it holds the rounds that are done. The row says the seconds, and
-which tokens came out.
+which tokens came out. Another device may write other tokens, so those that the rows of `quality_h200.json` are fitted
+to are kept: `results/own_text.pt`.
 """
 
 from __future__ import annotations
