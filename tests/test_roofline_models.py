@@ -187,7 +187,7 @@ def test_prefill_in_float8_is_predicted():
     rows = json.loads((RESULTS / "models_h200.json").read_text())["rows"]
     rows = [row for row in rows if row["model"] == "Llama-3-8B, 8 blocks"]
     predicted = {row["variant"]: row for row in model_predictions(rows, DEVICES["H200-measured"])}
-    assert {"dense/fp8", "low_rank/fp8+fused"} < predicted.keys()
+    assert {"dense/fp8", "low_rank@128/fp8+fused"} < predicted.keys()
     assert all(abs(row["deviation"]) < 0.25 for row in predicted.values())
     # a card without float8, and formats whose kernels are not counted
     assert len(model_predictions(rows, DEVICES["A100"])) == len(predicted) - 2

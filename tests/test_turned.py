@@ -1,6 +1,7 @@
 """Turning the residual stream of a model, and compressing what was turned."""
 
 import copy
+import signal
 import subprocess
 import sys
 
@@ -291,9 +292,7 @@ def test_ctrl_c_leaves_no_model_that_is_half_turned(monkeypatch):
     def press(self, name, module, dtype, kept):
         if dtype == torch.float64 and not pressed:
             pressed.append(name)
-            import _thread
-
-            _thread.interrupt_main()
+            signal.raise_signal(signal.SIGINT)
         return tensors(self, name, module, dtype, kept)
 
     monkeypatch.setattr(turning.Turn, "tensors", press)

@@ -9,7 +9,10 @@ beside them round badly.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,20 +122,32 @@ class Turn:
                 name,
                 own(self.model.get_submodule(name), "weight").nbytes / 1e6,
             )
-        # Ctrl-C reaches the main thread alone: a stream that is half turned is no model
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self._apply).result()
-
-    @torch.no_grad()
-    def _apply(self) -> int:
-        for name in self.stream.tied:
-            untie(self.model, name)
-        for name in self.modules():
-            module = self.model.get_submodule(name)
-            kept = own(module, "weight").dtype
-            for key, tensor in self.tensors(name, module, torch.float64, kept).items():
-                own(module, key).copy_(tensor)
+        # a stream that is half turned is no model
+        with interrupted_later(), torch.no_grad():
+            for name in self.stream.tied:
+                untie(self.model, name)
+            for name in self.modules():
+                module = self.model.get_submodule(name)
+                kept = own(module, "weight").dtype
+                for key, tensor in self.tensors(name, module, torch.float64, kept).items():
+                    own(module, key).copy_(tensor)
         return sum(own(self.model.get_submodule(name), "weight").nbytes for name in self.stream.tied)
+
+
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C, which reaches the main thread alone, waits for the end."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 def random_basis(size: int, seed: int) -> Tensor:

@@ -121,6 +121,9 @@ def conjugate_gradients(
         return (a * b).sum(dims, keepdim=True)
 
     rounding = 100 * eps**2 * inner(rhs, precondition(rhs))
+    # of A, which sees what it has made itself; products of it err by so much of a direction's length
+    image = product(rhs)
+    least = 10 * eps * (inner(image, image) / inner(rhs, rhs)).sqrt().nan_to_num(0.0)
     x, residual = start, rhs - product(start)
     direction, slope = torch.zeros_like(rhs), rhs.new_tensor(torch.inf)
     # of the direction, in the norm of M^-1
@@ -134,7 +137,8 @@ def conjugate_gradients(
         direction = step + growth * direction
         image = product(direction)
         curvature = inner(direction, image)
-        going = going & (slope > rounding) & (curvature > LEAST_CURVATURE * size)
+        seen = (curvature > LEAST_CURVATURE * size) & (curvature > least * inner(direction, direction))
+        going = going & (slope > rounding) & seen
         length = torch.where(going, slope / curvature, 0.0)
         x, residual = x + length * direction, residual - length * image
     return x
