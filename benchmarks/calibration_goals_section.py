@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from statistics import geometric_mean
 
 from conditions import RESULTS
-from text_ratio_sections import complete_groups, fair_means, mean_ratio, ratio, ratio_lines, trained_on
+from text_ratio_sections import complete_groups, fair_means, mean_of_runs, ratio, ratio_lines, trained_on
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -38,7 +37,7 @@ def goals_section() -> str:
         refined = [runs for runs in alike if trained_on(runs[0][0]) in fair]
         fitted = [runs for runs in alike if not runs[0][0].get("finetune_tokens")]
         size = f"{100 * kept:.0f} %"
-        table.append(line(f"{size}, no training", untrained, fitted, mean))
+        table.append(line(f"{size}, no training", untrained, fitted, mean_of_runs))
         table.append(line(f"{size}, refined, over dense refined alike", trained, refined, partial(over, fair)))
         if kept == 0.8:
             table.append(line("80 %, no training, the worst of the texts", WORST, fitted, worst))
@@ -46,14 +45,9 @@ def goals_section() -> str:
     return format_table(table)
 
 
-def mean(runs: list[list[dict]]) -> float:
-    """Over the texts and seeds."""
-    return geometric_mean([mean_ratio(run) for run in runs])
-
-
 def over(fair: dict[tuple, float], runs: list[list[dict]]) -> float:
     """The mean over that of the dense model that was trained on the same tokens."""
-    return mean(runs) / fair[trained_on(runs[0][0])]
+    return mean_of_runs(runs) / fair[trained_on(runs[0][0])]
 
 
 def worst(runs: list[list[dict]]) -> float:

@@ -97,7 +97,8 @@ def speeds() -> str:
     fp8, int4, dense = prefill["low_rank@128/fp8+fused"], steps["low_rank/int4+fused"], steps["dense"]
     where = f"{machine(decode['environment'])}; in fp8 commit {commits_of([fp8])}"
     return (
-        f"Low-rank at half, {dense['model']}'s shape: in fp8 its blocks take {fp8['tokens']} tokens "
+        f"Low-rank at half, {dense['model']}'s shape: in fp8, at ranks that 128 divides, its blocks take "
+        f"{fp8['tokens']} tokens "
         f"{prefill['dense']['ms'] / fp8['ms']:.2f}x as fast as dense in bfloat16 and "
         f"{prefill['dense/fp8']['ms'] / fp8['ms']:.2f}x as fast as dense in fp8; in int4 the model takes "
         f"{int4['weight_bytes'] / dense['weight_bytes']:.2f} of the memory and decodes "

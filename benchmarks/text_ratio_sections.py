@@ -59,7 +59,7 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
     lines = []
     for runs in groups:
         row = runs[0][0]
-        mean = geometric_mean([mean_ratio(run) for run in runs])
+        mean = mean_of_runs(runs)
         line = {
             "kept": f"{100 * row['ratio']:.0f} %",
             "layers": label_of(row),
@@ -88,6 +88,11 @@ def complete_groups(rows: list[dict], texts: list[str]) -> list[list[list[dict]]
     return [runs for runs in groups if runs]
 
 
+def mean_of_runs(runs: list[list[dict]]) -> float:
+    """The mean ratio over the texts and seeds."""
+    return geometric_mean([mean_ratio(run) for run in runs])
+
+
 def fair_means(groups: list[list[list[dict]]]) -> dict[tuple, float]:
     """{what was trained on: the mean ratio of the dense model that was trained on it, at the rate that was best}."""
     fair: dict[tuple, float] = {}
@@ -95,7 +100,7 @@ def fair_means(groups: list[list[list[dict]]]) -> dict[tuple, float]:
         row = runs[0][0]
         if row["method"].startswith(DENSE_REFINED):
             text = trained_on(row)
-            fair[text] = min(fair.get(text, math.inf), geometric_mean([mean_ratio(run) for run in runs]))
+            fair[text] = min(fair.get(text, math.inf), mean_of_runs(runs))
     return fair
 
 

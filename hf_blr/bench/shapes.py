@@ -89,9 +89,10 @@ def aligned_spec(
 
 def align_rank(spec: BLRSpec, multiple: int | None = None) -> BLRSpec:
     """Rows as long as the rank are multiples of `multiple` where that costs little, else they load in wide pieces."""
-    cut = spec if multiple is None else in_multiples(spec, multiple)
-    if multiple is not None and cut.rank % rank_step(spec, multiple) == 0:
-        return cut
+    if multiple is not None:
+        cut = in_multiples(spec, multiple)
+        if cut.rank % rank_step(spec, multiple) == 0:
+            return cut
     wide = structure_named(spec.structure).rank_multiple
     return replace(spec, rank=spec.rank // wide * wide or spec.rank)
 
