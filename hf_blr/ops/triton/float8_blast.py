@@ -9,10 +9,10 @@ from hf_blr.ops.triton.float8_mix import float8_mix
 def forward(x, x_scale, tensors, scales, bias, dtype, activation):
     """x `[T, K]` float8 with x_scale `[T]` -> `[T, N]` in dtype.
 
-    tensors (u `[B2, Q, R]`, s, v `[B1, R, P]`) float8, with scales `[.., 1]`, but s `[B2, B1, R]` in dtype.
+    tensors (u `[B2, Q, R]`, s, v `[B1, R, P]`) float8, with scales `[.., 1]`, but s `[B2, B1, R]` in dtype; v and s
+    with gaps between their blocks where layers that run together lie in one buffer.
     """
-    # layers that run together lie in one buffer, each with gaps between its input blocks
-    (u, s, v), (u_scale, v_scale) = tensors, (scales[0], scales[2].contiguous())
+    (u, s, v), (u_scale, _, v_scale) = tensors, scales
     tokens, (b1, r, p), (b2, q, _) = x.shape[0], v.shape, u.shape
     out = x.new_empty(tokens, b2 * q, dtype=dtype)
     if tokens == 0:

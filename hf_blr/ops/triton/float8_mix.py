@@ -21,6 +21,7 @@ def mix_weights_kernel(
     R,
     stride_si,
     stride_sj,
+    stride_scale,
     B1: tl.constexpr,
     LONGER: tl.constexpr,
     BJ: tl.constexpr,
@@ -28,7 +29,7 @@ def mix_weights_kernel(
 ):
     """peaks[i] = LONGER * max_r ||(s scale)[i, :, r]|| and weights = s scale / peaks, of s `[B2, B1, R]`.
 
-    scale `[B1, R]` is that of v's rows. One output block i a program.
+    scale `[B1, R, 1]` is that of v's rows. One output block i a program.
     """
     i_i = tl.program_id(0)
     o_j = tl.arange(0, BJ)
@@ -39,7 +40,7 @@ def mix_weights_kernel(
         o_r = step * BR + tl.arange(0, BR)[None, :]
         m = m_j & (o_r < R)
         b_w = tl.load(s_ptr + o_r, mask=m, other=0.0).to(tl.float32)
-        b_w *= tl.load(scale_ptr + o_j[:, None] * R + o_r, mask=m, other=0.0).to(tl.float32)
+        b_w *= tl.load(scale_ptr + o_j[:, None] * stride_scale + o_r, mask=m, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.sum(b_w * b_w, 0))
     # all of a block's s may be zero
     peak = tl.maximum(LONGER * tl.sqrt(tl.max(largest, 0)), 1e-30)
@@ -49,14 +50,14 @@ def mix_weights_kernel(
         o_r = step * BR + tl.arange(0, BR)[None, :]
         m = m_j & (o_r < R)
         b_w = tl.load(s_ptr + o_r, mask=m, other=0.0).to(tl.float32)
-        b_w *= tl.load(scale_ptr + o_j[:, None] * R + o_r, mask=m, other=0.0).to(tl.float32)
+        b_w *= tl.load(scale_ptr + o_j[:, None] * stride_scale + o_r, mask=m, other=0.0).to(tl.float32)
         tl.store(weights_ptr + o_r, (b_w / peak).to(weights_ptr.dtype.element_ty), mask=m)
 
 
 def float8_mix(y, s, v_scale):
     """(z `[B2, T, R]`, peaks `[B2]`) of y `[B1, T, R]` without v's scale; see `float8_gemm.Peak`.
 
-    y and z are float8, s `[B2, B1, R]` is not.
+    y and z are float8, s `[B2, B1, R]` is not; v_scale is `[B1, R, 1]`.
     """
     b2, b1, r = s.shape
     weights, peaks = torch.empty_like(s), s.new_empty(b2, dtype=torch.float32)
@@ -68,6 +69,7 @@ def float8_mix(y, s, v_scale):
         peaks,
         r,
         *s.stride()[:2],
+        v_scale.stride(0),
         B1=b1,
         LONGER=LONGER,
         BJ=pow2(b1),
