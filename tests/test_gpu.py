@@ -26,6 +26,7 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.bench.timing import Timer
 from hf_blr.calibration.precision import calibrating
+from hf_blr.factorize import factorize
 from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import FactorInBits, format_named
@@ -531,6 +532,20 @@ def test_layers_in_float8_run_together(structure, blocks, ranks, tokens, bias):
         if tokens == 1000:
             compiled = torch.compile(lambda x: [module(x) for module in block.children()], fullgraph=True)
             assert_right(compiled(x))
+
+
+@pytest.mark.parametrize("structure, blocks", [*STRUCTURES.items(), ("dense", None)])
+def test_fits_in_int4_take_grams_from_the_host(structure, blocks):
+    """Those of a model that lies on the host, as `compress` has them."""
+    torch.manual_seed(0)
+    spec = structure_named(structure).spec(128, 192, {"monarch": 16, "dense": 128}.get(structure, 64), blocks or (1, 1))
+    weight, x, y = torch.randn(192, 128), torch.randn(400, 128), torch.randn(300, 192) @ torch.randn(192, 192)
+    gram, output_gram = x.T @ x, (y.T @ y)[None]
+    errors = [
+        factorize(weight.to(device), spec, gram, output_gram, storage=format_named("int4", 16)).rel_error
+        for device in ("cuda", "cpu")
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 def test_a_stream_is_turned_as_on_the_cpu():
