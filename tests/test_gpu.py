@@ -441,6 +441,8 @@ def test_gradients_of_experts(structure):
         ("blast", (4, 4), 256),
         ("blast", (4, 16), 240),
         ("blast", (2, 6), 80),
+        ("blast", (16, 16), 240),
+        ("blast", (16, 3), 80),
     ],
 )
 def test_layers_in_float8_keep_the_error_budget(structure, blocks, rank, tokens):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_blr.ops.triton.float8_gemm import Peak, float8_gemm, in_lines, peak_of_codes
-from hf_blr.ops.triton.float8_mix import float8_mix
+from hf_blr.ops.triton.float8_gemm import Peak, float8_gemm, peak_of_codes
+from hf_blr.ops.triton.float8_mix import blocks_in_lines, float8_mix
 
 
 def forward(x, x_scale, tensors, scales, bias, dtype, activation):
@@ -17,8 +17,8 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
     out = x.new_empty(tokens, b2 * q, dtype=dtype)
     if tokens == 0:
         return out
-    codes, y = peak_of_codes(p), in_lines(x, b1, tokens, r)
-    float8_gemm(x.view(tokens, b1, p).transpose(0, 1), v, y[:, None], None, codes)
+    codes, y = peak_of_codes(p), blocks_in_lines(x, b1, tokens, r)
+    float8_gemm(x.view(tokens, b1, p).transpose(0, 1), v, y[:, None], None, codes, beside=True)
     z, peaks = float8_mix(y, s, v_scale)
     peak, blocks = Peak(codes.bound, peaks.view(1, b2, 1)), out.view(1, tokens, b2, q).transpose(1, 2)
     float8_gemm(z, u, blocks, u_scale, peak, x_scale, bias=bias, activation=activation)

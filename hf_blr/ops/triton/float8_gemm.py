@@ -60,7 +60,9 @@ def in_lines(like, *shape):
     return like.new_empty(*outer, -(-length // LINE) * LINE)[..., :length]
 
 
-def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None):
+def float8_gemm(
+    a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None, beside=False
+):
     """c[j, i] = a[..] b[j * I + i]^T, scaled, into the strided view c `[J, I, T, N]`.
 
     Args:
@@ -73,6 +75,7 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
         pivots: `[T, N]` float8, added to the results of the first stage.
         bias: `[I * N]`, or None.
         emitted: `EmittedScales` of a first stage with one c, or None.
+        beside: the next kernel needs nothing of this one, and may start beside it if it ends by `end_after_previous`.
     """
     (j, i, tokens, n), k = c.shape, b.shape[2]
     device = device_of(c)
@@ -122,6 +125,7 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             ACTIVATION=activation,
             EMITS=emitted is not None,
             TMA=tma,
+            PDL=beside and device.has_pdl,
             STAYS=config.stays > 0,
             BI=pow2(i),
             BS=min(2048, pow2(peaks[0] * peaks[2])),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tiles import load_tile, start_beside_previous
 
 
 @triton.jit
@@ -112,6 +112,7 @@ def float8_gemm_kernel(
     ACTIVATION: tl.constexpr,
     EMITS: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
     STAYS: tl.constexpr,
     BI: tl.constexpr,
     BS: tl.constexpr,
@@ -127,8 +128,10 @@ def float8_gemm_kernel(
     divides by it, so that results fit c's float8, and the last stage multiplies by it and by x_scale `[T]`. peaks `[J,
     B2, R]`: see `Peak`. EMITS: see `EmittedScales`.
     A tile is BN + BESIDE outputs wide, of which Triton's own are powers of two. STAYS: a program goes on to further
-    tiles, and asks for the next one's first steps before it stores.
+    tiles, and asks for the next one's first steps before it stores. PDL: the next kernel may start beside
+    this one.
     """
+    start_beside_previous(PDL)
     WIDE: tl.constexpr = BN + BESIDE
     tiles_n, tiles_t = tl.cdiv(N, WIDE), tl.cdiv(T, BT)
     start, programs = tl.program_id(0), tl.num_programs(0)
