@@ -100,11 +100,20 @@ def test_commands_parse_the_file_once(folder, dense, monkeypatch):
             parsed.append(args)
             super().__init__(*args)
 
+    make, made = gguf.get_tensor_name_map, []
+
+    def counted(*args):
+        made.append(args)
+        return make(*args)
+
     monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
     args = argparse.Namespace(gguf_file="tiny.gguf", dtype="float32", device="cpu")
     model, _ = loading.load_model(str(folder), args, reader=False)
     assert torch.equal(tiny_logits(model), tiny_logits(dense)) and len(parsed) == 1
-    assert gguf.GGUFReader is Reader
+    # transformers asks for the names again for each module
+    assert len(made) == 1
+    assert gguf.GGUFReader is Reader and gguf.get_tensor_name_map is counted
 
 
 def test_what_was_read_from_gguf_trains_once_compressed(folder):

@@ -63,16 +63,21 @@ def dequantizing_config() -> Any:
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """A GGUF file is parsed once inside; config, weights and tokenizer each do it by themselves, for seconds."""
+    """A GGUF file is parsed once inside; config, weights and tokenizer each do it by themselves, for seconds.
+
+    The table of its tensors' names is made once too, where transformers makes it for each module of the model.
+    """
     try:
         gguf: Any = importlib.import_module("gguf")
     except ImportError:
         # transformers says so where the file is read
         yield
         return
-    before = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(before)
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in kept.items():
+        setattr(gguf, name, functools.cache(make))
     try:
         yield
     finally:
-        gguf.GGUFReader = before
+        for name, make in kept.items():
+            setattr(gguf, name, make)
