@@ -31,6 +31,7 @@ import scale_section
 import sentences_section
 import several_gpus_section
 import shortfalls_section
+import structures_in_int4_section
 import text_ratio_sections
 import tools_section
 import zoo_section
@@ -98,8 +99,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "bits-mixture": bits_section.mixture_section,
         "k-quants": bits_section.k_quants_section,
-        "structures-in-int4": bits_section.structures_section,
+        "structures-in-int4": structures_in_int4_section.structures_section,
         "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "kernels.md": {
