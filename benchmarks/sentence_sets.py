@@ -21,6 +21,8 @@ BATCH = 64
 FEWEST_WORDS, MOST_WORDS = 5, 60
 #: sentences that are trained on at most
 TRAINED = 100_000
+#: steps that are enough to tell learning rates from each other
+TRIAL_STEPS = 200
 
 
 def sentences_of(text: str) -> list[str]:
@@ -108,8 +110,13 @@ class SentenceTraining:
     def tokens(self, epochs: int) -> int:
         return epochs * self.read[1]["calibration_tokens"]
 
-    def train(self, model: nn.Module, rate: float, epochs: int = 1) -> None:
+    def train(self, model: nn.Module, rate: float, epochs: int) -> None:
         refine(model, self.dense, self.read[0], epochs=epochs, learning_rate=rate, seed=self.seed)
+
+    def try_rate(self, model: nn.Module, rate: float) -> None:
+        # every so many, as they stand in the order of their lengths
+        some = self.read[0][:: -(-len(self.read[0]) // TRIAL_STEPS)]
+        refine(model, self.dense, some, epochs=1, learning_rate=rate, seed=self.seed)
 
     def distance(self, model: nn.Module) -> float:
         """One less the mean cosine to the dense model's embeddings of what is held out."""
@@ -118,11 +125,11 @@ class SentenceTraining:
     def refined(self, fit: Any, model: nn.Module, rates: list[float], epochs: int) -> dict:
         """Trains the model in place; what a row says of that.
 
-        fit: which one the model is; several rates are tried for an epoch on each.
+        fit: which one the model is; several rates are tried for some steps on each.
         """
         if fit not in self.chosen:
             several = len(rates) > 1
-            self.chosen[fit] = best_rate(model, rates, self.train, self.distance) if several else (rates[0], {})
+            self.chosen[fit] = best_rate(model, rates, self.try_rate, self.distance) if several else (rates[0], {})
         rate, choice = self.chosen[fit]
         self.train(model, rate, epochs)
         judged = {"held_out": len(self.left_out), "held_out_distance": self.distance(model)} if self.left_out else {}

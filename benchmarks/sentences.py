@@ -122,7 +122,7 @@ def main(argv=None):
         type=float,
         nargs="+",
         default=[RATE],
-        help="the learning rate of refined rows; of several, the best on held-out sentences after an epoch",
+        help="the learning rate of refined rows; of several, the best on held-out sentences after some steps",
     )
     parser.add_argument(
         "--held-out", type=int, default=0, help="sentences of the parts that nothing reads but that choice"
