@@ -19,10 +19,8 @@ from hf_blr.modes import evaluating
 BATCH = 64
 #: words of a sentence that is scored
 FEWEST_WORDS, MOST_WORDS = 5, 60
-#: sentences that are trained on at most
-TRAINED = 100_000
 #: steps that are enough to tell learning rates from each other
-TRIAL_STEPS = 200
+TRIAL_STEPS = 400
 
 
 def sentences_of(text: str) -> list[str]:
@@ -101,7 +99,7 @@ class SentenceTraining:
 
     @cached_property
     def read(self) -> tuple[list[dict[str, Tensor]], dict]:
-        return sentence_batches(self.sentences[:TRAINED], self.tokenizer, self.names, self.seed, self.batch)
+        return sentence_batches(self.sentences, self.tokenizer, self.names, self.seed, self.batch)
 
     @cached_property
     def wanted(self) -> Tensor:

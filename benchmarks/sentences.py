@@ -36,8 +36,8 @@ from hf_blr.bench.report.files import ResultFile
 from hf_blr.targets import find_targets
 
 SEQLEN, WINDOWS = 128, 512
-#: sentences of a text that are scored, and those that are fitted to at most
-SENTENCES, FITTED = 1000, 1600
+#: sentences of a text that are scored, those that are fitted to, and those that are trained on at most
+SENTENCES, FITTED, TRAINED = 1000, 1600, 100_000
 #: of the training
 EPOCHS, RATE = 8, 5e-4
 PROTOCOL = (
@@ -110,12 +110,13 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--trained", type=int, default=TRAINED, help="sentences of a training, at most")
     parser.add_argument(
         "--epochs",
         type=int,
         nargs="+",
         default=[EPOCHS],
-        help="of refined rows, over all sentences of the parts; a row for each of several",
+        help="of refined rows, over their sentences; a row for each of several",
     )
     parser.add_argument(
         "--rate",
@@ -156,7 +157,7 @@ def main(argv=None):
     for seed in args.seeds:
         parts = texts_of(args.parts)
         drawn, left_out = drawn_sentences(parts.values(), seed, args.held_out)
-        training = SentenceTraining(dense, tokenizer, drawn, left_out, list(parts), seed, args.batch)
+        training = SentenceTraining(dense, tokenizer, drawn[: args.trained], left_out, list(parts), seed, args.batch)
         if args.fit_to == "sentences":
             batches, fitted = sentence_batches(drawn[: args.fitted], tokenizer, parts, seed)
         else:

@@ -97,6 +97,9 @@ def test_of_several_rates_the_best_on_held_out_sentences_is_taken(folder):
     # one epoch at the best rate is the trial itself
     assert once["held_out_distance"] == pytest.approx(tried["1e-09"], rel=1e-4)
     assert twice["finetune_tokens"] == 2 * once["finetune_tokens"] and once["held_out"] == 4
+    sentences.main([*where, *only, "--trained", "8", "--epochs", "1"])
+    fewer = json.loads(result.read_text())["rows"][2]
+    assert fewer["finetune_tokens"] < fewer["calibration_tokens"] and "held_out" not in fewer
     drawn, left_out = sentence_sets.drawn_sentences([TEXT], 0, 4)
     assert len(drawn) == 14 and not set(drawn) & set(left_out)
     sizes = [len(tiny_tokenizer()(each)["input_ids"]) for each in drawn]
