@@ -99,7 +99,18 @@ def refine_factors(
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
     groups = [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items()]
     # each factor is a group by itself, which takes ten kernels where they are not fused
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=entered[0].is_cuda)
+    import os
+
+    if os.environ.get("JOINT") == "muon":
+        from hf_blr.finetune.muon import Muon
+
+        for group in groups:
+            group["lr"] *= float(os.environ.get("JOINT_LR", 1))
+        optimizer = Muon(groups)
+    else:
+        for group in groups:
+            group["lr"] *= float(os.environ.get("JOINT_LR", 1))
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=entered[0].is_cuda)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     for i in order(judged.start or batches, steps, seed):
         with torch.enable_grad(), in_bfloat16(entered[i].device):

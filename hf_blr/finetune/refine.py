@@ -96,14 +96,16 @@ def refine(
         if dense:
             stack.enter_context(on_matrices(model, teacher, torch.bfloat16 if bf16 else torch.float32, compiled))
         left = targets_left_dense(model) if dense_rate else []
-        mark_only_factors_trainable(model, also=left, bits=bits)
+        import os
+        norms = bool(os.environ.get('NORMS'))
+        mark_only_factors_trainable(model, norms=norms, also=left, bits=bits)
         groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
-        callback = BLRCallback(train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
+        callback = BLRCallback(train_norms=norms, train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
         history = train(
             model,
             windows,
             [callback, *([best] if best else [])],
-            torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
+            optimizer_of(groups, on_gpu),
             output_dir=folder,
             max_steps=epochs * steps,
             per_device_train_batch_size=batch_size,
@@ -115,6 +117,16 @@ def refine(
         )
     model.eval()
     return history + (best.log if best else [])
+
+
+def optimizer_of(groups, on_gpu):
+    import os
+
+    from hf_blr.finetune.muon import Muon
+
+    if os.environ.get("OPT") == "muon":
+        return Muon(groups, momentum=float(os.environ.get("MOM", 0.95)))
+    return torch.optim.AdamW(groups, betas=(0.9, float(os.environ.get("BETA2", 0.95))), fused=on_gpu)
 
 
 def targets_left_dense(model: nn.Module) -> list[str]:
