@@ -41,7 +41,6 @@ from hf_blr.checkpoint.record import forget_quantizer
 from hf_blr.cli import loading, options
 from hf_blr.compression import turn_stream
 from hf_blr.finetune import refine
-from hf_blr.finetune.refine import ADAMW, OPTIMIZERS
 from hf_blr.plan import resolve_plan
 
 #: steps of BLAST's own descent
@@ -82,7 +81,7 @@ def make(
             make(replace(run, kind="compress"), on, earlier, training)
         # another may go on from the same fit
         model = copy.deepcopy(earlier[run.family])
-        return model, trained(model, on, run.rate, bits=run.trains, **training)
+        return model, trained(model, on, run.rate, bits=run.trains, optimizer=run.optimizer, **training)
     elif run.kind == "refine around":
         return refined_around(run, on, training)
     elif run.kind == "svd_llm":
@@ -139,7 +138,7 @@ def trained(
     # code that is compiled once serves all runs
     settings = {"compiled": torch.cuda.is_available(), "seed": on.seed, **settings}
     said = {"finetune_sha256": sha256_of(on.training), "finetune_mixture": on.trained_on.label}
-    said |= {"finetune_batch": settings["batch_size"], "finetune_optimizer": settings["optimizer"]}
+    said["finetune_batch"] = settings["batch_size"]
     judge = on.judge
     # a dense model's divergence from itself says nothing
     score = judge.loss if "dense_rate" in settings else judge.divergence
@@ -204,7 +203,6 @@ def main(argv=None):
         "--train-mixture", nargs="+", metavar="PART=SHARE", help="of these windows; that of the fit if left out"
     )
     parser.add_argument("--train-tokens", type=int, default=10_000_000, help="in all epochs over those windows")
-    parser.add_argument("--train-optimizer", choices=OPTIMIZERS, default=ADAMW, help="of a training")
     parser.add_argument("--train-batch", type=int, default=8, help="windows of a step of a training")
     parser.add_argument(
         "--train-rate",
@@ -268,7 +266,7 @@ def main(argv=None):
         on = Calibration.draw(bench.dense, parts, mixture, seed, *sizes, trained_on, args.again, args.held_out)
         check_tokens([*file.rows, {"model": name, **on.facts()}])
         epochs = epochs_of(on, args.train_tokens)
-        training = {"epochs": epochs, "batch_size": args.train_batch, "optimizer": args.train_optimizer}
+        training = {"epochs": epochs, "batch_size": args.train_batch}
         training |= {"rates": args.train_rate, "trial_tokens": args.trial_tokens}
         earlier: dict[tuple, torch.nn.Module] = {}
         for run in chosen:

@@ -25,7 +25,7 @@ from hf_blr.linear import blr_modules
 #: as a fraction of each factor's root mean square, since factors of one layer may differ a lot in size: of factors
 #: that are matrices, and of those that multiply elementwise. Scales of bits take the second one: they train as
 #: logarithms, whose steps are relative as they are
-MATRIX_RATE, LEARNING_RATE = 2.4e-2, 3e-3
+MATRIX_RATE, LEARNING_RATE = 1.2e-2, 3e-3
 
 #: of so many batches or more the last is not trained on, and judges what the others made
 JUDGED_FROM = 8
