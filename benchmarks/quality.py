@@ -81,7 +81,7 @@ def make(
             make(replace(run, kind="compress"), on, earlier, training)
         # another may go on from the same fit
         model = copy.deepcopy(earlier[run.family])
-        return model, trained(model, on, run.rate, bits=run.trains, **training)
+        return model, trained(model, on, run.rate, bits=run.trains, optimizer=run.optimizer, **training)
     elif run.kind == "refine around":
         return refined_around(run, on, training)
     elif run.kind == "svd_llm":
