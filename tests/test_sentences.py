@@ -33,7 +33,11 @@ def test_rows_hold_cosines_to_the_dense_model_on_sentences_it_names(folder, caps
     arguments = [*where, "--parts", f"own={text}", "--calibration", "own", "--sentences", f"own={text}"]
     sentences.main(arguments)
     rows = json.loads(result.read_text())["rows"]
-    assert len(rows) == 10 and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
+    assert (
+        len(rows) == 10
+        and {row.get("learning_rate") for row in rows} == {None, 5e-4}
+        and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
+    )
     cosines = {(row["method"], row["structure"], row["ratio"]): row["cosine"] for row in rows}
     for method, structure in {key[:2] for key in cosines}:
         assert cosines[method, structure, 0.5] < cosines[method, structure, 0.9] < 1
@@ -104,3 +108,14 @@ def test_of_several_rates_the_best_on_held_out_sentences_is_taken(folder):
     assert len(drawn) == 14 and not set(drawn) & set(left_out)
     sizes = [len(tiny_tokenizer()(each)["input_ids"]) for each in drawn]
     assert once["finetune_tokens"] == once["calibration_tokens"] == sum(sizes)
+
+
+def test_of_one_fit_both_optimizers_make_a_model_each(folder):
+    text, result = str(folder / "text.txt"), folder / "s.json"
+    where = ["--model", str(folder / "model"), "--device", "cpu", "--json", str(result), "--ratios", "0.6"]
+    where += ["--parts", f"own={text}", "--fit-to", "sentences", "--sentences", f"own={text}", "--epochs", "1"]
+    sentences.main([*where, "--only", "*two passes*", "--rate", "1e-3"])
+    fit, adamw, muon = json.loads(result.read_text())["rows"]
+    assert muon["method"].endswith("refined by Muon") and adamw["finetune_tokens"] == muon["finetune_tokens"]
+    assert len({row["cosine"] for row in (fit, adamw, muon)}) == 3
+    assert fit["fit_seconds"] == adamw["fit_seconds"] == muon["fit_seconds"]
