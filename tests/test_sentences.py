@@ -114,7 +114,7 @@ def test_of_one_fit_both_optimizers_make_a_model_each(folder):
     text, result = str(folder / "text.txt"), folder / "s.json"
     where = ["--model", str(folder / "model"), "--device", "cpu", "--json", str(result), "--ratios", "0.6"]
     where += ["--parts", f"own={text}", "--fit-to", "sentences", "--sentences", f"own={text}", "--epochs", "1"]
-    sentences.main([*where, "--only", "*two passes*", "--rate", "1e-3"])
+    sentences.main([*where, "--only", "*two passes*", "--rate", "1e-3", "--batch", "4"])
     fit, adamw, muon = json.loads(result.read_text())["rows"]
     assert muon["method"].endswith("refined by Muon") and adamw["finetune_tokens"] == muon["finetune_tokens"]
     assert len({row["cosine"] for row in (fit, adamw, muon)}) == 3
