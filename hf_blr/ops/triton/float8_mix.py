@@ -40,8 +40,8 @@ def mix_weights_kernel(
 ):
     """peaks[i] = LONGER * max_r ||(s scale)[i, :, r]|| and weights = s scale / peaks, of s `[B2, B1, R]`.
 
-    scale `[B1, R, 1]` is that of v's rows. weights `[R/BW, ROWS, B1, BW]` are zero behind the last rank. One output block
-    i a program. PDL: it runs beside the first stage, of which it needs nothing, and ends after it.
+    scale `[B1, R, 1]` is that of v's rows. weights `[R/BW, ROWS, B1, BW]` are zero behind the last rank. One output
+    block i a program. PDL: it runs beside the first stage, of which it needs nothing, and ends after it.
     """
     i_i = tl.program_id(0)
     o_j = tl.arange(0, BJ)
