@@ -27,20 +27,14 @@ def rounded(spec: Blast, tensors: dict[str, Tensor], problem: ToRound) -> dict[s
     data = BlastProblem(weight if metric is None else metric.whiten(weight), gram, spec)
     own = gram.view(b1, p, b1, p).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [B1, P, P]
     u, s, v = tensors["u"], tensors["s"], tensors["v"]
-
-    def whitened(u: Tensor) -> Tensor:
-        return u if metric is None else metric.whiten(u)
-
-    for again in range(ROUNDS):
-        if again:
-            v = data.solve_v(whitened(u), s, v)
+    for _ in range(ROUNDS):
         wide = s.double().transpose(0, 1)  # [B1, B2, R]
         behind = torch.einsum("jir,irt,jit->jrt", wide, problem.behind(u), wide)
         v_codes = problem.round(v, None if problem.gram is None else own, behind)
         v = v_codes.numbers(weight.dtype)
         products = data.gram_products(v)
         cross = torch.bmm(data.wh_columns, v.mT).view(b1, b2, q, spec.rank).transpose(0, 1)
-        state = State(whitened(u), s, v, products, cross, 0.0)
+        state = State(u if metric is None else metric.whiten(u), s, v, products, cross, 0.0)
         for _ in range(REFITS):
             s = data.solve_s(state)
             u, loss = data.solve_u(s, products, cross)
@@ -48,5 +42,7 @@ def rounded(spec: Blast, tensors: dict[str, Tensor], problem: ToRound) -> dict[s
         u = state.u if metric is None else metric.restore(state.u)
         u_codes = problem.round(u, data.normal_of_u(state.s, products), problem.coupling)
         u = u_codes.numbers(weight.dtype)
-        s = data.solve_s(replace(state, u=whitened(u)))
+        state = replace(state, u=u if metric is None else metric.whiten(u))
+        s = data.solve_s(state)
+        v = data.solve_v(state.u, s, v)
     return {"u": u_codes, "s": s, "v": v_codes}

@@ -13,10 +13,10 @@ def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict
     """The codes of u and v, for fitted u `[N, R]` and v `[R, K]` with `balanced` norms."""
     turn, dtype = rotation(spec.rank, problem.seed, tensors["v"]), problem.weight.dtype
     u, v = tensors["u"] @ turn.mT, turn @ tensors["v"]
-    for again in range(ROUNDS):
-        v = rows_for(u, problem.weight, problem) if again else v
+    for _ in range(ROUNDS):
         v_codes = problem.round(v, problem.gram, problem.behind(u[None]))
         u, gram = refitted(problem.weight, v_codes.numbers(dtype), problem.input_gram)
         u_codes = problem.round(u, gram, problem.coupling)
         u = u_codes.numbers(dtype)
+        v = rows_for(u, problem.weight, problem)
     return {"u": u_codes, "v": v_codes}

@@ -22,9 +22,8 @@ def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict
     own = None if problem.gram is None else problem.gram[others][:, others]
     u, c = tensors["u"], tensors["c"]
     codes: Tensor | Codes = c
-    for again in range(ROUNDS if len(others) else 1):
+    for _ in range(ROUNDS if len(others) else 1):
         if len(others):
-            c = c_for(u, problem, pivots, others) if again else c
             codes = problem.round(c, own, problem.behind(u[None]))
             c = codes.numbers(dtype)
         # what u multiplies: the pivots as they are, and c's sums of the others
@@ -32,6 +31,7 @@ def rounded(spec: BLRSpec, tensors: dict[str, Tensor], problem: ToRound) -> dict
         u, gram = refitted(problem.weight, rows, problem.input_gram)
         u_codes = problem.round(u, gram, problem.coupling)
         u = u_codes.numbers(dtype)
+        c = c_for(u, problem, pivots, others)
     return {"u": u_codes, "c": codes, "order": tensors["order"]}
 
 
