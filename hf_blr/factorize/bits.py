@@ -22,8 +22,6 @@ from hf_blr.formats import Bits, Codes
 #: of G where rows make up for each other. A few tokens with large gradients make most of it (of 98 thousand in one
 #: v_proj what 93 equal ones would), and what they say between rows is not true of other text
 LEAST_DAMPING = 0.5
-#: how often v and u are rounded in turn, each for the other as it was rounded
-ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,6 @@ def rotation(rank: int, seed: int, like: Tensor, *batch: int) -> Tensor:
     # drawn on the CPU, so that every device takes the same
     noise = torch.randn(*batch, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.linalg.qr(noise)[0].to(like)
-
-
-def rows_for(u: Tensor, target: Tensor, problem: ToRound) -> Tensor:
-    """The v `[R, K]` for which u v `[N, K]` is nearest to a target in the outputs' metric as rounding sees it."""
-    wide = u.double()
-    weighed = wide.mT if problem.coupling is None else wide.mT @ problem.coupling[0].double()
-    return solve_psd(weighed @ wide, weighed @ target.double()).to(u.dtype)
 
 
 def refitted(weight: Tensor, rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
