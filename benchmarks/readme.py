@@ -22,6 +22,7 @@ import layers_in_formats_section
 import matrix_section
 import means_section
 import model_sections
+import other_methods_section
 import packed_section
 import quality_sections
 import refined_section
@@ -51,6 +52,7 @@ DOCUMENTS = {
         "sentences-h200": partial(sentences_section.sentences_section, "sentences_h200.json"),
         "text-ratios": text_ratio_sections.text_ratio_section,
         "means": means_section.means_section,
+        "other-methods": other_methods_section.other_methods_section,
         "quality": quality_sections.quality_section,
         "shapes": quality_sections.shapes_section,
         "ladder": quality_sections.ladder_section,

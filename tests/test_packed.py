@@ -75,10 +75,34 @@ def test_place_by_place(form, group, monkeypatch):
     assert len(grids) == 4
 
 
-@pytest.mark.parametrize("add", [False, True])
-def test_programs_share_long_rows(add, monkeypatch):
+@pytest.mark.parametrize("form, group, steps", [("int4", 128, 3), ("int4", None, 3), ("fp8", None, 5)])
+def test_steps_that_follow_each_other_without_a_loop(form, group, steps, monkeypatch):
+    launches, kernel = [], decode_places.decode_places_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                launches.append((grid, kwargs["STEPS"], kwargs["AHEAD"], kwargs["BT"]))
+                kernel[grid](*args, **kwargs)
+
+            return run
+
+    monkeypatch.setattr(decode_places, "decode_places_kernel", Recorded())
+    monkeypatch.setattr(decode_places, "places_config", lambda *sizes: PlacesConfig(2, 2, ahead=2, groups=2))
+    sizes = (1, 1, 640, 40, 128)
+    # two groups of 16 tokens, of which the second has one; a last stage of one step, whose second part is empty
+    assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16)
+    assert launches == [((4, 1, 2), steps, 2, 16), ((2, 1, 2), 1, 1, 16)]
+    # 5 tokens are one group; more steps are a loop
+    monkeypatch.setattr(decode_places, "MOST_STEPS", 2)
+    assert_packed_within_budget("low_rank", form, group, 5, sizes, torch.float16, activation="gelu")
+    assert launches[2:] == [((4, 1, 1), 0, 1, 8), ((2, 1, 1), 1, 1, 8)]
+
+
+@pytest.mark.parametrize("add, ahead", [(False, 0), (True, 0), (True, 1)])
+def test_programs_share_long_rows(add, ahead, monkeypatch):
     # three programs of two parts, of which the last are empty; 16 rows of 40 are the last tile's of two programs
-    config = PlacesConfig(2, 2, 3)
+    config = PlacesConfig(2, 2, 3, ahead)
     monkeypatch.setattr(decode_places, "places_config", lambda *sizes: config)
     grids = recorded_grids(monkeypatch, decode_places, "decode_places_kernel")
     x, z = torch.randn(3, 2 * 520), torch.randn(2, 3, 2 * 20)

@@ -127,7 +127,7 @@ class Layer:
     def rounded_losses(self, fitted: Factors, spec: BLRSpec, formats: Sequence[Bits]) -> dict[str, float]:
         """{format: the predicted loss of the fit with codes in the place of factors}."""
         weight, gram, output_gram = self.matrices()
-        damping, metric = self.options.damping, metric_of(spec, output_gram, weight.device)
+        damping, metric = self.options.damping, metric_of(spec, output_gram)
         coupling = coupling_of(output_gram, spec.num_blocks[1], damping, spec.in_features)
         gram, roots = unit_gram(gram, damping), Roots()
         found = {}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 PER_WORD = {"plain": 1, "int4": 8, "int8": 4, "fp8": 4}
 #: words whose numbers of one place tensor cores multiply at once
 CHUNK = 16
+#: of these that follow each other without a loop
+MOST_STEPS = 8
 
 
 def reads_packed(spec: BLRSpec, form: CodeForm) -> bool:
@@ -125,11 +127,16 @@ class PlacesConfig:
 
     parts: of a row in one program, a warp each.
     splits: programs that share a row of a first stage; their sums are added by one kernel more.
+    ahead: steps of 16 words of a part that are loaded before the wait, where up to `MOST_STEPS` follow each other
+        without a loop; 0: a loop loads one ahead.
+    groups: of tokens, at least 8 each, that have programs of their own.
     """
 
     tiles: int
     parts: int
     splits: int = 1
+    ahead: int = 0
+    groups: int = 1
 
 
 #: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}; layers share the parts

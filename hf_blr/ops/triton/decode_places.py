@@ -18,20 +18,15 @@ from hf_blr.ops.rules.device import device_of, dot_precision, vector_width
 from hf_blr.ops.rules.few_tokens import lines
 from hf_blr.ops.rules.packed import (
     CHUNK,
+    MOST_STEPS,
     PlacesConfig,
     multiplies_by_places,
     places_config,
     places_rows,
 )
-from hf_blr.ops.triton.bits import Weights, places_of
-from hf_blr.ops.triton.place_tiles import (
-    by_warp,
-    input_places,
-    load_inputs,
-    load_words,
-    warp_and_row,
-    words_in_order,
-)
+from hf_blr.ops.triton.bits import Weights
+from hf_blr.ops.triton.place_steps import step_scales, step_sum, step_words
+from hf_blr.ops.triton.place_tiles import input_places, load_inputs, warp_and_row
 from hf_blr.ops.triton.places_out import put_rows, sum_splits
 from hf_blr.ops.triton.tiles import in_part, prefetch_to_l2, wait_for_previous
 from hf_blr.ops.triton.tuned import launch
@@ -80,18 +75,26 @@ def decode_places_kernel(
     BJ: tl.constexpr,
     BT: tl.constexpr,
     TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """out[q // GROUP, t, i*GROUP + q % GROUP] = activation(w[i, q] . x[i, t] + bias[i, q]), with w `[blocks, Q, R]`.
 
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
     w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A program has TILES tiles
-    of 16 rows. A row is cut into parts of PART words: BJ of a program, and of as many as the grid's last axis, each of
-    which puts out its own sum, stride_os apart. R and strides of x come / VEC, C and strides of w, in words of PER
-    numbers, / VEC_W; V words are loaded at once. SCALED numbers of a row share a scale of ws, which steps of 16 words
-    divide, or all.
+    of 16 rows. A row is cut into parts of PART words: BJ of a program, and of SPLITS programs, each of which puts out
+    its own sum, stride_os apart. The grid's last axis has these programs for each BT of the tokens. R and strides of x
+    come / VEC, C and strides of w, in words of PER numbers, / VEC_W; V words are loaded at once. SCALED numbers of a
+    row share a scale of ws, which steps of 16 words divide, or all. With STEPS a part has so many steps, which follow
+    each other without a loop: words and scales of AHEAD of them are loaded before the wait.
     """
     i_q, i_i = tl.program_id(0) * (TILES * 16), tl.program_id(1)
-    first = tl.program_id(2) * (BJ * PART)
+    i_s, i_t = tl.program_id(2) % SPLITS, (tl.program_id(2) // SPLITS).to(tl.int64)
+    x_ptr += i_t * (BT * stride_xt * VEC)
+    out_ptr += i_t * (BT * stride_ot) + i_s.to(tl.int64) * stride_os
+    T -= (i_t * BT).to(tl.int32)
+    first = i_s * (BJ * PART)
     columns = C * VEC_W
     # of two gated layers, each has every other part
     o_q, o_b = i_q + tl.arange(0, 16), tl.arange(0, BJ)
@@ -110,12 +113,19 @@ def decode_places_kernel(
     l_end = tl.minimum(l_o + PART, columns)[:, None]
     l_q += i_q
     w_ptr += ((i_i + l_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + l_q * (stride_wq * VEC_W) + l_o)[:, None]
+    s_ptr, stride_w = ws_ptr + ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None], stride_wq * VEC_W
     accs = ()
     words = ()
-    for tile in tl.static_range(TILES):
+    scales = ()
+    for _tile in tl.static_range(TILES):
         accs = accs + (tl.zeros((BJ, 16, BT), tl.float32),)
-        m_w = (l_q + tile * 16 < Q)[:, None]
-        words = words + (load_words(w_ptr + tile * 16 * (stride_wq * VEC_W), m_w, l_o[:, None], l_end, V),)
+    for step in tl.static_range(AHEAD):
+        o_c = step * 16
+        words = words + step_words(w_ptr + o_c, l_q, l_o[:, None] + o_c, l_end, Q, stride_w, V, TILES)
+        if STEPS > 0 and SCALED > 0:
+            scales = scales + step_scales(s_ptr, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
+    if SCALED == 0:
+        scales = step_scales(s_ptr, o_j, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
     # and of inputs
     t_j, t_t = warp_and_row(tl.arange(0, BJ * BT), BJ)
     t_g, t_o = (t_j % 2, t_j // 2 * PART) if GATED else (t_j * 0, first + t_j * PART)
@@ -125,42 +135,54 @@ def decode_places_kernel(
     x_ptr += (i_i % BLOCKS) * (stride_xi * VEC) + (i_i // BLOCKS) * (stride_xl * VEC)
     x_ptr += (t_g * (stride_xg * VEC) + t_t * (stride_xt * VEC))[:, None] + t_o
     wait_for_previous(PDL)
-    inputs = load_inputs(x_ptr, m_t, t_o, t_end, V, PER)
-    for step in range(0, PART // 16):
-        b_xs = input_places(inputs, FORM, PER)
-        # what the next step takes is on its way while this one multiplies
-        ahead = (step + 1) * 16
-        inputs = load_inputs(x_ptr + ahead * PER, m_t, t_o + ahead * PER, t_end, V, PER)
-        sums = ()
-        next_words = ()
-        for tile in tl.static_range(TILES):
-            b_w = by_warp(words_in_order(words[tile], V), BJ)
-            m_w = (l_q + tile * 16 < Q)[:, None]
-            next_ptr = w_ptr + tile * 16 * (stride_wq * VEC_W) + ahead
-            next_words = next_words + (load_words(next_ptr, m_w, l_o[:, None] + ahead, l_end, V),)
-            b_ws = places_of(b_w, FORM, PER, inputs[0].dtype)
-            b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
-            for j in tl.static_range(PER):
-                b_x = tl.permute(by_warp(b_xs[j], BJ), (0, 2, 1))
-                b = tl.dot(b_ws[j], b_x, b, input_precision=PRECISION)
-            if SCALED > 0:
-                o_n, o_c = o_q + tile * 16, o_j + step * 16
-                o_s = ((i_i + o_g * GATED_BLOCKS) * stride_si + o_c * PER // SCALED)[:, None] + (o_n * stride_sq)[
-                    None, :
-                ]
-                b_s = tl.load(ws_ptr + o_s, mask=(o_c < columns)[:, None] & (o_n < Q)[None, :], other=0.0)
-                b = accs[tile] + b * b_s.to(tl.float32)[:, :, None]
-            sums = sums + (b,)
-        accs = sums
-        words = next_words
-    out_ptr += tl.program_id(2).to(tl.int64) * stride_os
+    if STEPS > 0:
+        AHEAD_X: tl.constexpr = AHEAD if AHEAD < 2 else 2
+        inputs = ()
+        for step in tl.static_range(AHEAD_X):
+            o_x = step * 16 * PER
+            inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER),)
+        for step in tl.static_range(STEPS):
+            if step + AHEAD_X < STEPS:
+                o_x = (step + AHEAD_X) * 16 * PER
+                inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER),)
+            if step + AHEAD < STEPS:
+                o_c = (step + AHEAD) * 16
+                words = words + step_words(w_ptr + o_c, l_q, l_o[:, None] + o_c, l_end, Q, stride_w, V, TILES)
+                if SCALED > 0:
+                    scales = scales + step_scales(s_ptr, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
+            b_xs = input_places(inputs[step], FORM, PER)
+            sums = ()
+            for tile in tl.static_range(TILES):
+                b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
+                b = step_sum(words[step * TILES + tile], b_xs, b, FORM, PER, V, PRECISION)
+                if SCALED > 0:
+                    b = accs[tile] + b * scales[step * TILES + tile].to(tl.float32)[:, :, None]
+                sums = sums + (b,)
+            accs = sums
+    else:
+        inputs = load_inputs(x_ptr, m_t, t_o, t_end, V, PER)
+        for step in range(0, PART // 16):
+            b_xs = input_places(inputs, FORM, PER)
+            # what the next step takes is on its way while this one multiplies
+            ahead = (step + 1) * 16
+            inputs = load_inputs(x_ptr + ahead * PER, m_t, t_o + ahead * PER, t_end, V, PER)
+            next_words = step_words(w_ptr + ahead, l_q, l_o[:, None] + ahead, l_end, Q, stride_w, V, TILES)
+            sums = ()
+            for tile in tl.static_range(TILES):
+                b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
+                b = step_sum(words[tile], b_xs, b, FORM, PER, V, PRECISION)
+                if SCALED > 0:
+                    o_n = o_q + tile * 16
+                    b_s = step_scales(s_ptr, o_j + step * 16, o_n, columns, Q, stride_sq, PER, SCALED, 1)
+                    b = accs[tile] + b * b_s[0].to(tl.float32)[:, :, None]
+                sums = sums + (b,)
+            accs = sums
+            words = next_words
     for tile in tl.static_range(TILES):
         put_rows(
-            accs[tile],
-            ws_ptr,
+            accs[tile] * scales[tile].to(tl.float32)[:, :, None] if SCALED == 0 else accs[tile],
             bias_ptr,
             out_ptr,
-            (i_i + o_g * GATED_BLOCKS) * stride_si,
             o_q + tile * 16,
             i_i,
             T,
@@ -169,12 +191,10 @@ def decode_places_kernel(
             GATED_BLOCKS,
             stride_og,
             stride_ot,
-            stride_sq,
             HAS_BIAS,
             ACTIVATION,
             GATED,
             ADD,
-            SCALED,
         )
 
 
@@ -213,9 +233,13 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
         part = triton.cdiv(columns, config.parts * splits * CHUNK) * CHUNK
         parts = config.parts * layers
         rows = 16 * config.tiles
+        steps = part // CHUNK
+        # of more steps a loop
+        laid_out = config.ahead > 0 and steps <= MOST_STEPS
+        groups = min(config.groups, places_rows(tokens) // 8)
         # in float32, to be added by one kernel more
         sums = out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
-        decode_places_kernel[(triton.cdiv(q, rows), all_blocks // layers, splits)](
+        decode_places_kernel[(triton.cdiv(q, rows), all_blocks // layers, splits * groups)](
             x,
             w.data,
             w.scale,
@@ -247,8 +271,11 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             VEC_W=vec_w,
             V=min(4, vec_w),
             BJ=parts,
-            BT=places_rows(tokens),
+            BT=places_rows(tokens) // groups,
             TILES=config.tiles,
+            SPLITS=splits,
+            STEPS=steps if laid_out else 0,
+            AHEAD=min(config.ahead, steps) if laid_out else 1,
             # a warp has a part
             num_warps=parts,
             # nothing goes through shared memory
