@@ -94,7 +94,7 @@ class SentenceTraining:
     names: list[str]
     seed: int
     batch: int
-    #: {fit and optimizer: the rate that is best for it, and what its rows say of the choice}
+    #: {fit: the rate that is best for it, and what its rows say of the choice}
     chosen: dict[Any, tuple[float, dict]] = field(default_factory=dict)
 
     @cached_property
@@ -108,34 +108,30 @@ class SentenceTraining:
     def tokens(self, epochs: int) -> int:
         return epochs * self.read[1]["calibration_tokens"]
 
-    def train(
-        self, model: nn.Module, rate: float, optimizer: str, batches: list[dict[str, Tensor]], epochs: int
-    ) -> None:
-        settings = {"epochs": epochs, "learning_rate": rate, "optimizer": optimizer, "seed": self.seed}
-        refine(model, self.dense, batches, **settings)
+    def train(self, model: nn.Module, rate: float, batches: list[dict[str, Tensor]], epochs: int) -> None:
+        refine(model, self.dense, batches, epochs=epochs, learning_rate=rate, seed=self.seed)
 
     def distance(self, model: nn.Module) -> float:
         """One less the mean cosine to the dense model's embeddings of what is held out."""
         return 1 - (embeddings(model, self.tokenizer, self.left_out) * self.wanted).sum(-1).mean().item()
 
-    def refined(self, fit: Any, model: nn.Module, rates: list[float], optimizer: str, epochs: int) -> dict:
+    def refined(self, fit: Any, model: nn.Module, rates: list[float], epochs: int) -> dict:
         """Trains the model in place; what a row says of that.
 
-        fit: which one the model is; several rates are tried for some steps on each, with each optimizer.
+        fit: which one the model is; several rates are tried for some steps on each.
         """
         batches = self.read[0]
         # every so many, as they stand in the order of their lengths
         some = batches[:: -(-len(batches) // TRIAL_STEPS)]
 
         def attempt(copied: nn.Module, rate: float) -> None:
-            self.train(copied, rate, optimizer, some, epochs=1)
+            self.train(copied, rate, some, epochs=1)
 
-        key = fit, optimizer
-        if key not in self.chosen:
+        if fit not in self.chosen:
             several = len(rates) > 1
-            self.chosen[key] = best_rate(model, rates, attempt, self.distance) if several else (rates[0], {})
-        rate, choice = self.chosen[key]
-        self.train(model, rate, optimizer, batches, epochs)
+            self.chosen[fit] = best_rate(model, rates, attempt, self.distance) if several else (rates[0], {})
+        rate, choice = self.chosen[fit]
+        self.train(model, rate, batches, epochs)
         judged = {"held_out": len(self.left_out), "held_out_distance": self.distance(model)} if self.left_out else {}
         return {
             "finetune_sha256": self.read[1]["calibration_sha256"],

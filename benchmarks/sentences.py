@@ -27,13 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids
-from runs import BY_MUON, OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from runs import OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
 from sentence_sets import BATCH, SentenceTraining, drawn_sentences, embeddings, sentence_batches, sentences_of
 
 from hf_blr import compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.finetune.refine import ADAMW, MUON
 from hf_blr.targets import find_targets
 
 SEQLEN, WINDOWS = 128, 512
@@ -56,7 +55,6 @@ def runs(ratios: list[float]) -> list[Run]:
         (REFINED, "pivoted", None, {}),
         (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
         (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
-        (f"{TWICE_FITTED_JOINT}, {BY_MUON}", "pivoted", None, TWICE_JOINT),
         (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
         (OURS, "low_rank", None, {}),
@@ -68,9 +66,8 @@ def runs(ratios: list[float]) -> list[Run]:
             structure,
             ratio,
             blocks,
-            "refine" if "refined" in method else "compress",
+            "refine" if method.endswith("refined") else "compress",
             tuple(settings.items()),
-            optimizer=MUON if method.endswith(BY_MUON) else ADAMW,
         )
         for ratio in ratios
         for method, structure, blocks, settings in kinds
@@ -182,7 +179,7 @@ def main(argv=None):
             model, seconds = copy.deepcopy(earlier[run.family][0]), earlier[run.family][1]
             facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": seconds}
             if epochs:
-                facts |= training.refined(run.family, model, args.rate, run.optimizer, epochs)
+                facts |= training.refined(run.family, model, args.rate, epochs)
             rows = [
                 {
                     **facts,

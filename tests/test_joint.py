@@ -166,6 +166,22 @@ def test_steps_with_products_in_bfloat16_come_closer_in_float32(monkeypatch):
     assert not torch.equal(model.model.layers[0].mlp.up_proj.u, plain.model.layers[0].mlp.up_proj.u)
 
 
+@pytest.mark.parametrize(
+    "structure, blocks", [("low_rank", None), ("pivoted", None), ("monarch", 2), ("blast", (2, 4))]
+)
+def test_gradients_lie_as_their_factors_do(structure, blocks, monkeypatch):
+    """Fused steps, on a GPU, refuse others; BLAST's s gets its gradient with the ranks first."""
+    step, seen = joint.Muon.step, []
+
+    def watched(self):
+        seen.extend(p.grad.stride() == p.stride() for group in self.param_groups for p in group["params"])
+        return step(self)
+
+    monkeypatch.setattr(joint.Muon, "step", watched)
+    compressed(tiny_llama, 2, structure, blocks)
+    assert seen and all(seen)
+
+
 def test_a_block_left_dense_is_left_alone():
     _, report, _ = compressed(tiny_llama, 5, target_modules=r".*layers\.1\..*proj")
     assert [block.name for block in report.blocks] == ["model.layers.1"]

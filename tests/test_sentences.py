@@ -108,14 +108,3 @@ def test_of_several_rates_the_best_on_held_out_sentences_is_taken(folder):
     assert len(drawn) == 14 and not set(drawn) & set(left_out)
     sizes = [len(tiny_tokenizer()(each)["input_ids"]) for each in drawn]
     assert once["finetune_tokens"] == once["calibration_tokens"] == sum(sizes)
-
-
-def test_of_one_fit_both_optimizers_make_a_model_each(folder):
-    text, result = str(folder / "text.txt"), folder / "s.json"
-    where = ["--model", str(folder / "model"), "--device", "cpu", "--json", str(result), "--ratios", "0.6"]
-    where += ["--parts", f"own={text}", "--fit-to", "sentences", "--sentences", f"own={text}", "--epochs", "1"]
-    sentences.main([*where, "--only", "*two passes*", "--rate", "1e-3", "--batch", "4"])
-    fit, adamw, muon = json.loads(result.read_text())["rows"]
-    assert muon["method"].endswith("refined by Muon") and adamw["finetune_tokens"] == muon["finetune_tokens"]
-    assert len({row["cosine"] for row in (fit, adamw, muon)}) == 3
-    assert fit["fit_seconds"] == adamw["fit_seconds"] == muon["fit_seconds"]

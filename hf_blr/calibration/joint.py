@@ -113,7 +113,8 @@ def refine_factors(
             with tf32():
                 gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
         for copy, gradient in zip(copies.values(), gradients, strict=True):
-            copy.grad = gradient
+            # fused steps refuse a gradient whose numbers lie in another order
+            copy.grad = torch.empty_like(copy).copy_(gradient)
         optimizer.step()
         schedule.step()
     put(factors, copies)

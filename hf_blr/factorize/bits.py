@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,9 +89,15 @@ def coupling_of(output_gram: Tensor | None, blocks: int, damping: float, feature
 
 def rotation(rank: int, seed: int, like: Tensor, *batch: int) -> Tensor:
     """Random orthogonal matrices `[*batch, R, R]`, in the dtype and on the device of `like`."""
-    # drawn on the CPU, so that every device takes the same
+    return drawn_rotation(rank, seed, *batch).to(like)
+
+
+# the formats that are tried ask for the same ones, and groups leave few ranks; some, since a large one takes 100 MB
+@lru_cache(maxsize=4)
+def drawn_rotation(rank: int, seed: int, *batch: int) -> Tensor:
+    """In float64 on the CPU, so that every device takes the same. Shared: not to be written to."""
     noise = torch.randn(*batch, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(noise)[0].to(like)
+    return torch.linalg.qr(noise)[0]
 
 
 def refitted(weight: Tensor, rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
