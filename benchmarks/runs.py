@@ -219,11 +219,14 @@ def runs() -> list[Run]:
         *others[5:],
         *rounds,
     ]
-    after = {run.family: run for run in every if run.kind == "refine"}
+    after: dict[tuple, list[Run]] = {}
+    for run in dict.fromkeys(every):
+        if run.kind == "refine":
+            after.setdefault(run.family, []).append(run)
     ordered = []
     for run in dict.fromkeys(every):
         if run.kind != "refine":
-            ordered += [run, after[run.family]] if run.family in after else [run]
+            ordered += [run, *after.get(run.family, ())]
     return ordered
 
 

@@ -247,13 +247,20 @@ def test_shards_share_the_runs_by_whole_families():
             runs.shard_of(bad)
 
 
-def test_a_refined_run_comes_right_after_its_fit():
+def test_refined_runs_come_right_after_their_fit():
     every = runs.runs()
-    refined = [i for i, run in enumerate(every) if run.kind == "refine"]
-    assert refined
-    for i in refined:
-        assert every[i - 1].family == every[i].family and every[i - 1].kind == "compress"
-        assert every[i].method == f"{every[i - 1].method}, refined"
+    fit = None
+    for run in every:
+        fit = run if run.kind == "compress" else fit
+        if run.kind == "refine":
+            assert run.family == fit.family
+            assert run.method in (f"{fit.method}, refined", f"{fit.method}, {runs.BY_MUON}")
+    labels = [run.label for run in every]
+    joint = f"pivoted 0.5 {runs.TWICE_FITTED_JOINT}"
+    at = labels.index(joint)
+    # a fit may be refined in several ways
+    assert labels[at + 1 : at + 3] == [f"{joint}, refined", f"{joint}, {runs.BY_MUON}"]
+    assert len(set(labels)) == len(labels)
 
 
 def test_shards_merge_to_the_whole_and_measured_rows_stay(folder):
