@@ -69,8 +69,9 @@ def row_of(
     device: str,
     building: Semaphore,
     turn: Callable[[], AbstractContextManager[None]],
+    so_far: Callable[[dict], None],
 ) -> dict:
-    """The row of one variant that decodes `batch` texts, timed within turns."""
+    """The row of one variant that decodes `batch` texts, timed within turns, at whose ends `so_far` is handed it."""
     shape = SHAPES[model_name]
     parsed = Variant.parse(variant)
     with building:
@@ -84,22 +85,30 @@ def row_of(
     row |= settings | {"prompt": PROMPT, "new_tokens": NEW_TOKENS} | ({"ratio": RATIO} if "low_rank" in variant else {})
     profiles = device == "cuda"
     sizes = batch, PROMPT, NEW_TOKENS
-    return row | generation.decode(model, *sizes, "compiled", "default", device, profiles, ROUNDS, turn)
+    return row | generation.decode(
+        model, *sizes, "compiled", "default", device, profiles, ROUNDS, turn, lambda found: so_far(row | found)
+    )
 
 
 def work(job: tuple[str, str, int, str, str], building: Semaphore, together: Barrier, alone: Lock, path: str) -> None:
-    """Measure one row and add it to the file."""
+    """Measure one row, which the file holds from its first round on: what stops a run takes one round."""
     name, variant, batch, device, commit = job
+    where = environment() | ({"commit": commit} if commit else {})
+    head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
+
+    def keep(row: dict) -> None:
+        file = ResultFile(Path(path), head, append=True)
+        file.rows = [kept for kept in file.rows if (kept["variant"], kept["batch"]) != (variant, batch)]
+        file.add([row])
+
     # a GPU's rows have a profile too
     turns = Turns(together, alone, ROUNDS + (device == "cuda"))
     try:
-        row = row_of(name, variant, batch, device, building, turns.turn)
+        row = row_of(name, variant, batch, device, building, turns.turn, keep)
     except Exception as error:
         row = {"model": name, "variant": variant, "measurement": "decode", "batch": batch, "error": in_one_line(error)}
-    where = environment() | ({"commit": commit} if commit else {})
-    head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
     with alone:
-        ResultFile(Path(path), head, append=True).add([row])
+        keep(row)
         print(variant, batch, row.get("graph_ms"), row.get("ms"), row.get("error"), flush=True)
     turns.pass_on()
 

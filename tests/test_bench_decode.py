@@ -157,7 +157,7 @@ def test_texts_of_different_lengths_are_masked_alike():
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_say_what_was_compiled(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
-    clock, clocks, said = generation.StepClock, [], []
+    clock, clocks, said, rows = generation.StepClock, [], [], []
     monkeypatch.setattr(generation, "StepClock", lambda device: clocks.append(clock(device)) or clocks[-1])
 
     @contextmanager
@@ -166,11 +166,13 @@ def test_rows_say_what_was_compiled(monkeypatch):
         yield
         said.append(len(clocks))
 
-    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", rounds=2, turn=turn)
+    settings = {"rounds": 2, "turn": turn, "so_far": rows.append}
+    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", **settings)
     assert row["pieces"] == "one block" and row["attention"] == "sdpa"
     assert row["graph_ms"] == statistics.median(row["graph_ms_of_rounds"]) > 0 and len(row["graph_ms_of_rounds"]) == 2
     # the first generation is not timed
     assert said == [1, 2, 2, 3]
+    assert [len(found["graph_ms_of_rounds"]) for found in rows] == [1, 2] and rows[1] == row
 
 
 @pytest.fixture
@@ -183,14 +185,15 @@ def tiny_benchmark(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_of_the_benchmark_of_decoding_in_bits(tiny_benchmark):
-    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), nullcontext)
+    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), nullcontext, lambda row: None)
     assert row["batch"] == 2 and row["ratio"] == 0.5 and len(row["graph_ms_of_rounds"]) == decode_in_bits.ROUNDS
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark, monkeypatch, tmp_path):
     """In threads in place of processes."""
-    together, alone, order, lock = Barrier(3, timeout=60), Lock(), [], decode_in_bits.Turns.turn
+    together, alone, order, kept = Barrier(3, timeout=60), Lock(), [], []
+    lock = decode_in_bits.Turns.turn
 
     @contextmanager
     def turn(turns):
@@ -198,6 +201,8 @@ def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark
             order.append(get_ident())
             assert not alone.acquire(blocking=False)
             yield
+            if (tmp_path / "rows.json").exists():
+                kept.append(len(read_result(tmp_path / "rows.json")["rows"]))
 
     monkeypatch.setattr(decode_in_bits.Turns, "turn", turn)
     measured = decode_in_bits.row_of
@@ -205,7 +210,7 @@ def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark
     def row_of(name, variant, *others):
         if variant != "dense":
             return measured(name, variant, *others)
-        with others[-1]():
+        with others[-2]():
             raise ValueError("no room")
 
     monkeypatch.setattr(decode_in_bits, "row_of", row_of)
@@ -221,6 +226,8 @@ def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark
         thread.join()
     rounds = [set(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert len(rounds) == decode_in_bits.ROUNDS and all(len(of) == 3 for of in rounds)
+    # from the first round on
+    assert kept[0] == 1 and kept[-1] == 3
     rows = read_result(tmp_path / "rows.json")["rows"]
     assert sorted((row["variant"], "error" in row) for row in rows) == [
         ("dense", True),

@@ -40,6 +40,7 @@ def decode(
     profile: bool = False,
     rounds: int = ROUNDS,
     turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    so_far: Callable[[dict], None] = lambda row: None,
 ) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes", "attention"} of `generate()` over the whole batch; ms of one step.
 
@@ -48,7 +49,8 @@ def decode(
     it, the median of the rounds' medians, which are "graph_ms_of_rounds"; the rest of ms is `generate()`'s own. In the
     form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more. With `profile`
     also "profile" of that graph, of `profiling.profiled`, on a GPU. "attention" is the function that the model attends
-    by, in transformers' name. Each round is timed within a `turn()` of its own, and the profile within one more.
+    by, in transformers' name. Each round is timed within a `turn()` of its own, at whose end `so_far` is handed what
+    the rounds until then say, and the profile within one more.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -100,20 +102,21 @@ def decode(
                     # its steps write on from where the cache stands
                     cache.reset()
                     replays.append(timer.median(graph.replay) * 1e3)
-    step_seconds = statistics.median(seconds)
-    row: dict[str, Any] = {
-        "tokens_per_second": batch / step_seconds,
-        "ms": step_seconds * 1e3,
-        "peak_bytes": peak(device),
-        **pieces,
-    }
-    row["attention"] = model.config._attn_implementation
-    if graph and graph.replay:
-        row |= {"graph_ms": statistics.median(replays), "graph_ms_of_rounds": replays}
-        if profile and device.type == "cuda":
-            with turn():
-                cache.reset()
-                row["profile"] = profiled(graph.replay)
+                step_seconds = statistics.median(seconds)
+                row: dict[str, Any] = {
+                    "tokens_per_second": batch / step_seconds,
+                    "ms": step_seconds * 1e3,
+                    "peak_bytes": peak(device),
+                    **pieces,
+                    "attention": model.config._attn_implementation,
+                }
+                if replays:
+                    row |= {"graph_ms": statistics.median(replays), "graph_ms_of_rounds": list(replays)}
+                so_far(row)
+    if graph and graph.replay and profile and device.type == "cuda":
+        with turn():
+            cache.reset()
+            row["profile"] = profiled(graph.replay)
     return row
 
 
