@@ -144,12 +144,13 @@ PLACES = {
     # last stages: two layers at once, many rows, rows of more than 1024 numbers, of fewer
     "gated": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
     "wide": (PlacesConfig(4, 4), PlacesConfig(2, 4), PlacesConfig(4, 4), PlacesConfig(4, 4)),
-    "last": (PlacesConfig(1, 4), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
-    "short": (PlacesConfig(2, 8), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    "last": (PlacesConfig(2, 8, ahead=2), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
+    "short": (PlacesConfig(2, 8, ahead=1), PlacesConfig(1, 8), PlacesConfig(2, 8), PlacesConfig(2, 8)),
     # first stages: rows of more than 8192 numbers, many rows, few
     "long": (PlacesConfig(3, 8, 4), PlacesConfig(1, 16), PlacesConfig(3, 8, 4), PlacesConfig(3, 8, 4)),
     "first": (PlacesConfig(2, 8), PlacesConfig(2, 16), PlacesConfig(2, 8), PlacesConfig(2, 8)),
-    "few": (PlacesConfig(1, 16), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
+    "some": (PlacesConfig(1, 8, ahead=4), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
+    "few": (PlacesConfig(1, 8, ahead=4, groups=2), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
 }
 
 
@@ -178,7 +179,7 @@ def places_config(
     if row > 8192:
         stage = "long"
     elif row > 2048:
-        stage = "few" if rows <= 16 * device.sms else "first"
+        stage = "few" if rows <= 8 * device.sms else "some" if rows <= 16 * device.sms else "first"
     elif layers > 1:
         stage = "gated"
     elif rows > 64 * device.sms:

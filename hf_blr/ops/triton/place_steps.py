@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.triton.bits import places_of
-from hf_blr.ops.triton.place_tiles import by_warp, load_words, words_in_order
+from hf_blr.ops.triton.place_tiles import by_warp, changes, load_words, words_in_order
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def step_scales(ptr, o_c, o_q, columns, Q, stride, PER: tl.constexpr, SCALED: tl
 def step_sum(words, b_xs, acc, FORM: tl.constexpr, PER: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr):
     """acc `[BJ, 16, BT]` plus the numbers of a tile's words, without scales, times the inputs of `input_places`."""
     BJ: tl.constexpr = acc.shape[0]
-    b_ws = places_of(by_warp(words_in_order(words, V), BJ), FORM, PER, b_xs[0].dtype)
+    b_w = by_warp(words_in_order(words, V), BJ)
+    b_ws = places_of(b_w, FORM, PER, b_xs[0].dtype, changes(V, PER))
     for j in tl.static_range(PER):
         b_x = tl.permute(by_warp(b_xs[j], BJ), (0, 2, 1))
         acc = tl.dot(b_ws[j], b_x, acc, input_precision=PRECISION)

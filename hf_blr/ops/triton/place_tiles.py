@@ -15,10 +15,22 @@ import triton.language as tl
 from hf_blr.ops.triton.bits import by_place
 
 
+@triton.constexpr_function
+def changes(v, per):
+    """Whether lanes 2 and 3 have the words of each pair in the other order.
+
+    Inputs of four words of int4 are 64 bytes of a lane, so that the 16 that lanes 0 and 2 load at once would lie in the
+    same banks of the first cache, and those of 1 and 3.
+    """
+    return v == 4 and per == 8
+
+
 @triton.jit
-def word_of(lane, a, b, V: tl.constexpr):
+def word_of(lane, a, b, V: tl.constexpr, PER: tl.constexpr):
     """Which of 16 words is the pair's b of the lane's pair a, where a thread loads V words at once."""
-    if V == 4:
+    if changes(V, PER):
+        word = 4 * lane + 2 * a + (b ^ (lane // 2))
+    elif V == 4:
         word = 4 * lane + 2 * a + b
     elif V == 2:
         word = 8 * b + 2 * lane + a
@@ -39,7 +51,7 @@ def load_words(ptr, m, o_c, end, V: tl.constexpr):
 
 @triton.jit
 def words_in_order(tiles, V: tl.constexpr):
-    """`[rows, 16]`: (lane, a, b) of `word_of`."""
+    """`[rows, 16]`: (lane, a, b) of `word_of`, but for what `changes`."""
     R: tl.constexpr = tiles[0].shape[0]
     if V == 4:
         b = tiles[0]
@@ -56,7 +68,7 @@ def load_inputs(ptr, m, o_r, end, V: tl.constexpr, PER: tl.constexpr):
     o_n = tl.arange(0, 4 * PER)
     tiles = ()
     for i in tl.static_range(4):
-        o = (word_of(o_n // PER, i // 2, i % 2, V) * PER + o_n % PER)[None, :]
+        o = (word_of(o_n // PER, i // 2, i % 2, V, PER) * PER + o_n % PER)[None, :]
         tiles = tiles + (tl.load(ptr + o, mask=m & (o_r + o < end), other=0.0),)
     return tiles
 
