@@ -15,6 +15,7 @@ from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
 from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, steps_of  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.ops.triton.bits import weights_in_bits  # noqa: E402
+from hf_blr.ops.triton.place_tiles import changes, word_of  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -114,6 +115,15 @@ def test_programs_share_long_rows(add, ahead, monkeypatch):
     decode_places.project_by_places(x, v, z, add)
     assert grids == [(2, 2, 3)]
     assert torch.allclose(z.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("v, per", [(4, 8), (4, 4), (2, 8), (1, 8)])
+def test_each_lane_has_words_of_its_own(v, per):
+    loads = [[word_of.fn(lane, i // 2, i % 2, v, per) for lane in range(4)] for i in range(4)]
+    assert sorted(word for words in loads for word in words) == list(range(16))
+    # inputs of four words of int4 that lanes load at once, 16 bytes each, lie in different banks, as eight fill these
+    assert not changes(v, per) or all(len({word % 8 for word in words}) == 4 for words in loads)
+    assert changes(v, per) == ((v, per) == (4, 8))
 
 
 def test_a_short_last_step():
