@@ -7,15 +7,24 @@ from typing import Any
 
 from conditions import RESULTS, table_of
 from protocol import TURNED
-from runs import OURS
 from runs_in_bits import COLUMNS
-from text_ratio_sections import complete, conditions, described, mean_ratio, method_of, ratio, thousands
+from text_ratio_sections import (
+    complete,
+    conditions,
+    described,
+    is_mixture,
+    lettered,
+    mean_ratio,
+    method_of,
+    own_mixture,
+    ratio,
+    thousands,
+)
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.report.lines import grouped, label_of
 from hf_blr.bench.report.quality_tables import score, stored_in
-from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
 
 FILE = "bits_h200.json"
@@ -32,9 +41,9 @@ Line = dict[str, Any]
 
 
 def bits_section() -> str:
-    """Every method on the model that lies on no file's grid: for each calibration set those of most bits first."""
+    """Every method on the model that lies on no file's grid, fitted to text of one kind: those of most bits first."""
     result = read_result(RESULTS / FILE)
-    rows = [row for row in rows_of(result) if turned(row)]
+    rows = rows_on(result, mixtures=False)
     texts = texts_of(rows)
     lines = sorted(bits_lines(rows, texts), key=lambda line: (line["fitted to"], -line["bits"], line["mean"]))
     columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", "trained on", *texts, "mean"]
@@ -42,10 +51,27 @@ def bits_section() -> str:
     return f"{table}\n\n{conditions(result, rows)} {where}."
 
 
+def mixture_section() -> str:
+    """Likewise of what is fitted to a mixture, beside the dense model. Every row says the mixture in a letter."""
+    result = read_result(RESULTS / FILE)
+    rows = rows_on(result, mixtures=True)
+    texts = texts_of(rows)
+    lines = sorted(bits_lines(rows, texts), key=lambda line: (-line["bits"], line["mean"]))
+    letters = lettered(line[name] for name in ("fitted to", "training mixture") for line in lines)
+    for line in lines:
+        line["fitted to"] = letters.get(line["fitted to"], line["fitted to"])
+        if mixture := line["training mixture"]:
+            line["trained on"] += f" of {letters.get(mixture, mixture)}"
+    columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", "trained on", *texts, "mean"]
+    table, where = table_of([shown(line) for line in lines], rows, result, columns)
+    named = "".join(f"Mixture {letter}: {mixture}. " for mixture, letter in letters.items())
+    return f"{table}\n\n{named}{where}."
+
+
 def k_quants_section() -> str:
     """Beside the size of each K-quant the best of ours that stores no more, as fitted and refined."""
     result = read_result(RESULTS / FILE)
-    rows = [row for row in rows_of(result) if turned(row)]
+    rows = rows_on(result, mixtures=False)
     lines = [line for line in bits_lines(rows, texts_of(rows)) if line["method"] != ""]
     table = []
     for name, size in K_QUANTS.items():
@@ -64,30 +90,6 @@ def worded(line: Line) -> str:
     kept = "" if line["kept"] == "100 %" or line["layers"] == "auto" else f" {line['kept']}"
     stored = "" if line["layers"] == "auto" else f" in {line['stored in']}"
     return f"{line['layers']}{kept}{stored}, {line['bits']:.2f} bits, mean {line['mean']:.3f}"
-
-
-def structures_section() -> str:
-    """What int4 costs each structure, as fitted: its perplexity over that of the same structure with plain factors."""
-    result = read_result(RESULTS / FILE)
-    fits = [row for row in rows_of(result) if turned(row) and row["method"] == OURS and row["ratio"] < 1]
-    texts, table = texts_of(fits), []
-    for found in grouped([row for row in fits if row["format"] == "int4"], method_of).values():
-        row = found[0]
-        plain = {
-            each["dataset"]: each["ppl"]
-            for each in fits
-            if each["format"] == PLAIN.name and same_fit(each) == same_fit(row)
-        }
-        ratios = {each["dataset"]: each["ppl"] / plain[each["dataset"]] for each in found if each["dataset"] in plain}
-        cells = {text: f"{ratios[text]:.3f}" if text in ratios else UNKNOWN for text in texts}
-        bits = {"layers": label_of(row), "kept": f"{100 * row['ratio']:.0f} %", "bits": f"{row['bits']:.2f}"}
-        table.append(bits | {"group": str(row["group_size"])} | cells)
-    return format_table(sorted(table, key=lambda line: line["bits"]))
-
-
-def same_fit(row: dict) -> tuple:
-    """What two rows share that differ in their format alone."""
-    return row["structure"], tuple(row["blocks"] or ()), row["ratio"], row["calibration_sha256"]
 
 
 def goals_section() -> str:
@@ -127,6 +129,14 @@ def turned(row: dict) -> bool:
     return row["model"].endswith(TURNED)
 
 
+def rows_on(result: dict, mixtures: bool) -> list[dict]:
+    """The turned model's rows that are fitted to mixtures or are not, and in both cases those that read no text."""
+    rows = [row for row in rows_of(result) if turned(row)]
+    if mixtures:
+        return [row for row in rows if row["method"] == "dense" or is_mixture(row["calibration"])]
+    return [row for row in rows if not is_mixture(row["calibration"])]
+
+
 def texts_of(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["dataset"] for row in rows))
 
@@ -150,6 +160,7 @@ def bits_lines(rows: list[dict], texts: list[str]) -> list[Line]:
             "method": "" if row["method"] == "dense" else row["method"],
             "fitted to": described(row),
             "trained on": thousands(row["finetune_tokens"]) if row.get("finetune_tokens") else "",
+            "training mixture": own_mixture(row),
             "mean": geometric_mean([mean_ratio(run) for run in runs]),
             "commit": commits_of([each for run in runs for each in run]),
         }

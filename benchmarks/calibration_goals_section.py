@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from statistics import fmean
 
 from conditions import RESULTS
-from text_ratio_sections import complete_groups, fair_means, mean_of_runs, ratio, ratio_lines, trained_on
+from text_ratio_sections import complete_groups, fair_means, mean_of_runs, method_of, ratio, ratio_lines, trained_on
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
-from hf_blr.bench.report.lines import label_of
+from hf_blr.bench.report.lines import grouped, label_of
 from hf_blr.markdown import format_table
 
 FILE, SENTENCES, WRITTEN = "quality_h200.json", "sentences_h200.json", "own_text.json"
@@ -70,10 +71,8 @@ def sentence_lines() -> list[dict]:
     found = []
     for goal, trained in zip(COSINES, (False, True), strict=True):
         some = [row for row in rows if bool(row.get("finetune_tokens")) == trained]
-        measured: dict[str, list[dict]] = {}
-        for row in some:
-            measured.setdefault(row["method"], []).append(row)
-        method, best = max(measured.items(), key=lambda item: sum(r["cosine"] for r in item[1]) / len(item[1]))
+        # one method on other text, or trained longer, is another
+        best = max(grouped(some, method_of).values(), key=lambda found: fmean(row["cosine"] for row in found))
         cosines = {row["dataset"]: f"{row['cosine']:.4f}" for row in best}
         name = f"{best[0]['model']}, {100 * best[0]['ratio']:.0f} %, cosine{', refined' * trained}"
         found.append(
@@ -81,7 +80,7 @@ def sentence_lines() -> list[dict]:
                 WHAT: name,
                 "goal": f"{goal:g}",
                 "measured": ", ".join(cosines.values()),
-                "by": f"{label_of(best[0])}, {method}, on {', '.join(cosines)}",
+                "by": f"{label_of(best[0])}, {best[0]['method']}, on {', '.join(cosines)}",
             }
         )
     return found

@@ -1,15 +1,17 @@
 """Times a decoding step of whole models in bits: `python benchmarks/decode_in_bits.py --json results/decode_h200.json`.
 
-Each row has a process of its own. Those of one batch compile at once; then they take turns, so that each is timed with
-the card to itself.
+Each row has a process of its own. Those of one batch compile at once. Then they take turns in rounds, so that each is
+timed with the card to itself, and at the clock and temperature that the others have.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from multiprocessing.synchronize import Barrier, Lock, Semaphore
 from pathlib import Path
 from typing import Any
@@ -30,19 +32,45 @@ from hf_blr.bench.variants import Variant, build_model
 #: dense layers by other libraries
 RIVAL_VARIANTS = ("dense/int4, PyTorch", "dense/int4, gemlite", "dense/fp8, gemlite", "dense/fp8, torchao")
 VARIANTS = ("dense", *RIVAL_VARIANTS, "dense/int4", "low_rank+fused", "low_rank/fp8+fused", "low_rank/int4+fused")
-RATIO, PROMPT, NEW_TOKENS = 0.5, 128, 48
+RATIO, PROMPT, NEW_TOKENS, ROUNDS = 0.5, 128, 48, 5
 PROTOCOL = (
     "random weights, half of each projection kept in low-rank; generate() on a static cache, the prompt and the first "
-    "steps not counted, median of three; one compiled block for all layers, the step one CUDA graph with dependent "
-    "launches; graph_ms: the median of the graph's replays. A process for each row: all compile at once, then each is "
-    "timed alone"
+    "steps not counted, median of five; one compiled block for all layers, the step one CUDA graph with dependent "
+    "launches; graph_ms: the median of five rounds, each a median of the graph's replays. A process for each row: all "
+    "compile at once, then each is timed alone, once in each round"
 )
 
 
+class Turns:
+    """The rounds of several processes, in each of which every one has the device to itself once."""
+
+    def __init__(self, together: Barrier, alone: Lock, count: int):
+        self.together, self.alone, self.left = together, alone, count
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until all others are in the same round, and none has its turn."""
+        self.together.wait()
+        self.left -= 1
+        with self.alone:
+            yield
+
+    def pass_on(self) -> None:
+        """Let the others have the rounds that are left."""
+        while self.left:
+            with self.turn():
+                pass
+
+
 def row_of(
-    model_name: str, variant: str, batch: int, device: str, building: Semaphore, turn: Callable[[], None]
+    model_name: str,
+    variant: str,
+    batch: int,
+    device: str,
+    building: Semaphore,
+    turn: Callable[[], AbstractContextManager[None]],
 ) -> dict:
-    """The row of one variant that decodes `batch` texts; calls `turn` when all is compiled."""
+    """The row of one variant that decodes `batch` texts, timed within turns."""
     shape = SHAPES[model_name]
     parsed = Variant.parse(variant)
     with building:
@@ -55,29 +83,25 @@ def row_of(
     settings = {"measurement": "decode", "batch": batch, "tokens": 1, "form": "compiled", "mode": "default"}
     row |= settings | {"prompt": PROMPT, "new_tokens": NEW_TOKENS} | ({"ratio": RATIO} if "low_rank" in variant else {})
     profiles = device == "cuda"
-    return row | generation.decode(model, batch, PROMPT, NEW_TOKENS, "compiled", "default", device, profiles, turn)
+    sizes = batch, PROMPT, NEW_TOKENS
+    return row | generation.decode(model, *sizes, "compiled", "default", device, profiles, ROUNDS, turn)
 
 
-def work(job: tuple[str, str, int, str, str], building: Semaphore, compiled: Barrier, timing: Lock, path: str) -> None:
+def work(job: tuple[str, str, int, str, str], building: Semaphore, together: Barrier, alone: Lock, path: str) -> None:
     """Measure one row and add it to the file."""
     name, variant, batch, device, commit = job
-    held = []
-
-    def turn() -> None:
-        held.append(compiled.wait())
-        timing.acquire()
-
+    # a GPU's rows have a profile too
+    turns = Turns(together, alone, ROUNDS + (device == "cuda"))
     try:
-        row = row_of(name, variant, batch, device, building, turn)
+        row = row_of(name, variant, batch, device, building, turns.turn)
     except Exception as error:
         row = {"model": name, "variant": variant, "measurement": "decode", "batch": batch, "error": in_one_line(error)}
-    if not held:
-        turn()
     where = environment() | ({"commit": commit} if commit else {})
     head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
-    ResultFile(Path(path), head, append=True).add([row])
-    print(variant, batch, row.get("graph_ms"), row.get("ms"), row.get("error"), flush=True)
-    timing.release()
+    with alone:
+        ResultFile(Path(path), head, append=True).add([row])
+        print(variant, batch, row.get("graph_ms"), row.get("ms"), row.get("error"), flush=True)
+    turns.pass_on()
 
 
 def main() -> None:

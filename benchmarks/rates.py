@@ -45,25 +45,23 @@ def predicted(model: nn.Module, window: Tensor) -> Tensor:
 
 def best_rate(
     model: nn.Module,
-    windows: Tensor,
     rates: list[float],
-    train: Callable[[nn.Module, Tensor, float], object],
+    train: Callable[[nn.Module, float], object],
     score: Callable[[nn.Module], float],
 ) -> tuple[float, dict]:
     """The rate of the lowest score, and what a row says of the choice.
 
     Args:
         model: to train; stays as it is.
-        windows: `[n, seqlen]` of a trial, a part of what will be trained on.
         rates: each is tried on a copy, with a schedule of its own.
-        train: (model, windows, rate), in place.
+        train: (model, rate), in place, on a part of what will be trained on.
         score: of what it made.
     """
     tried = {}
     for rate in rates:
         trial = copy.deepcopy(model)
-        train(trial, windows, rate)
+        train(trial, rate)
         tried[rate] = score(trial)
-        print(f"rate {rate:g}: {tried[rate]:.4f} on held-out windows", flush=True)
+        print(f"rate {rate:g}: {tried[rate]:.4f} on held-out text", flush=True)
     best = min(rates, key=lambda rate: tried[rate])
-    return best, {"rates_tried": {f"{rate:g}": found for rate, found in tried.items()}, "rate_tokens": windows.numel()}
+    return best, {"rates_tried": {f"{rate:g}": found for rate, found in tried.items()}}

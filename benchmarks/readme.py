@@ -22,6 +22,7 @@ import layers_in_formats_section
 import matrix_section
 import means_section
 import model_sections
+import other_methods_section
 import packed_section
 import quality_sections
 import refined_section
@@ -31,6 +32,7 @@ import scale_section
 import sentences_section
 import several_gpus_section
 import shortfalls_section
+import structures_in_int4_section
 import text_ratio_sections
 import tools_section
 import zoo_section
@@ -50,6 +52,7 @@ DOCUMENTS = {
         "sentences-h200": partial(sentences_section.sentences_section, "sentences_h200.json"),
         "text-ratios": text_ratio_sections.text_ratio_section,
         "means": means_section.means_section,
+        "other-methods": other_methods_section.other_methods_section,
         "quality": quality_sections.quality_section,
         "shapes": quality_sections.shapes_section,
         "ladder": quality_sections.ladder_section,
@@ -98,8 +101,9 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "bits-mixture": bits_section.mixture_section,
         "k-quants": bits_section.k_quants_section,
-        "structures-in-int4": bits_section.structures_section,
+        "structures-in-int4": structures_in_int4_section.structures_section,
         "bits-times": bits_times_section.times_section,
     },
     ROOT / "docs" / "kernels.md": {

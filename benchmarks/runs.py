@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 
 from hf_blr import BLRConfig
+from hf_blr.finetune.refine import ADAMW, MUON
 from hf_blr.formats import PLAIN
 
 OURS = "ours"
@@ -13,6 +14,8 @@ REFINED = "ours, refined"
 BLOCK_JOINT = "ours, block-joint"
 BLOCK_JOINT_REFINED = "ours, block-joint, refined"
 TWICE_FITTED, TWICE_FITTED_JOINT = "ours, two passes", "ours, two passes, block-joint"
+#: whose factors step along orthogonal matrices
+BY_MUON = "refined by Muon"
 #: the dense model trained like ours: the fair row beside every refined one. Which learning rate suits it, as a share of
 #: the factors', is not known beforehand
 DENSE_REFINED, DENSE_RATES = "dense, refined", (0.1, 0.03, 1.0)
@@ -62,6 +65,8 @@ class Run:
     settings: tuple = ()
     #: what trains of layers in bits, of a run that refines
     trains: str = "scales"
+    #: of a run that refines
+    optimizer: str = ADAMW
 
     @property
     def label(self) -> str:
@@ -141,7 +146,8 @@ def runs() -> list[Run]:
     for ratio in (0.8, 0.5, 0.9):
         for method, settings in ((TWICE_FITTED, TWICE), (TWICE_FITTED_JOINT, TWICE_JOINT), *more_steps):
             run = ours("pivoted", ratio, None, method, settings)
-            again += [run, replace(run, method=f"{method}, refined", kind="refine")]
+            refined_again = replace(run, method=f"{method}, refined", kind="refine")
+            again += [run, refined_again, replace(refined_again, method=f"{method}, {BY_MUON}", optimizer=MUON)]
     damping = [ours("pivoted", ratio, None, "ours, damping 0.0001", SMALL_DAMPING) for ratio in (0.8, 0.5)]
     ladder = [
         ours(structure, ratio, blocks, method, settings)

@@ -4,9 +4,10 @@
         --calibration web=0.5 technical=0.5 --sentences ptb=ptb.txt c4=c4.txt --json results/sentences.json
 
 It is fitted to windows of text, or with `--fit-to sentences` to sentences as it reads them, with its special tokens and
-padded. Refined rows go on from that, on all sentences of the parts, with the dense model's features as the aim. The
-model is an encoder whose embedding is the mean of its last hidden states, as all-MiniLM-L6-v2's is. With
-`--sentence-transformers` that package embeds, with the compressed model in the place of its own.
+padded. Refined rows go on from that, on all sentences of the parts, with the dense model's features as the aim; of
+several learning rates that is taken which is best on held-out sentences. The model is an encoder whose embedding is the
+mean of its last hidden states, as all-MiniLM-L6-v2's is. With `--sentence-transformers` that package embeds, with the
+compressed model in the place of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import re
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +26,17 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
-from protocol import check_tokens, kept_parameters, plain, read_ids, sha256_of
-from runs import OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from protocol import check_tokens, kept_parameters, plain, read_ids
+from runs import BY_MUON, OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from sentence_sets import BATCH, SentenceTraining, drawn_sentences, embeddings, sentence_batches, sentences_of
 
-from hf_blr import BLRConfig, compress
+from hf_blr import compress
 from hf_blr.bench.environment import environment
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.finetune import refine
-from hf_blr.modes import evaluating
+from hf_blr.finetune.refine import ADAMW, MUON
 from hf_blr.targets import find_targets
 
-SEQLEN, WINDOWS, BATCH = 128, 512, 64
-#: words of a sentence that is scored
-FEWEST_WORDS, MOST_WORDS = 5, 60
+SEQLEN, WINDOWS = 128, 512
 #: sentences of a text that are scored, those that are fitted to, and those that are trained on at most
 SENTENCES, FITTED, TRAINED = 1000, 1600, 100_000
 #: of the training
@@ -59,6 +56,7 @@ def runs(ratios: list[float]) -> list[Run]:
         (REFINED, "pivoted", None, {}),
         (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
         (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
+        (f"{TWICE_FITTED_JOINT}, {BY_MUON}", "pivoted", None, TWICE_JOINT),
         (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
         (OURS, "low_rank", None, {}),
@@ -70,54 +68,13 @@ def runs(ratios: list[float]) -> list[Run]:
             structure,
             ratio,
             blocks,
-            "refine" if method.endswith("refined") else "compress",
+            "refine" if "refined" in method else "compress",
             tuple(settings.items()),
+            optimizer=MUON if method.endswith(BY_MUON) else ADAMW,
         )
         for ratio in ratios
         for method, structure, blocks, settings in kinds
     ]
-
-
-def sentences_of(text: str) -> list[str]:
-    """The sentences of a text: what stands on a line up to a full stop, question or exclamation mark."""
-    found = (part.strip() for line in text.splitlines() for part in re.split(r"(?<=[.!?])\s+", line))
-    return [part for part in found if FEWEST_WORDS <= len(part.split()) <= MOST_WORDS]
-
-
-def sentence_batches(
-    texts: dict[str, str], tokenizer: Any, seed: int, count: int, size: int = BATCH
-) -> tuple[list[dict[str, Tensor]], dict]:
-    """Sentences of all texts that a seed has drawn, as the encoder reads them, and what a row says of them."""
-    sentences = [sentence for text in texts.values() for sentence in sentences_of(text)]
-    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    # of like length together, so that little is padding
-    drawn = sorted((sentences[i] for i in order), key=len)
-    batches = [
-        dict(tokenizer(drawn[i : i + size], padding=True, truncation=True, return_tensors="pt"))
-        for i in range(0, len(drawn), size)
-    ]
-    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
-    return batches, {
-        "calibration": f"sentences of {', '.join(texts)}",
-        "calibration_tokens": len(ids),
-        "calibration_sha256": sha256_of(ids),
-        "seed": seed,
-    }
-
-
-@torch.no_grad()
-def embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """The mean of the last hidden states of each sentence, special tokens included, at length one: `[n, hidden]`."""
-    device = next(model.parameters()).device
-    parts = []
-    with evaluating(model):
-        for start in range(0, len(sentences), BATCH):
-            batch = tokenizer(sentences[start : start + BATCH], padding=True, truncation=True, return_tensors="pt")
-            batch = batch.to(device)
-            counted = batch["attention_mask"].unsqueeze(-1).float()
-            hidden = model(**batch).last_hidden_state.float()
-            parts.append((hidden * counted).sum(1) / counted.sum(1))
-    return nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
 def library_embeddings(model: nn.Module, folder: str, sentences: list[str]) -> Tensor:
@@ -156,8 +113,24 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sentences", nargs="+", required=True, metavar="NAME=FILE", help="texts to embed")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of refined rows, over all sentences of the parts")
-    parser.add_argument("--rate", type=float, default=RATE, help="the learning rate of refined rows")
+    parser.add_argument("--trained", type=int, default=TRAINED, help="sentences of a training, at most")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        nargs="+",
+        default=[EPOCHS],
+        help="of refined rows, over their sentences; a row for each of several",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        default=[RATE],
+        help="the learning rate of refined rows; of several, the best on held-out sentences after some steps",
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="sentences of the parts that nothing reads but that choice"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="sentences of a step of refined rows")
     parser.add_argument("--sentence-transformers", action="store_true", help="embed by that package")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -165,6 +138,8 @@ def main(argv=None):
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
+    if len(args.rate) > 1 and not args.held_out:
+        parser.error("several learning rates are compared on held-out sentences: name --held-out sentences too")
     dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = {name: sentences_of(text)[:SENTENCES] for name, text in texts_of(args.sentences).items()}
@@ -183,32 +158,31 @@ def main(argv=None):
     done = {row_key(row) for row in file.rows}
     chosen = [run for run in runs(args.ratios) if any(fnmatch(run.label, pattern) for pattern in args.only)]
     for seed in args.seeds:
+        parts = texts_of(args.parts)
+        drawn, left_out = drawn_sentences(parts.values(), seed, args.held_out)
+        training = SentenceTraining(dense, tokenizer, drawn[: args.trained], left_out, list(parts), seed, args.batch)
         if args.fit_to == "sentences":
-            batches, fitted = sentence_batches(texts_of(args.parts), tokenizer, seed, args.fitted)
+            batches, fitted = sentence_batches(drawn[: args.fitted], tokenizer, parts, seed)
         else:
             mixture = Mixture.parse(args.calibration)
             on = Calibration.draw(dense, read_ids(args.parts, tokenizer), mixture, seed, WINDOWS, SEQLEN)
             batches, fitted = on.batches, on.facts()
-        for run in chosen:
+        earlier: dict[tuple, tuple[nn.Module, float]] = {}
+        trials = [(run, n) for run in chosen for n in (args.epochs if run.kind == "refine" else [0])]
+        for run, epochs in trials:
             facts = {"model": name, **run.facts(), **fitted, "commit": commit}
-            if run.kind == "refine":
-                training, trained = sentence_batches(texts_of(args.parts), tokenizer, seed, TRAINED, args.batch)
-                facts["finetune_tokens"] = args.epochs * trained["calibration_tokens"]
+            if epochs:
+                facts["finetune_tokens"] = training.tokens(epochs)
             if {row_key({**facts, "dataset": text}) for text in texts} <= done:
                 continue
-            model = copy.deepcopy(dense)
-            settings = dict(run.settings)
-            config = BLRConfig(run.structure, ratio=run.ratio, num_blocks=run.blocks, seed=seed, **settings)
-            report = compress(model, config, calibration=batches, progress=False)
-            facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": report.seconds}
-            if run.kind == "refine":
-                refine(model, dense, training, epochs=args.epochs, learning_rate=args.rate, seed=seed)
-                facts |= {
-                    "finetune_sha256": trained["calibration_sha256"],
-                    "epochs": args.epochs,
-                    "batch": args.batch,
-                    "learning_rate": args.rate,
-                }
+            if run.family not in earlier:
+                fit = copy.deepcopy(dense)
+                report = compress(fit, run.config(seed), calibration=batches, progress=False)
+                earlier = {run.family: (fit, report.seconds)}
+            model, seconds = copy.deepcopy(earlier[run.family][0]), earlier[run.family][1]
+            facts |= {"kept": kept_parameters(model, targets) / total, "fit_seconds": seconds}
+            if epochs:
+                facts |= training.refined(run.family, model, args.rate, run.optimizer, epochs)
             rows = [
                 {
                     **facts,
@@ -222,7 +196,7 @@ def main(argv=None):
             check_tokens([*file.rows, *rows])
             file.add(rows)
             scores = ", ".join(f"{row['dataset']} {row['cosine']:.4f}" for row in rows)
-            print(f"{run.label}, seed {seed}: {scores} ({report.seconds:.0f} s)", flush=True)
+            print(f"{run.label}, seed {seed}: {scores} ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conditions import RESULTS, table_of
-from text_ratio_sections import described, thousands
+from text_ratio_sections import described, method_of, thousands
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -15,7 +15,7 @@ def sentences_section(file: str = "sentences.json") -> str:
     result = read_result(RESULTS / file)
     rows = rows_of(result)
     lines = []
-    for of_method in grouped(rows, lambda row: (row["method"], label_of(row), row["ratio"], described(row))).values():
+    for of_method in grouped(rows, method_of).values():
         first = of_method[0]
         cosines = {
             text: sum(row["cosine"] for row in found) / len(found)
@@ -27,7 +27,7 @@ def sentences_section(file: str = "sentences.json") -> str:
                 "layers": label_of(first),
                 "method": first["method"],
                 "fitted to": described(first),
-                "trained on": thousands(first["finetune_tokens"]) if first.get("finetune_tokens") else "",
+                "trained on": trained(first),
                 **{f"cosine, {text}": f"{cosine:.4f}" for text, cosine in cosines.items()},
                 "commit": commits_of(of_method),
             }
@@ -35,3 +35,10 @@ def sentences_section(file: str = "sentences.json") -> str:
     table, where = table_of(lines, rows, result, [key for key in lines[0] if key != "commit"])
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
     return f"{table}\n\n{models}; {result['protocol']}. {where}."
+
+
+def trained(row: dict) -> str:
+    """The tokens of all epochs, and how many these are."""
+    if not row.get("finetune_tokens"):
+        return ""
+    return f"{thousands(row['finetune_tokens'])}{', epochs: {}'.format(row['epochs']) if row.get('epochs') else ''}"

@@ -44,7 +44,12 @@ def lettered_lines(rows: list[dict], texts: list[str]) -> tuple[list[dict], dict
 
 def lettered(sets: Iterable[str]) -> dict[str, str]:
     """{mixture: a letter}, in the order of the table; sets of one kind of text keep their names."""
-    return dict(zip((name for name in dict.fromkeys(sets) if ", " in name), string.ascii_uppercase, strict=False))
+    return dict(zip(filter(is_mixture, dict.fromkeys(sets)), string.ascii_uppercase, strict=False))
+
+
+def is_mixture(calibration: str | None) -> bool:
+    """Whether a calibration set, as a row or a table names it, has several parts."""
+    return ", " in (calibration or "")
 
 
 def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:

@@ -75,7 +75,11 @@ def reference(module, x):
         y = rounded(torch.einsum("tjp,jrp->jtr", rows.view(-1, b1, p), codes["v"]) / bound(p))
         weights = module.s.double() * scales["v"][..., 0]
         peak = LONGER * weights.square().sum(1).sqrt().amax(-1)[:, None, None]
-        z = rounded(torch.einsum("ijr,jtr->itr", (weights / peak).to(module.s.dtype).double(), y))
+        z, weights = 0, (weights / peak).half().double()
+        for j in range(b1):
+            # two numbers an instruction
+            z = (weights[:, j, None] * y[j] + z).half().double()
+        z = rounded(z)
         out = torch.einsum("itr,iqr->tiq", z * peak * bound(p), codes["u"] * scales["u"]).flatten(1)
         out = out * x_scale[:, None]
     else:

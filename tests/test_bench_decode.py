@@ -1,6 +1,8 @@
 """Decoding with one compiled block for all layers: the same text, one compilation, no break."""
 
-from contextlib import nullcontext
+import statistics
+from contextlib import contextmanager, nullcontext
+from threading import Barrier, BoundedSemaphore, Lock, Thread, get_ident
 
 import decode_in_bits
 import pytest
@@ -15,6 +17,7 @@ from hf_blr.bench import generation
 from hf_blr.bench.forms import StepGraph, repeated_blocks
 from hf_blr.bench.models import Shape
 from hf_blr.bench.one_block import numbered, why_not_one_block, with_one_block
+from hf_blr.bench.report.files import read_result
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.config import BLRConfig
 
@@ -156,22 +159,74 @@ def test_rows_say_what_was_compiled(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
     clock, clocks, said = generation.StepClock, [], []
     monkeypatch.setattr(generation, "StepClock", lambda device: clocks.append(clock(device)) or clocks[-1])
-    compiled = lambda: said.append(len(clocks))  # noqa: E731
-    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", compiled=compiled)
-    assert row["pieces"] == "one block" and row["graph_ms"] > 0 and row["attention"] == "sdpa"
+
+    @contextmanager
+    def turn():
+        said.append(len(clocks))
+        yield
+        said.append(len(clocks))
+
+    row = generation.decode(tiny_llama(), 2, 4, 6, "compiled", "default", "cpu", rounds=2, turn=turn)
+    assert row["pieces"] == "one block" and row["attention"] == "sdpa"
+    assert row["graph_ms"] == statistics.median(row["graph_ms_of_rounds"]) > 0 and len(row["graph_ms_of_rounds"]) == 2
     # the first generation is not timed
-    assert said == [1] and len(clocks) == 1 + generation.GENERATIONS
+    assert said == [1, 2, 2, 3]
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_rows_of_the_benchmark_of_decoding_in_bits(monkeypatch):
+@pytest.fixture
+def tiny_benchmark(monkeypatch):
     monkeypatch.setattr(generation, "with_one_block", lambda model, mode: with_one_block(model, mode, "eager"))
     monkeypatch.setitem(decode_in_bits.SHAPES, "tiny", Shape("text", tiny_llama))
     monkeypatch.setattr(decode_in_bits, "PROMPT", 4)
     monkeypatch.setattr(decode_in_bits, "NEW_TOKENS", 6)
-    turns = []
-    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), lambda: turns.append(1))
-    assert turns == [1] and row["batch"] == 2 and row["ratio"] == 0.5 and row["graph_ms"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_rows_of_the_benchmark_of_decoding_in_bits(tiny_benchmark):
+    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), nullcontext)
+    assert row["batch"] == 2 and row["ratio"] == 0.5 and len(row["graph_ms_of_rounds"]) == decode_in_bits.ROUNDS
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark, monkeypatch, tmp_path):
+    """In threads in place of processes."""
+    together, alone, order, lock = Barrier(3, timeout=60), Lock(), [], decode_in_bits.Turns.turn
+
+    @contextmanager
+    def turn(turns):
+        with lock(turns):
+            order.append(get_ident())
+            assert not alone.acquire(blocking=False)
+            yield
+
+    monkeypatch.setattr(decode_in_bits.Turns, "turn", turn)
+    measured = decode_in_bits.row_of
+
+    def row_of(name, variant, *others):
+        if variant != "dense":
+            return measured(name, variant, *others)
+        with others[-1]():
+            raise ValueError("no room")
+
+    monkeypatch.setattr(decode_in_bits, "row_of", row_of)
+    jobs = [("tiny", variant, 1, "cpu", "abc") for variant in ("low_rank", "dense", "low_rank/int4")]
+    building = BoundedSemaphore(1)
+    threads = [
+        Thread(target=decode_in_bits.work, args=(job, building, together, alone, str(tmp_path / "rows.json")))
+        for job in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rounds = [set(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == decode_in_bits.ROUNDS and all(len(of) == 3 for of in rounds)
+    rows = read_result(tmp_path / "rows.json")["rows"]
+    assert sorted((row["variant"], "error" in row) for row in rows) == [
+        ("dense", True),
+        ("low_rank", False),
+        ("low_rank/int4", False),
+    ]
 
 
 def test_fused_variants():

@@ -5,6 +5,7 @@ import json
 import bits_section
 import bits_times_section
 import pytest
+import structures_in_int4_section
 
 TEXTS = {"a": 10.0, "b": 40.0}
 SHARED = {"structure": None, "blocks": None, "ratio": 1.0, "kept": 1.0, "commit": "1234567890", "format": "plain"}
@@ -27,7 +28,7 @@ def scored(row, *ratios, basis=", turned"):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    for module in (bits_section, bits_times_section):
+    for module in (bits_section, bits_times_section, structures_in_int4_section):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     auto = {**AUTO, "taken": {"dense int4": 20, "low_rank int4": 10}}
     rows = [row for each in (SHARED, FACTORS, INT4, WHOLE) for row in scored(each, 1.0, 4.0)]
@@ -89,9 +90,37 @@ def test_what_int4_costs_each_structure_stands_beside_low_rank(results):
     for row in result["rows"]:
         row["ppl"] *= 1.1 if (row["structure"], row["format"]) == ("low_rank", "int4") else 1
     file.write_text(json.dumps(result))
-    found = {line["layers"]: line for line in cells(bits_section.structures_section())}
+    found = {line["layers"]: line for line in cells(structures_in_int4_section.structures_section())}
     assert (found["low_rank"]["a"], found["low_rank"]["bits"], found["low_rank"]["group"]) == ("1.100", "3.39", "64")
     assert found["blast 4x4"]["b"] == "not measured"
+    # 1.5 and 3 times dense, low-rank 1.1 and 4.4 times
+    assert found["blast 4x4"]["over low-rank"] == "0.964" and found["low_rank"]["over low-rank"] == "1.000"
+
+
+def test_what_is_fitted_to_a_mixture_stands_apart(results):
+    file = results / "bits_h200.json"
+    before = (
+        bits_section.bits_section(),
+        bits_section.k_quants_section(),
+        structures_in_int4_section.structures_section(),
+    )
+    result = json.loads(file.read_text())
+    mixed = {**INT4, "calibration": "40 % code, 60 % web", "calibration_sha256": "d" * 64}
+    trained = {"method": "ours, refined", "finetune_tokens": 1000, "finetune_mixture": "10 % code, 90 % web"}
+    result["rows"] += scored(mixed, 1.0, 1.0) + scored({**mixed, **trained}, 0.9, 0.9)
+    file.write_text(json.dumps(result))
+    lines = cells(bits_section.mixture_section())
+    assert [(line["layers"], line["fitted to"][:1], line["trained on"][-1:], line["mean"]) for line in lines] == [
+        ("dense", "", "", "2.000"),
+        ("low_rank", "A", "B", "0.900"),
+        ("low_rank", "A", "", "1.000"),
+    ]
+    after = (
+        bits_section.bits_section(),
+        bits_section.k_quants_section(),
+        structures_in_int4_section.structures_section(),
+    )
+    assert before == after
 
 
 def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):

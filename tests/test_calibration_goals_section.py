@@ -43,6 +43,8 @@ def write(tmp_path, monkeypatch):
                 ("ours", 0, (0.95, 0.93)),
                 ("more", 0, (0.96, 0.93)),
                 ("all", 9, (0.98, 0.97)),
+                # the same for longer: another model, and no other rows of that one
+                ("all", 27, (0.97, 0.97)),
             )
             for text, cosine in zip("ab", cosines, strict=True)
         ],

@@ -21,7 +21,7 @@ def test_kernels_build_and_fit(capability):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     names = {row["kernel"] for row in rows}
     casts = {"cast_columns_kernel", "cast_rows_kernel", "column_squares_kernel", "transpose_codes_kernel"}
-    float8 = casts | {"float8_gemm_kernel", "mix_weights_kernel"} if capability >= 89 else set()
+    float8 = casts | {"float8_gemm_kernel", "float8_mix_kernel", "mix_weights_kernel"} if capability >= 89 else set()
     plain = {
         "attend_kernel",
         "attend_sum_kernel",
@@ -46,7 +46,7 @@ def test_kernels_build_and_fit(capability):
         "pivoted_project_kernel",
         "round_columns_kernel",
     }
-    assert names == float8 | ({"blast_mix_kernel", "columns_kernel"} if capability == 89 else plain)
+    assert names == float8 | ({"columns_kernel"} if capability == 89 else plain)
     # one for all formats of integers, since a fit in bits waits for each
     assert capability == 89 or sum(row["kernel"] == "round_columns_kernel" for row in rows) == 2
     for row in rows:

@@ -1,6 +1,7 @@
 """Layers whose factors are kept in fp8, multiplied in float8: errors, bounds, and the choice of kernels."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hf_blr.ops.rules import bits as rules
 from hf_blr.ops.rules.bits import FLOAT8, NUMBERS, CodeForm, missing, route
 from hf_blr.ops.rules.device import H100, Device
 from hf_blr.ops.rules.float8 import Float8Config, float8_config, multiplies_by_cublas
-from hf_blr.structures import LowRank, Monarch, structure_named
+from hf_blr.structures import Blast, LowRank, Monarch, structure_named
 
 #: of the few of one token
 OF_A_TOKEN = 0.032
@@ -160,7 +161,7 @@ def test_nothing_overflows_where_rounding_makes_a_token_longer(rounding):
 
 
 @interpreted
-@pytest.mark.parametrize("blocks", [(4, 16), (3, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [(4, 16), (3, 2), (16, 16)], ids=str)
 def test_blast_of_many_blocks(rounding, blocks):
     torch.manual_seed(0)
     b1, b2 = blocks
@@ -228,6 +229,9 @@ def test_the_rule():
     assert route(LowRank(4096, 4096, 1023), 4096, form, float8=True, packed=False) == NUMBERS
     # so many small products that they are slower
     assert route(Monarch(4096, 4096, 64, (16, 16)), 4096, form, float8=True, packed=False) == NUMBERS
+    # BLAST's are as many as its blocks, whatever the pairs; but weights of a mix fit registers
+    for blocks, found in (((16, 16), FLOAT8), ((64, 4), FLOAT8), ((32, 32), NUMBERS), ((128, 2), NUMBERS)):
+        assert route(Blast(4096, 4096, 992, blocks), 4096, form, float8=True, packed=False) == found
     assert missing(FLOAT8, (9, 0)) is None and missing(FLOAT8, (8, 9)) is None and missing(FLOAT8, None) is None
     assert "8.9" in missing(FLOAT8, (8, 6)) and missing(NUMBERS, (8, 6)) is None
 
@@ -502,13 +506,21 @@ def test_rows_between_the_stages_begin_at_lines(rounding, monkeypatch, structure
 
 @interpreted
 @pytest.mark.parametrize("structure", ["monarch", "blast"])
-def test_factors_with_gaps_between_their_blocks(rounding, structure):
-    """As they lie where layers run together."""
+def test_factors_with_gaps_between_their_blocks(rounding, monkeypatch, structure):
+    """As they lie where layers run together: read there, not copied."""
     module, x = layer(structure), torch.randn(21, 128)
     part = dict(module.named_children())["v"]
     codes, scale = part.weight, part.weight_scale
     with torch.no_grad():
         scale.mul_(torch.linspace(1, 9, scale.numel()).view_as(scale))
+    kernels, read = importlib.import_module(f"hf_blr.ops.triton.float8_{structure}"), []
+
+    def seen(run, *args, **kwargs):
+        read.extend(t.data_ptr() for t in args if isinstance(t, torch.Tensor))
+        return run(*args, **kwargs)
+
+    for name in {"float8_gemm", "float8_mix"} & set(vars(kernels)):
+        monkeypatch.setattr(kernels, name, partial(seen, getattr(kernels, name)))
     with torch.no_grad(), ops.use_impl("triton"):
         wanted = module(x)
         for name, t in (("weight", codes.clone()), ("weight_scale", scale.clone())):
@@ -516,4 +528,5 @@ def test_factors_with_gaps_between_their_blocks(rounding, structure):
             wide[:, : t.shape[1]] = t
             getattr(part, name).data = wide[:, : t.shape[1]]
         assert not part.weight_scale.is_contiguous()
-        torch.testing.assert_close(module(x), wanted)
+        torch.testing.assert_close(module(x), wanted, rtol=0, atol=0)
+    assert {part.weight.data_ptr(), part.weight_scale.data_ptr()} <= set(read)

@@ -7,26 +7,43 @@ import torch
 from tiny import tiny_bert, tiny_llama
 
 from hf_blr import BLRConfig, compress
-from hf_blr.finetune import refine
+from hf_blr.finetune import factor_parameter_groups, mark_only_factors_trainable, refine
 from hf_blr.finetune.divergence import feature_loss
+from hf_blr.finetune.refine import MUON, OPTIMIZERS, stepping
 from hf_blr.ops import blast_linear, low_rank_linear, monarch_linear
 from hf_blr.targets import find_targets
 
 WINDOWS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_refinement_lowers_the_loss_and_trains_factors_only():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_refinement_lowers_the_loss_and_trains_factors_only(optimizer):
     dense = tiny_llama()
     model = tiny_llama()
     config = BLRConfig("blast", ratio=0.5, num_blocks=2, allocation="uniform")
     compress(model, config, calibration=list(WINDOWS.split(4)), progress=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    history = refine(model, dense, WINDOWS, epochs=10, batch_size=4, learning_rate=3e-3)
+    history = refine(model, dense, WINDOWS, epochs=10, batch_size=4, learning_rate=3e-3, optimizer=optimizer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert not model.training
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.endswith((".u", ".s", ".v")), name
+
+
+def test_matrices_alone_step_along_orthogonal_ones():
+    model = tiny_llama()
+    config = BLRConfig("blast", ratio=0.5, num_blocks=2, allocation="uniform", modules_to_not_convert=["lm_head"])
+    compress(model, config, progress=False)
+    mark_only_factors_trainable(model)
+    optimizer = stepping(model, factor_parameter_groups(model, 1e-3), MUON)
+    named = {id(p): name for name, p in model.named_parameters()}
+    stepped = [named[id(p)] for group in optimizer.of_matrices for p in group["params"]]
+    rest = [named[id(p)] for group in optimizer.adam.param_groups for p in group["params"]]
+    assert stepped and all(name.endswith((".u", ".v")) for name in stepped)
+    assert rest and all(name.endswith(".s") for name in rest)
+    with pytest.raises(ValueError, match="optimizer must be one of 'adamw', 'muon', got 'sgd'"):
+        refine(model, tiny_llama(), WINDOWS, optimizer="sgd")
 
 
 def divergence(model, dense, windows):

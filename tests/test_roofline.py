@@ -189,9 +189,9 @@ def test_rows_in_fp8_are_predicted_as_such():
     assert times[2] == predict(LOW_RANK, 4096, DEVICES["H200"], "float8") * 1e6
     assert times[3] == predict(Dense(4096, 4096, 4096), 4096, DEVICES["H200"], "float8") * 1e6
     # so many blocks become numbers first
-    many = {**row, "format": "fp8", "structure": "blast", "blocks": [16, 16], "rank": 992}
+    many = {**row, "format": "fp8", "structure": "monarch", "blocks": [16, 16], "rank": 64}
     (found,) = predictions([many], DEVICES["H200"])
-    numbers = predict_stored(Blast(4096, 4096, 992, (16, 16)), FORMATS["fp8"], 4096, DEVICES["H200"])
+    numbers = predict_stored(MONARCH, FORMATS["fp8"], 4096, DEVICES["H200"])
     assert found["predicted_us"] == numbers * 1e6
     # few tokens take another way, and A100 has no float8
     assert not predictions([{**row, "format": "fp8", "tokens": 16}], DEVICES["H200"])

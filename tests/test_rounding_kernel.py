@@ -12,6 +12,7 @@ from hf_blr.factorize import columns
 from hf_blr.factorize.columns import plain_round_columns
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import format_named
+from hf_blr.ops.triton import rounding
 from hf_blr.ops.triton.rounding import nearest_code, nearest_scale, round_columns
 
 
@@ -58,6 +59,21 @@ def test_it_chooses_the_scales_of_groups(name, size):
         assert torch.equal(found[2], expected.scale)
         for ours, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0.0, atol=1e-4 * size)
+
+
+def test_one_kernel_serves_blocks_of_all_widths(monkeypatch):
+    """Compiling one takes longer than it runs, and ranks leave last blocks of any width."""
+    widths = set()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, BM, **kw: widths.add(BM)
+
+    monkeypatch.setattr(rounding, "round_columns_kernel", Kernel())
+    storage = format_named("int8")
+    for width in (1, 19, 64, 128):
+        by_the_kernel(*problem(9, width, size=1.0), storage, torch.ones(9, 1))
+    assert widths == {128}
 
 
 def test_a_factor_is_rounded_through_it_as_in_plain_pytorch(monkeypatch):

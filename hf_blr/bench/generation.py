@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from hf_blr.bench.one_block import why_not_one_block, with_one_block
 from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer, forget_peak, peak
 
-#: of which the median counts: the host's part of a step varies
-GENERATIONS = 3
+#: generations, of which the median counts: the host's part of a step varies
+ROUNDS = 3
 
 
 def decode(
@@ -37,16 +38,17 @@ def decode(
     mode: str,
     device: torch.device | str,
     profile: bool = False,
-    compiled: Callable[[], None] | None = None,
+    rounds: int = ROUNDS,
+    turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict:
     """{"tokens_per_second", "ms", "peak_bytes", "attention"} of `generate()` over the whole batch; ms of one step.
 
-    Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures, of
-    `GENERATIONS` further ones the median counts. Where a graph of ours is replayed, "graph_ms" is what the device takes
-    for it; the rest of ms is `generate()`'s own. In the form compiled, "pieces" says what was: one block for all
-    layers, or norms and MLPs and why no more. With `profile` also "profile" of that graph, of `profiling.profiled`, on
-    a GPU. "attention" is the function that the model attends by, in transformers' name. `compiled` is called when all
-    is compiled and captured, before anything is timed.
+    Greedy, on a `StaticCache`, after a prompt of `prompt` tokens. A first generation compiles and captures, of one more
+    in each of `rounds` the median counts. Where a graph of ours is replayed, "graph_ms" is what the device takes for
+    it, the median of the rounds' medians, which are "graph_ms_of_rounds"; the rest of ms is `generate()`'s own. In the
+    form compiled, "pieces" says what was: one block for all layers, or norms and MLPs and why no more. With `profile`
+    also "profile" of that graph, of `profiling.profiled`, on a GPU. "attention" is the function that the model attends
+    by, in transformers' name. Each round is timed within a `turn()` of its own, and the profile within one more.
     """
     from transformers import CompileConfig, StaticCache
 
@@ -87,26 +89,31 @@ def decode(
     with stepping_by(model, graph) if graph else contextlib.nullcontext():
         forget_peak(device)
         generate(min(6, new_tokens), StepClock(device))
-        if compiled is not None:
-            compiled()
-        clocks = [StepClock(device) for _ in range(GENERATIONS)]
-        for clock in clocks:
-            generate(new_tokens, clock)
-        seconds = statistics.median(clock.seconds_per_step() for clock in clocks)
+        seconds, replays = [], []
+        timer = Timer(device.type, replays=min(20, new_tokens - 3))
+        for _ in range(rounds):
+            with turn():
+                clock = StepClock(device)
+                generate(new_tokens, clock)
+                seconds.append(clock.seconds_per_step())
+                if graph and graph.replay:
+                    # its steps write on from where the cache stands
+                    cache.reset()
+                    replays.append(timer.median(graph.replay) * 1e3)
+    step_seconds = statistics.median(seconds)
     row: dict[str, Any] = {
-        "tokens_per_second": batch / seconds,
-        "ms": seconds * 1e3,
+        "tokens_per_second": batch / step_seconds,
+        "ms": step_seconds * 1e3,
         "peak_bytes": peak(device),
         **pieces,
     }
     row["attention"] = model.config._attn_implementation
     if graph and graph.replay:
-        # its steps write on from where the cache stands
-        cache.reset()
-        row["graph_ms"] = Timer(device.type, replays=min(20, new_tokens - 3)).median(graph.replay) * 1e3
+        row |= {"graph_ms": statistics.median(replays), "graph_ms_of_rounds": replays}
         if profile and device.type == "cuda":
-            cache.reset()
-            row["profile"] = profiled(graph.replay)
+            with turn():
+                cache.reset()
+                row["profile"] = profiled(graph.replay)
     return row
 
 

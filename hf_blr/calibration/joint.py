@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_blr.calibration.aim import Aim
+from hf_blr.calibration.muon import Muon
 from hf_blr.calibration.precision import tf32
 from hf_blr.calibration.stand_ins import with_stand_ins
 from hf_blr.calibration.training_form import SCALES, forms_in, training_form
 from hf_blr.linear import blr_modules
 
-#: Adam's, as a fraction of each factor's root mean square: factors of one layer may differ a lot in size. Scales of
-#: bits train as logarithms, whose steps are relative as they are
-LEARNING_RATE = 3e-3
+#: as a fraction of each factor's root mean square, since factors of one layer may differ a lot in size: of factors
+#: that are matrices, and of those that multiply elementwise. Scales of bits take the second one: they train as
+#: logarithms, whose steps are relative as they are
+MATRIX_RATE, LEARNING_RATE = 1.2e-2, 3e-3
 
 #: of so many batches or more the last is not trained on, and judges what the others made
 JUDGED_FROM = 8
@@ -65,7 +67,8 @@ def refine_block(
         aim: runs it, in its state at any time.
         entered: what the compressed model hands the block, batch by batch.
         wanted: what should leave it.
-        steps: of Adam, each on one batch; the learning rate falls to zero along half a cosine.
+        steps: of Muon, and of Adam for what is no matrix, each on one batch; their rates fall to zero along half a
+            cosine.
         seed: of the order of the batches.
     """
     with with_stand_ins(block), training_form(block, SCALES):
@@ -97,9 +100,11 @@ def refine_factors(
     old = {key: parameter.detach().clone() for key, parameter in factors.items()}
     copies = {key: value.to(torch.float32, copy=True).requires_grad_(True) for key, value in old.items()}
     sizes = {key: 1.0 if key in scales else p.detach().square().mean().sqrt().item() for key, p in copies.items()}
-    groups = [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items()]
-    # each factor is a group by itself, which takes ten kernels where they are not fused
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=entered[0].is_cuda)
+    matrices = matrix_factors(block)
+    optimizer = Muon(
+        [{"params": [p], "lr": MATRIX_RATE * sizes[key]} for key, p in copies.items() if key in matrices],
+        [{"params": [p], "lr": LEARNING_RATE * sizes[key]} for key, p in copies.items() if key not in matrices],
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     for i in order(judged.start or batches, steps, seed):
         with torch.enable_grad(), in_bfloat16(entered[i].device):
@@ -117,6 +122,14 @@ def refine_factors(
         put(factors, old)
         after = before
     return BlockReport(name, before, after)
+
+
+def matrix_factors(root: nn.Module) -> set[str]:
+    """The names of the factors below `root` that multiply as matrices."""
+    layers = blr_modules(root).items()
+    return {
+        f"{path}.{name}" for path, layer in layers for name in layer.factors() if name not in layer.spec.elementwise
+    }
 
 
 def in_bfloat16(device: torch.device) -> torch.autocast | nullcontext[None]:

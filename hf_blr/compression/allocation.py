@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -185,11 +186,10 @@ def predicted_loss(change: Tensor, gram: Tensor, output_gram: Tensor, pairs: int
     return (image.double() * (change @ gram).double()).sum().item() / (2 * pairs)
 
 
-def interpolate(curve: Tensor, rank: float) -> float:
+def interpolate(curve: Sequence[float], rank: float) -> float:
     """The curve between two ranks; zero beyond its end."""
     low = int(rank)
     if low + 1 >= len(curve):
         return 0.0
-    # numbers, since a budget of bits asks thousands of times
-    here, next_one = curve[low : low + 2].tolist()
+    here, next_one = curve[low : low + 2]
     return here + (rank - low) * (next_one - here)

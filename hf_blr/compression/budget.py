@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
 from hf_blr.compression.allocation import Option, allocate, interpolate
@@ -114,7 +114,7 @@ def share_budget(
     return chosen, sum(option.loss for option in taken.values())
 
 
-def curves_of(layers: dict[str, Layer], specs: dict[str, BLRSpec], processes: Processes) -> dict[str, Tensor]:
+def curves_of(layers: dict[str, Layer], specs: dict[str, BLRSpec], processes: Processes) -> dict[str, list[float]]:
     """{layer: its `loss_curve`}; each is computed by one of the processes, which all hold the statistics."""
     owners = processes.owners([fit_cost(specs[name]) for name in layers])
     own = {name: layers[name] for name, owner in zip(layers, owners, strict=True) if owner == processes.rank}

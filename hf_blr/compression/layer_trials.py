@@ -101,8 +101,8 @@ class Layer:
         features, _ = feature_sizes(layer_named(self.model, self.name))
         return self.config.fit_options(features, self.statistics.rows_of(self.name))
 
-    def curve(self) -> Tensor:
-        """`loss_curve` of the layer, of experts the sum of theirs.
+    def curve(self) -> list[float]:
+        """`loss_curve` of the layer, of experts the sum of theirs; as numbers, since budgets ask thousands of times.
 
         Raises:
             ValueError: with the layer's name, where the statistics overflowed.
@@ -114,7 +114,7 @@ class Layer:
                 curves.append(share * loss_curve(*part.matrices(), pairs, damping))
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from None
-        return torch.stack(curves).sum(0)
+        return torch.stack(curves).sum(0).tolist()
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
@@ -127,7 +127,7 @@ class Layer:
     def rounded_losses(self, fitted: Factors, spec: BLRSpec, formats: Sequence[Bits]) -> dict[str, float]:
         """{format: the predicted loss of the fit with codes in the place of factors}."""
         weight, gram, output_gram = self.matrices()
-        damping, metric = self.options.damping, metric_of(spec, output_gram, weight.device)
+        damping, metric = self.options.damping, metric_of(spec, output_gram)
         coupling = coupling_of(output_gram, spec.num_blocks[1], damping, spec.in_features)
         gram, roots = unit_gram(gram, damping), Roots()
         found = {}

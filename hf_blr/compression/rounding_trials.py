@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from hf_blr.compression.allocation import interpolate
 from hf_blr.compression.hull import Hull, Point
 from hf_blr.compression.layer_trials import Layer, factor_at, middles
@@ -98,7 +96,12 @@ def granted(first: Trial, others: Iterable[list[Trial]], formats: tuple[Bits, ..
 
 
 def outcomes(
-    shape: BLRSpec, trials: list[Trial], curve: Tensor, scale: float, formats: tuple[Bits, ...], multiple: int | None
+    shape: BLRSpec,
+    trials: list[Trial],
+    curve: list[float],
+    scale: float,
+    formats: tuple[Bits, ...],
+    multiple: int | None,
 ) -> Iterator[tuple[BLRSpec, Format, float]]:
     """(spec, format, predicted loss) of each rank that the shape may have, given its trials.
 
@@ -125,7 +128,7 @@ def nearest_to(ratio: float, specs: list[BLRSpec]) -> BLRSpec:
 
 
 def trial_of(
-    layer: Layer, spec: BLRSpec, fitted: Factors, curve: Tensor, scale: float, formats: tuple[Bits, ...]
+    layer: Layer, spec: BLRSpec, fitted: Factors, curve: list[float], scale: float, formats: tuple[Bits, ...]
 ) -> Trial:
     """What a fit of the layer loses; all of its trials share `curve`, its `loss_curve`, and `scale`, of its weight."""
     cut = layer.loss(fitted.matrix(spec))

@@ -57,7 +57,7 @@ def factorize(
         spec: structure and sizes.
         gram: H = X^T X `[K, K]` of the layer's inputs X `[T, K]`, up to a factor. None weighs all inputs alike.
         output_gram: G = sum of g g^T over the gradients g of the loss by the layer's outputs, as diagonal blocks
-            `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike.
+            `[M, N/M, N/M]`, up to a factor. None weighs all outputs alike. Both Grams may lie on other devices.
         options: rounds, tolerance, damping and seed.
         storage: where it keeps bits, factors come as codes.
 
@@ -78,7 +78,8 @@ def factorize(
         return Factors(zero_tensors(spec, weight.device), 0.0, 0)
     weight = (weight.detach().double() / scale).float().contiguous()
     gram = None if gram is None else unit_gram(gram.to(weight), options.damping)
-    metric = metric_of(spec, output_gram, weight.device)
+    output_gram = None if output_gram is None else output_gram.to(weight.device)
+    metric = metric_of(spec, output_gram)
     image = weight if metric is None else metric.whiten(weight)
     tensors, losses = record.load("fit")(image, spec, gram, options)
     if metric is not None:
@@ -114,11 +115,11 @@ def nearest(spec: BLRSpec, tensors: Mapping[str, Any], problem: ToRound) -> dict
     return {name: problem.round(tensor, None) if name in names else tensor for name, tensor in tensors.items()}
 
 
-def metric_of(spec: BLRSpec, output_gram: Tensor | None, device: torch.device) -> OutputMetric | None:
+def metric_of(spec: BLRSpec, output_gram: Tensor | None) -> OutputMetric | None:
     """That of the outputs, for a structure that can be weighed by them."""
     if output_gram is None or not structure_named(spec.structure).weighed:
         return None
-    return OutputMetric(output_gram.to(device), spec.num_blocks[1])
+    return OutputMetric(output_gram, spec.num_blocks[1])
 
 
 def unit_gram(gram: Tensor, damping: float) -> Tensor:

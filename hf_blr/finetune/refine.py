@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hf_blr.calibration.calls import Batch
 from hf_blr.calibration.fisher import Statistics, fisher_statistics
+from hf_blr.calibration.joint import matrix_factors
+from hf_blr.calibration.muon import Muon
 from hf_blr.calibration.stand_ins import stood_in, with_stand_ins
 from hf_blr.calibration.training_form import FACTOR_CODES, training_form
 from hf_blr.config import BLRConfig
@@ -26,6 +28,9 @@ from hf_blr.targets import remaining_targets
 
 #: from this many tokens a step training runs on matrices that are made once a step (`matrices`)
 DENSE_STEP_TOKENS = 8192
+
+#: what steps the factors
+ADAMW, MUON = OPTIMIZERS = ("adamw", "muon")
 
 #: what decides in which form a layer trains needs less text than a fit
 STATISTICS_TOKENS = 32768
@@ -43,6 +48,7 @@ def refine(
     dense_rate: float = 0.0,
     bits: str = FACTOR_CODES,
     held_out: Tensor | None = None,
+    optimizer: str = ADAMW,
     compiled: bool = False,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -62,7 +68,7 @@ def refine(
         teacher: the dense model.
         windows: token ids `[n, seqlen]`, of which `batch_size` make a step; or batches of one step each, as the model
             reads them: dicts of its keyword arguments, with labels where it has a loss of its own.
-        epochs, batch_size, learning_rate, seed: of AdamW with a cosine schedule and no weight decay.
+        epochs, batch_size, learning_rate, seed: of a cosine schedule, without weight decay.
         distill_weight: share of the divergence in the loss.
         dense_rate: the learning rate of the targets that a budget left dense, as a share of the factors'. They cost no
             parameter; with little text training them fits that text.
@@ -71,13 +77,17 @@ def refine(
         held_out: token ids `[n, seqlen]` of other text, of which 8192 tokens are read. Ten times the divergence from
             the dense model is measured there; the training stops when it has not fallen three times in a row, and the
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
+        optimizer: "adamw", or "muon": orthogonal steps of factors that are matrices, of the size of AdamW's
+            (`calibration.muon`), and AdamW's of all else.
         compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
             their code, whatever their ranks. It costs some 20 seconds at first.
 
     Raises:
-        ValueError: if `held_out` holds no window.
+        ValueError: if `held_out` holds no window, or `optimizer` is another word.
         TypeError: if `windows` are text, or lists of ids.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}")
     on_gpu = next(model.parameters()).is_cuda
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
     tokens, steps = step_size(windows, batch_size)
@@ -103,7 +113,7 @@ def refine(
             model,
             windows,
             [callback, *([best] if best else [])],
-            torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_gpu),
+            stepping(model, groups, optimizer),
             output_dir=folder,
             max_steps=epochs * steps,
             per_device_train_batch_size=batch_size,
@@ -115,6 +125,20 @@ def refine(
         )
     model.eval()
     return history + (best.log if best else [])
+
+
+def stepping(model: nn.Module, groups: list[dict[str, Any]], optimizer: str) -> torch.optim.Optimizer:
+    """The optimizer of that name for the groups of a model's parameters."""
+    if optimizer == ADAMW:
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=all(p.is_cuda for p in model.parameters()))
+    named = dict(model.named_parameters())
+    matrices = {id(named[name]) for name in matrix_factors(model) if name in named}
+    split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for group in groups:
+        for kind, found in split.items():
+            if parameters := [p for p in group["params"] if (id(p) in matrices) == kind]:
+                found.append({**group, "params": parameters})
+    return Muon(split[True], split[False])
 
 
 def targets_left_dense(model: nn.Module) -> list[str]:

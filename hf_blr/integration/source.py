@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -63,16 +65,37 @@ def dequantizing_config() -> Any:
 
 @contextmanager
 def reading_once() -> Iterator[None]:
-    """A GGUF file is parsed once inside; config, weights and tokenizer each do it by themselves, for seconds."""
+    """A GGUF file is parsed once inside; config, weights and tokenizer each do it by themselves, for seconds.
+
+    The table of its tensors' names is made once too, where transformers makes it for each module of the model.
+    """
     try:
         gguf: Any = importlib.import_module("gguf")
     except ImportError:
         # transformers says so where the file is read
         yield
         return
-    before = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(before)
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    made = {**kept, "GGUFReader": with_plain_data(kept["GGUFReader"])}
+    for name, make in made.items():
+        setattr(gguf, name, functools.cache(make))
     try:
         yield
     finally:
-        gguf.GGUFReader = before
+        for name, make in kept.items():
+            setattr(gguf, name, make)
+
+
+def with_plain_data(reader: type) -> type:
+    """The reader with the file as a plain array: of a memmap, which it takes, a million slices are slow."""
+
+    class Reader(reader):
+        @property
+        def data(self) -> Any:
+            return self.__dict__["data"]
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self.__dict__["data"] = mapped.view(np.ndarray)
+
+    return Reader

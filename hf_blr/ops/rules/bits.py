@@ -16,8 +16,10 @@ NUMBERS, FLOAT8, PACKED = "numbers", "float8", "packed"
 #: what tensor descriptors and float8 products take rows in, in bytes
 ALIGNED = 16
 #: block pairs up to which products in float8 pay. 4096 x 4096, half kept, 1024 tokens, H200, us: Monarch 4x4 30, 16x16
-#: 50; BLAST 4x4 42, 16x16 82: products are small, and y and z many. Dense in bfloat16 takes 47
+#: 50: products are small, and y and z many. Dense in bfloat16 takes 47
 MOST_PAIRS = 64
+#: ... of structures that mix between the products, whose pairs have no products of their own; and input blocks
+MOST_MIXED, MOST_MIXED_INPUTS = 256, 64
 #: compute capability from which tensor cores multiply float8_e4m3fn
 LEAST_FLOAT8 = (8, 9)
 
@@ -48,7 +50,9 @@ def route(spec: BLRSpec, tokens: int, form: CodeForm, float8: bool, packed: bool
     """
     if packed and tokens <= FEW_TOKENS and reads_packed(spec, form):
         return PACKED
-    if math.prod(spec.num_blocks) > MOST_PAIRS:
+    if math.prod(spec.num_blocks) > (MOST_MIXED if spec.elementwise else MOST_PAIRS):
+        return NUMBERS
+    if spec.elementwise and spec.num_blocks[0] > MOST_MIXED_INPUTS:
         return NUMBERS
     lengths = [shape[-1] for name, shape in spec.shapes(FACTOR).items() if name not in spec.elementwise]
     if float8 and form.float8 and not any(length % ALIGNED for length in lengths):

@@ -76,12 +76,43 @@ def last_tiles(tokens: int, n: int, device: Device) -> int:
     return 0 if multiplies_by_cublas(tokens, n, True, False, device) else gemm_tiles(tokens, n, 1)
 
 
+@dataclass(frozen=True)
+class Float8MixConfig:
+    """Of `float8_mix_kernel`.
+
+    Args:
+        groups: of warps, each with output blocks of its own.
+        bt, br: tokens at a time, and ranks, of a program; a word of four ranks for each thread.
+        ahead: steps that y is asked for before its turn.
+        programs: on an SM at once.
+    """
+
+    groups: int
+    bt: int
+    br: int
+    warps: int
+    ahead: int
+    programs: int
+
+
+def float8_mix_config(b1: int, b2: int, device: Device) -> Float8MixConfig:
+    """For `float8_mix_kernel`: a thread has weights of up to 64 block pairs, in two registers each."""
+    if device == INTERPRETER:
+        return Float8MixConfig(2, 4, 16, 4, 1, 3)
+    groups = 1
+    while b1 * -(-b2 // groups) > 64 and groups < b2:
+        groups *= 2
+    warps, rows, ahead = max(4, groups), -(-b2 // groups), 1
+    # weights, y, sums, and the rest
+    registers = 2 * rows * b1 + ahead * b1 + 2 * rows + 16
+    return Float8MixConfig(groups, 2 * warps // groups, 64, warps, ahead, min(64, 2048 // registers) // warps)
+
+
 def weights_config(b1: int, rank: int, device: Device) -> tuple[int, int]:
-    """(ranks at a time, warps) for `mix_weights_kernel`: a whole block at once where it fits the registers."""
+    """(ranks at a time, warps) for `mix_weights_kernel`: registers that two programs of the first stage leave free."""
     if device == INTERPRETER:
         return 16, 4
-    ranks = max(16, min(pow2(rank), 16384 // pow2(b1)))
-    return ranks, max(4, min(16, ranks * pow2(b1) // 1024))
+    return max(16, min(pow2(rank), 4096 // pow2(b1))), 4
 
 
 def cast_config(k: int, device: Device) -> ColumnConfig:

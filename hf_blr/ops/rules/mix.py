@@ -36,13 +36,9 @@ def mixes_along_t(b1: int, b2: int) -> bool:
     return b1 * b2 > 16
 
 
-def mix_config(b1: int, b2: int, tokens: int, along_t: bool, device: Device, float8: bool = False) -> MixConfig:
-    """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens.
-
-    Not for y and z in float8, whose single bytes change their order slowly: 4096 tokens, 4x16 blocks of rank 1008, us
-    with a graph's start 51, on tensor cores 113 or more (H200).
-    """
-    dot = not float8 and (along_t or b1 * b2 > (64 if tokens > 512 else 16))
+def mix_config(b1: int, b2: int, tokens: int, along_t: bool, device: Device) -> MixConfig:
+    """For `blast_mix_kernel`: tensor cores for many pairs of blocks, or for some at few tokens."""
+    dot = along_t or b1 * b2 > (64 if tokens > 512 else 16)
     if device == INTERPRETER:
         return MixConfig(16, 16, dot, 4)
     if along_t:

@@ -18,5 +18,5 @@ def forward(x, x_scale, tensors, scales, bias, dtype, activation):
         return torch._scaled_mm(x, w.T, rows, columns, bias, out_dtype=dtype, use_fast_accum=True)
     out = x.new_empty(tokens, n, dtype=dtype)
     if tokens:
-        float8_gemm(x[None], w[None], out[None, None], w_scale, Peak(), x_scale, bias=bias, activation=activation)
+        float8_gemm(x[None], w[None], out[None, None], w_scale[None], Peak(), x_scale, bias=bias, activation=activation)
     return out

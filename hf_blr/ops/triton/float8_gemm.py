@@ -32,7 +32,7 @@ class Peak(NamedTuple):
     """
 
     bound: float = 1.0
-    #: `[J, B2, R]`, contiguous
+    #: `[J, B2, R]`, contiguous but for gaps between its J
     peaks: torch.Tensor | None = None
     extra: float = 0.0
 
@@ -60,23 +60,28 @@ def in_lines(like, *shape):
     return like.new_empty(*outer, -(-length // LINE) * LINE)[..., :length]
 
 
-def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None):
+def float8_gemm(
+    a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, activation="", emitted=None, beside=False
+):
     """c[j, i] = a[..] b[j * I + i]^T, scaled, into the strided view c `[J, I, T, N]`.
 
     Args:
         a: `[G, T, K]` float8; of as many matrices as c, or one for each j.
-        b: `[J * I, N, K]` float8.
+        b: `[G, M, K]` float8, whose M rows are those of one matrix `[N, K]` or of several, J * I in all.
         c: float8 of a first stage; any dtype of a last one.
-        b_scale: `[J * I, N]` in any shape, or None.
+        b_scale: `[G, M, 1]`, contiguous but for gaps between its G, or None.
         peak: of the first stage, which divides by it, and of the last, which multiplies by it.
         x_scale: `[T]` of the last stage; None: this is the first.
         pivots: `[T, N]` float8, added to the results of the first stage.
         bias: `[I * N]`, or None.
         emitted: `EmittedScales` of a first stage with one c, or None.
+        beside: the next kernel needs nothing of this one, and may start beside it if it ends by `end_after_previous`.
     """
     (j, i, tokens, n), k = c.shape, b.shape[2]
     device = device_of(c)
-    peaks = (1, 1, 1) if peak.peaks is None else peak.peaks.shape
+    peaks, stride_peaks = (1, 1, 1), 0
+    if peak.peaks is not None:
+        peaks, stride_peaks = peak.peaks.shape, peak.peaks.stride(0)
     first = x_scale is None
     emits = emitted or (x_scale, None, None, None)
 
@@ -103,10 +108,13 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             peaks[0],
             peaks[2],
             j * i // a.shape[0],
+            j * i // b.shape[0],
             *a.stride()[:2],
             *b.stride()[:2],
+            0 if b_scale is None else b_scale.stride(0),
             *c.stride(),
             0 if pivots is None else pivots.stride(0),
+            stride_peaks,
             peak.bound,
             peak.extra,
             FIRST=first,
@@ -117,6 +125,7 @@ def float8_gemm(a, b, c, b_scale, peak, x_scale=None, pivots=None, bias=None, ac
             ACTIVATION=activation,
             EMITS=emitted is not None,
             TMA=tma,
+            PDL=beside and device.has_pdl,
             STAYS=config.stays > 0,
             BI=pow2(i),
             BS=min(2048, pow2(peaks[0] * peaks[2])),

@@ -29,11 +29,11 @@ def both_stages(x, x_scale, u, u_scale, v, v_scale, peak, pivots, bias, dtype, a
     if multiplies_by_cublas(tokens, n, dtype == torch.bfloat16, bool(activation), device_of(x)):
         rows, columns = x_scale.new_empty(tokens, 1), x_scale.new_empty(1, n)
         emitted = EmittedScales(x_scale, u_scale, rows, columns)
-        float8_gemm(x[None], v[None], y[None, None], v_scale, peak, pivots=pivots, emitted=emitted)
+        float8_gemm(x[None], v[None], y[None, None], v_scale[None], peak, pivots=pivots, emitted=emitted)
         return torch._scaled_mm(y, u.T, rows, columns, bias, out_dtype=dtype, use_fast_accum=True)
     out = x.new_empty(tokens, n, dtype=dtype)
-    float8_gemm(x[None], v[None], y[None, None], v_scale, peak, pivots=pivots)
-    float8_gemm(y[None], u[None], out[None, None], u_scale, peak, x_scale, bias=bias, activation=activation)
+    float8_gemm(x[None], v[None], y[None, None], v_scale[None], peak, pivots=pivots)
+    float8_gemm(y[None], u[None], out[None, None], u_scale[None], peak, x_scale, bias=bias, activation=activation)
     return out
 
 

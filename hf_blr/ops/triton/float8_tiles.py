@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from hf_blr.ops.triton.activate import activate
-from hf_blr.ops.triton.tiles import load_tile
+from hf_blr.ops.triton.tiles import load_tile, start_beside_previous
 
 
 @triton.jit
-def peaks_of(peaks_ptr, o_i, J, B2, R, BI: tl.constexpr, BS: tl.constexpr):
+def peaks_of(peaks_ptr, o_i, J, B2, R, stride_j, BI: tl.constexpr, BS: tl.constexpr):
     """`[BI, BS]`, whose largest of each row is that of peaks[:, o_i] of peaks `[J, B2, R]`.
 
     The largest is found later: what only loads makes nobody wait.
@@ -18,7 +18,7 @@ def peaks_of(peaks_ptr, o_i, J, B2, R, BI: tl.constexpr, BS: tl.constexpr):
     b_peaks = tl.zeros((BI, BS), tl.float32)
     for step in range(0, tl.cdiv(J * R, BS)):
         o = step * BS + tl.arange(0, BS)[None, :]
-        o_p = (o // R) * B2 * R + o_i[:, None] * R + o % R
+        o_p = (o // R) * stride_j + o_i[:, None] * R + o % R
         m = (o < J * R) & (o_i < B2)[:, None]
         b_peaks = tl.maximum(b_peaks, tl.load(peaks_ptr + o_p, mask=m, other=0.0).to(tl.float32))
     return b_peaks
@@ -32,7 +32,6 @@ def finish(
     x_scale_ptr,
     pivots_ptr,
     bias_ptr,
-    i_g,
     o_t,
     o_n,
     T,
@@ -47,10 +46,13 @@ def finish(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Scale the sums `[BT, BN]` of tokens o_t and outputs o_n and store them in c `[T, N]`, see the kernel."""
+    """Scale the sums `[BT, BN]` of tokens o_t and outputs o_n and store them in c `[T, N]`, see the kernel.
+
+    Scales of b and biases `[N]` are those of this product.
+    """
     m_t, m_n = o_t < T, o_n < N
     if SCALED:
-        acc *= tl.load(b_scale_ptr + i_g * N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(b_scale_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if PIVOTS:
         o_p = o_t.to(tl.int64)[:, None] * stride_pt + o_n[None, :]
         acc += tl.load(pivots_ptr + o_p, mask=m_t[:, None] & m_n[None, :], other=0.0).to(tl.float32)
@@ -59,7 +61,7 @@ def finish(
     else:
         acc *= (tl.load(x_scale_ptr + o_t, mask=m_t, other=0.0) * peak)[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + i_g * N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
     o = o_t.to(tl.int64)[:, None] * stride_ct + o_n.to(tl.int64)[None, :] * stride_cn
     tl.store(c_ptr + o, acc.to(c_ptr.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
@@ -88,15 +90,18 @@ def float8_gemm_kernel(
     PEAKS_J,
     PEAKS_R,
     REPEAT,
+    STACKED,
     stride_ag,
     stride_at,
     stride_bg,
     stride_bn,
+    stride_sg,
     stride_cj,
     stride_ci,
     stride_ct,
     stride_cn,
     stride_pt,
+    stride_peaks,
     bound,
     extra,
     FIRST: tl.constexpr,
@@ -107,6 +112,7 @@ def float8_gemm_kernel(
     ACTIVATION: tl.constexpr,
     EMITS: tl.constexpr,
     TMA: tl.constexpr,
+    PDL: tl.constexpr,
     STAYS: tl.constexpr,
     BI: tl.constexpr,
     BS: tl.constexpr,
@@ -117,12 +123,15 @@ def float8_gemm_kernel(
 ):
     """c[g] = a[g // REPEAT] b[g]^T for a `[G/REPEAT, T, K]`, b `[G, N, K]`, with scales; group g is pair (j, i) of B2.
 
-    SCALED: columns are multiplied by b's scale `[G, N]`. PIVOTS adds those `[T, N]` to the results. No result of the
-    first stage exceeds `peak` times the norm of a token; FIRST divides by it, so that results fit c's float8, and the
-    last stage multiplies by it and by x_scale `[T]`. peaks `[J, B2, R]`: see `Peak`. EMITS: see `EmittedScales`.
+    b lies as `[G/STACKED, STACKED*N, K]`, and so does b's scale `[G, N]`, by which SCALED multiplies columns. PIVOTS
+    adds those `[T, N]` to the results. No result of the first stage exceeds `peak` times the norm of a token; FIRST
+    divides by it, so that results fit c's float8, and the last stage multiplies by it and by x_scale `[T]`. peaks `[J,
+    B2, R]`: see `Peak`. EMITS: see `EmittedScales`.
     A tile is BN + BESIDE outputs wide, of which Triton's own are powers of two. STAYS: a program goes on to further
-    tiles, and asks for the next one's first steps before it stores.
+    tiles, and asks for the next one's first steps before it stores. PDL: the next kernel may start beside
+    this one.
     """
+    start_beside_previous(PDL)
     WIDE: tl.constexpr = BN + BESIDE
     tiles_n, tiles_t = tl.cdiv(N, WIDE), tl.cdiv(T, BT)
     start, programs = tl.program_id(0), tl.num_programs(0)
@@ -130,64 +139,43 @@ def float8_gemm_kernel(
     rounds = tl.cdiv(tiles_n * tiles_t * GROUPS - start, programs) if STAYS else 1
     o_i = tl.arange(0, BI)
     if PEAKS and STAYS:
-        of_blocks = tl.max(peaks_of(peaks_ptr, o_i, PEAKS_J, B2, PEAKS_R, BI, BS), 1)
+        of_blocks = tl.max(peaks_of(peaks_ptr, o_i, PEAKS_J, B2, PEAKS_R, stride_peaks, BI, BS), 1)
     peak = bound
     for i in tl.range(0, rounds, flatten=STAYS):
         tile = start + i * programs
         i_n, i_t, i_g = tile % tiles_n, tile // tiles_n % tiles_t, tile // (tiles_n * tiles_t)
         i_j, i_i = i_g // B2, i_g % B2
+        i_b, first = i_g // STACKED, i_g % STACKED * N
         if PEAKS and not STAYS:
-            of_block = peaks_of(peaks_ptr, i_i + tl.arange(0, 1), PEAKS_J, B2, PEAKS_R, 1, BS)
+            of_block = peaks_of(peaks_ptr, i_i + tl.arange(0, 1), PEAKS_J, B2, PEAKS_R, stride_peaks, 1, BS)
         acc = tl.zeros((BT, BN), tl.float32)
         if BESIDE:
             beside = tl.zeros((BT, BESIDE), tl.float32)
         for step in range(0, tl.cdiv(K, BK)):
-            o_k, row = step * BK, i_n * WIDE
+            o_k, row = step * BK, first + i_n * WIDE
             b_a = load_tile(a, i_g // REPEAT, i_t * BT, o_k, T, K, stride_ag, stride_at, 1, BT, BK, TMA)
-            b_b = load_tile(b, i_g, row, o_k, N, K, stride_bg, stride_bn, 1, BN, BK, TMA)
+            b_b = load_tile(b, i_b, row, o_k, first + N, K, stride_bg, stride_bn, 1, BN, BK, TMA)
             acc = tl.dot(b_a, b_b.T, acc)
             if BESIDE:
-                b_b = load_tile(b_beside, i_g, row + BN, o_k, N, K, stride_bg, stride_bn, 1, BESIDE, BK, TMA)
+                b_b = load_tile(b_beside, i_b, row + BN, o_k, first + N, K, stride_bg, stride_bn, 1, BESIDE, BK, TMA)
                 beside = tl.dot(b_a, b_b.T, beside)
         if PEAKS:
             largest = tl.max(tl.where(o_i == i_i, of_blocks, 0.0), 0) if STAYS else tl.max(tl.max(of_block, 1), 0)
             peak = bound * largest
             peak = tl.sqrt(peak * peak + extra * extra)
-        o_t, o_n = i_t * BT + tl.arange(0, BT), i_n * WIDE + tl.arange(0, BN)
         p_c = c_ptr + i_j.to(tl.int64) * stride_cj + i_i.to(tl.int64) * stride_ci
-        finish(
-            acc,
-            p_c,
-            b_scale_ptr,
-            x_scale_ptr,
-            pivots_ptr,
-            bias_ptr,
-            i_g,
-            o_t,
-            o_n,
-            T,
-            N,
-            stride_ct,
-            stride_cn,
-            stride_pt,
-            peak,
-            FIRST,
-            SCALED,
-            PIVOTS,
-            HAS_BIAS,
-            ACTIVATION,
-        )
-        if BESIDE:
+        p_scale = b_scale_ptr + i_b * stride_sg + first if SCALED else b_scale_ptr
+        p_bias = bias_ptr + i_g * N if HAS_BIAS else bias_ptr
+        for part in tl.static_range(2 if BESIDE else 1):
             finish(
-                beside,
+                beside if part else acc,
                 p_c,
-                b_scale_ptr,
+                p_scale,
                 x_scale_ptr,
                 pivots_ptr,
-                bias_ptr,
-                i_g,
-                o_t,
-                i_n * WIDE + BN + tl.arange(0, BESIDE),
+                p_bias,
+                i_t * BT + tl.arange(0, BT),
+                i_n * WIDE + BN + tl.arange(0, BESIDE) if part else i_n * WIDE + tl.arange(0, BN),
                 T,
                 N,
                 stride_ct,

@@ -204,17 +204,16 @@ def stack_along_t(blocks, tokens, width, like):
     return like.new_empty(width, blocks, padded)[:, :, :tokens].permute(1, 2, 0)
 
 
-def blast_mix(y, s, layers=1, z=None):
+def blast_mix(y, s, layers=1):
     """z `[B2, T, R]` from y `[B1, T, R]` and s `[B2, B1, R]`, laid out as y and in its dtype; with s^T, dy from dz.
 
-    An empty z in which r is contiguous may be given. For S layers that share x: z `[S*B2, T, R]` from y
+    For S layers that share x: z `[S*B2, T, R]` from y
     `[B1, T, S*R]` and s `[B2, B1, S*R]`.
     """
     (b2, b1, width), tokens = s.shape, y.shape[1]
     blocks, r, along_t = layers * b2, width // layers, y.stride(2) > 1
-    if z is None:
-        z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
-    rule = mix_config(b1, b2, tokens, along_t, device_of(y), y.dtype != s.dtype)
+    z = stack_along_t(blocks, tokens, r, y) if along_t else y.new_empty(blocks, tokens, r)
+    rule = mix_config(b1, b2, tokens, along_t, device_of(y))
     outer = 2 if along_t else 1
     strides = (r * y.stride(2), y.stride(0), y.stride(outer), *s.stride()[:2], z.stride(0), z.stride(outer))
     vec = vector_width(r, *strides)

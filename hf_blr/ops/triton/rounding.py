@@ -8,6 +8,9 @@ import triton.language as tl
 
 #: rows of a program, which is one warp: what a row waits for is the columns before, and all rows wait side by side
 ROWS = 8
+#: columns that a program holds. Blocks are no wider, and what is narrower is masked: the last block of each rank would
+#: be a kernel of its own otherwise, and compiling it takes longer than it runs
+COLUMNS = 128
 
 
 @triton.jit
@@ -131,7 +134,7 @@ def round_columns(columns, upper, lowest, highest, float8, size, fractions, scal
         float(highest),
         CHOOSES=chooses,
         FLOAT8=float8,
-        BM=triton.next_power_of_2(m),
+        BM=max(COLUMNS, triton.next_power_of_2(m)),
         BN=ROWS,
         num_warps=1,
     )

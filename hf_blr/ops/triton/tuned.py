@@ -22,7 +22,7 @@ from hf_blr.atomic import write_text_atomically
 from hf_blr.ops.rules.columns import ColumnConfig
 from hf_blr.ops.rules.device import pow2
 from hf_blr.ops.rules.few_tokens import DecodeConfig, OneConfig
-from hf_blr.ops.rules.float8 import Float8Config
+from hf_blr.ops.rules.float8 import Float8Config, Float8MixConfig
 from hf_blr.ops.rules.mix import MixConfig
 from hf_blr.ops.rules.packed import PlacesConfig
 from hf_blr.ops.rules.products import GemmConfig
@@ -41,6 +41,7 @@ CHANGES = {
         {"bk": 0.5},
     ),
     MixConfig: ({"bt": 2}, {"bt": 0.5}, {"br": 2}, {"br": 0.5}, {"warps": 2}, {"warps": 0.5}),
+    Float8MixConfig: ({"bt": 2}, {"bt": 0.5}, {"ahead": 2}, {"ahead": 4}, {"programs": 2}, {"programs": 0.5}),
     ColumnConfig: ({"bt": 2}, {"bt": 0.5}, {"bc": 2}, {"bc": 0.5}, {"warps": 2}, {"warps": 0.5}),
     OneConfig: (
         {"rows": 2},
