@@ -275,6 +275,13 @@ def call_places(dtype, tokens, bits, group, n, rank):
     project_by_places(torch.empty(tokens, n, dtype=dtype), v, torch.empty(1, tokens, rank, dtype=dtype))
 
 
+def call_places_in_groups(dtype, n, rank):
+    """Both stages of int4 in groups at 16 tokens, whose steps follow each other without a loop."""
+    x, z = torch.empty(16, n, dtype=dtype), torch.empty(1, 16, rank, dtype=dtype)
+    project_by_places(x, weights_in_bits(*codes_of((1, rank, n), 4, 128)), z)
+    expand_by_places(z, weights_in_bits(*codes_of((1, n, rank), 4, 128)), None, torch.empty(16, n, dtype=dtype))
+
+
 def call_gated_one(bits, n, rank):
     """The last stage of two layers in bits, whose rows the warps have side by side."""
     z, u = torch.empty(1, 1, 2 * rank, dtype=torch.bfloat16), weights_in_bits(*codes_of((2, n, rank), bits, None))
@@ -351,6 +358,7 @@ def main(capability: int):
         call_gated_one(bits, 14336, 1584)
         call_one_beside(bits, 1024, 400)
         call_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
+        call_places_in_groups(torch.bfloat16, 4096, 1024)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

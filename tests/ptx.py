@@ -52,6 +52,7 @@ OPERATIONS = {
     "prmt.b32": permuted,
     "shr.b32": lambda a, n: a >> n,
     "and.b32": lambda a, b: a & b,
+    "add.u32": lambda a, b: a + b & 0xFFFFFFFF,
     "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
     "lop3.b32": logic,
     "cvt.rn.f16x2.e4m3x2": of_float8,

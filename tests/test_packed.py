@@ -11,10 +11,12 @@ from hf_blr.ops.bits import codes_and_scales  # noqa: E402
 from hf_blr.ops.grouped_bits import op_name  # noqa: E402
 from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
+from hf_blr.ops.rules.device import H100  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, steps_of  # noqa: E402
+from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, steps_of  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.ops.triton.bits import weights_in_bits  # noqa: E402
+from hf_blr.ops.triton.place_tiles import word_of  # noqa: E402
 from hf_blr.structures import make_spec  # noqa: E402
 
 pytestmark = [
@@ -75,8 +77,9 @@ def test_place_by_place(form, group, monkeypatch):
     assert len(grids) == 4
 
 
+@pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("form, group, steps", [("int4", 128, 3), ("int4", None, 3), ("fp8", None, 5)])
-def test_steps_that_follow_each_other_without_a_loop(form, group, steps, monkeypatch):
+def test_steps_that_follow_each_other_without_a_loop(form, group, steps, changed, monkeypatch):
     launches, kernel = [], decode_places.decode_places_kernel
 
     class Recorded:
@@ -88,7 +91,7 @@ def test_steps_that_follow_each_other_without_a_loop(form, group, steps, monkeyp
             return run
 
     monkeypatch.setattr(decode_places, "decode_places_kernel", Recorded())
-    monkeypatch.setattr(decode_places, "places_config", lambda *sizes: PlacesConfig(2, 2, ahead=2, groups=2))
+    monkeypatch.setattr(decode_places, "places_config", lambda *sizes: PlacesConfig(2, 2, 1, 2, 2, changed))
     sizes = (1, 1, 640, 40, 128)
     # two groups of 16 tokens, of which the second has one; a last stage of one step, whose second part is empty
     assert_packed_within_budget("low_rank", form, group, 17, sizes, torch.float16)
@@ -114,6 +117,30 @@ def test_programs_share_long_rows(add, ahead, monkeypatch):
     decode_places.project_by_places(x, v, z, add)
     assert grids == [(2, 2, 3)]
     assert torch.allclose(z.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("v, changed", [(4, True), (4, False), (2, False), (1, False)])
+def test_each_lane_has_words_of_its_own(v, changed):
+    loads = [[word_of.fn(lane, i // 2, i % 2, v, changed) for lane in range(4)] for i in range(4)]
+    assert sorted(word for words in loads for word in words) == list(range(16))
+    # inputs of four words of int4 that lanes load at once, 16 bytes each, lie in different banks, as eight fill these
+    assert not changed or all(len({word % 8 for word in words}) == 4 for words in loads)
+
+
+def test_settings_of_int4_in_groups():
+    def config(rows, row, tokens=16, per=8, group=128):
+        return places_config(row, rows, 1, tokens, per, 2, H100, group)
+
+    # tiles of 1024 rows would leave half of the multiprocessors idle, those of 1536 would not
+    assert [config(n, 4096).groups for n in (1024, 1536)] == [2, 1]
+    assert all(config(*sizes).ahead for sizes in ((1536, 4096), (4096, 1024), (4096, 1536)))
+    others = (
+        config(1024, 4096, tokens=17),
+        config(1024, 4096, per=4),
+        config(1024, 4096, group=0),
+        config(14336, 1536),
+    )
+    assert not any(c.ahead or c.groups > 1 or c.changed for c in others)
 
 
 def test_a_short_last_step():

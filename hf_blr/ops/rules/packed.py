@@ -130,6 +130,7 @@ class PlacesConfig:
     ahead: steps of 16 words of a part that are loaded before the wait, where up to `MOST_STEPS` follow each other
         without a loop; 0: a loop loads one ahead.
     groups: of tokens, at least 8 each, that have programs of their own.
+    changed: whether lanes of int4 load inputs from different banks, as `place_tiles.py` says.
     """
 
     tiles: int
@@ -137,6 +138,7 @@ class PlacesConfig:
     splits: int = 1
     ahead: int = 0
     groups: int = 1
+    changed: bool = False
 
 
 #: {stage: settings in int4 and in bytes up to 16 tokens, and in int4 and in bytes from 17 on}; layers share the parts
@@ -151,6 +153,13 @@ PLACES = {
     "first": (PlacesConfig(2, 8), PlacesConfig(2, 16), PlacesConfig(2, 8), PlacesConfig(2, 8)),
     "few": (PlacesConfig(1, 16), PlacesConfig(1, 16), PlacesConfig(1, 8), PlacesConfig(1, 16)),
 }
+#: in int4 with groups, up to 16 tokens; few rows whose tiles leave half of the multiprocessors idle are "fewest"
+IN_GROUPS = {
+    "last": PlacesConfig(2, 8, ahead=2),
+    "short": PlacesConfig(2, 8, ahead=1, changed=True),
+    "few": PlacesConfig(1, 8, ahead=4),
+    "fewest": PlacesConfig(1, 8, ahead=4, groups=2, changed=True),
+}
 
 
 def multiplies_by_places(group: int, per: int) -> bool:
@@ -159,9 +168,11 @@ def multiplies_by_places(group: int, per: int) -> bool:
 
 
 def places_config(
-    row: int, rows: int, layers: int, tokens: int, per: int, itemsize: int, device: Device
+    row: int, rows: int, layers: int, tokens: int, per: int, itemsize: int, device: Device, group: int = 0
 ) -> PlacesConfig:
     """For `decode_places_kernel`: `rows` of `row` numbers, of as many `layers` at once, in words of `per` numbers.
+
+    `group` numbers share a scale, or all of a row: 0.
 
     H200, us of one stage at 16 tokens, rows that share one scale, the best of two to six settings and the next:
     14336 x 1584 int4 10.0, 10.0, fp8 14.7, 16.2; two such layers at once 16.2, 17.0 and 26.4, 28.4; 4096 x 1584 4.5,
@@ -169,6 +180,10 @@ def places_config(
     4.8, 6.6; 1584 x 14336 12.0, 12.3 and 15.2, 16.1. One run, which was the second of its kind. Of settings that are
     as fast alone, the one is taken that lets no program of the next stage in beside it: both stages of 4096 x 4096 in
     int4 8.2 instead of 10.7, of 4096 x 14336 15.5 instead of 17.0.
+
+    In groups of 128, another run, the setting without groups and that of `IN_GROUPS`: 4096 x 1536 4.8, 3.6; 4096 x
+    1024 3.3, 2.6; 1536 x 4096 5.4, 4.4; 1024 x 4096 5.2, 3.4. Both stages of 4096 x 4096 8.5, 5.9, of 4096 x 14336
+    13.4, 12.7.
     """
     if device == INTERPRETER:
         return PlacesConfig(2, 2, 2)
@@ -185,6 +200,8 @@ def places_config(
         stage = "wide"
     else:
         stage = "last" if row > 1024 else "short"
+    if group and per == 8 and tokens <= 16 and stage in IN_GROUPS:
+        return IN_GROUPS["fewest" if stage == "few" and rows <= 8 * device.sms else stage]
     config = PLACES[stage][2 * (tokens > 16) + (per < 8)]
     return replace(config, parts=config.parts // layers)
 

@@ -114,13 +114,23 @@ def number_at(b_w, j: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr):
-    """A tuple of PER tiles like b_w: number 0, 1, ... of each word, in DTYPE and without scales."""
+def places_of(b_w, FORM: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr, CHANGED: tl.constexpr):
+    """A tuple of PER tiles like b_w `[BJ, rows, 16]`: number 0, 1, ... of each word, in DTYPE and without scales.
+
+    CHANGED, int4 alone: from the eighth word on those of each pair change places.
+    """
     if ASSEMBLES and FORM == "int4" and tl.float32 != DTYPE:
-        tiles = int4_places(b_w, DTYPE)
+        b_first = tl.zeros(b_w.shape, tl.int32) + 0x5410
+        if CHANGED:
+            b_first = tl.where(tl.arange(0, 16)[None, None, :] >= 8, 0x1054, b_first)
+        tiles = int4_places(b_w, b_first, DTYPE)
     elif ASSEMBLES and tl.float32 != DTYPE:
         tiles = byte_places(b_w, FORM, DTYPE)
     else:
+        if CHANGED:
+            b_0, b_1 = tl.split(tl.reshape(b_w, (b_w.shape[0], b_w.shape[1], 8, 2)))
+            m = tl.arange(0, 8)[None, None, :] >= 4
+            b_w = tl.reshape(tl.join(tl.where(m, b_1, b_0), tl.where(m, b_0, b_1)), b_w.shape)
         tiles = ()
         for j in tl.static_range(PER):
             tiles = tiles + (number_at(b_w, j, FORM).to(DTYPE),)

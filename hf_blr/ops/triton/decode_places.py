@@ -76,6 +76,8 @@ def decode_places_kernel(
     BT: tl.constexpr,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANGED: tl.constexpr,
     STEPS: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -84,16 +86,19 @@ def decode_places_kernel(
     Blocks i from BLOCKS on belong to further layers, whose x lie stride_xl apart. GATED: out is that of block i times
     w[i + GATED_BLOCKS, q] . x + bias, whose x lies stride_xg behind. ADD adds what out holds. A program has TILES tiles
     of 16 rows. A row is cut into parts of PART words: BJ of a program, and of SPLITS programs, each of which puts out
-    its own sum, stride_os apart. The grid's last axis has these programs for each BT of the tokens. R and strides of x
-    come / VEC, C and strides of w, in words of PER numbers, / VEC_W; V words are loaded at once. SCALED numbers of a
-    row share a scale of ws, which steps of 16 words divide, or all. With STEPS a part has so many steps, which follow
-    each other without a loop: words and scales of AHEAD of them are loaded before the wait.
+    its own sum, stride_os apart. The grid's last axis has these programs for each of GROUPS of BT tokens. R and strides
+    of x come / VEC, C and strides of w, in words of PER numbers, / VEC_W; V words are loaded at once, in the order that
+    CHANGED says. SCALED numbers of a row share a scale of ws, which steps of 16 words divide, or all. With STEPS a part
+    has so many steps, which follow each other without a loop: words and scales of AHEAD of them are loaded before the
+    wait.
     """
     i_q, i_i = tl.program_id(0) * (TILES * 16), tl.program_id(1)
-    i_s, i_t = tl.program_id(2) % SPLITS, (tl.program_id(2) // SPLITS).to(tl.int64)
-    x_ptr += i_t * (BT * stride_xt * VEC)
-    out_ptr += i_t * (BT * stride_ot) + i_s.to(tl.int64) * stride_os
-    T -= (i_t * BT).to(tl.int32)
+    i_s = tl.program_id(2)
+    if GROUPS > 1:
+        i_t, i_s = (i_s // SPLITS).to(tl.int64), i_s % SPLITS
+        x_ptr += i_t * (BT * stride_xt * VEC)
+        out_ptr += i_t * (BT * stride_ot)
+        T -= (i_t * BT).to(tl.int32)
     first = i_s * (BJ * PART)
     columns = C * VEC_W
     # of two gated layers, each has every other part
@@ -113,7 +118,7 @@ def decode_places_kernel(
     l_end = tl.minimum(l_o + PART, columns)[:, None]
     l_q += i_q
     w_ptr += ((i_i + l_g * GATED_BLOCKS).to(tl.int64) * (stride_wi * VEC_W) + l_q * (stride_wq * VEC_W) + l_o)[:, None]
-    s_ptr, stride_w = ws_ptr + ((i_i + o_g * GATED_BLOCKS) * stride_si)[:, None], stride_wq * VEC_W
+    stride_w, o_si = stride_wq * VEC_W, (i_i + o_g * GATED_BLOCKS) * stride_si
     accs = ()
     words = ()
     scales = ()
@@ -123,9 +128,7 @@ def decode_places_kernel(
         o_c = step * 16
         words = words + step_words(w_ptr + o_c, l_q, l_o[:, None] + o_c, l_end, Q, stride_w, V, TILES)
         if STEPS > 0 and SCALED > 0:
-            scales = scales + step_scales(s_ptr, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
-    if SCALED == 0:
-        scales = step_scales(s_ptr, o_j, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
+            scales = scales + step_scales(ws_ptr, o_si, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
     # and of inputs
     t_j, t_t = warp_and_row(tl.arange(0, BJ * BT), BJ)
     t_g, t_o = (t_j % 2, t_j // 2 * PART) if GATED else (t_j * 0, first + t_j * PART)
@@ -140,49 +143,57 @@ def decode_places_kernel(
         inputs = ()
         for step in tl.static_range(AHEAD_X):
             o_x = step * 16 * PER
-            inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER),)
+            inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER, CHANGED),)
         for step in tl.static_range(STEPS):
             if step + AHEAD_X < STEPS:
                 o_x = (step + AHEAD_X) * 16 * PER
-                inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER),)
+                inputs = inputs + (load_inputs(x_ptr + o_x, m_t, t_o + o_x, t_end, V, PER, CHANGED),)
             if step + AHEAD < STEPS:
                 o_c = (step + AHEAD) * 16
                 words = words + step_words(w_ptr + o_c, l_q, l_o[:, None] + o_c, l_end, Q, stride_w, V, TILES)
                 if SCALED > 0:
-                    scales = scales + step_scales(s_ptr, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES)
+                    scales = scales + step_scales(
+                        ws_ptr, o_si, o_j + o_c, o_q, columns, Q, stride_sq, PER, SCALED, TILES
+                    )
             b_xs = input_places(inputs[step], FORM, PER)
             sums = ()
             for tile in tl.static_range(TILES):
                 b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
-                b = step_sum(words[step * TILES + tile], b_xs, b, FORM, PER, V, PRECISION)
+                b = step_sum(words[step * TILES + tile], b_xs, b, FORM, PER, V, PRECISION, CHANGED)
                 if SCALED > 0:
                     b = accs[tile] + b * scales[step * TILES + tile].to(tl.float32)[:, :, None]
                 sums = sums + (b,)
             accs = sums
     else:
-        inputs = load_inputs(x_ptr, m_t, t_o, t_end, V, PER)
+        inputs = load_inputs(x_ptr, m_t, t_o, t_end, V, PER, CHANGED)
         for step in range(0, PART // 16):
             b_xs = input_places(inputs, FORM, PER)
             # what the next step takes is on its way while this one multiplies
             ahead = (step + 1) * 16
-            inputs = load_inputs(x_ptr + ahead * PER, m_t, t_o + ahead * PER, t_end, V, PER)
-            next_words = step_words(w_ptr + ahead, l_q, l_o[:, None] + ahead, l_end, Q, stride_w, V, TILES)
+            inputs = load_inputs(x_ptr + ahead * PER, m_t, t_o + ahead * PER, t_end, V, PER, CHANGED)
             sums = ()
+            next_words = ()
             for tile in tl.static_range(TILES):
+                rows, next_ptr = l_q + tile * 16, w_ptr + tile * 16 * stride_w + ahead
+                next_words = next_words + step_words(next_ptr, rows, l_o[:, None] + ahead, l_end, Q, stride_w, V, 1)
                 b = tl.zeros((BJ, 16, BT), tl.float32) if SCALED > 0 else accs[tile]
-                b = step_sum(words[tile], b_xs, b, FORM, PER, V, PRECISION)
+                b = step_sum(words[tile], b_xs, b, FORM, PER, V, PRECISION, CHANGED)
                 if SCALED > 0:
-                    o_n = o_q + tile * 16
-                    b_s = step_scales(s_ptr, o_j + step * 16, o_n, columns, Q, stride_sq, PER, SCALED, 1)
+                    b_s = step_scales(
+                        ws_ptr, o_si, o_j + step * 16, o_q + tile * 16, columns, Q, stride_sq, PER, SCALED, 1
+                    )
                     b = accs[tile] + b * b_s[0].to(tl.float32)[:, :, None]
                 sums = sums + (b,)
             accs = sums
             words = next_words
+    out_ptr += i_s.to(tl.int64) * stride_os
     for tile in tl.static_range(TILES):
         put_rows(
-            accs[tile] * scales[tile].to(tl.float32)[:, :, None] if SCALED == 0 else accs[tile],
+            accs[tile],
+            ws_ptr,
             bias_ptr,
             out_ptr,
+            o_si,
             o_q + tile * 16,
             i_i,
             T,
@@ -191,10 +202,12 @@ def decode_places_kernel(
             GATED_BLOCKS,
             stride_og,
             stride_ot,
+            stride_sq,
             HAS_BIAS,
             ACTIVATION,
             GATED,
             ADD,
+            SCALED,
         )
 
 
@@ -274,6 +287,8 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
             BT=places_rows(tokens) // groups,
             TILES=config.tiles,
             SPLITS=splits,
+            GROUPS=groups,
+            CHANGED=config.changed and w.form == "int4" and vec_w >= 4,
             STEPS=steps if laid_out else 0,
             AHEAD=min(config.ahead, steps) if laid_out else 1,
             # a warp has a part
@@ -285,5 +300,5 @@ def multiply(x, w: Weights, bias, out, x_blocks, group, strides, out_strides, ac
         if splits > 1:
             sum_splits(sums, out, add)
 
-    rule = places_config(r, all_blocks * q, layers, tokens, w.per, x.element_size(), device)
+    rule = places_config(r, all_blocks * q, layers, tokens, w.per, x.element_size(), device, w.group)
     launch(run, w.named("decode_places"), rule, tokens, (r, q, all_blocks, gated), x)

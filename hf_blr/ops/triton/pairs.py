@@ -18,13 +18,15 @@ ASSEMBLES = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 def int4_pairs(kind: str, one: int, magic: int, offset: int) -> str:
     """Numbers 0 to 7 of words $8 and $9: four bits go into the mantissa of `magic`, of which `offset` is taken off.
 
+    $10 says which word's numbers come first: 0x5410 or, the words having changed places, 0x1054.
+
     Args:
         kind: of the numbers in PTX.
         one, magic, offset: the bits of 1, of a power of two whose last place is 1, and of -(magic + 8), each twice.
     """
     lines = [
-        f".reg .b32 low, high, t, one, offset; mov.b32 one, {one:#x}; mov.b32 offset, {offset:#x};",
-        "prmt.b32 low, $8, $9, 0x5410; prmt.b32 high, $8, $9, 0x7632;",
+        f".reg .b32 low, high, t, up, one, offset; mov.b32 one, {one:#x}; mov.b32 offset, {offset:#x};",
+        "add.u32 up, $10, 0x2222; prmt.b32 low, $8, $9, $10; prmt.b32 high, $8, $9, up;",
     ]
     for j in range(8):
         half, shift = "high" if j >= 4 else "low", 4 * (j % 4)
@@ -82,11 +84,11 @@ FLOAT8_FP16 = tl.constexpr(float8_pairs("f16x2", 128, 0x5C005C00))
 
 
 @triton.jit
-def int4_places(b_w, DTYPE: tl.constexpr):
-    """Eight tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16."""
+def int4_places(b_w, b_first, DTYPE: tl.constexpr):
+    """Eight tiles like b_w: number 0, 1, ... of each word, in float16 or bfloat16; b_first is $10 of `int4_pairs`."""
     ASM: tl.constexpr = INT4_BF16 if tl.bfloat16 == DTYPE else INT4_FP16
     b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
-        ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [b_w], [tl.int16] * 8, is_pure=True, pack=2
+        ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [b_w, b_first], [tl.int16] * 8, is_pure=True, pack=2
     )
     return (
         b_0.to(DTYPE, bitcast=True),

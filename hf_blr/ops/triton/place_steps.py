@@ -20,22 +20,32 @@ def step_words(ptr, o_q, o_c, end, Q, stride, V: tl.constexpr, TILES: tl.constex
 
 
 @triton.jit
-def step_scales(ptr, o_c, o_q, columns, Q, stride, PER: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr):
-    """For each tile of 16 rows the scales `[BJ, 16]` of the words from o_c on: of groups, or of rows."""
-    o_s = o_c * PER // SCALED if SCALED > 0 else o_c * 0
+def step_scales(ptr, o_i, o_c, o_q, columns, Q, stride, PER: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr):
+    """For each tile of 16 rows of matrices at ptr + o_i, scales `[BJ, 16]` of the groups of the words from o_c on."""
+    o_s = o_i + o_c * PER // SCALED
     scales = ()
     for tile in tl.static_range(TILES):
         o_n = o_q + tile * 16
         m = (o_c < columns)[:, None] & (o_n < Q)[None, :]
-        scales = scales + (tl.load(ptr + o_s[:, None] + (o_n * stride)[None, :], mask=m, other=0.0),)
+        scales = scales + (tl.load(ptr + (o_s[:, None] + (o_n * stride)[None, :]), mask=m, other=0.0),)
     return scales
 
 
 @triton.jit
-def step_sum(words, b_xs, acc, FORM: tl.constexpr, PER: tl.constexpr, V: tl.constexpr, PRECISION: tl.constexpr):
+def step_sum(
+    words,
+    b_xs,
+    acc,
+    FORM: tl.constexpr,
+    PER: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHANGED: tl.constexpr,
+):
     """acc `[BJ, 16, BT]` plus the numbers of a tile's words, without scales, times the inputs of `input_places`."""
     BJ: tl.constexpr = acc.shape[0]
-    b_ws = places_of(by_warp(words_in_order(words, V), BJ), FORM, PER, b_xs[0].dtype)
+    b_w = by_warp(words_in_order(words, V), BJ)
+    b_ws = places_of(b_w, FORM, PER, b_xs[0].dtype, CHANGED)
     for j in tl.static_range(PER):
         b_x = tl.permute(by_warp(b_xs[j], BJ), (0, 2, 1))
         acc = tl.dot(b_ws[j], b_x, acc, input_precision=PRECISION)

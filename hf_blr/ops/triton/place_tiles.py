@@ -5,6 +5,10 @@ once, 16 bytes or 8 if rows begin there. Which of the words these are is free, a
 The rows of a load are (eight rows of sixteen, warp, row), so that each warp loads what it multiplies. Triton lays a
 load out so that threads read 16 bytes each, four threads a row, and nothing changes places after that; a compiler that
 lays out otherwise gives the same sums.
+
+Inputs of a lane's four words of int4 are 64 bytes. The 16 of them that lanes 0 and 2 load at once lie in the same banks
+of the first cache, as do those of 1 and 3. CHANGED: lanes 2 and 3 take the words of each pair in the other order, which
+unpacking undoes at no cost.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ from hf_blr.ops.triton.bits import by_place
 
 
 @triton.jit
-def word_of(lane, a, b, V: tl.constexpr):
+def word_of(lane, a, b, V: tl.constexpr, CHANGED: tl.constexpr):
     """Which of 16 words is the pair's b of the lane's pair a, where a thread loads V words at once."""
     if V == 4:
-        word = 4 * lane + 2 * a + b
+        word = 4 * lane + 2 * a + (b ^ (lane // 2) if CHANGED else b)
     elif V == 2:
         word = 8 * b + 2 * lane + a
     else:
@@ -51,12 +55,12 @@ def words_in_order(tiles, V: tl.constexpr):
 
 
 @triton.jit
-def load_inputs(ptr, m, o_r, end, V: tl.constexpr, PER: tl.constexpr):
+def load_inputs(ptr, m, o_r, end, V: tl.constexpr, PER: tl.constexpr, CHANGED: tl.constexpr):
     """Four tiles `[rows, 4 * PER]`, of (a, b) 00, 01, 10 and 11: the inputs that meet the words of `load_words`."""
     o_n = tl.arange(0, 4 * PER)
     tiles = ()
     for i in tl.static_range(4):
-        o = (word_of(o_n // PER, i // 2, i % 2, V) * PER + o_n % PER)[None, :]
+        o = (word_of(o_n // PER, i // 2, i % 2, V, CHANGED) * PER + o_n % PER)[None, :]
         tiles = tiles + (tl.load(ptr + o, mask=m & (o_r + o < end), other=0.0),)
     return tiles
 

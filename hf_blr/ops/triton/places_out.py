@@ -27,8 +27,10 @@ def sum_of_last(b, COUNT: tl.constexpr):
 @triton.jit
 def put_rows(
     acc,
+    ws_ptr,
     bias_ptr,
     out_ptr,
+    o_si,
     o_q,
     i_i,
     T,
@@ -37,16 +39,21 @@ def put_rows(
     GATED_BLOCKS,
     stride_og,
     stride_ot,
+    stride_sq,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Store what `decode_places_kernel` says of its rows o_q, from their sums by parts `[BJ, BQ, BT]`."""
     BJ: tl.constexpr = acc.shape[0]
     BQ: tl.constexpr = acc.shape[1]
     BT: tl.constexpr = acc.shape[2]
     o_t, m_q = tl.arange(0, BT), o_q < Q
+    if SCALED == 0:
+        o_s = o_si[:, None] + (o_q * stride_sq)[None, :]
+        acc *= tl.load(ws_ptr + o_s, mask=m_q[None, :], other=0.0).to(tl.float32)[:, :, None]
     o_n = i_i * Q + o_q
     if GATED:
         b_parts = tl.permute(tl.reshape(acc, (BJ // 2, 2, BQ, BT)), (2, 3, 1, 0))
