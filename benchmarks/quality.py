@@ -147,11 +147,11 @@ def trained(
         steps = max(1, round(trial_tokens / on.training[: settings["batch_size"]].numel()))
         windows = on.training[: steps * settings["batch_size"]]
 
-        def train(copied: torch.nn.Module, some: torch.Tensor, rate: float) -> None:
-            refine(copied, on.dense, some, learning_rate=rate, **trial)
+        def train(copied: torch.nn.Module, rate: float) -> None:
+            refine(copied, on.dense, windows, learning_rate=rate, **trial)
 
-        rate, choice = best_rate(model, windows, rates, train, score)
-        said |= choice
+        rate, choice = best_rate(model, rates, train, score)
+        said |= {**choice, "rate_tokens": windows.numel()}
     elif rates:
         (rate,) = rates
     said["learning_rate"] = rate
