@@ -30,6 +30,15 @@ def poisoned_buffers(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(autouse=True)
+def default_dtype_stays():
+    """What a test leaves behind would fail in others, which run in the same process."""
+    yield
+    left = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert left == torch.float32
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests that are marked as long run where they are asked for, and nowhere else."""
     if "long" in config.option.markexpr:

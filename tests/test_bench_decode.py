@@ -185,13 +185,21 @@ def tiny_benchmark(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_rows_of_the_benchmark_of_decoding_in_bits(tiny_benchmark):
-    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), nullcontext, lambda row: None)
+    turns, kept = [], []
+
+    @contextmanager
+    def turn():
+        turns.append(len(kept))
+        yield
+
+    row = decode_in_bits.row_of("tiny", "low_rank/int4", 2, "cpu", nullcontext(), turn, kept.append)
     assert row["batch"] == 2 and row["ratio"] == 0.5 and len(row["graph_ms_of_rounds"]) == decode_in_bits.ROUNDS
+    # a turn for each round, at whose end there is a row
+    assert turns == list(range(decode_in_bits.ROUNDS)) and len(kept) == decode_in_bits.ROUNDS
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark, monkeypatch, tmp_path):
-    """In threads in place of processes."""
+def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(monkeypatch, tmp_path):
+    """In threads in place of processes, so without models: torch's default dtype is one for all threads."""
     together, alone, order, kept = Barrier(3, timeout=60), Lock(), [], []
     lock = decode_in_bits.Turns.turn
 
@@ -205,13 +213,15 @@ def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(tiny_benchmark
                 kept.append(len(read_result(tmp_path / "rows.json")["rows"]))
 
     monkeypatch.setattr(decode_in_bits.Turns, "turn", turn)
-    measured = decode_in_bits.row_of
 
-    def row_of(name, variant, *others):
-        if variant != "dense":
-            return measured(name, variant, *others)
-        with others[-2]():
-            raise ValueError("no room")
+    def row_of(name, variant, batch, device, building, turn, so_far):
+        row = {"model": name, "variant": variant, "batch": batch}
+        for _ in range(decode_in_bits.ROUNDS):
+            with turn():
+                if variant == "dense":
+                    raise ValueError("no room")
+                so_far(row)
+        return row
 
     monkeypatch.setattr(decode_in_bits, "row_of", row_of)
     jobs = [("tiny", variant, 1, "cpu", "abc") for variant in ("low_rank", "dense", "low_rank/int4")]
