@@ -236,8 +236,8 @@ def test_rows_take_turns_and_one_that_fails_lets_the_others_go_on(monkeypatch, t
         thread.join()
     rounds = [set(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert len(rounds) == decode_in_bits.ROUNDS and all(len(of) == 3 for of in rounds)
-    # from the first round on
-    assert kept[0] == 1 and kept[-1] == 3
+    # from the first round on, beside that of the failure if it came before
+    assert kept[0] in (1, 2) and kept[-1] == 3
     rows = read_result(tmp_path / "rows.json")["rows"]
     assert sorted((row["variant"], "error" in row) for row in rows) == [
         ("dense", True),
