@@ -16,7 +16,9 @@ from hf_blr.markdown import format_table
 #: of each file the calibration set that is shown
 QUALITY = "quality_h200.json", "20 % code, 25 % mixed, 30 % own, 25 % valid"
 BITS = "bits_h200.json", "valid"
-MORE_STEPS = f"{TWICE_FITTED_JOINT}, 256 steps"
+#: `block_steps` of the rows that no training follows, and of those that one does
+STEPS = 256, 128
+MORE_STEPS = f"{TWICE_FITTED_JOINT}, {STEPS[0]} steps"
 #: (file and set, (method, structure, ratio, bits of a budget or format)), as rows name them
 SHOWN = (
     (QUALITY, (MORE_STEPS, "pivoted", 0.8, "plain")),
@@ -27,8 +29,6 @@ SHOWN = (
     (BITS, (REFINED, "auto", 1.0, 4.25)),
     (BITS, (REFINED, "auto", 1.0, 3.5)),
 )
-#: `block_steps` of the rows that no training follows, and of those that one does
-STEPS = 256, 128
 TEXTS = ("wikitext2", "ptb", "c4", "code")
 
 

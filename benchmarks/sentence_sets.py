@@ -42,7 +42,8 @@ def drawn_sentences(texts: Iterable[str], seed: int, held_out: int = 0) -> tuple
     kept = [sentences[i] for i in order[: len(order) - held_out]]
     left_out = [sentences[i] for i in order[len(order) - held_out :]]
     # what is said twice is held out of both
-    return [sentence for sentence in kept if sentence not in set(left_out)] if held_out else kept, left_out
+    seen = set(left_out)
+    return [sentence for sentence in kept if sentence not in seen], left_out
 
 
 def sentence_batches(

@@ -110,11 +110,10 @@ def refine_factors(
         with torch.enable_grad(), in_bfloat16(entered[i].device):
             replaced = {key: value.to(factors[key].dtype) for key, value in copies.items()}
             out = aim.run(lambda *args, r=replaced, **kwargs: functional_call(block, r, args, kwargs), entered[i], i)
+            optimizer.zero_grad()
             with tf32():
-                gradients = torch.autograd.grad(error(out, wanted[i]), list(copies.values()))
-        for copy, gradient in zip(copies.values(), gradients, strict=True):
-            # fused steps refuse a gradient whose numbers lie in another order
-            copy.grad = torch.empty_like(copy).copy_(gradient)
+                # lays gradients as their factors lie, which fused steps ask for
+                error(out, wanted[i]).backward(inputs=list(copies.values()))
         optimizer.step()
         schedule.step()
     put(factors, copies)
