@@ -51,6 +51,20 @@ def test_rounds_have_seeds_of_their_own_and_what_is_done_in_time_is_kept(folder)
     assert [(row["windows"], row["rounds"]) for row in rows] == [(12, 2), (6, 1), (6, 1)]
 
 
+def test_texts_go_on_from_pieces_of_parts_in_their_shares(folder):
+    torch.save({"a": torch.arange(24), "b": torch.arange(100, 148)}, folder / "parts.pt")
+    begin = ["--parts", str(folder / "parts.pt"), "--begin-with", "a=0.25", "b=0.75", "--begin-tokens", "3"]
+    written(folder, 0, "a.pt", *begin, "--name", "own", "--rounds", "2")
+    pieces = read_ids([str(folder / "a.pt")], None)["own"].view(-1, 8)[:, :3]
+    # 48 texts: 12 pieces of a, which has 8, and 36 of b, which has 16
+    counts = {first: int((pieces[:, 0] == first).sum()) for first in [*range(0, 24, 3), *range(100, 148, 3)]}
+    assert sorted(counts[first] for first in range(0, 24, 3)) == [1] * 4 + [2] * 4
+    assert sorted(counts[first] for first in range(100, 148, 3)) == [2] * 12 + [3] * 4
+    assert (pieces.diff() == 1).all()
+    row = json.loads((folder / "own_text.json").read_text())["rows"][0]
+    assert (row["begun_with"], row["begin_tokens"]) == ("25 % a, 75 % b", 3)
+
+
 def test_the_tokens_that_are_kept_are_those_of_the_last_row():
     file = Path(own_text.__file__).parent / "results" / "own_text.json"
     row = json.loads(file.read_text())["rows"][-1]

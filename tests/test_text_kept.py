@@ -73,6 +73,11 @@ def test_the_command_line_writes_and_fits_to_it(tmp_path, capsys):
     assert torch.equal(load(file, seqlen=32), written)
     assert main(["write", dense, file, *sizes]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
+    text, begun = tmp_path / "text.txt", str(tmp_path / "begun.safetensors")
+    text.write_text("To be gone on from. " * 20)
+    assert main(["write", dense, begun, *sizes, "--begin-with", str(text), "--begin-tokens", "8"]) == 0
+    pieces = load(str(text), seqlen=8, num_samples=6)
+    assert torch.equal(load(begun, seqlen=32)[:, :8], pieces)
     common = ["--structure", "low_rank", "--rank", "8", *sizes]
     assert main(["compress", dense, out, *common, "--dataset", f"{file}=3,self=1"]) == 0
     assert f"192 tokens (75 % {file}, 25 % self)" in capsys.readouterr().out

@@ -139,6 +139,35 @@ def test_a_chat_begins_with_the_users_turn_and_needs_a_template():
         write_windows(model, tokenizer, 4, 6, chat=True)
 
 
+def test_windows_go_on_from_beginnings_that_take_turns():
+    model, pieces, windows = bigram_model(), torch.tensor([[3, 5, 2], [7, 4, 9]]), 600
+    ids = write_windows(model, Tokenless(), windows, 5, seed=1, beginnings=pieces, progress=False)
+    assert ids.shape == (windows, 5) and torch.equal(ids[:, :3], pieces.repeat(windows // 2, 1))
+    # what follows depends on the piece, as the model says
+    for piece in range(2):
+        counts = torch.bincount(ids[piece::2, 3], minlength=12)
+        expected = windows / 2 * transitions(model)[pieces[piece, -1]]
+        assert ((counts - expected).abs() < 4 * expected.clamp_min(1).sqrt()).all()
+    assert torch.equal(ids, write_windows(model, Tokenless(), windows, 5, seed=1, beginnings=pieces, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"beginnings": torch.zeros(2, 0, dtype=torch.long)}, "token ids .m, b., int64, got torch.int64 of .2, 0."),
+        ({"beginnings": torch.zeros(3, dtype=torch.long)}, "token ids .m, b., int64, got torch.int64 of .3."),
+        ({"beginnings": torch.zeros(1, 3)}, "token ids .m, b., int64, got torch.float32 of .1, 3."),
+        ({"beginnings": torch.full((1, 3), 999)}, "token id 999 is beyond the vocabulary"),
+        ({"beginnings": torch.zeros(1, 8, dtype=torch.long)}, "more than the 8 tokens that a window begins with"),
+        ({"beginnings": torch.zeros(1, 3, dtype=torch.long), "chat": True}, "not with both: leave one out"),
+    ],
+    ids=["none", "row", "float", "vocabulary", "length", "chat"],
+)
+def test_beginnings_that_cannot_be_gone_on_from_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        write_windows(tiny_llama(), tiny_tokenizer(), 2, 8, progress=False, **given)
+
+
 def test_the_first_token_is_the_tokenizers_then_the_configs_beginning_then_an_end():
     model, tokenizer = tiny_llama(bos_token_id=7, eos_token_id=[9, 8]), tiny_tokenizer()
     assert module.first_token(model, tokenizer) == EOS_ID

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hf_blr.config.texts import SELF, SELF_CHAT
 from hf_blr.modes import evaluating
 from hf_blr.text.draws import Codes, Draws
-from hf_blr.text.windows import check_positions
+from hf_blr.text.windows import check_ids, check_positions
 
 #: for keys and values of a batch where the device does not say how much it has; more rows gain nothing on a CPU
 CACHE_BYTES = 2 << 30
@@ -35,13 +35,14 @@ def write_windows(
     seed: int = 0,
     *,
     chat: bool = False,
+    beginnings: Tensor | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Windows of text that the model writes by sampling from its own predictions at temperature 1.
 
-    Each window begins with an empty document. A document that ends is followed by the next, as in pretraining. Models
-    that compute on such text meet what they meet when they are used, without any text from elsewhere (LLM-QAT, arXiv
-    2305.17888).
+    Each window begins with an empty document, unless it is told otherwise. A document that ends is followed by the
+    next, as in pretraining. Models that compute on such text meet what they meet when they are used, without any text
+    from elsewhere (LLM-QAT, arXiv 2305.17888).
 
     Args:
         model: a causal language model of transformers, on any device and in any dtype. Left as it was.
@@ -52,6 +53,8 @@ def write_windows(
             round differently (another device, dtype or batch) may change a token, and then all after it.
         chat: each window begins with the opening of a user's turn in the tokenizer's chat template, and the model
             writes the turns (Magpie, arXiv 2406.08464).
+        beginnings: token ids `[m, b]` of some text, with which the windows begin in turn; the model goes on. A little
+            text of a kind becomes a lot of it that way. None: with an empty document.
         progress: show a progress bar.
 
     Returns:
@@ -60,34 +63,38 @@ def write_windows(
 
     Raises:
         ValueError: if the model is no causal language model, nothing says which token begins a document, there is no
-            chat template to begin with, windows have no room for the model's own tokens or more tokens than it has
-            positions, or its logits are not finite.
+            chat template to begin with, beginnings are no token ids of it or come with a chat, windows have no room for
+            the model's own tokens or more tokens than it has positions, or its logits are not finite.
     """
     if not can_write(model):
         raise ValueError(
             f"{type(model).__name__} cannot write text: only causal language models do. Name a text instead, "
             '"builtin", "wikitext2" or a file'
         )
-    opening = chat_opening(tokenizer) if chat else [first_token(model, tokenizer)]
-    if num_samples < 1 or seqlen <= len(opening):
+    if beginnings is None:
+        opening = chat_opening(tokenizer) if chat else [first_token(model, tokenizer)]
+        beginnings = torch.tensor([opening])
+    else:
+        check_beginnings(model, beginnings, chat)
+    begun = beginnings.shape[1]
+    if num_samples < 1 or seqlen <= begun:
         raise ValueError(
-            f"num_samples must be at least 1 and seqlen more than the {len(opening)} tokens that a window begins with, "
+            f"num_samples must be at least 1 and seqlen more than the {begun} tokens that a window begins with, "
             f"got {num_samples} and {seqlen}"
         )
     check_positions(model, seqlen)
-    codes = Codes(num_samples, seqlen - len(opening), seed)
-    start = torch.tensor(opening, device=model.device)
+    codes = Codes(num_samples, seqlen - begun, seed)
     windows = []
     bar = tqdm(total=num_samples * codes.noise.shape[1], desc="writing text", unit="token", disable=not progress)
-    with bar, evaluating(model), plain_generation(model, seqlen - len(opening)) as settings:
+    with bar, evaluating(model), plain_generation(model, seqlen - begun) as settings:
         for rows in torch.arange(num_samples).split(rows_at_once(model, seqlen)):
-            draws = Draws(codes, rows, start.device)
+            draws = Draws(codes, rows, model.device)
 
             def draw(input_ids: Tensor, scores: Tensor, draws: Draws = draws) -> Tensor:
                 bar.update(len(scores))
                 return draws(input_ids, scores)
 
-            ids = start.repeat(len(rows), 1)
+            ids = beginnings[rows % len(beginnings)].to(model.device)
             mask = torch.ones_like(ids)
             written = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=[draw])
             if draws.width.isnan().any():
@@ -96,6 +103,18 @@ def write_windows(
                 )
             windows.append(written.cpu())
     return torch.cat(windows)
+
+
+def check_beginnings(model: Any, beginnings: Tensor, chat: bool) -> None:
+    """Raises ValueError if they are no rows of token ids of the model, or a chat is asked for too."""
+    if chat:
+        raise ValueError("windows begin with the chat template or with beginnings, not with both: leave one out")
+    if beginnings.dim() != 2 or not beginnings.numel() or beginnings.dtype != torch.long:
+        raise ValueError(
+            f"beginnings must be token ids [m, b], int64, got {beginnings.dtype} of {list(beginnings.shape)}: "
+            "hf_blr.text.load_windows makes them of a text"
+        )
+    check_ids(model, beginnings)
 
 
 @contextmanager
