@@ -6,7 +6,7 @@ from functools import partial
 from statistics import fmean
 
 from conditions import RESULTS
-from text_ratio_sections import complete_groups, fair_means, mean_of_runs, method_of, ratio, ratio_lines, trained_on
+from text_ratio_sections import about, complete_groups, fair_means, fair_to, mean_of_runs, method_of, ratio, ratio_lines
 
 from hf_blr.bench.report.commits import commits_of, rows_of
 from hf_blr.bench.report.files import read_result
@@ -35,11 +35,12 @@ def goals_section() -> str:
     table = []
     for kept, (untrained, trained) in GOALS.items():
         alike = [runs for runs in groups if runs[0][0]["structure"] and runs[0][0]["ratio"] == kept]
-        refined = [runs for runs in alike if trained_on(runs[0][0]) in fair]
+        refined = [runs for runs in alike if runs[0][0].get("finetune_tokens") and fair_to(runs[0][0], fair)]
         fitted = [runs for runs in alike if not runs[0][0].get("finetune_tokens")]
         size = f"{100 * kept:.0f} %"
         table.append(line(f"{size}, no training", untrained, fitted, mean_of_runs))
-        table.append(line(f"{size}, refined, over dense refined alike", trained, refined, partial(over, fair)))
+        said = partial(about, fair=fair)
+        table.append(line(f"{size}, refined, over dense refined alike", trained, refined, partial(over, fair), said))
         if kept == 0.8:
             table.append(line("80 %, no training, the worst of the texts", WORST, fitted, worst))
     table += sentence_lines()
@@ -48,21 +49,21 @@ def goals_section() -> str:
 
 def over(fair: dict[tuple, float], runs: list[list[dict]]) -> float:
     """The mean over that of the dense model that was trained on the same tokens."""
-    return mean_of_runs(runs) / fair[trained_on(runs[0][0])]
+    return mean_of_runs(runs) / fair_to(runs[0][0], fair)
 
 
 def worst(runs: list[list[dict]]) -> float:
     return max(ratio(row) for run in runs for row in run)
 
 
-def line(name: str, goal: float, groups: list, measure) -> dict:
-    """The group that measures least beside the goal."""
+def line(name: str, goal: float, groups: list, measure, said=lambda row: "") -> dict:
+    """The group that measures least beside the goal; `said` of its rows stands before what is measured."""
     best = min(groups, key=measure, default=None)
     first = {WHAT: name, "goal": f"{goal:g}"}
     if best is None:
         return first | {"measured": "not measured", "by": ""}
     row = best[0][0]
-    return first | {"measured": f"{measure(best):.3f}", "by": f"{label_of(row)}, {row['method']}"}
+    return first | {"measured": f"{said(row)}{measure(best):.3f}", "by": f"{label_of(row)}, {row['method']}"}
 
 
 def sentence_lines() -> list[dict]:

@@ -137,8 +137,7 @@ def trained(
     """
     # code that is compiled once serves all runs
     settings = {"compiled": torch.cuda.is_available(), "seed": on.seed, **settings}
-    said = {"finetune_sha256": sha256_of(on.training), "finetune_mixture": on.trained_on.label}
-    said["finetune_batch"] = settings["batch_size"]
+    said = {"finetune_sha256": sha256_of(on.training), "finetune_batch": settings["batch_size"]}
     judge = on.judge
     # a dense model's divergence from itself says nothing
     score = judge.loss if "dense_rate" in settings else judge.divergence
@@ -169,8 +168,10 @@ def epochs_of(on: Calibration, tokens: int) -> int:
 def facts_of(run: Run, on: Calibration, epochs: int) -> dict:
     """What tells the run's rows from others, before anything is measured."""
     fitted = {"calibration": None, "calibration_tokens": 0, "seed": on.seed} if run.kind in TEXTLESS else on.facts()
-    tokens = epochs * on.training.numel() if run.kind in TRAINED else 0
-    return {**run.facts(), **fitted, "finetune_tokens": tokens}
+    trained = {"finetune_tokens": 0}
+    if run.kind in TRAINED:
+        trained = {"finetune_tokens": epochs * on.training.numel(), "finetune_mixture": on.trained_on.label}
+    return {**run.facts(), **fitted, **trained}
 
 
 def main(argv=None):

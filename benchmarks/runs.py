@@ -251,7 +251,11 @@ MEASURED_ON = (
 
 
 def row_key(row: dict) -> tuple:
-    """What a row measures; one that names no format is of plain factors, and of no tokens to train on, not trained."""
+    """What a row measures; one that names no format is of plain factors, and of no tokens to train on, not trained.
+
+    One that names no mixture to train on was trained on what it was fitted to.
+    """
     measured = (row.get(name) for name in MEASURED_ON)
     stored, trained = row.get("format", PLAIN.name), row.get("finetune_tokens") or 0
-    return row["method"], row["structure"], tuple(row["blocks"] or ()), stored, trained, *measured
+    mixture = (row.get("finetune_mixture") or row.get("calibration")) if trained else None
+    return row["method"], row["structure"], tuple(row["blocks"] or ()), stored, trained, mixture, *measured

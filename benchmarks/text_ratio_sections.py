@@ -57,7 +57,7 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
 
     A text's cell is its perplexity and the ratio to dense. "mean" is the geometric mean of the ratios of all texts,
     with half the range over the seeds; "worst" is the largest ratio. "of dense refined" divides the mean of a refined
-    model by that of the dense model that was trained on the same tokens, at the rate that was best for it.
+    model by that of the dense model that was trained on the same tokens, at the rate that was best for it; see `about`.
     """
     groups = complete_groups(rows, texts)
     fair = fair_means(groups)
@@ -80,8 +80,8 @@ def ratio_lines(rows: list[dict], texts: list[str]) -> list[dict]:
             line[text] = (
                 f"{score(geometric_mean([r['ppl'] for r in of_text]))} ({geometric_mean(map(ratio, of_text)):.2f}x)"
             )
-        if row.get("finetune_tokens") and trained_on(row) in fair and row["structure"]:
-            line["of dense refined"] = f"{mean / fair[trained_on(row)]:.3f}"
+        if row.get("finetune_tokens") and row["structure"] and (alike := fair_to(row, fair)):
+            line["of dense refined"] = f"{about(row, fair)}{mean / alike:.3f}"
         measured = [each for run in runs for each in run]
         lines.append((-row["ratio"], mean, {**line, "commit": commits_of(measured)}))
     return [line for *_, line in sorted(lines, key=lambda each: each[:2])]
@@ -99,14 +99,25 @@ def mean_of_runs(runs: list[list[dict]]) -> float:
 
 
 def fair_means(groups: list[list[list[dict]]]) -> dict[tuple, float]:
-    """{what was trained on: the mean ratio of the dense model that was trained on it, at the rate that was best}."""
+    """{what was trained on, the tokens or their mixture: the mean ratio of the dense model, at its best rate}."""
     fair: dict[tuple, float] = {}
     for runs in groups:
         row = runs[0][0]
         if row["method"].startswith(DENSE_REFINED):
-            text = trained_on(row)
-            fair[text] = min(fair.get(text, math.inf), mean_of_runs(runs))
+            for text in (trained_on(row), mixture_trained_on(row)):
+                fair[text] = min(fair.get(text, math.inf), mean_of_runs(runs))
     return fair
+
+
+def fair_to(row: dict, fair: dict[tuple, float]) -> float | None:
+    """The dense model's mean on the tokens of a refined row, else on its mixture; None if it was trained on neither."""
+    exact = fair.get(trained_on(row))
+    return exact or (fair.get(mixture_trained_on(row)) if row.get("finetune_mixture") else None)
+
+
+def about(row: dict, fair: dict[tuple, float]) -> str:
+    """What stands before a quotient: that the dense model's windows of the mixture were drawn anew."""
+    return "" if trained_on(row) in fair else "≈ "
 
 
 def complete(rows: list[dict], texts: list[str]) -> list[list[dict]]:
@@ -127,6 +138,11 @@ def method_of(row: dict) -> tuple:
 def trained_on(row: dict) -> tuple:
     """The tokens, each of them, and how many in all epochs; what a model was fitted to before does not matter."""
     return row.get("finetune_sha256"), row.get("finetune_tokens")
+
+
+def mixture_trained_on(row: dict) -> tuple:
+    """The mixture, how many tokens of it, and how many windows in a step: whichever windows were drawn."""
+    return row.get("finetune_mixture"), row.get("finetune_tokens"), row.get("finetune_batch")
 
 
 def described(row: dict) -> str:

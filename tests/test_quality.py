@@ -134,6 +134,10 @@ def test_rows_that_were_trained_on_more_tokens_are_others(folder):
         rows = measure(folder, *sizes, "--train-tokens", tokens)
     # and the same number of them is not trained on twice
     assert [row["finetune_tokens"] for row in rows if row["dataset"] == "ptb"] == [0, 512, 1024]
+    # as many of another mixture are others
+    for _ in range(2):
+        rows = measure(folder, *sizes, "--train-tokens", "512", "--train-mixture", "own")
+    assert [row.get("finetune_mixture") for row in rows if row["dataset"] == "ptb"] == [None, "valid", "valid", "own"]
     merge.main([str(folder / "all.json"), str(folder / "q.json")])
     assert json.loads((folder / "all.json").read_text())["rows"] == rows
 

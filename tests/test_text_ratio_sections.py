@@ -60,6 +60,22 @@ def test_refined_rows_are_divided_by_the_best_dense_model_refined_on_the_same_to
     assert trained["ours, refined"] == "8 thousand tokens" and trained["ours"] == ""
 
 
+def test_a_dense_model_that_was_trained_on_the_mixtures_other_windows_gives_an_estimate():
+    tokens = {"finetune_tokens": 8000, "finetune_sha256": "t", "finetune_mixture": "50 % a, 50 % b", "finetune_batch": 4}
+    dense = {**SHARED, **FITTED, **tokens, "method": "dense, refined at 0.1", "finetune_sha256": "o"}
+    rows = scored(dense, 0.5, 0.5) + scored({**OURS, **tokens}, 1.0, 1.0)
+    assert quotient(rows) == "≈ 2.000"
+    # of the very same tokens, it is none
+    assert quotient(rows + scored({**dense, "finetune_sha256": "t"}, 0.8, 0.8)) == "1.250"
+    for other in ({"finetune_batch": 8}, {"finetune_tokens": 16000}, {"finetune_mixture": "50 % a, 50 % c"}):
+        assert quotient(scored({**dense, **other}, 0.5, 0.5) + scored({**OURS, **tokens}, 1.0, 1.0)) is None
+
+
+def quotient(rows):
+    """What the table says of the refined model over the dense one."""
+    return next(line for line in ratio_lines(rows, TEXTS) if line["method"] == "ours, refined").get("of dense refined")
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(text_ratio_sections, "RESULTS", tmp_path)
