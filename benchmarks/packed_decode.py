@@ -44,8 +44,8 @@ KINDS = (
     ("fp8", None, True),
     ("int8", None, True),
 )
-#: of the copies of a layer that one graph runs
-BYTES = 160e6
+#: of the copies of a layer that one graph runs, and how many they are at least
+BYTES, COPIES = 160e6, 4
 #: graphs of each row, each captured anew
 GRAPHS = 2
 PROTOCOL = (
@@ -75,7 +75,7 @@ def made(job: Job, device: str, copies: int | None = None) -> tuple[Callable[[An
     x = torch.randn(tokens, k, device=device).to(dtype)
     rank = rank if group else plain_rank
     size = (rank * (n + k) if factored else n * k) * {"plain": 2, "int4": 0.5}.get(form, 1)
-    count = copies or max(4, math.ceil(BYTES / size))
+    count = copies or max(COPIES, math.ceil(BYTES / size))
     if factored:
         u, v = factor(form, group, n, rank, device, dtype), factor(form, group, rank, k, device, dtype)
         return (lambda pair: low_rank.decode(x, *pair, None)), [tuple(map(cloned, (u, v))) for _ in range(count)]

@@ -7,13 +7,15 @@ import pytest
 
 from hf_blr.bench.report.files import read_result
 
-LAYER = (256, 256, 64, 128)
+LAYER = (128, 128, 64, 128)
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(packed_decode, "LAYERS", (LAYER,))
     monkeypatch.setattr(packed_decode, "BYTES", 1)
+    monkeypatch.setattr(packed_decode, "COPIES", 1)
+    monkeypatch.setattr(packed_decode.Timer, "median", lambda timer, run, flush: timer.once(run, flush))
     path = tmp_path / "rows.json"
 
     def measured(*kinds):
