@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hf_blr.bench import rivals
 from hf_blr.bench.environment import environment
+from hf_blr.bench.report.commits import rows_of
 from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.rows import in_one_line
 from hf_blr.bench.timing import Timer
@@ -49,8 +50,9 @@ BYTES, COPIES = 160e6, 4
 #: graphs of each row, each captured anew
 GRAPHS = 2
 PROTOCOL = (
-    "a CUDA graph of as many copies of a layer as take 160 MB, at least four; means of two graphs' medians; low-rank "
-    "of random codes and scales; dense by cuBLAS, dense in int4 by PyTorch's _weight_int4pack_mm with groups of 128"
+    "a CUDA graph of as many copies of a layer as take 160 MB, at least four; medians of nine replays, at 1 and 16 "
+    "tokens means of two graphs; low-rank in two launches or three, of rank 1024 or 1584, in groups 1536, random codes "
+    "and scales; dense by cuBLAS, dense in int4 by PyTorch's _weight_int4pack_mm with groups of 128"
 )
 
 Job = tuple[tuple[int, int, int, int], tuple[str, int | None, bool], int]
@@ -127,10 +129,11 @@ def main() -> None:
         return
     where = environment() | ({"commit": args.commit} if args.commit else {})
     head = {"environment": where, "dtype": "bfloat16", "protocol": PROTOCOL}
-    if args.json.exists():
-        # tests and numbers of other runs stand above the rows
-        head = {key: value for key, value in read_result(args.json).items() if key != "rows"} | head
     file = ResultFile(args.json, head, append=True)
+    if file.rows:
+        before = read_result(args.json)
+        # tests and numbers of other runs stand above the rows, of which each is of its own commit
+        file.head, file.rows = {key: value for key, value in before.items() if key != "rows"} | head, rows_of(before)
     for job in jobs:
         row = row_of(job)
         try:

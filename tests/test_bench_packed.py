@@ -41,8 +41,8 @@ def test_rows_and_those_that_fail(measured, capsys):
 
 def test_what_is_measured_again_takes_the_place_of_what_was_and_the_rest_stays(measured):
     row = {
-        "in_features": 256,
-        "out_features": 256,
+        "in_features": 128,
+        "out_features": 128,
         "rank": 64,
         "tokens": 2,
         "format": "fp8",
@@ -50,8 +50,14 @@ def test_what_is_measured_again_takes_the_place_of_what_was_and_the_rest_stays(m
         "us": [9.0],
     }
     before = measured(("int8", None, True))
-    of_others = {"checks": "18 tests", "protocol": "another"}
+    of_others = {
+        "checks": "18 tests",
+        "protocol": "another",
+        "environment": before["environment"] | {"commit": "older"},
+    }
     measured.path.write_text(json.dumps(before | of_others | {"rows": [row, {**row, "tokens": 4}]}))
     found = measured(("fp8", None, True))
     assert found["checks"] == "18 tests" and found["protocol"] == packed_decode.PROTOCOL
     assert [row["tokens"] for row in found["rows"]] == [4, 2] and found["rows"][1]["us"] != [9.0]
+    # each stays of the commit that it was measured at
+    assert [row["commit"] for row in found["rows"]] == ["older", "abc"]
