@@ -95,7 +95,7 @@ def conditions_of(rows: list[dict]) -> str:
 def speeds() -> str:
     """Prefill in fp8 and decoding in int4, of whole models."""
     models, decode = (read_result(RESULTS / name) for name in ("models_h200.json", "decode_h200.json"))
-    prefill = {row["variant"]: row for row in rows_of(models) if (row["model"], row["tokens"]) == WHOLE}
+    prefill = {row["variant"]: row for row in rows_of(models) if (row["model"], row.get("tokens")) == WHOLE}
     steps = {row["variant"]: row for row in rows_of(decode) if row["batch"] == 1}
     fp8, int4, dense = prefill["low_rank@128/fp8+fused"], steps["low_rank/int4+fused"], steps["dense"]
     where = f"{machine(decode['environment'])}; in fp8 commit {commits_of([fp8])}"
