@@ -359,6 +359,7 @@ def main(capability: int):
         call_one_beside(bits, 1024, 400)
         call_places(torch.bfloat16, 32, bits, group and 128, 14336, 1536)
         call_places_in_groups(torch.bfloat16, 4096, 1024)
+        call_places_in_groups(torch.bfloat16, 14336, 1536)
     if capability >= 89:
         call_float8(1024, 4096, 4096, 1024, 4, 4)
         call_float8(48, 4096, 4096, 1024, 16, 16)

@@ -13,7 +13,7 @@ from hf_blr.ops.rules import blast as rules  # noqa: E402
 from hf_blr.ops.rules.bits import NUMBERS, PACKED, CodeForm, route  # noqa: E402
 from hf_blr.ops.rules.device import H100  # noqa: E402
 from hf_blr.ops.rules.few_tokens import DecodeConfig  # noqa: E402
-from hf_blr.ops.rules.packed import PlacesConfig, multiplies_by_places, places_config, steps_of  # noqa: E402
+from hf_blr.ops.rules.packed import CHUNK, PlacesConfig, multiplies_by_places, places_config, steps_of  # noqa: E402
 from hf_blr.ops.triton import decode_expand, decode_places, decode_project, decode_stack  # noqa: E402
 from hf_blr.ops.triton.bits import weights_in_bits  # noqa: E402
 from hf_blr.ops.triton.place_tiles import word_of  # noqa: E402
@@ -134,12 +134,12 @@ def test_settings_of_int4_in_groups():
     # tiles of 1024 rows would leave half of the multiprocessors idle, those of 1536 would not
     assert [config(n, 4096).groups for n in (1024, 1536)] == [2, 1]
     assert all(config(*sizes).ahead for sizes in ((1536, 4096), (4096, 1024), (4096, 1536)))
-    others = (
-        config(1024, 4096, tokens=17),
-        config(1024, 4096, per=4),
-        config(1024, 4096, group=0),
-        config(14336, 1536),
-    )
+    # inputs are most of what is read, the more so of few rows and of few words
+    assert all(config(*sizes).changed for sizes in ((1536, 4096), (4096, 1024), (14336, 1536), (1536, 14336)))
+    # of a long row as many words as come before the wait
+    long = config(1536, 14336)
+    assert 8 * CHUNK * long.parts * long.splits * long.ahead >= 14336
+    others = (config(1024, 4096, tokens=17), config(1024, 4096, per=4), config(1024, 4096, group=0))
     assert not any(c.ahead or c.groups > 1 or c.changed for c in others)
 
 

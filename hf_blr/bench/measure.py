@@ -40,6 +40,18 @@ def prefill(
 
     With `profile` also "profile", of `profiling.profiled`, in forms that replay a graph of ours on a GPU.
     """
+    with forward_run(model, kind, batch, tokens, form, mode, timer) as run:
+        row: dict[str, Any] = {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
+        if profile and timer.on_gpu and form in ("graph", "compiled"):
+            row["profile"] = profiled(run)
+        return row
+
+
+@contextlib.contextmanager
+def forward_run(
+    model: nn.Module, kind: str, batch: int, tokens: int, form: str, mode: str, timer: Timer
+) -> Iterator[Callable]:
+    """What repeats one forward of `prefill`, compiled and warm; its inputs live as long as this context."""
     inputs = forward_inputs(model, kind, batch, tokens, timer.device)
     call: Callable = model
     if form == "compiled":
@@ -47,9 +59,7 @@ def prefill(
     if form == "whole":
         forget_compiled()
         call = torch.compile(model, mode=WHOLE_MODES[mode], dynamic=False)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(maskless_attention(model, kind))
+    with torch.no_grad(), maskless_attention(model, kind):
         forget_peak(timer.device)
         if form in ("graph", "compiled"):
             run = timer.captured(lambda: call(**inputs))
@@ -57,10 +67,7 @@ def prefill(
             run = lambda: call(**inputs)  # noqa: E731
             for _ in range(3):
                 run()
-        row: dict[str, Any] = {"ms": timer.median(run) * 1e3, "peak_bytes": peak(timer.device)}
-        if profile and timer.on_gpu and form in ("graph", "compiled"):
-            row["profile"] = profiled(run)
-        return row
+        yield run
 
 
 @contextlib.contextmanager

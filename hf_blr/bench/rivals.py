@@ -27,17 +27,17 @@ GEMLITE_SETTINGS = "h100.json"
 Rival = tuple[Callable[..., Tensor], list[Tensor], Callable[..., Tensor]]
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels 0 to 15 `[N, K/GROUP, GROUP]`, and scale and lowest value `[N, K/GROUP, 1]` of each group, in float32."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+def quantised(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels 0 to 15 `[N, K/group, group]`, and scale and lowest value `[N, K/group, 1]` of each group, in float32."""
+    groups = weight.float().unflatten(1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = ((high - low) / 15).clamp_min(1e-8)
     return ((groups - low) / scale).round().clamp(0, 15), scale, low
 
 
-def int4_by_pytorch(weight: Tensor) -> Rival:
+def int4_by_pytorch(weight: Tensor, group: int = GROUP) -> Rival:
     """PyTorch's own kernel, which torchao's int4 of weights alone runs on GPUs too."""
-    levels, scale, low = quantised(weight)
+    levels, scale, low = quantised(weight, group)
     packed = levels.flatten(1).to(torch.uint8)
     packed = packed[:, ::2] << 4 | packed[:, 1::2]
     # the kernel's zero is what the level 8 stands for
@@ -46,11 +46,11 @@ def int4_by_pytorch(weight: Tensor) -> Rival:
 
 
 def pytorch_int4(x: Tensor, tiles: Tensor, scales: Tensor, packed: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm(x, tiles, GROUP, scales)
+    return torch.ops.aten._weight_int4pack_mm(x, tiles, x.shape[-1] // scales.shape[0], scales)
 
 
 def pytorch_int4_exact(x: Tensor, tiles: Tensor, scales: Tensor, packed: Tensor) -> Tensor:
-    levels = torch.stack([packed >> 4, packed & 15], -1).flatten(1).unflatten(1, (-1, GROUP)).to(x.dtype)
+    levels = torch.stack([packed >> 4, packed & 15], -1).flatten(1).unflatten(1, (scales.shape[0], -1)).to(x.dtype)
     scale, zero = scales.to(x.dtype).transpose(0, 1).split(1, dim=-1)
     return F.linear(x, ((levels - 8) * scale + zero).flatten(1))
 

@@ -41,7 +41,9 @@ def compared_row(row: dict, dense: dict | None) -> dict:
     line["parameters (M)"] = row["parameters"] / 1e6
     if row.get("peak_bytes"):
         line["peak GB"] = row["peak_bytes"] / 1e9
-        line["peak / dense"] = row["peak_bytes"] / dense["peak_bytes"] if dense else None
+        # of some rows of one process it is known of the first alone
+        known = dense.get("peak_bytes") if dense else None
+        line["peak / dense"] = row["peak_bytes"] / known if known else None
     # a speed is of two rows, and so may be of two commits
     return line | {"commit": commits_of([row, *([dense] if dense else [])])}
 

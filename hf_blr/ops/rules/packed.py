@@ -155,9 +155,11 @@ PLACES = {
 }
 #: in int4 with groups, up to 16 tokens; few rows whose tiles leave half of the multiprocessors idle are "fewest"
 IN_GROUPS = {
+    "wide": PlacesConfig(4, 4, changed=True),
     "last": PlacesConfig(2, 8, ahead=2),
     "short": PlacesConfig(2, 8, ahead=1, changed=True),
-    "few": PlacesConfig(1, 8, ahead=4),
+    "long": PlacesConfig(3, 4, 7, ahead=4, changed=True),
+    "few": PlacesConfig(1, 8, ahead=4, changed=True),
     "fewest": PlacesConfig(1, 8, ahead=4, groups=2, changed=True),
 }
 
@@ -182,8 +184,8 @@ def places_config(
     int4 8.2 instead of 10.7, of 4096 x 14336 15.5 instead of 17.0.
 
     In groups of 128, another run, the setting without groups and that of `IN_GROUPS`: 4096 x 1536 4.8, 3.6; 4096 x
-    1024 3.3, 2.6; 1536 x 4096 5.4, 4.4; 1024 x 4096 5.2, 3.4. Both stages of 4096 x 4096 8.5, 5.9, of 4096 x 14336
-    13.4, 12.7.
+    1024 3.3, 2.6; 1536 x 4096 5.4, 4.4; 1024 x 4096 5.2, 3.4. Both stages of 4096 x 4096 8.5, 5.9. A third run, the
+    same of both stages of 4096 x 14336 12.8, 12.1, of 14336 x 4096 17.2, 15.5.
     """
     if device == INTERPRETER:
         return PlacesConfig(2, 2, 2)
