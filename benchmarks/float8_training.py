@@ -49,8 +49,8 @@ STEPS = (
 PROTOCOL = (
     "random weights, half of each projection kept; a step is forward, backward, clipping and fused AdamW on the "
     "projections or factors alone, all in bfloat16 but for the products in float8; loss: the mean square of the last "
-    "hidden states; compiled blocks, the whole step in one CUDA graph; median of five rounds, each a median of replays. "
-    "A process for each row: all compile at once, then each is timed alone, once in each round"
+    "hidden states; compiled blocks, the whole step in one CUDA graph; median of five rounds, each a median of "
+    "replays. A process for each row: all compile at once, then each is timed alone, once in each round"
 )
 #: (in features, out features, rank) of the layers whose gradients are compared with float64
 CHECKED = ((4096, 4096, 1024), (4096, 14336, 1584))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conditions import RESULTS, machine, table_of
-from float8_training import MODEL, PROTOCOL
+from float8_training import MODEL, PROTOCOL, STEPS
 
 from hf_blr.bench.model_peaks import model_predictions
 from hf_blr.bench.report.commits import commits_of, rows_of
@@ -59,6 +59,7 @@ def training_section() -> str:
     result = read_result(RESULTS / "float8_h200.json")
     rows = rows_of(result)
     steps = [row for row in rows if row["measured"] == "training step"]
+    steps.sort(key=lambda row: STEPS.index((row["variant"], row["impl"])))
     dense = next(row for row in steps if row["variant"] == "dense" and not row["float8"])
     lines = [
         {
@@ -66,6 +67,7 @@ def training_section() -> str:
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
             "peak memory / dense": f"{row['peak_bytes'] / dense['peak_bytes']:.2f}",
+            **parts_of(row),
         }
         for row in steps
     ]
@@ -74,13 +76,18 @@ def training_section() -> str:
     where = machine(result["environment"] | {"commit": commits_of(steps)})
     return (
         f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
-        "(`benchmarks/dense_float8.py`).\n\nErrors against float64 of a low-rank layer in float8, of random numbers "
+        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\nErrors against float64 of a low-rank layer in float8, of random numbers "
         f"and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
     )
 
 
+def parts_of(row: dict) -> dict[str, str]:
+    """{kind: ms} of a row's profile."""
+    return {name: f"{sum(row['profile']['parts'][part] for part in of):.2f}" for name, of in KINDS.items()}
+
+
 def products_of(row: dict) -> str:
-    return "float8 by torchao" if row.get("impl") == "torchao" else "float8" if row["float8"] else "bfloat16"
+    return "float8 by torchao" if row["impl"] == "torchao" else "float8" if row["float8"] else "bfloat16"
 
 
 def error_line(row: dict) -> dict:
@@ -111,7 +118,7 @@ def prefill_section() -> str:
                 "predicted ms": f"{predicted[row['variant'], tokens]:.2f}"
                 if (row["variant"], tokens) in predicted
                 else "",
-                **{name: f"{sum(row['profile']['parts'][part] for part in of):.2f}" for name, of in KINDS.items()},
+                **parts_of(row),
             }
             for row in group
         ]

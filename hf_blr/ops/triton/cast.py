@@ -51,10 +51,15 @@ def cast_rows_kernel(
         tl.store(rows_ptr + o_k, b_row.to(rows_ptr.dtype.element_ty), mask=o_k < K)
 
 
-def cast_rows(x, largest, smallest_norm, factor=None):
-    """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`, times factor `[K]` float32 if there is one."""
+def cast_rows(x, largest, smallest_norm, factor=None, into=None):
+    """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`, times factor `[K]` float32 if there is one.
+
+    into: where both are written, if they are there already.
+    """
     tokens, k = x.shape
-    rows, scale = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
+    if into is None:
+        into = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
+    rows, scale = into
     if not x.numel():
         return rows, scale
 

@@ -12,14 +12,23 @@ from hf_blr.ops.rules.float8 import column_tiles, transpose_tile
 
 @triton.jit
 def column_squares_kernel(
-    t_ptr, factor_ptr, squares_ptr, M, L, CHUNK, FACTOR: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr
+    t_ptr,
+    factor_ptr,
+    squares_ptr,
+    M,
+    L,
+    stride_m,
+    CHUNK,
+    FACTOR: tl.constexpr,
+    BM: tl.constexpr,
+    BL: tl.constexpr,
 ):
     """squares[c, l], the sum over the CHUNK rows m of chunk c of (factor[m] t[m, l])^2, for t `[M, L]`."""
     i_c = tl.program_id(1)
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
     b_squares = tl.zeros((BM, BL), tl.float32)
     for start in range(i_c * CHUNK, min(M, i_c * CHUNK + CHUNK), BM):
-        b_t = scaled_tile(t_ptr, factor_ptr, start + tl.arange(0, BM), o_l, M, L, FACTOR)
+        b_t = scaled_tile(t_ptr, factor_ptr, start + tl.arange(0, BM), o_l, M, L, stride_m, FACTOR)
         b_squares += b_t * b_t
     tl.store(squares_ptr + i_c * L + o_l, tl.sum(b_squares, 0), mask=o_l < L)
 
@@ -35,6 +44,7 @@ def cast_columns_kernel(
     scale_ptr,
     M,
     L,
+    stride_m,
     CHUNKS,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
@@ -57,7 +67,7 @@ def cast_columns_kernel(
     norm = tl.maximum(tl.sqrt(squares), SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)
     if i_m == 0:
         tl.store(scale_ptr + o_l, norm / LARGEST, mask=m_l)
-    b_t = scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, FACTOR)
+    b_t = scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, stride_m, FACTOR)
     b_codes = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
     if BOTH:
         tl.store(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], b_codes, mask=m_m[:, None] & m_l[None, :])
@@ -67,10 +77,10 @@ def cast_columns_kernel(
 
 
 @triton.jit
-def scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, FACTOR: tl.constexpr):
+def scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, stride_m, FACTOR: tl.constexpr):
     """t[o_m, o_l] in float32, times factor[o_m], zero outside."""
     m = (o_m < M)[:, None] & (o_l < L)[None, :]
-    b_t = tl.load(t_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], mask=m, other=0.0).to(tl.float32)
+    b_t = tl.load(t_ptr + o_m.to(tl.int64)[:, None] * stride_m + o_l[None, :], mask=m, other=0.0).to(tl.float32)
     if FACTOR:
         b_t *= tl.load(factor_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
     return b_t
@@ -79,7 +89,8 @@ def scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, FACTOR: tl.constexpr):
 def cast_columns(t, largest, smallest_norm, factor=None):
     """(rows `[L, M]`, scale `[L]`) of the transpose of t `[M, L]`, as `cast.cast_rows` gives them.
 
-    factor `[M]` float32, if there is one, multiplies t first. Two kernels: sums of squares by chunks of rows, tiles.
+    The rows of t are contiguous, and may lie apart. factor `[M]` float32, if there is one, multiplies t first. Two
+    kernels: sums of squares by chunks of rows, tiles.
     """
     return cast_tiles(t, largest, smallest_norm, factor, None, None)
 
@@ -103,7 +114,17 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
     squares = t.new_empty(chunks, length, dtype=torch.float32)
     bm, bl, warps = tiles.summed
     column_squares_kernel[(triton.cdiv(length, bl), chunks)](
-        t, factor, squares, m, length, tiles.chunk, FACTOR=factor is not None, BM=bm, BL=bl, num_warps=warps
+        t,
+        factor,
+        squares,
+        m,
+        length,
+        t.stride(0),
+        tiles.chunk,
+        FACTOR=factor is not None,
+        BM=bm,
+        BL=bl,
+        num_warps=warps,
     )
     bm, bl, warps = tiles.cast
     cast_columns_kernel[(triton.cdiv(length, bl), triton.cdiv(m, bm))](
@@ -116,6 +137,7 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
         scale,
         m,
         length,
+        t.stride(0),
         chunks,
         LARGEST=largest,
         SMALLEST_NORM=smallest_norm,
