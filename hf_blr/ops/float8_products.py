@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_blr.ops.aside import Aside
 from hf_blr.ops.cast import cast_fake
 from hf_blr.ops.float8_casts import (
     Rows,
@@ -39,8 +40,12 @@ from hf_blr.ops.library import define_op
 
 def pairs(x: Tensor, x_scale: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], emulated: bool) -> list[Tensor]:
     """The outs, y of all, codes and scale of the stacked v, codes `[R, N]` of each u, scales of their columns."""
-    v8, both = cast_stacked(vs, emulated), [cast_both(u, emulated) for u in us]
+    aside = Aside(x.device, not emulated)
+    with aside:
+        both = [cast_both(u, emulated) for u in us]
+    v8 = cast_stacked(vs, emulated)
     y = product(Rows(x, x_scale), v8, vs[0].dtype, emulated)
+    aside.join()
     parts = zip(y.split([len(v) for v in vs], 1), both, strict=True)
     outs = [product(cast(part, emulated, columns.scale), u8, y.dtype, emulated) for part, (columns, u8) in parts]
     return [*outs, y, *v8, *(columns.codes for columns, _ in both), *(columns.scale for columns, _ in both)]
@@ -77,19 +82,27 @@ def pairs_backward(
     """
     ranks, g8s = [len(u) for u in us], list(map(Rows, grads, grad_scales))
     dx, dv, *dus = (y.new_empty(0) for _ in wanted)
+    # first what dx waits for, so that du is beside all the rest
+    turning, learning = Aside(y.device, not emulated), Aside(y.device, not emulated)
+    with turning:
+        v8 = transposed(v, emulated) if wanted[0] else None
+    with learning:
+        for i, (g8, part) in enumerate(zip(g8s, y.split(ranks, 1), strict=True)):
+            if wanted[2 + i]:
+                y8 = cast_columns(part, g8.scale, emulated)
+                dus[i] = product(transposed(g8.codes, emulated), y8, y.dtype, emulated)
     if wanted[0] or wanted[1]:
         dy = torch.empty_like(y)
         for g8, part, *u8 in zip(g8s, dy.split(ranks, 1), us, u_scales, strict=True):
             product(g8, Rows(*u8), y.dtype, emulated, part)
-    if wanted[0]:
-        dx = product(cast(dy, emulated, v_scale), transposed(v, emulated), y.dtype, emulated)
+    if v8 is not None:
+        dy8 = cast(dy, emulated, v_scale)
+        turning.join()
+        dx = product(dy8, v8, y.dtype, emulated)
     if wanted[1]:
         assert x is not None and x_ones is not None
         dv = product(cast_columns(dy, x_scale, emulated), Rows(x, x_ones), y.dtype, emulated)
-    for i, (g8, part) in enumerate(zip(g8s, y.split(ranks, 1), strict=True)):
-        if wanted[2 + i]:
-            y8 = cast_columns(part, g8.scale, emulated)
-            dus[i] = product(transposed(g8.codes, emulated), y8, y.dtype, emulated)
+    learning.join()
     return [dx, dv, *dus]
 
 
