@@ -76,8 +76,8 @@ def training_section() -> str:
     where = machine(result["environment"] | {"commit": commits_of(steps)})
     return (
         f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
-        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\nErrors against float64 of a low-rank layer in float8, of random numbers "
-        f"and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
+        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\nErrors against float64 of a "
+        f"low-rank layer in float8, of random numbers and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
     )
 
 

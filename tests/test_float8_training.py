@@ -90,6 +90,15 @@ def test_each_token_has_a_scale_of_its_own():
     assert relative(out[1::2] - bias, wanted_out[1::2] - bias) < ROUNDED**0.5 * ROUNDING
 
 
+def test_inputs_that_lie_along_a_row_of_v_overflow_nowhere():
+    """Products are left without their scales, up to the square of the largest number of float8."""
+    module = layer(dtype=torch.float16)
+    x, grad = (t.half() for t in numbers(32))
+    x[:2] = module.v.detach()[:2] * 3
+    found, wanted = results(module, x, grad), exactly(module, x, grad)
+    assert all(relative(a, b) < ROUNDED**0.5 * ROUNDING for a, b in zip(found, wanted, strict=True))
+
+
 def test_rows_of_zeros_still_get_gradients():
     """As of a factor that starts at zero, and of padding."""
     module = layer()
@@ -182,16 +191,18 @@ def test_codes_are_transposed(kernels, shape):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runs kernels under the interpreter only")
 @pytest.mark.parametrize("shape", [(48, 33), (2, 16)])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_what_takes_a_scale_before_it_is_cast(kernels, shape, scaled):
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_what_takes_a_scale_before_it_is_cast(kernels, shape, count):
     t = torch.randn(shape)
     t[:, 3] = 0
-    rows, columns = (torch.randn(size).exp() if scaled else None for size in shape)
+    rows, columns = ([torch.randn(size).exp() for _ in range(count)] for size in shape)
+    # what goes into the scale of the result, which lies along the other axis
+    outer = [torch.randn(size).exp() if count else None for size in shape]
     t[0, 1] = float("nan")
     for found, wanted in (
         *zip(cast_both(t, False), cast_both(t, True), strict=True),
-        (cast(t, False, columns), cast(t, True, columns)),
-        (cast_columns(t, rows, False), cast_columns(t, rows, True)),
+        [cast(t, emulated, columns, outer[0]) for emulated in (False, True)],
+        [cast_columns(t, emulated, rows, outer[1]) for emulated in (False, True)],
     ):
         torch.testing.assert_close(found.scale, wanted.scale, equal_nan=True)
         numbers = [part.codes.float() * part.scale[:, None] for part in (found, wanted)]

@@ -18,13 +18,13 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-def cast(t: Tensor, emulated: bool, factor: Tensor | None = None) -> Rows:
-    """The nearest numbers of float8 to t `[M, L]` times factor `[L]`, with a scale for each row."""
+def cast(t: Tensor, emulated: bool, factors: Sequence[Tensor] = (), outer: Tensor | None = None) -> Rows:
+    """The nearest numbers of float8 to t `[M, L]` times factors `[L]`, with a scale for each row; that times outer."""
     if emulated:
-        return Rows(*plain_cast(t if factor is None else t.float() * factor))
+        return scaled_by(outer, *plain_cast(multiplied(t, factors)))
     from hf_blr.ops.triton.cast import cast_rows
 
-    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factor))
+    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer))
 
 
 def cast_stacked(parts: Sequence[Tensor], emulated: bool) -> Rows:
@@ -41,21 +41,31 @@ def cast_stacked(parts: Sequence[Tensor], emulated: bool) -> Rows:
     return Rows(codes, scale)
 
 
-def cast_columns(t: Tensor, factor: Tensor | None, emulated: bool) -> Rows:
-    """The nearest numbers of float8 to the transpose `[L, M]` of t `[M, L]` times factor `[M]`."""
+def cast_columns(t: Tensor, emulated: bool, factors: Sequence[Tensor] = (), outer: Tensor | None = None) -> Rows:
+    """`cast` of the transpose `[L, M]` of t `[M, L]`: factors `[M]`, outer `[L]`."""
     if emulated:
-        rows, scale = plain_cast((t if factor is None else t.float() * factor[:, None]).T)
+        codes, scale = plain_cast(multiplied(t.T, factors))
         # they come as t lies
-        return Rows(rows.contiguous(), scale)
+        return scaled_by(outer, codes.contiguous(), scale)
     from hf_blr.ops.triton.cast_columns import cast_columns
 
-    return Rows(*cast_columns(by_rows(t), LARGEST, SMALLEST_NORM, factor))
+    return Rows(*cast_columns(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer))
+
+
+def multiplied(t: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    for factor in factors:
+        t = t.float() * factor
+    return t
+
+
+def scaled_by(outer: Tensor | None, codes: Tensor, scale: Tensor) -> Rows:
+    return Rows(codes, scale if outer is None else scale * outer)
 
 
 def cast_both(t: Tensor, emulated: bool) -> tuple[Rows, Rows]:
     """(`cast_columns` of t `[M, L]`, the same codes `[M, L]`, whose scale the other operand takes)."""
     if emulated:
-        columns = cast_columns(t, None, emulated)
+        columns = cast_columns(t, emulated)
         return columns, transposed(columns.codes, emulated)
     from hf_blr.ops.triton.cast_columns import cast_both
 

@@ -149,6 +149,7 @@ class Pairs(torch.autograd.Function):
             us[:count],
             us[count:],
             wanted,
+            grads[0].dtype,
             ctx.emulated,
         )
         dvs = dv.split(ctx.ranks) if wanted[1] else [None] * count

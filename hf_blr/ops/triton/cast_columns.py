@@ -14,21 +14,22 @@ from hf_blr.ops.rules.float8 import column_tiles, transpose_tile
 def column_squares_kernel(
     t_ptr,
     factor_ptr,
+    second_ptr,
     squares_ptr,
     M,
     L,
     stride_m,
     CHUNK,
-    FACTOR: tl.constexpr,
+    FACTORS: tl.constexpr,
     BM: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """squares[c, l], the sum over the CHUNK rows m of chunk c of (factor[m] t[m, l])^2, for t `[M, L]`."""
+    """squares[c, l], the sum over the CHUNK rows m of chunk c of (t[m, l] times factors of m)^2, for t `[M, L]`."""
     i_c = tl.program_id(1)
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
     b_squares = tl.zeros((BM, BL), tl.float32)
     for start in range(i_c * CHUNK, min(M, i_c * CHUNK + CHUNK), BM):
-        b_t = scaled_tile(t_ptr, factor_ptr, start + tl.arange(0, BM), o_l, M, L, stride_m, FACTOR)
+        b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, start + tl.arange(0, BM), o_l, M, L, stride_m, FACTORS)
         b_squares += b_t * b_t
     tl.store(squares_ptr + i_c * L + o_l, tl.sum(b_squares, 0), mask=o_l < L)
 
@@ -37,6 +38,8 @@ def column_squares_kernel(
 def cast_columns_kernel(
     t_ptr,
     factor_ptr,
+    second_ptr,
+    outer_ptr,
     squares_ptr,
     rows_ptr,
     codes_ptr,
@@ -48,7 +51,8 @@ def cast_columns_kernel(
     CHUNKS,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
-    FACTOR: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OUTER: tl.constexpr,
     BOTH: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
@@ -56,7 +60,8 @@ def cast_columns_kernel(
 ):
     """rows `[L, M]` and scale `[L]` of `cast_rows_kernel` for the transpose of t `[M, L]`, in tiles of BM x BL.
 
-    FACTOR: row m of t is multiplied by factor[m] first. BOTH: also their transpose, codes `[M, L]`, and ones `[M]`.
+    FACTORS: row m of t is multiplied by factor[m] first, and by second[m]. OUTER: scale is by outer `[L]`. BOTH: also
+    their transpose, codes `[M, L]`, and ones `[M]`.
     """
     i_l, i_m = tl.program_id(0), tl.program_id(1)
     o_m, o_l = i_m * BM + tl.arange(0, BM), i_l * BL + tl.arange(0, BL)
@@ -66,8 +71,11 @@ def cast_columns_kernel(
     # NaN must not become the smallest norm
     norm = tl.maximum(tl.sqrt(squares), SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)
     if i_m == 0:
-        tl.store(scale_ptr + o_l, norm / LARGEST, mask=m_l)
-    b_t = scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, stride_m, FACTOR)
+        scale = norm / LARGEST
+        if OUTER:
+            scale *= tl.load(outer_ptr + o_l, mask=m_l, other=0.0)
+        tl.store(scale_ptr + o_l, scale, mask=m_l)
+    b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, o_m, o_l, M, L, stride_m, FACTORS)
     b_codes = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
     if BOTH:
         tl.store(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], b_codes, mask=m_m[:, None] & m_l[None, :])
@@ -77,22 +85,24 @@ def cast_columns_kernel(
 
 
 @triton.jit
-def scaled_tile(t_ptr, factor_ptr, o_m, o_l, M, L, stride_m, FACTOR: tl.constexpr):
-    """t[o_m, o_l] in float32, times factor[o_m], zero outside."""
+def scaled_tile(t_ptr, factor_ptr, second_ptr, o_m, o_l, M, L, stride_m, FACTORS: tl.constexpr):
+    """t[o_m, o_l] in float32, times factor[o_m] and second[o_m], zero outside."""
     m = (o_m < M)[:, None] & (o_l < L)[None, :]
     b_t = tl.load(t_ptr + o_m.to(tl.int64)[:, None] * stride_m + o_l[None, :], mask=m, other=0.0).to(tl.float32)
-    if FACTOR:
+    if FACTORS > 0:
         b_t *= tl.load(factor_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
+    if FACTORS > 1:
+        b_t *= tl.load(second_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
     return b_t
 
 
-def cast_columns(t, largest, smallest_norm, factor=None):
+def cast_columns(t, largest, smallest_norm, factors=(), outer=None):
     """(rows `[L, M]`, scale `[L]`) of the transpose of t `[M, L]`, as `cast.cast_rows` gives them.
 
-    The rows of t are contiguous, and may lie apart. factor `[M]` float32, if there is one, multiplies t first. Two
-    kernels: sums of squares by chunks of rows, tiles.
+    The rows of t are contiguous, and may lie apart. factors: at most two `[M]` float32, which multiply t first. outer:
+    `[L]` float32, which goes into scale. Two kernels: sums of squares by chunks of rows, tiles.
     """
-    return cast_tiles(t, largest, smallest_norm, factor, None, None)
+    return cast_tiles(t, largest, smallest_norm, factors, outer, None, None)
 
 
 def cast_both(t, largest, smallest_norm):
@@ -101,14 +111,15 @@ def cast_both(t, largest, smallest_norm):
     ((rows `[L, M]`, scale `[L]`), (codes `[M, L]`, ones `[M]`)).
     """
     codes, ones = torch.empty_like(t, dtype=torch.float8_e4m3fn), t.new_empty(len(t), dtype=torch.float32)
-    return cast_tiles(t, largest, smallest_norm, None, codes, ones), (codes, ones)
+    return cast_tiles(t, largest, smallest_norm, (), None, codes, ones), (codes, ones)
 
 
-def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
+def cast_tiles(t, largest, smallest_norm, factors, outer, codes, ones):
     m, length = t.shape
     rows, scale = t.new_empty(length, m, dtype=torch.float8_e4m3fn), t.new_empty(length, dtype=torch.float32)
     if not t.numel():
         return rows, scale
+    factor, second, *_ = *factors, None, None
     tiles = column_tiles(m, length, device_of(t))
     chunks = triton.cdiv(m, tiles.chunk)
     squares = t.new_empty(chunks, length, dtype=torch.float32)
@@ -116,12 +127,13 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
     column_squares_kernel[(triton.cdiv(length, bl), chunks)](
         t,
         factor,
+        second,
         squares,
         m,
         length,
         t.stride(0),
         tiles.chunk,
-        FACTOR=factor is not None,
+        FACTORS=len(factors),
         BM=bm,
         BL=bl,
         num_warps=warps,
@@ -130,6 +142,8 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
     cast_columns_kernel[(triton.cdiv(length, bl), triton.cdiv(m, bm))](
         t,
         factor,
+        second,
+        outer,
         squares,
         rows,
         codes,
@@ -141,7 +155,8 @@ def cast_tiles(t, largest, smallest_norm, factor, codes, ones):
         chunks,
         LARGEST=largest,
         SMALLEST_NORM=smallest_norm,
-        FACTOR=factor is not None,
+        FACTORS=len(factors),
+        OUTER=outer is not None,
         BOTH=codes is not None,
         BC=triton.next_power_of_2(chunks),
         BM=bm,
