@@ -43,6 +43,7 @@ STEPS = (
     ("dense", "plain"),
     ("low_rank", "plain"),
     ("low_rank", "float8"),
+    ("low_rank@128", "float8"),
     ("dense", "float8"),
     ("dense", "torchao"),
 )

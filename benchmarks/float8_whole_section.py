@@ -13,7 +13,7 @@ from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
 from hf_blr.roofline.devices import DEVICES
 
-FAMILIES = {"dense": "dense", "low_rank": "low-rank"}
+FAMILIES = {"dense": "dense", "low_rank": "low-rank", "low_rank@128": "low-rank, ranks that 128 divides"}
 #: variants that the others are compared with
 COMPARED = ("dense", "dense/fp8", "dense/fp8, torchao")
 #: {column: parts of a profile}
@@ -76,8 +76,9 @@ def training_section() -> str:
     where = machine(result["environment"] | {"commit": commits_of(steps)})
     return (
         f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
-        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\nErrors against float64 of a "
-        f"low-rank layer in float8, of random numbers and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
+        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\n"
+        "Errors against float64 of a low-rank layer in float8, of random numbers and tokens of very different size:\n\n"
+        f"{format_table(errors)}\n\n{where}."
     )
 
 

@@ -19,12 +19,15 @@ class Rows(NamedTuple):
 
 
 def cast(t: Tensor, emulated: bool, factors: Sequence[Tensor] = (), outer: Tensor | None = None) -> Rows:
-    """The nearest numbers of float8 to t `[M, L]` times factors `[L]`, with a scale for each row; that times outer."""
+    """The nearest numbers of float8 to t `[M, L]` times factors `[L]`, with a scale for each row; that times outer.
+
+    With factors it is an operand and no more, whose rows lie as products read them fastest.
+    """
     if emulated:
         return scaled_by(outer, *plain_cast(multiplied(t, factors)))
     from hf_blr.ops.triton.cast import cast_rows
 
-    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer))
+    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer, rooms=bool(factors)))
 
 
 def cast_stacked(parts: Sequence[Tensor], emulated: bool) -> Rows:
@@ -73,13 +76,16 @@ def cast_both(t: Tensor, emulated: bool) -> tuple[Rows, Rows]:
     return Rows(*columns), Rows(*rows)
 
 
-def transposed(codes: Tensor, emulated: bool) -> Rows:
-    """`[L, M]` of codes `[M, L]`, whose scale the other operand has taken."""
+def transposed(codes: Tensor, emulated: bool, rooms: bool = True) -> Rows:
+    """`[L, M]` of codes `[M, L]`, whose scale the other operand has taken.
+
+    rooms: the rows lie as products read them fastest, and not without gaps.
+    """
     if emulated:
         return Rows(codes.T.contiguous(), codes.new_ones(codes.shape[1], dtype=torch.float32))
     from hf_blr.ops.triton.cast_columns import transposed_codes
 
-    return Rows(*transposed_codes(codes.contiguous()))
+    return Rows(*transposed_codes(codes.contiguous(), rooms))
 
 
 def transpose_fake(codes: Tensor, emulated: bool) -> tuple[Tensor, Tensor]:

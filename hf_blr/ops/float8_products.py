@@ -22,6 +22,7 @@ the reference gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from hf_blr.ops.library import define_op
 
 
 def pairs(x: Tensor, x_scale: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], emulated: bool) -> list[Tensor]:
-    """The outs, y of all without its scales, codes and scale of the stacked v, of each u codes `[R, N]`, their scales."""
+    """The outs, y of all without its scales, codes and scale of the stacked v, codes `[R, N]` of each u, its scales."""
     aside = Aside(x.device, not emulated)
     with aside:
         both = [cast_both(u, emulated) for u in us]
@@ -175,7 +176,11 @@ def one_on(device: torch.device) -> Tensor:
 
 
 define_op("float8_cast(Tensor x, bool emulated) -> (Tensor, Tensor)", cast, lambda x, emulated: cast_fake(x))
-define_op("float8_transpose(Tensor codes, bool emulated) -> (Tensor, Tensor)", transposed, transpose_fake)
+define_op(
+    "float8_transpose(Tensor codes, bool emulated) -> (Tensor, Tensor)",
+    partial(transposed, rooms=False),
+    transpose_fake,
+)
 define_op(
     "float8_pairs(Tensor x, Tensor x_scale, Tensor[] vs, Tensor[] us, bool emulated) -> Tensor[]", pairs, pairs_fake
 )

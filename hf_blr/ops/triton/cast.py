@@ -59,15 +59,16 @@ def cast_rows_kernel(
         tl.store(rows_ptr + o_k, b_row.to(rows_ptr.dtype.element_ty), mask=o_k < K)
 
 
-def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None):
+def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None, rooms=False):
     """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`.
 
     factors: at most two `[K]` float32, by which x is multiplied first. outer: `[T]` float32, which goes into scale.
-    into: where rows and scale are written, if they are there already.
+    into: where rows and scale are written, if they are there already. rooms: rows lie as `roomy` lays them.
     """
     tokens, k = x.shape
     if into is None:
-        into = x.new_empty(tokens, k, dtype=torch.float8_e4m3fn), x.new_empty(tokens, dtype=torch.float32)
+        rows = roomy(x, tokens, k) if rooms else x.new_empty(tokens, k, dtype=torch.float8_e4m3fn)
+        into = rows, x.new_empty(tokens, dtype=torch.float32)
     rows, scale = into
     factor, second, *_ = *factors, None, None
     if not x.numel():
@@ -95,3 +96,13 @@ def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None):
 
     launch(run, "cast_rows", cast_config(k, device_of(x)), tokens, (k,), x)
     return rows, scale
+
+
+#: bytes that L2 hands out at once
+LINE = 128
+
+
+def roomy(like, m, length):
+    """`[M, L]` float8 whose rows begin where lines do: products read no line twice for it."""
+    width = -(-length // LINE) * LINE
+    return like.new_empty(m, width, dtype=torch.float8_e4m3fn)[:, :length]

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from hf_blr.ops.rules.device import device_of
 from hf_blr.ops.rules.float8 import column_tiles, transpose_tile
+from hf_blr.ops.triton.cast import roomy
 
 
 @triton.jit
@@ -48,6 +49,7 @@ def cast_columns_kernel(
     M,
     L,
     stride_m,
+    stride_c,
     CHUNKS,
     LARGEST: tl.constexpr,
     SMALLEST_NORM: tl.constexpr,
@@ -78,7 +80,9 @@ def cast_columns_kernel(
     b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, o_m, o_l, M, L, stride_m, FACTORS)
     b_codes = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
     if BOTH:
-        tl.store(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], b_codes, mask=m_m[:, None] & m_l[None, :])
+        tl.store(
+            codes_ptr + o_m.to(tl.int64)[:, None] * stride_c + o_l[None, :], b_codes, mask=m_m[:, None] & m_l[None, :]
+        )
         if i_l == 0:
             tl.store(ones_ptr + o_m, tl.full((BM,), 1.0, tl.float32), mask=m_m)
     tl.store(rows_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
@@ -110,7 +114,7 @@ def cast_both(t, largest, smallest_norm):
 
     ((rows `[L, M]`, scale `[L]`), (codes `[M, L]`, ones `[M]`)).
     """
-    codes, ones = torch.empty_like(t, dtype=torch.float8_e4m3fn), t.new_empty(len(t), dtype=torch.float32)
+    codes, ones = roomy(t, *t.shape), t.new_empty(len(t), dtype=torch.float32)
     return cast_tiles(t, largest, smallest_norm, (), None, codes, ones), (codes, ones)
 
 
@@ -152,6 +156,7 @@ def cast_tiles(t, largest, smallest_norm, factors, outer, codes, ones):
         m,
         length,
         t.stride(0),
+        t.stride(0) if codes is None else codes.stride(0),
         chunks,
         LARGEST=largest,
         SMALLEST_NORM=smallest_norm,
@@ -167,26 +172,27 @@ def cast_tiles(t, largest, smallest_norm, factors, outer, codes, ones):
 
 
 @triton.jit
-def transpose_codes_kernel(codes_ptr, out_ptr, ones_ptr, M, L, B: tl.constexpr):
+def transpose_codes_kernel(codes_ptr, out_ptr, ones_ptr, M, L, stride_o, B: tl.constexpr):
     """out `[L, M]` of codes `[M, L]`, bytes, in tiles of B x B, and ones `[L]`."""
     i_m = tl.program_id(0)
     o_m = i_m * B + tl.arange(0, B)
     o_l = tl.program_id(1) * B + tl.arange(0, B)
     m_m, m_l = o_m < M, o_l < L
     b_codes = tl.load(codes_ptr + o_m.to(tl.int64)[:, None] * L + o_l[None, :], mask=m_m[:, None] & m_l[None, :])
-    tl.store(out_ptr + o_l.to(tl.int64)[:, None] * M + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
+    tl.store(out_ptr + o_l.to(tl.int64)[:, None] * stride_o + o_m[None, :], b_codes.T, mask=m_l[:, None] & m_m[None, :])
     if i_m == 0:
         tl.store(ones_ptr + o_l, tl.full((B,), 1.0, tl.float32), mask=m_l)
 
 
-def transposed_codes(codes):
-    """(`[L, M]` of codes `[M, L]` float8, contiguous both, a scale of ones `[L]` float32)."""
+def transposed_codes(codes, rooms=False):
+    """(`[L, M]` of codes `[M, L]` float8, a scale of ones `[L]` float32); rooms: of rows as `roomy` lays them."""
     m, length = codes.shape
-    out, ones = codes.new_empty(length, m), codes.new_empty(length, dtype=torch.float32)
+    out = roomy(codes, length, m) if rooms else codes.new_empty(length, m)
+    ones = codes.new_empty(length, dtype=torch.float32)
     if not codes.numel():
         return out, ones.fill_(1)
     tile, warps = transpose_tile(m, length, device_of(codes))
     grid = (triton.cdiv(m, tile), triton.cdiv(length, tile))
     given, taken = codes.view(torch.uint8), out.view(torch.uint8)
-    transpose_codes_kernel[grid](given, taken, ones, m, length, B=tile, num_warps=warps)
+    transpose_codes_kernel[grid](given, taken, ones, m, length, out.stride(0), B=tile, num_warps=warps)
     return out, ones
