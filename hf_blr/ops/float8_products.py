@@ -106,8 +106,8 @@ def pairs_backward(
                 dus[i] = product(transposed(g8.codes, emulated), y8, dtype, emulated)
     if wanted[0] or wanted[1]:
         dy = torch.empty_like(y)
-        for codes, part, u8 in zip(grads, dy.split(ranks, 1), us, strict=True):
-            product_of_codes(codes, u8, y.dtype, emulated, part)
+        for g8, part, u8 in zip(grads, dy.split(ranks, 1), us, strict=True):
+            product_of_codes(g8, u8, y.dtype, emulated, part)
     turning.join()
     if v8 is not None:
         dx = product(cast(dy, emulated, (v_scale, u_scale), None, by_layer), v8, dtype, emulated)
