@@ -18,37 +18,16 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-class Parts(NamedTuple):
-    """What columns of a matrix `[M, L]` are multiplied by: scales `[P, M]` float32 of parts that lie side by side."""
-
-    scales: Tensor
-    sizes: list[int]
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        return tuple(sum(self.sizes[:i]) for i in range(len(self.sizes)))
-
-    def times(self, t: Tensor) -> Tensor:
-        return t.float() * self.scales.T.repeat_interleave(torch.tensor(self.sizes, device=t.device), 1)
-
-
-def cast(
-    t: Tensor,
-    emulated: bool,
-    factors: Sequence[Tensor] = (),
-    outer: Tensor | None = None,
-    parts: Parts | None = None,
-) -> Rows:
-    """The nearest numbers of float8 to t `[M, L]` times factors `[L]` and parts; a scale for each row, times outer.
+def cast(t: Tensor, emulated: bool, factors: Sequence[Tensor] = (), outer: Tensor | None = None) -> Rows:
+    """The nearest numbers of float8 to t `[M, L]` times factors `[L]`, with a scale for each row; that times outer.
 
     With factors it is an operand and no more, whose rows lie as products read them fastest.
     """
     if emulated:
-        return scaled_by(outer, *plain_cast(multiplied(t if parts is None else parts.times(t), factors)))
+        return scaled_by(outer, *plain_cast(multiplied(t, factors)))
     from hf_blr.ops.triton.cast import cast_rows
 
-    rooms = bool(factors)
-    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer, rooms=rooms, parts=parts))
+    return Rows(*cast_rows(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer, rooms=bool(factors)))
 
 
 def cast_stacked(parts: Sequence[Tensor], emulated: bool) -> Rows:
@@ -65,21 +44,15 @@ def cast_stacked(parts: Sequence[Tensor], emulated: bool) -> Rows:
     return Rows(codes, scale)
 
 
-def cast_columns(
-    t: Tensor,
-    emulated: bool,
-    factors: Sequence[Tensor] = (),
-    outer: Tensor | None = None,
-    parts: Parts | None = None,
-) -> Rows:
-    """`cast` of the transpose `[L, M]` of t `[M, L]`: factors `[M]`, outer `[L]`, parts of t."""
+def cast_columns(t: Tensor, emulated: bool, factors: Sequence[Tensor] = (), outer: Tensor | None = None) -> Rows:
+    """`cast` of the transpose `[L, M]` of t `[M, L]`: factors `[M]`, outer `[L]`."""
     if emulated:
-        codes, scale = plain_cast(multiplied((t if parts is None else parts.times(t)).T, factors))
+        codes, scale = plain_cast(multiplied(t.T, factors))
         # they come as t lies
         return scaled_by(outer, codes.contiguous(), scale)
     from hf_blr.ops.triton.cast_columns import cast_columns
 
-    return Rows(*cast_columns(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer, parts))
+    return Rows(*cast_columns(by_rows(t), LARGEST, SMALLEST_NORM, factors, outer))
 
 
 def multiplied(t: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -14,10 +14,10 @@ the reference gives.
 
 # With x = s[t] x8, v = a[r] v8, u = b[r] u8, g = h[t] g8:
 #   y  = x8 v8^T               out = s (y a b)8 u8^T
-#   dy = g8 u8                 dx  = (dy h a b)8 v8
-#   du = g8^T (y s h)8 a       dv  = (dy h s)8^T x8 b
-# y and dy are left without scales: cuBLAS is an eighth faster without a scale a row where sums are long, and the casts
-# multiply in any case.
+#   dy = h g8 u8 b             dx  = (dy a)8 v8
+#   du = g8^T (y s h)8 a       dv  = (dy s)8^T x8
+# y is left without the scales of x and v: cuBLAS is an eighth faster without a scale a row where sums are long, and the
+# casts multiply in any case.
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from torch import Tensor
 from hf_blr.ops.aside import Aside
 from hf_blr.ops.cast import cast_fake
 from hf_blr.ops.float8_casts import (
-    Parts,
     Rows,
     cast,
     cast_both,
@@ -43,11 +42,10 @@ from hf_blr.ops.library import define_op
 
 
 def pairs(x: Tensor, x_scale: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], emulated: bool) -> list[Tensor]:
-    """The outs, y of all without its scales, codes and scale of the stacked v, the scale of all u, codes of each."""
+    """The outs, y of all without its scales, codes and scale of the stacked v, codes `[R, N]` of each u, its scales."""
     aside = Aside(x.device, not emulated)
     with aside:
         both = [cast_both(u, emulated) for u in us]
-        u_scale = torch.cat([columns.scale for columns, _ in both])
     v8, ranks = cast_stacked(vs, emulated), [len(v) for v in vs]
     dtype = vs[0].dtype
     y = product_of_codes(x, v8.codes, unscaled(dtype), emulated)
@@ -56,20 +54,24 @@ def pairs(x: Tensor, x_scale: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor]
     for part, scale, (columns, u8) in zip(y.split(ranks, 1), v8.scale.split(ranks), both, strict=True):
         y8 = cast(part, emulated, (scale, columns.scale), x_scale)
         outs.append(product(y8, u8, dtype, emulated))
-    return [*outs, y, *v8, u_scale, *(columns.codes for columns, _ in both)]
+    return [*outs, y, *v8, *(columns.codes for columns, _ in both), *(columns.scale for columns, _ in both)]
 
 
 def pairs_fake(x: Tensor, x_scale: Tensor, vs: Sequence[Tensor], us: Sequence[Tensor], emulated: bool) -> list[Tensor]:
     rank, tokens = sum(len(v) for v in vs), len(x)
     outs = [u.new_empty(tokens, len(u)) for u in us]
     y = us[0].new_empty(tokens, rank, dtype=unscaled(us[0].dtype))
-    turned, scales = [x.new_empty(u.shape[::-1]) for u in us], [x_scale.new_empty(rank) for _ in range(2)]
-    return [*outs, y, x.new_empty(rank, x.shape[1]), *scales, *turned]
+    turned = [x.new_empty(u.shape[::-1]) for u in us]
+    return [*outs, y, x.new_empty(rank, x.shape[1]), x_scale.new_empty(rank), *turned, *map(scale_of, turned)]
 
 
 def unscaled(dtype: torch.dtype) -> torch.dtype:
     """In what y is kept: it goes up to the square of float8's largest number, which float16 does not hold."""
     return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def scale_of(codes: Tensor) -> Tensor:
+    return codes.new_empty(len(codes), dtype=torch.float32)
 
 
 def pairs_backward(
@@ -81,8 +83,8 @@ def pairs_backward(
     y: Tensor,
     v: Tensor,
     v_scale: Tensor,
-    u_scale: Tensor,
     us: Sequence[Tensor],
+    u_scales: Sequence[Tensor],
     wanted: Sequence[bool],
     dtype: torch.dtype,
     emulated: bool,
@@ -97,7 +99,6 @@ def pairs_backward(
     turning, learning = Aside(y.device, not emulated), Aside(y.device, not emulated)
     with turning:
         v8 = transposed(v, emulated) if wanted[0] else None
-        by_layer = Parts(torch.stack(list(grad_scales)), ranks)
     with learning:
         parts = zip(g8s, y.split(ranks, 1), v_scale.split(ranks), strict=True)
         for i, (g8, part, scale) in enumerate(parts):
@@ -105,15 +106,16 @@ def pairs_backward(
                 y8 = cast_columns(part, emulated, (x_scale, g8.scale), scale)
                 dus[i] = product(transposed(g8.codes, emulated), y8, dtype, emulated)
     if wanted[0] or wanted[1]:
-        dy = torch.empty_like(y)
-        for g8, part, u8 in zip(grads, dy.split(ranks, 1), us, strict=True):
-            product_of_codes(g8, u8, y.dtype, emulated, part)
-    turning.join()
+        dy = torch.empty_like(y, dtype=dtype)
+        for g8, part, *u8 in zip(g8s, dy.split(ranks, 1), us, u_scales, strict=True):
+            product(g8, Rows(*u8), dtype, emulated, part)
     if v8 is not None:
-        dx = product(cast(dy, emulated, (v_scale, u_scale), None, by_layer), v8, dtype, emulated)
+        dy8 = cast(dy, emulated, (v_scale,))
+        turning.join()
+        dx = product(dy8, v8, dtype, emulated)
     if wanted[1]:
         assert x is not None and x_ones is not None
-        dv = product(cast_columns(dy, emulated, (x_scale,), u_scale, by_layer), Rows(x, x_ones), dtype, emulated)
+        dv = product(cast_columns(dy, emulated, (x_scale,)), Rows(x, x_ones), dtype, emulated)
     learning.join()
     return [dx, dv, *dus]
 
@@ -127,8 +129,8 @@ def pairs_backward_fake(
     y: Tensor,
     v: Tensor,
     v_scale: Tensor,
-    u_scale: Tensor,
     us: Sequence[Tensor],
+    u_scales: Sequence[Tensor],
     wanted: Sequence[bool],
     dtype: torch.dtype,
     emulated: bool,
@@ -137,28 +139,27 @@ def pairs_backward_fake(
     return [y.new_empty(shape if want else 0, dtype=dtype) for shape, want in zip(shapes, wanted, strict=True)]
 
 
-def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool) -> Tensor:
-    """a b^T `[M, N]` in dtype, of a `[M, L]` and b `[N, L]`."""
+def product(a: Rows, b: Rows, dtype: torch.dtype, emulated: bool, into: Tensor | None = None) -> Tensor:
+    """a b^T `[M, N]` in dtype, of a `[M, L]` and b `[N, L]`; into: what it is written to."""
     if emulated:
         with torch.autocast(a.codes.device.type, enabled=False):
             wide = [operand.codes.float() * operand.scale[:, None] for operand in (a, b)]
-            return (wide[0] @ wide[1].T).to(dtype)
+            found = (wide[0] @ wide[1].T).to(dtype)
+        return found if into is None else into.copy_(found)
     # with a scale a row it gives bfloat16 alone
     scales = a.scale[:, None], b.scale[None, :]
-    out = torch._scaled_mm(a.codes, b.codes.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return out.to(dtype)
+    straight = into if dtype == torch.bfloat16 else None
+    found = torch._scaled_mm(a.codes, b.codes.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True, out=straight)
+    return found.to(dtype) if into is None or straight is not None else into.copy_(found)
 
 
-def product_of_codes(a: Tensor, b: Tensor, dtype: torch.dtype, emulated: bool, into: Tensor | None = None) -> Tensor:
-    """a b^T `[M, N]` in dtype, of codes a `[M, L]` and b `[N, L]`; into: what it is written to."""
+def product_of_codes(a: Tensor, b: Tensor, dtype: torch.dtype, emulated: bool) -> Tensor:
+    """a b^T `[M, N]` in dtype, of codes a `[M, L]` and b `[N, L]`."""
     if emulated:
         with torch.autocast(a.device.type, enabled=False):
-            found = (a.float() @ b.float().T).to(dtype)
-        return found if into is None else into.copy_(found)
-    # on a CPU, where kernels are interpreted, PyTorch does not look how out lies
-    one, straight = one_on(a.device), into if dtype == torch.bfloat16 and a.is_cuda else None
-    found = torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True, out=straight)
-    return found.to(dtype) if into is None or straight is not None else into.copy_(found)
+            return (a.float() @ b.float().T).to(dtype)
+    one = one_on(a.device)
+    return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
 
 
 _ones: dict[torch.device, Tensor] = {}
@@ -185,7 +186,7 @@ define_op(
 )
 define_op(
     "float8_pairs_backward(Tensor[] grads, Tensor[] grad_scales, Tensor? x, Tensor? x_ones, Tensor x_scale, Tensor y, "
-    "Tensor v, Tensor v_scale, Tensor u_scale, Tensor[] us, bool[] wanted, ScalarType dtype, bool emulated) "
+    "Tensor v, Tensor v_scale, Tensor[] us, Tensor[] u_scales, bool[] wanted, ScalarType dtype, bool emulated) "
     "-> Tensor[]",
     pairs_backward,
     pairs_backward_fake,

@@ -133,7 +133,7 @@ class Pairs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count = len(grads)
-        turned, ones, *kept = ctx.saved_tensors
+        turned, ones, x_scale, y, v, v_scale, *us = ctx.saved_tensors
         casts = [narrowed(grad, ctx.emulated) for grad in grads]
         learn = ctx.needs_input_grad
         wanted = [learn[0], any(learn[6 : 6 + count]), *learn[6 + count :]]
@@ -142,9 +142,12 @@ class Pairs(torch.autograd.Function):
             [scale for _, scale in casts],
             turned,
             ones,
-            # the scale of x, y, codes and scale of v, the scale of u
-            *kept[:5],
-            kept[5:],
+            x_scale,
+            y,
+            v,
+            v_scale,
+            us[:count],
+            us[count:],
             wanted,
             grads[0].dtype,
             ctx.emulated,

@@ -17,10 +17,8 @@ def cast_rows_kernel(
     factor_ptr,
     second_ptr,
     outer_ptr,
-    parts_ptr,
     rows_ptr,
     scale_ptr,
-    T,
     K,
     stride_xt,
     stride_rt,
@@ -28,14 +26,12 @@ def cast_rows_kernel(
     SMALLEST_NORM: tl.constexpr,
     FACTORS: tl.constexpr,
     OUTER: tl.constexpr,
-    STARTS: tl.constexpr,
     TILES: tl.constexpr,
     BK: tl.constexpr,
 ):
     """rows[t] = x[t] / scale[t] in float8, with scale[t] = ||x[t]|| / LARGEST; one token a program.
 
     FACTORS: x is multiplied by factor `[K]` first, and by second `[K]`. OUTER: scale is by outer `[T]`.
-    STARTS: of parts of K, by whose parts `[P, T]` a token is multiplied.
     """
     i_t = tl.program_id(0).to(tl.int64)
     x_ptr += i_t * stride_xt
@@ -49,8 +45,6 @@ def cast_rows_kernel(
             b_x = b_x.to(tl.float32) * tl.load(factor_ptr + o_k, mask=o_k < K, other=0.0)
         if FACTORS > 1:
             b_x *= tl.load(second_ptr + o_k, mask=o_k < K, other=0.0)
-        if len(STARTS) > 0:
-            b_x = b_x.to(tl.float32) * of_parts(parts_ptr + i_t, T, o_k, STARTS)
         squares += b_x.to(tl.float32) * b_x.to(tl.float32)
         b_xs = b_xs + (b_x,)
     # NaN must not become the smallest norm
@@ -65,21 +59,11 @@ def cast_rows_kernel(
         tl.store(rows_ptr + o_k, b_row.to(rows_ptr.dtype.element_ty), mask=o_k < K)
 
 
-@triton.jit
-def of_parts(parts_ptr, T, o_k, STARTS: tl.constexpr):
-    """parts[p, t] for the part p that each of o_k lies in, as floats of both their shapes; parts_ptr: at t."""
-    b_part = tl.load(parts_ptr)
-    for i in tl.static_range(1, len(STARTS)):
-        b_part = tl.where(o_k >= STARTS[i], tl.load(parts_ptr + i * T), b_part)
-    return b_part
-
-
-def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None, rooms=False, parts=None):
+def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None, rooms=False):
     """(rows `[T, K]` float8_e4m3fn, scale `[T]` float32) of x `[T, K]`.
 
     factors: at most two `[K]` float32, by which x is multiplied first. outer: `[T]` float32, which goes into scale.
     into: where rows and scale are written, if they are there already. rooms: rows lie as `roomy` lays them.
-    parts: `float8_casts.Parts`.
     """
     tokens, k = x.shape
     if into is None:
@@ -96,10 +80,8 @@ def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None, room
             factor,
             second,
             outer,
-            None if parts is None else parts.scales,
             rows,
             scale,
-            tokens,
             k,
             x.stride(0),
             rows.stride(0),
@@ -107,7 +89,6 @@ def cast_rows(x, largest, smallest_norm, factors=(), outer=None, into=None, room
             SMALLEST_NORM=smallest_norm,
             FACTORS=len(factors),
             OUTER=outer is not None,
-            STARTS=() if parts is None else parts.starts,
             TILES=triton.cdiv(k, config.bc),
             BK=config.bc,
             num_warps=config.warps,

@@ -16,14 +16,12 @@ def column_squares_kernel(
     t_ptr,
     factor_ptr,
     second_ptr,
-    parts_ptr,
     squares_ptr,
     M,
     L,
     stride_m,
     CHUNK,
     FACTORS: tl.constexpr,
-    STARTS: tl.constexpr,
     BM: tl.constexpr,
     BL: tl.constexpr,
 ):
@@ -32,9 +30,7 @@ def column_squares_kernel(
     o_l = tl.program_id(0) * BL + tl.arange(0, BL)
     b_squares = tl.zeros((BM, BL), tl.float32)
     for start in range(i_c * CHUNK, min(M, i_c * CHUNK + CHUNK), BM):
-        b_t = scaled_tile(
-            t_ptr, factor_ptr, second_ptr, parts_ptr, start + tl.arange(0, BM), o_l, M, L, stride_m, FACTORS, STARTS
-        )
+        b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, start + tl.arange(0, BM), o_l, M, L, stride_m, FACTORS)
         b_squares += b_t * b_t
     tl.store(squares_ptr + i_c * L + o_l, tl.sum(b_squares, 0), mask=o_l < L)
 
@@ -45,7 +41,6 @@ def cast_columns_kernel(
     factor_ptr,
     second_ptr,
     outer_ptr,
-    parts_ptr,
     squares_ptr,
     rows_ptr,
     codes_ptr,
@@ -60,7 +55,6 @@ def cast_columns_kernel(
     SMALLEST_NORM: tl.constexpr,
     FACTORS: tl.constexpr,
     OUTER: tl.constexpr,
-    STARTS: tl.constexpr,
     BOTH: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
@@ -83,7 +77,7 @@ def cast_columns_kernel(
         if OUTER:
             scale *= tl.load(outer_ptr + o_l, mask=m_l, other=0.0)
         tl.store(scale_ptr + o_l, scale, mask=m_l)
-    b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, parts_ptr, o_m, o_l, M, L, stride_m, FACTORS, STARTS)
+    b_t = scaled_tile(t_ptr, factor_ptr, second_ptr, o_m, o_l, M, L, stride_m, FACTORS)
     b_codes = (b_t * (LARGEST / norm)[None, :]).to(rows_ptr.dtype.element_ty)
     if BOTH:
         tl.store(
@@ -95,43 +89,24 @@ def cast_columns_kernel(
 
 
 @triton.jit
-def scaled_tile(
-    t_ptr,
-    factor_ptr,
-    second_ptr,
-    parts_ptr,
-    o_m,
-    o_l,
-    M,
-    L,
-    stride_m,
-    FACTORS: tl.constexpr,
-    STARTS: tl.constexpr,
-):
-    """t[o_m, o_l] in float32, times factor[o_m], second[o_m] and parts[p, o_m] of l's part p, zero outside."""
+def scaled_tile(t_ptr, factor_ptr, second_ptr, o_m, o_l, M, L, stride_m, FACTORS: tl.constexpr):
+    """t[o_m, o_l] in float32, times factor[o_m] and second[o_m], zero outside."""
     m = (o_m < M)[:, None] & (o_l < L)[None, :]
     b_t = tl.load(t_ptr + o_m.to(tl.int64)[:, None] * stride_m + o_l[None, :], mask=m, other=0.0).to(tl.float32)
     if FACTORS > 0:
         b_t *= tl.load(factor_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
     if FACTORS > 1:
         b_t *= tl.load(second_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
-    if len(STARTS) > 0:
-        b_part = tl.load(parts_ptr + o_m, mask=o_m < M, other=0.0)[:, None]
-        for i in tl.static_range(1, len(STARTS)):
-            b_next = tl.load(parts_ptr + i * M + o_m, mask=o_m < M, other=0.0)[:, None]
-            b_part = tl.where((o_l >= STARTS[i])[None, :], b_next, b_part)
-        b_t *= b_part
     return b_t
 
 
-def cast_columns(t, largest, smallest_norm, factors=(), outer=None, parts=None):
+def cast_columns(t, largest, smallest_norm, factors=(), outer=None):
     """(rows `[L, M]`, scale `[L]`) of the transpose of t `[M, L]`, as `cast.cast_rows` gives them.
 
     The rows of t are contiguous, and may lie apart. factors: at most two `[M]` float32, which multiply t first. outer:
-    `[L]` float32, which goes into scale. parts: `float8_casts.Parts` of t. Two kernels: sums of squares by chunks of
-    rows, tiles.
+    `[L]` float32, which goes into scale. Two kernels: sums of squares by chunks of rows, tiles.
     """
-    return cast_tiles(t, largest, smallest_norm, factors, outer, parts, None, None)
+    return cast_tiles(t, largest, smallest_norm, factors, outer, None, None)
 
 
 def cast_both(t, largest, smallest_norm):
@@ -140,16 +115,15 @@ def cast_both(t, largest, smallest_norm):
     ((rows `[L, M]`, scale `[L]`), (codes `[M, L]`, ones `[M]`)).
     """
     codes, ones = roomy(t, *t.shape), t.new_empty(len(t), dtype=torch.float32)
-    return cast_tiles(t, largest, smallest_norm, (), None, None, codes, ones), (codes, ones)
+    return cast_tiles(t, largest, smallest_norm, (), None, codes, ones), (codes, ones)
 
 
-def cast_tiles(t, largest, smallest_norm, factors, outer, parts, codes, ones):
+def cast_tiles(t, largest, smallest_norm, factors, outer, codes, ones):
     m, length = t.shape
     rows, scale = t.new_empty(length, m, dtype=torch.float8_e4m3fn), t.new_empty(length, dtype=torch.float32)
     if not t.numel():
         return rows, scale
     factor, second, *_ = *factors, None, None
-    of_parts, starts = (None, ()) if parts is None else (parts.scales, parts.starts)
     tiles = column_tiles(m, length, device_of(t))
     chunks = triton.cdiv(m, tiles.chunk)
     squares = t.new_empty(chunks, length, dtype=torch.float32)
@@ -158,14 +132,12 @@ def cast_tiles(t, largest, smallest_norm, factors, outer, parts, codes, ones):
         t,
         factor,
         second,
-        of_parts,
         squares,
         m,
         length,
         t.stride(0),
         tiles.chunk,
         FACTORS=len(factors),
-        STARTS=starts,
         BM=bm,
         BL=bl,
         num_warps=warps,
@@ -176,7 +148,6 @@ def cast_tiles(t, largest, smallest_norm, factors, outer, parts, codes, ones):
         factor,
         second,
         outer,
-        of_parts,
         squares,
         rows,
         codes,
@@ -191,7 +162,6 @@ def cast_tiles(t, largest, smallest_norm, factors, outer, parts, codes, ones):
         SMALLEST_NORM=smallest_norm,
         FACTORS=len(factors),
         OUTER=outer is not None,
-        STARTS=starts,
         BOTH=codes is not None,
         BC=triton.next_power_of_2(chunks),
         BM=bm,
