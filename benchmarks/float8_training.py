@@ -172,9 +172,11 @@ def named(job: Job) -> dict:
 
 def work(job: Job, building: Semaphore, together: Barrier, alone: Lock) -> None:
     """Measure one row, which the file holds from its first round on."""
-    head = head_of(Path(job.path), environment() | {"commit": job.commit})
+    where = environment() | {"commit": job.commit}
+    head = head_of(Path(job.path), where)
 
     def keep(row: dict) -> None:
+        row = row | {"date": where["date"]}
         file = ResultFile(Path(job.path), head, append=True)
         same = row["variant"], row["impl"]
         file.rows = [kept for kept in file.rows if (kept.get("variant"), kept.get("impl")) != same]

@@ -66,6 +66,7 @@ def training_section() -> str:
             "": f"{FAMILIES[row['variant']]}, {products_of(row)}",
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
+            "parameters / dense": f"{row['trained_parameters'] / dense['trained_parameters']:.2f}",
             "peak memory / dense": f"{row['peak_bytes'] / dense['peak_bytes']:.2f}",
             **parts_of(row),
         }
@@ -73,10 +74,11 @@ def training_section() -> str:
     ]
     size = f"{dense['blocks']} blocks of {MODEL}'s shape, {dense['batch']} x {dense['tokens']} tokens"
     errors = [error_line(row) for row in rows if row["measured"] == "training error"]
-    where = machine(result["environment"] | {"commit": commits_of(steps)})
+    where = machine(result["environment"] | {"commit": commits_of(steps), "date": dense["date"]})
     return (
         f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
-        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay.\n\n"
+        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay; casts, clipping and AdamW "
+        "are among the elementwise ones.\n\n"
         "Errors against float64 of a low-rank layer in float8, of random numbers and tokens of very different size:\n\n"
         f"{format_table(errors)}\n\n{where}."
     )
