@@ -1,21 +1,27 @@
 """Times a training step in float8 beside 16 bits, dense and low-rank: `python benchmarks/float8_training.py`.
 
-Decoder blocks of Llama-3-8B's shape without embeddings' gradients and without a head; random weights.
+Decoder blocks of Llama-3-8B's shape without embeddings' gradients and without a head; random weights. Each row has a
+process of its own: all compile at once, and take turns in rounds, as in `decode_in_bits`.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from multiprocessing.synchronize import Barrier, Lock, Semaphore
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
+from decode_in_bits import ROUNDS, Turns
 from dense_float8 import Float8Linear
 from torch import Tensor, nn
 
@@ -24,6 +30,7 @@ from hf_blr.bench.measure import training
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.rivals import missing, train_by_torchao
+from hf_blr.bench.rows import in_one_line
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.finetune.float8 import open_float8
@@ -36,13 +43,15 @@ STEPS = (
     ("dense", "plain"),
     ("low_rank", "plain"),
     ("low_rank", "float8"),
+    ("low_rank@128", "float8"),
     ("dense", "float8"),
     ("dense", "torchao"),
 )
 PROTOCOL = (
     "random weights, half of each projection kept; a step is forward, backward, clipping and fused AdamW on the "
     "projections or factors alone, all in bfloat16 but for the products in float8; loss: the mean square of the last "
-    "hidden states; compiled blocks, the whole step in one CUDA graph; median"
+    "hidden states; compiled blocks, the whole step in one CUDA graph; median of five rounds, each a median of "
+    "replays. A process for each row: all compile at once, then each is timed alone, once in each round"
 )
 #: (in features, out features, rank) of the layers whose gradients are compared with float64
 CHECKED = ((4096, 4096, 1024), (4096, 14336, 1584))
@@ -112,6 +121,79 @@ def gradients(made: dict[str, Tensor], dtype: torch.dtype, impl: str | None) -> 
     return [out.detach(), *torch.autograd.grad(out, (x, u, v), made["grad"].to(dtype))]
 
 
+class Job(NamedTuple):
+    """One row of the file at `path`: the step `STEPS[index]`."""
+
+    index: int
+    blocks: int
+    tokens: int
+    device: str
+    commit: str
+    path: str
+
+
+def row_of(
+    job: Job,
+    building: Semaphore,
+    turn: Callable[[], AbstractContextManager[None]],
+    so_far: Callable[[dict], None],
+    **sizes: Any,
+) -> dict:
+    """The row of one step, timed within turns, at whose ends `so_far` is handed it."""
+    variant, products = STEPS[job.index]
+    with building:
+        model, names = blocks_for(variant, products, job.blocks, job.device, **sizes)
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
+    row = named(job)
+    settings = "text", names, 1, job.tokens, "compiled", "default", Timer(job.device)
+    return row | training(
+        model,
+        *settings,
+        profile=job.device == "cuda",
+        rounds=ROUNDS,
+        turn=turn,
+        so_far=lambda found: so_far(row | found),
+    )
+
+
+def named(job: Job) -> dict:
+    """What is known of a row before it is measured."""
+    variant, products = STEPS[job.index]
+    row = {"measured": "training step", "model": MODEL, "blocks": job.blocks, "variant": variant}
+    return row | {
+        "float8": products != "plain",
+        "impl": products,
+        "batch": 1,
+        "tokens": job.tokens,
+        "commit": job.commit,
+    }
+
+
+def work(job: Job, building: Semaphore, together: Barrier, alone: Lock) -> None:
+    """Measure one row, which the file holds from its first round on."""
+    where = environment() | {"commit": job.commit}
+    head = head_of(Path(job.path), where)
+
+    def keep(row: dict) -> None:
+        row = row | {"date": where["date"]}
+        file = ResultFile(Path(job.path), head, append=True)
+        same = row["variant"], row["impl"]
+        file.rows = [kept for kept in file.rows if (kept.get("variant"), kept.get("impl")) != same]
+        file.add([row])
+
+    # a GPU's rows have a profile too
+    turns = Turns(together, alone, ROUNDS + (job.device == "cuda"))
+    try:
+        row = row_of(job, building, turns.turn, keep)
+    except Exception as error:
+        row = named(job) | {"error": in_one_line(error)}
+    with alone:
+        keep(row)
+        print(*STEPS[job.index], row.get("ms"), row.get("ms_of_rounds"), row.get("error"), flush=True)
+    turns.pass_on()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=4)
@@ -124,23 +206,25 @@ def main() -> None:
     where = environment() | ({"commit": args.commit} if args.commit else {})
     file = ResultFile(args.json, head_of(args.json, where), append=True)
     file.rows = [row for row in file.rows if not row["measured"].startswith("training")]
+    file.add([])
+    settings = args.blocks, args.tokens, args.device, where["commit"], str(args.json)
+    jobs = []
     for index in args.only:
-        variant, products = STEPS[index]
-        reason = missing(products) if products == "torchao" else None
+        reason = missing("torchao") if STEPS[index][1] == "torchao" else None
         if reason:
-            print(f"{variant} by {products} is left out: {reason}", flush=True)
-            continue
-        model, names = blocks_for(variant, products, args.blocks, args.device)
-        row = {"measured": "training step", "model": MODEL, "blocks": args.blocks, "variant": variant}
-        row |= {"float8": products != "plain", "impl": products, "batch": 1, "tokens": args.tokens}
-        row["commit"] = where["commit"]
-        row |= training(model, "text", names, 1, args.tokens, "compiled", "default", Timer(args.device))
-        file.add([row])
-        print(f"{variant:9} {products:8} {row['ms']:.2f} ms", flush=True)
-        del model
+            print(f"{' by '.join(STEPS[index])} is left out: {reason}", flush=True)
+        else:
+            jobs.append(Job(index, *settings))
+    context = multiprocessing.get_context("spawn")
+    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock()
+    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     if len(args.only) == len(STEPS):
         rows = [row | {"commit": where["commit"]} for row in error_rows(args.device, args.tokens)]
-        file.add(rows)
+        ResultFile(args.json, file.head, append=True).add(rows)
         for row in rows:
             print(row)
 

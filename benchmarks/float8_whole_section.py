@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conditions import RESULTS, machine, table_of
-from float8_training import MODEL, PROTOCOL
+from float8_training import MODEL, PROTOCOL, STEPS
 
 from hf_blr.bench.model_peaks import model_predictions
 from hf_blr.bench.report.commits import commits_of, rows_of
@@ -13,7 +13,7 @@ from hf_blr.formats import PLAIN
 from hf_blr.markdown import format_table
 from hf_blr.roofline.devices import DEVICES
 
-FAMILIES = {"dense": "dense", "low_rank": "low-rank"}
+FAMILIES = {"dense": "dense", "low_rank": "low-rank", "low_rank@128": "low-rank, ranks that 128 divides"}
 #: variants that the others are compared with
 COMPARED = ("dense", "dense/fp8", "dense/fp8, torchao")
 #: {column: parts of a profile}
@@ -59,28 +59,38 @@ def training_section() -> str:
     result = read_result(RESULTS / "float8_h200.json")
     rows = rows_of(result)
     steps = [row for row in rows if row["measured"] == "training step"]
+    steps.sort(key=lambda row: STEPS.index((row["variant"], row["impl"])))
     dense = next(row for row in steps if row["variant"] == "dense" and not row["float8"])
     lines = [
         {
             "": f"{FAMILIES[row['variant']]}, {products_of(row)}",
             "ms": f"{row['ms']:.2f}",
             "over dense": f"{dense['ms'] / row['ms']:.2f}x",
+            "parameters / dense": f"{row['trained_parameters'] / dense['trained_parameters']:.2f}",
             "peak memory / dense": f"{row['peak_bytes'] / dense['peak_bytes']:.2f}",
+            **parts_of(row),
         }
         for row in steps
     ]
     size = f"{dense['blocks']} blocks of {MODEL}'s shape, {dense['batch']} x {dense['tokens']} tokens"
     errors = [error_line(row) for row in rows if row["measured"] == "training error"]
-    where = machine(result["environment"] | {"commit": commits_of(steps)})
+    where = machine(result["environment"] | {"commit": commits_of(steps), "date": dense["date"]})
     return (
         f"{format_table(lines)}\n\n{size}; {PROTOCOL}. Dense in float8: one scale a tensor "
-        "(`benchmarks/dense_float8.py`).\n\nErrors against float64 of a low-rank layer in float8, of random numbers "
-        f"and tokens of very different size:\n\n{format_table(errors)}\n\n{where}."
+        "(`benchmarks/dense_float8.py`). ms of kernels by kind from a profile of one replay; casts, clipping and AdamW "
+        "are among the elementwise ones.\n\n"
+        "Errors against float64 of a low-rank layer in float8, of random numbers and tokens of very different size:\n\n"
+        f"{format_table(errors)}\n\n{where}."
     )
 
 
+def parts_of(row: dict) -> dict[str, str]:
+    """{kind: ms} of a row's profile."""
+    return {name: f"{sum(row['profile']['parts'][part] for part in of):.2f}" for name, of in KINDS.items()}
+
+
 def products_of(row: dict) -> str:
-    return "float8 by torchao" if row.get("impl") == "torchao" else "float8" if row["float8"] else "bfloat16"
+    return "float8 by torchao" if row["impl"] == "torchao" else "float8" if row["float8"] else "bfloat16"
 
 
 def error_line(row: dict) -> dict:
@@ -107,9 +117,7 @@ def prefill_section() -> str:
             line |= {f"over {name}": f"{ms[name] / row['ms']:.2f}x" for name in COMPARED}
             known = predicted.get((row["variant"], tokens))
             line["predicted ms"] = "" if known is None else f"{known:.2f}"
-            parts = row["profile"]["parts"] if "profile" in row else None
-            line |= {name: f"{sum(parts[part] for part in of):.2f}" if parts else "" for name, of in KINDS.items()}
-            lines.append(line)
+            lines.append(line | parts_of(row))
     where = machine(result["environment"] | {"commit": commits_of(rows)})
     return (
         f"{format_table(lines)}\n\n{MODEL}, one text, half of each projection kept, @128: at ranks cut so that 128 "

@@ -46,6 +46,8 @@ class BLRLinear(MultipliedOut):
     masters: bool = False
     #: multiplies in float8 while it trains: where `finetune.float8` opened it
     float8: bool = False
+    #: (what it multiplies with then, its place there)
+    float8_group: tuple[Any, int] | None = None
     #: of `ops.dispatch.IMPLS`, for this module alone and in every thread; "" is what `use_impl` says
     impl: str = ""
 
@@ -112,6 +114,11 @@ class BLRLinear(MultipliedOut):
                 return out
         # by the mode and not by gradients, so that a checkpointed block computes the same twice
         if self.float8 and self.training:
+            if self.float8_group is not None:
+                group, index = self.float8_group
+                out = group.output(index, x)
+                if out is not None:
+                    return out
             return ops.linear_in_float8(self.spec.structure, x, self.operands(x), self.bias, self.impl or None)
         found = self.route_in_bits(x)
         if found != NUMBERS:
@@ -171,7 +178,7 @@ class BLRLinear(MultipliedOut):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled module stands alone: its siblings are not copied with it
-        return {name: value for name, value in self.__dict__.items() if name != "group"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("group", "float8_group")}
 
     def extra_repr(self) -> str:
         spec, b = self.spec, self.spec.num_blocks

@@ -480,15 +480,17 @@ def test_training_in_float8_is_that_of_the_reference(tokens, compiled):
     if torch.cuda.get_device_capability() < LEAST_FLOAT8:
         pytest.skip("the GPU does not multiply float8")
     torch.manual_seed(0)
-    shapes = {"x": (tokens, 1024), "u": (1536, 256), "v": (256, 1024)}
-    given = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name, shape in shapes.items()}
-    grad = torch.randn(tokens, 1536, device="cuda", dtype=torch.bfloat16)
+    # two layers on one input, the second of a rank whose rows fill no line of L2
+    shapes = [(tokens, 1024), (1536, 256), (256, 1024), (512, 144), (144, 1024)]
+    given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    grads = [torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in (1536, 512)]
 
     def step(impl):
-        x, u, v = (t.clone().requires_grad_() for t in given.values())
-        linear = torch.compile(ops.linear_in_float8, fullgraph=True) if compiled else ops.linear_in_float8
-        out = linear("low_rank", x, [u, v], impl=impl)
-        return out, *torch.autograd.grad(out, (x, u, v), grad)
+        x, *factors = (t.clone().requires_grad_() for t in given)
+        layers = [("low_rank", factors[:2], None), ("low_rank", factors[2:], None)]
+        linears = torch.compile(ops.linears_in_float8, fullgraph=True) if compiled else ops.linears_in_float8
+        outs = linears(x, layers, impl=impl)
+        return *outs, *torch.autograd.grad(outs, (x, *factors), grads)
 
     for found, wanted in zip(step("triton"), step("reference"), strict=True):
         # one more rounding at most, of numbers between two of float8

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,16 @@ def training(
     mode: str,
     timer: Timer,
     activation_budget: float = 1.0,
+    profile: bool = False,
+    rounds: int = 1,
+    turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    so_far: Callable[[dict], None] = lambda row: None,
 ) -> dict:
     """{"ms", "peak_bytes", "trained_parameters"} of one step as the Trainer takes it: AdamW, norms clipped at one.
+
+    "ms" is the median of the rounds' medians, which are "ms_of_rounds". Each round is timed within a `turn()` of its
+    own, at whose end `so_far` is handed what the rounds until then say. With `profile` also "profile", of
+    `profiling.profiled`, in forms that replay a graph of ours on a GPU, within one more turn.
 
     Args:
         names: the modules that train, dense or compressed.
@@ -137,19 +147,30 @@ def training(
         optimizer.zero_grad()
 
     budget = torch._functorch.config.patch(activation_memory_budget=activation_budget)
+    row: dict[str, Any] = {}
     with maskless_attention(model, kind), loss, budget:
+        run: Callable = step
         if form == "eager":
             for _ in range(2):
                 step()
-            seconds = timer.median(step)
         else:
-            seconds = timer.median(timer.captured(step))
+            run = timer.captured(step)
+        found = []
+        for _ in range(rounds):
+            with turn():
+                found.append(timer.median(run) * 1e3)
+                row = {
+                    "ms": statistics.median(found),
+                    "ms_of_rounds": list(found),
+                    "peak_bytes": peak(timer.device),
+                    "trained_parameters": sum(p.numel() for p in trained),
+                }
+                so_far(row)
+        if profile and timer.on_gpu and form != "eager":
+            with turn():
+                row["profile"] = profiled(run)
     model.eval().requires_grad_(False)
-    return {
-        "ms": seconds * 1e3,
-        "peak_bytes": peak(timer.device),
-        "trained_parameters": sum(p.numel() for p in trained),
-    }
+    return row
 
 
 @contextlib.contextmanager

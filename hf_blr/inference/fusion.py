@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,24 +68,35 @@ def fuse(model: nn.Module, together: tuple[tuple[str, ...], ...] = TOGETHER) -> 
         raise ValueError(f"{type(model).__name__} has no BLR modules to fuse; compress it first")
     found: list[tuple[str, ...]] = []
     for parent_name, parent in list(model.named_modules()):
-        if CROSS_ATTENTION.search(parent_name) or CROSS_ATTENTION.search(type(parent).__name__):
-            continue
-        children = dict(parent.named_children())
-        for names in together:
-            # PEFT keeps the layer under an adapter as base_layer
-            present = [name for name in names if name in children]
-            modules: dict[str, Any] = {name: getattr(children[name], "base_layer", children[name]) for name in present}
-            for kind in dict.fromkeys(map(kind_of, modules.values())):
-                alike = {name: module for name, module in modules.items() if kind_of(module) == kind}
-                if kind is not None and len(set(alike.values())) > 1:
-                    run_together(list(alike.values()))
-                    found.append(tuple(f"{parent_name}.{name}".lstrip(".") for name in alike))
+        for alike in of_one_kind(parent_name, parent, kind_of, together):
+            run_together(list(alike.values()))
+            found.append(tuple(f"{parent_name}.{name}".lstrip(".") for name in alike))
         for names in fuse_activations(parent):
             full = tuple(f"{parent_name}.{name}".lstrip(".") for name in names)
             # a gated MLP: the group is there already
             found = [group for group in found if group != full[:-1]] + [full]
     use_attention(model)
     return found
+
+
+def of_one_kind(
+    parent_name: str,
+    parent: nn.Module,
+    kind_of: Callable[[nn.Module], Hashable | None],
+    together: tuple[tuple[str, ...], ...] = TOGETHER,
+) -> Iterator[dict[str, Any]]:
+    """{name: module} of children that are handed one tensor and are of one kind; none of the kind None."""
+    if CROSS_ATTENTION.search(parent_name) or CROSS_ATTENTION.search(type(parent).__name__):
+        return
+    children = dict(parent.named_children())
+    for names in together:
+        # PEFT keeps the layer under an adapter as base_layer
+        present = [name for name in names if name in children]
+        modules: dict[str, Any] = {name: getattr(children[name], "base_layer", children[name]) for name in present}
+        for kind in dict.fromkeys(map(kind_of, modules.values())):
+            alike = {name: module for name, module in modules.items() if kind_of(module) == kind}
+            if kind is not None and len(set(alike.values())) > 1:
+                yield alike
 
 
 def unfuse(model: nn.Module) -> None:

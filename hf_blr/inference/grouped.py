@@ -39,7 +39,7 @@ class ProjectionGroup:
         """
         mark: Mark = getattr(x, MARK, None) or (None, {})
         group, waiting = mark
-        if group is self and not self.wants_gradient(index, x):
+        if group is self and self.may_wait(index, x):
             out, state = waiting.pop(index, (None, None))
             if not waiting:
                 self.close(x)
@@ -53,6 +53,10 @@ class ProjectionGroup:
         if not torch.compiler.is_compiling():
             self.unclaimed += 1
         return out
+
+    def may_wait(self, index: int, x: Tensor) -> bool:
+        """Whether what waits on x can be the output of module `index`."""
+        return not self.wants_gradient(index, x)
 
     def close(self, x: Tensor) -> None:
         """The last sibling has taken its output."""

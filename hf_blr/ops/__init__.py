@@ -18,7 +18,7 @@ from hf_blr.ops.activations import activated, check_activation
 from hf_blr.ops.bits import InBits, linear_in_bits, route_in_bits
 from hf_blr.ops.dispatch import current_impl, few_tokens, resolve_impl, use_impl
 from hf_blr.ops.experts import Routed, gathered_rows, route_rows
-from hf_blr.ops.float8_training import linear_in_float8
+from hf_blr.ops.float8_training import linear_in_float8, linears_in_float8
 from hf_blr.ops.grouped import gated_linear, grouped_linear
 from hf_blr.ops.grouped_bits import gated_in_bits, grouped_float8, grouped_in_bits
 from hf_blr.ops.numbers import numbers_in_bits
@@ -40,6 +40,7 @@ __all__ = [
     "linear",
     "linear_in_bits",
     "linear_in_float8",
+    "linears_in_float8",
     "numbers_in_bits",
     "route_in_bits",
     "route_rows",
