@@ -85,8 +85,9 @@ def training_section() -> str:
 
 
 def parts_of(row: dict) -> dict[str, str]:
-    """{kind: ms} of a row's profile."""
-    return {name: f"{sum(row['profile']['parts'][part] for part in of):.2f}" for name, of in KINDS.items()}
+    """{kind: ms} of a row's profile; nothing of one without."""
+    parts = row["profile"]["parts"] if "profile" in row else None
+    return {name: f"{sum(parts[part] for part in of):.2f}" if parts else "" for name, of in KINDS.items()}
 
 
 def products_of(row: dict) -> str:
