@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids
-from runs import OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from runs import MORE_STEPS, OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
 from sentence_sets import BATCH, SentenceTraining, drawn_sentences, embeddings, sentence_batches, sentences_of
 
 from hf_blr import compress
@@ -44,6 +44,9 @@ PROTOCOL = (
     "mean cosine between the sentence embeddings of the dense and the compressed model, on the first 1000 sentences of "
     "5 to 60 words of each text; float32; every row names the tokens that it was fitted to, windows of 128 or sentences"
 )
+#: steps on each block of a longer fit
+STEPS = MORE_STEPS[0]
+LONGER = f"{TWICE_FITTED_JOINT}, {STEPS} steps"
 #: all outputs of a layer weigh alike, as if nothing were known of what the embedding feels
 ALIKE = {"fisher": False, "allocation": "uniform"}
 OFF = {**ALIKE, "sequential": False}
@@ -55,6 +58,8 @@ def runs(ratios: list[float]) -> list[Run]:
         (REFINED, "pivoted", None, {}),
         (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
         (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
+        (LONGER, "pivoted", None, {**TWICE_JOINT, "block_steps": STEPS}),
+        (f"{LONGER}, refined", "pivoted", None, {**TWICE_JOINT, "block_steps": STEPS}),
         (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
         (OURS, "low_rank", None, {}),
@@ -126,6 +131,13 @@ def main(argv=None):
         help="the learning rate of refined rows; of several, the best on held-out sentences after some steps",
     )
     parser.add_argument(
+        "--pooled",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="share of the loss that the embeddings have beside the features of all tokens; of several, the best",
+    )
+    parser.add_argument(
         "--held-out", type=int, default=0, help="sentences of the parts that nothing reads but that choice"
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="sentences of a step of refined rows")
@@ -135,8 +147,8 @@ def main(argv=None):
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    if len(args.rate) > 1 and not args.held_out:
-        parser.error("several learning rates are compared on held-out sentences: name --held-out sentences too")
+    if len(args.rate) * len(args.pooled) > 1 and not args.held_out:
+        parser.error("learning rates and losses are compared on held-out sentences: name --held-out sentences too")
     dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = {name: sentences_of(text)[:SENTENCES] for name, text in texts_of(args.sentences).items()}
@@ -157,7 +169,8 @@ def main(argv=None):
     for seed in args.seeds:
         parts = texts_of(args.parts)
         drawn, left_out = drawn_sentences(parts.values(), seed, args.held_out)
-        training = SentenceTraining(dense, tokenizer, drawn[: args.trained], left_out, list(parts), seed, args.batch)
+        trained = drawn[: args.trained]
+        training = SentenceTraining(dense, tokenizer, trained, left_out, list(parts), seed, args.batch, args.pooled)
         if args.fit_to == "sentences":
             batches, fitted = sentence_batches(drawn[: args.fitted], tokenizer, parts, seed)
         else:

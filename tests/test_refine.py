@@ -153,3 +153,53 @@ def test_the_loss_of_features_is_that_of_positions_that_count():
     assert found.item() == pytest.approx(wanted.item()) and count == 8
     with pytest.raises(ValueError, match="features of one shape"):
         feature_loss({"last_hidden_state": student}, {"last_hidden_state": teacher[:1]})
+
+
+def test_the_loss_of_means_is_that_of_what_embeds_a_sentence():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    # what is hidden may hold anything
+    student[0, 4] = torch.nan
+    student.requires_grad_()
+    pair = {"last_hidden_state": student}, {"last_hidden_state": teacher}
+    found, count = feature_loss(*pair, mask, pooled=1.0)
+    embedded, wanted = (
+        torch.stack([row[kept].mean(0) for row, kept in zip(rows, mask, strict=True)]) for rows in (student, teacher)
+    )
+    torch.testing.assert_close(found, (embedded - wanted).square().sum() / wanted.square().sum())
+    assert count == 8
+    (gradient,) = torch.autograd.grad(found, student, retain_graph=True)
+    assert gradient.isfinite().all() and not gradient[~mask].any() and gradient[mask].all()
+    half, _ = feature_loss(*pair, mask, pooled=0.5)
+    torch.testing.assert_close(half, (found + feature_loss(*pair, mask)[0]) / 2)
+    # a vector for each sequence has nothing to pool
+    vectors = {"sentence_embeds": teacher[:, 0]}, {"sentence_embeds": teacher[:, 1]}
+    assert feature_loss(*vectors, mask, pooled=1.0)[0] == feature_loss(*vectors, mask)[0]
+
+
+def test_an_encoder_is_refined_towards_the_dense_embeddings():
+    dense, model = (tiny_bert().bert.eval() for _ in range(2))
+    batches = encoder_batches(16, seed=0)
+    config = BLRConfig("low_rank", ratio=0.5, allocation="uniform")
+    compress(model, config, calibration=batches, progress=False)
+    trained = {}
+    for pooled in (0.0, 1.0):
+        trained[pooled] = copy.deepcopy(model)
+        refine(trained[pooled], dense, batches, epochs=6, learning_rate=3e-3, pooled=pooled)
+    apart = {pooled: embeddings_apart(each, dense, batches) for pooled, each in trained.items()}
+    assert apart[1.0] < 0.9 * apart[0.0] < 0.6 * embeddings_apart(model, dense, batches)
+    with pytest.raises(ValueError, match=r"pooled must be in \[0, 1\], got 2"):
+        refine(model, dense, batches, pooled=2)
+
+
+def embeddings_apart(model, dense, batches):
+    """As `features_apart`, of the mean over each sequence."""
+    error = energy = 0.0
+    for batch in batches:
+        counted = batch["attention_mask"].unsqueeze(-1)
+        with torch.no_grad():
+            sums = [(m(**batch).last_hidden_state * counted).sum(1) / counted.sum(1) for m in (model, dense)]
+        error += (sums[0] - sums[1]).square().sum().item()
+        energy += sums[1].square().sum().item()
+    return error / energy
