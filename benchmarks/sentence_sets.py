@@ -127,8 +127,12 @@ class SentenceTraining:
         if fit not in self.chosen:
             self.chosen[fit] = self.choose(model, rates)
         rate, share, choice = self.chosen[fit]
+        judged = (
+            {"held_out": len(self.left_out), "held_out_distance_before": self.distance(model)} if self.left_out else {}
+        )
         self.train(model, rate, share, batches, epochs)
-        judged = {"held_out": len(self.left_out), "held_out_distance": self.distance(model)} if self.left_out else {}
+        if self.left_out:
+            judged["held_out_distance"] = self.distance(model)
         return {
             "finetune_sha256": self.read[1]["calibration_sha256"],
             "epochs": epochs,
