@@ -101,8 +101,9 @@ def refine(
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, also=left, bits=bits)
         groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
-        distilled = {"teacher": teacher, "distill_weight": distill_weight, "pooled": pooled}
-        callback = BLRCallback(train_also=left, train_bits=bits, **distilled)
+        callback = BLRCallback(
+            train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits, pooled=pooled
+        )
         history = train(
             model,
             windows,
