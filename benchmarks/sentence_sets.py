@@ -20,7 +20,7 @@ BATCH = 64
 #: words of a sentence that is scored
 FEWEST_WORDS, MOST_WORDS = 5, 60
 #: steps that are enough to tell learning rates from each other
-TRIAL_STEPS = 200
+TRIAL_STEPS = 400
 
 
 def sentences_of(text: str) -> list[str]:
@@ -82,11 +82,10 @@ def embeddings(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor
 
 @dataclass
 class SentenceTraining:
-    """Refines on sentences, at the best of several learning rates and losses by sentences that are held out.
+    """Refines on sentences, at the best of several learning rates by sentences that are held out.
 
     names: of the texts that the sentences are of.
     batch: sentences of a step.
-    shares: of the loss, that the sentences' embeddings have beside the features of all tokens.
     """
 
     dense: nn.Module
@@ -96,9 +95,8 @@ class SentenceTraining:
     names: list[str]
     seed: int
     batch: int
-    shares: list[float]
-    #: {fit: the rate and the share that are best for it, and what its rows say of the choice}
-    chosen: dict[Any, tuple[float, float, dict]] = field(default_factory=dict)
+    #: {fit: the rate that is best for it, and what its rows say of the choice}
+    chosen: dict[Any, tuple[float, dict]] = field(default_factory=dict)
 
     @cached_property
     def read(self) -> tuple[list[dict[str, Tensor]], dict]:
@@ -111,8 +109,8 @@ class SentenceTraining:
     def tokens(self, epochs: int) -> int:
         return epochs * self.read[1]["calibration_tokens"]
 
-    def train(self, model: nn.Module, rate: float, share: float, batches: list[dict[str, Tensor]], epochs: int) -> None:
-        refine(model, self.dense, batches, epochs=epochs, learning_rate=rate, seed=self.seed, pooled=share)
+    def train(self, model: nn.Module, rate: float, batches: list[dict[str, Tensor]], epochs: int) -> None:
+        refine(model, self.dense, batches, epochs=epochs, learning_rate=rate, seed=self.seed)
 
     def distance(self, model: nn.Module) -> float:
         """One less the mean cosine to the dense model's embeddings of what is held out."""
@@ -124,13 +122,20 @@ class SentenceTraining:
         fit: which one the model is; several rates are tried for some steps on each.
         """
         batches = self.read[0]
+        # every so many, as they stand in the order of their lengths
+        some = batches[:: -(-len(batches) // TRIAL_STEPS)]
+
+        def attempt(copied: nn.Module, rate: float) -> None:
+            self.train(copied, rate, some, epochs=1)
+
         if fit not in self.chosen:
-            self.chosen[fit] = self.choose(model, rates)
-        rate, share, choice = self.chosen[fit]
+            several = len(rates) > 1
+            self.chosen[fit] = best_rate(model, rates, attempt, self.distance) if several else (rates[0], {})
+        rate, choice = self.chosen[fit]
         judged = (
             {"held_out": len(self.left_out), "held_out_distance_before": self.distance(model)} if self.left_out else {}
         )
-        self.train(model, rate, share, batches, epochs)
+        self.train(model, rate, batches, epochs)
         if self.left_out:
             judged["held_out_distance"] = self.distance(model)
         return {
@@ -138,25 +143,6 @@ class SentenceTraining:
             "epochs": epochs,
             "batch": self.batch,
             "learning_rate": rate,
-            "pooled": share,
             **choice,
             **judged,
         }
-
-    def choose(self, model: nn.Module, rates: list[float]) -> tuple[float, float, dict]:
-        """(The rate, the share, what a row says of the choice): the best of all pairs, after some steps each."""
-        if len(rates) * len(self.shares) == 1:
-            return rates[0], self.shares[0], {}
-        # every so many, as they stand in the order of their lengths
-        batches = self.read[0]
-        some = batches[:: -(-len(batches) // TRIAL_STEPS)]
-        found = {}
-        for share in self.shares:
-
-            def attempt(copied: nn.Module, rate: float, share: float = share) -> None:
-                self.train(copied, rate, share, some, epochs=1)
-
-            rate, tried = best_rate(model, rates, attempt, self.distance)
-            found[share] = rate, tried["rates_tried"]
-        share = min(found, key=lambda share: min(found[share][1].values()))
-        return found[share][0], share, {"rates_tried": {f"{each:g}": tried for each, (_, tried) in found.items()}}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids
-from runs import MORE_STEPS, OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from runs import MORE_STEPS, OURS, REFINED, TWICE, TWICE_FITTED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
 from sentence_sets import BATCH, SentenceTraining, drawn_sentences, embeddings, sentence_batches, sentences_of
 
 from hf_blr import compress
@@ -56,6 +56,8 @@ def runs(ratios: list[float]) -> list[Run]:
     kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
         (OURS, "pivoted", None, {}),
         (REFINED, "pivoted", None, {}),
+        (TWICE_FITTED, "pivoted", None, TWICE),
+        (f"{TWICE_FITTED}, refined", "pivoted", None, TWICE),
         (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
         (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
         (LONGER, "pivoted", None, {**TWICE_JOINT, "block_steps": STEPS}),
@@ -131,13 +133,6 @@ def main(argv=None):
         help="the learning rate of refined rows; of several, the best on held-out sentences after some steps",
     )
     parser.add_argument(
-        "--pooled",
-        type=float,
-        nargs="+",
-        default=[0.0],
-        help="share of the loss that the embeddings have beside the features of all tokens; of several, the best",
-    )
-    parser.add_argument(
         "--held-out", type=int, default=0, help="sentences of the parts that nothing reads but that choice"
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="sentences of a step of refined rows")
@@ -147,8 +142,8 @@ def main(argv=None):
     parser.add_argument("--commit", help="of the source, where there is no checkout")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    if len(args.rate) * len(args.pooled) > 1 and not args.held_out:
-        parser.error("learning rates and losses are compared on held-out sentences: name --held-out sentences too")
+    if len(args.rate) > 1 and not args.held_out:
+        parser.error("several learning rates are compared on held-out sentences: name --held-out sentences too")
     dense = AutoModel.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = {name: sentences_of(text)[:SENTENCES] for name, text in texts_of(args.sentences).items()}
@@ -169,8 +164,7 @@ def main(argv=None):
     for seed in args.seeds:
         parts = texts_of(args.parts)
         drawn, left_out = drawn_sentences(parts.values(), seed, args.held_out)
-        trained = drawn[: args.trained]
-        training = SentenceTraining(dense, tokenizer, trained, left_out, list(parts), seed, args.batch, args.pooled)
+        training = SentenceTraining(dense, tokenizer, drawn[: args.trained], left_out, list(parts), seed, args.batch)
         if args.fit_to == "sentences":
             batches, fitted = sentence_batches(drawn[: args.fitted], tokenizer, parts, seed)
         else:

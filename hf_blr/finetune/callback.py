@@ -70,8 +70,6 @@ class BLRCallback(TrainerCallback):
             gets no gradients.
         distill_weight: share of the distillation loss in the loss, in (0, 1].
         temperature: softens both distributions; the loss is scaled by its square.
-        pooled: of a model without logits, which is distilled by its features: the share of the loss, in [0, 1], that
-            the means over the positions of each sequence have, which embeddings of sentences are.
         float32_factors: train factors that are stored in 16 bits as float32 numbers; at the end of the training they
             are rounded back. Checkpoints in between hold the float32 numbers, so that a training resumes from them.
         train_float8: multiply in float8, forward and backward, in the low-rank and pivoted layers whose factors are
@@ -97,19 +95,16 @@ class BLRCallback(TrainerCallback):
         train_bits: str = SCALES,
         float32_factors: bool = True,
         train_float8: bool = False,
-        pooled: float = 0.0,
     ):
         check_what("train_bits", train_bits)
         if not 0 < distill_weight <= 1:
             raise ValueError(f"distill_weight must be in (0, 1], got {distill_weight}")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        if not 0 <= pooled <= 1:
-            raise ValueError(f"pooled must be in [0, 1], got {pooled}")
-        if teacher is None and (distill_weight, temperature, pooled) != (DISTILL_WEIGHT, TEMPERATURE, 0.0):
+        if teacher is None and (distill_weight, temperature) != (DISTILL_WEIGHT, TEMPERATURE):
             raise ValueError(
-                f"distill_weight={distill_weight}, temperature={temperature} and pooled={pooled} are of the divergence "
-                "from a teacher, and there is none: give teacher=, or leave them out"
+                f"distill_weight={distill_weight} and temperature={temperature} are of the divergence from a teacher, "
+                "and there is none: give teacher=, or leave them out"
             )
         if teacher is not None and not isinstance(teacher, (nn.Module, str, os.PathLike)):
             raise TypeError(f"teacher must be a model, or the name or path of one, got {type(teacher).__name__}")
@@ -124,7 +119,6 @@ class BLRCallback(TrainerCallback):
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.temperature = temperature
-        self.pooled = pooled
         self.masters = Masters() if float32_factors else None
         self.train_float8 = train_float8
         self.float8_layers: list[str] = []
@@ -172,7 +166,7 @@ class BLRCallback(TrainerCallback):
             self.teacher = load_teacher(self.teacher, model)
             autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             self.distiller = Distiller(
-                self.teacher, self.distill_weight, self.temperature, is_causal_lm(model), autocast, self.pooled
+                self.teacher, self.distill_weight, self.temperature, is_causal_lm(model), autocast
             )
 
     def freeze(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

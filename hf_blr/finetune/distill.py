@@ -39,7 +39,6 @@ class Distiller:
         temperature: see `distillation_loss`.
         shifts_labels: position t predicts label t + 1, as in a causal language model.
         autocast: the dtype in which the student computes under mixed precision, else None.
-        pooled: see `feature_loss`.
     """
 
     def __init__(
@@ -49,14 +48,12 @@ class Distiller:
         temperature: float,
         shifts_labels: bool,
         autocast: torch.dtype | None = None,
-        pooled: float = 0.0,
     ):
         self.teacher = teacher.eval()
         self.weight = weight
         self.temperature = temperature
         self.shifts_labels = shifts_labels
         self.autocast = autocast
-        self.pooled = pooled
         self.handles: list[RemovableHandle] = []
         #: what the model handed to its loss function in this forward
         self.handed: Kwargs | None = None
@@ -156,7 +153,6 @@ class Distiller:
             student,
             predicted(self.teacher, outputs_of(self.teacher, args, kwargs, device, self.autocast)),
             predicted_positions(kwargs, model),
-            self.pooled,
         )
         self.count(count, loss * count)
         return loss

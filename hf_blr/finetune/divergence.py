@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from hf_blr.ops.losses import losses
@@ -74,18 +72,13 @@ def sums(
 
 
 def feature_loss(
-    student: dict[str, torch.Tensor],
-    teacher: dict[str, torch.Tensor],
-    mask: torch.Tensor | None = None,
-    pooled: float = 0.0,
+    student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the squared error of features over the teacher's sum of squares, of how many positions).
 
     Args:
         student, teacher: {name: `[..., C]`}, features of one kind under one name.
         mask: `[B, T]`, true at the positions that count, of features `[B, T, C]`; None is all of them.
-        pooled: share that the same measure of each sequence's mean over its positions has in the error. Embeddings of
-            sentences are such means, in which much of what positions err by cancels.
 
     Raises:
         ValueError: if the two have different names or shapes.
@@ -93,35 +86,13 @@ def feature_loss(
     shapes = [{name: tuple(values.shape) for name, values in each.items()} for each in (student, teacher)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"teacher and student must give features of one shape, got {shapes[1]} and {shapes[0]}")
-    pairs = [(values, teacher[name].to(values.device)) for name, values in student.items()]
-    counted = [(counts(values, mask), counts(wanted, mask)) for values, wanted in pairs]
-    count = torch.stack([number.sum().to(pairs[0][0].device) for (_, number), _ in counted]).sum()
-    apart = relative_error([(values, wanted) for (values, _), (wanted, _) in counted])
-    if pooled:
-        apart = (1 - pooled) * apart + pooled * relative_error([(means(*a), means(*b)) for a, b in counted])
-    return apart, count
-
-
-def counts(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`[B, T, C]` in float32 with zeros where the mask `[B, T]` hides it, the positions that count: `[B, 1]`).
-
-    Of values that the mask is not about, all positions count. Nothing waits for the device.
-    """
-    values = values.float()
-    if mask is None or mask.shape != values.shape[:-1]:
-        return values, torch.full((len(values), 1), values.shape[1:-1].numel(), device=values.device)
-    # chosen and not multiplied, since a position that does not count may hold anything
-    return torch.where(mask.unsqueeze(-1), values, 0), mask.sum(1, keepdim=True)
-
-
-def means(values: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Over the positions of each sequence that count, `[B, C]`; see `counts`."""
-    return values.flatten(1, -2).sum(1) / number.clamp_min(1) if values.dim() > 2 else values
-
-
-def relative_error(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The squared error of the first of each pair over the second's sum of squares, of all pairs together."""
-    device = pairs[0][0].device
-    error = torch.stack([(values - wanted).square().sum().to(device) for values, wanted in pairs]).sum()
-    energy = torch.stack([wanted.square().sum().to(device) for _, wanted in pairs]).sum()
-    return error / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    first = next(iter(student.values()))
+    error, energy, count = (torch.zeros((), device=first.device) for _ in range(3))
+    for name, values in student.items():
+        wanted = teacher[name].to(values.device)
+        if mask is not None and mask.shape == values.shape[:-1]:
+            values, wanted = values[mask], wanted[mask]
+        error = error + (values.float() - wanted.float()).square().sum()
+        energy = energy + wanted.float().square().sum()
+        count = count + values.shape[:-1].numel()
+    return error / energy.clamp_min(torch.finfo(energy.dtype).tiny), count

@@ -45,7 +45,6 @@ def refine(
     held_out: Tensor | None = None,
     compiled: bool = False,
     seed: int = 0,
-    pooled: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Refines all factors together, in place, on the text that they were fitted to; returns the log history.
 
@@ -74,8 +73,6 @@ def refine(
             factors of the least one are kept, be it those of the start. The history has it as "held_out_divergence".
         compiled: run the blocks of both models by `torch.compile`, from 8192 tokens a step on. Blocks of a kind share
             their code, whatever their ranks. It costs some 20 seconds at first.
-        pooled: of a model without logits, the share of the loss, in [0, 1], that the error of each sequence's mean
-            feature has beside that of all features: what an encoder of sentences puts out is that mean.
 
     Raises:
         ValueError: if `held_out` holds no window.
@@ -101,9 +98,7 @@ def refine(
         left = targets_left_dense(model) if dense_rate else []
         mark_only_factors_trainable(model, also=left, bits=bits)
         groups = factor_parameter_groups(model, learning_rate, other_lr=dense_rate * learning_rate)
-        callback = BLRCallback(
-            train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits, pooled=pooled
-        )
+        callback = BLRCallback(train_also=left, teacher=teacher, distill_weight=distill_weight, train_bits=bits)
         history = train(
             model,
             windows,
