@@ -132,8 +132,12 @@ class SentenceTraining:
             several = len(rates) > 1
             self.chosen[fit] = best_rate(model, rates, attempt, self.distance) if several else (rates[0], {})
         rate, choice = self.chosen[fit]
+        judged = (
+            {"held_out": len(self.left_out), "held_out_distance_before": self.distance(model)} if self.left_out else {}
+        )
         self.train(model, rate, batches, epochs)
-        judged = {"held_out": len(self.left_out), "held_out_distance": self.distance(model)} if self.left_out else {}
+        if self.left_out:
+            judged["held_out_distance"] = self.distance(model)
         return {
             "finetune_sha256": self.read[1]["calibration_sha256"],
             "epochs": epochs,

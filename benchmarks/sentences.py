@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from calibration_sets import Calibration, Mixture
 from protocol import check_tokens, kept_parameters, plain, read_ids
-from runs import OURS, REFINED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
+from runs import MORE_STEPS, OURS, REFINED, TWICE, TWICE_FITTED, TWICE_FITTED_JOINT, TWICE_JOINT, Run, row_key
 from sentence_sets import BATCH, SentenceTraining, drawn_sentences, embeddings, sentence_batches, sentences_of
 
 from hf_blr import compress
@@ -44,6 +44,9 @@ PROTOCOL = (
     "mean cosine between the sentence embeddings of the dense and the compressed model, on the first 1000 sentences of "
     "5 to 60 words of each text; float32; every row names the tokens that it was fitted to, windows of 128 or sentences"
 )
+#: steps on each block of a longer fit
+STEPS = MORE_STEPS[0]
+LONGER = f"{TWICE_FITTED_JOINT}, {STEPS} steps"
 #: all outputs of a layer weigh alike, as if nothing were known of what the embedding feels
 ALIKE = {"fisher": False, "allocation": "uniform"}
 OFF = {**ALIKE, "sequential": False}
@@ -53,8 +56,12 @@ def runs(ratios: list[float]) -> list[Run]:
     kinds: list[tuple[str, str, tuple[int, int] | None, dict]] = [
         (OURS, "pivoted", None, {}),
         (REFINED, "pivoted", None, {}),
+        (TWICE_FITTED, "pivoted", None, TWICE),
+        (f"{TWICE_FITTED}, refined", "pivoted", None, TWICE),
         (TWICE_FITTED_JOINT, "pivoted", None, TWICE_JOINT),
         (f"{TWICE_FITTED_JOINT}, refined", "pivoted", None, TWICE_JOINT),
+        (LONGER, "pivoted", None, {**TWICE_JOINT, "block_steps": STEPS}),
+        (f"{LONGER}, refined", "pivoted", None, {**TWICE_JOINT, "block_steps": STEPS}),
         (OURS, "blast", (4, 4), {}),
         ("ours, outputs alike", "pivoted", None, ALIKE),
         (OURS, "low_rank", None, {}),

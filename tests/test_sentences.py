@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "BATCH", 4)
     monkeypatch.setattr(sentences, "SEQLEN", 16)
     monkeypatch.setattr(sentences, "TWICE_JOINT", {"passes": 2, "block_steps": 2})
+    monkeypatch.setattr(sentences, "STEPS", 3)
     return tmp_path
 
 
@@ -34,7 +35,7 @@ def test_rows_hold_cosines_to_the_dense_model_on_sentences_it_names(folder, caps
     sentences.main(arguments)
     rows = json.loads(result.read_text())["rows"]
     assert (
-        len(rows) == 10
+        len(rows) == 14
         and {row.get("learning_rate") for row in rows} == {None, 5e-4}
         and all(row["kept"] <= row["ratio"] + 0.005 and row["sentences"] == 18 for row in rows)
     )
@@ -100,6 +101,8 @@ def test_of_several_rates_the_best_on_held_out_sentences_is_taken(folder):
     assert once["learning_rate"] == twice["learning_rate"] == 1e-9 and tried["1e-09"] < tried["3"]
     # one epoch at the best rate is the trial itself
     assert once["held_out_distance"] == pytest.approx(tried["1e-09"], rel=1e-4)
+    # so small a rate changes nothing
+    assert once["held_out_distance_before"] == pytest.approx(once["held_out_distance"], rel=1e-3)
     assert twice["finetune_tokens"] == 2 * once["finetune_tokens"] and once["held_out"] == 4
     sentences.main([*where, *only, "--trained", "8", "--epochs", "1"])
     fewer = json.loads(result.read_text())["rows"][2]
