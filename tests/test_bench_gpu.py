@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_shape
 
-from hf_blr.bench import generation, measure, rows
+from hf_blr.bench import measure, rows
 from hf_blr.bench.forms import pieces_without_cache, with_compiled_pieces
 from hf_blr.bench.layers import relative_error
 from hf_blr.bench.one_block import with_one_block

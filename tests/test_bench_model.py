@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_shape
 
-from hf_blr.bench import generation, measure, models, rows
+from hf_blr.bench import measure, models, rows
 from hf_blr.bench.forms import compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile, read_result

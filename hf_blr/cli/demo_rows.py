@@ -25,10 +25,10 @@ from hf_blr.text import load_text, load_windows, resolve_dataset, tokenize
 
 Row = dict[str, Any]
 
-#: windows in a batch of the fits on a CPU, whose cache and memory more would not fit into; others wait for launches, and
-#: get the batches that `compress` makes
+#: windows in a batch of the fits on a CPU, whose cache more would not fit into; a GPU waits for launches, and
+#: gets the batches that `compress` makes
 BATCH = 4
-#: windows in a step of the refinement: many small steps of little text; smaller rates move no scale in bfloat16 in so few
+#: windows in a step of the refinement: many small steps of little text; smaller rates move no scale in bfloat16 in them
 STEP, RATE = 1, 1e-3
 
 
