@@ -136,6 +136,18 @@ def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
     assert [line["decode, ms"] for line in lines] == ["4.00", "", "2.00"]
 
 
+def test_what_is_kept_makes_lines_of_their_own_and_what_is_fused_does_not(results):
+    file = results / "models_h200.json"
+    result = json.loads(file.read_text())
+    blast = next(row for row in result["rows"] if row["variant"].startswith("blast") and row["tokens"] == 1024)
+    less = {"weight_bytes": 1, "projection_parameters": blast["projection_parameters"] // 2}
+    fused = {**blast, "variant": "blast:4x4/fp8+fused", "ms": 4.5}
+    result["rows"] += [fused, {**blast, **less, "variant": "blast:4x4@8/fp8"}]
+    file.write_text(json.dumps(result))
+    lines = [line for line in cells(bits_times_section.times_section()) if line["layers"] == "blast 4x4"]
+    assert [(line["kept"], line["prefill, ms"]) for line in lines] == [("80 %", "4.50"), ("40 %", "6.00")]
+
+
 def test_without_a_model_in_bits_all_are_shown(results):
     models = json.loads((results / "models_h200.json").read_text())
     models["rows"] = [row for row in models["rows"] if "/" not in row["variant"]]
