@@ -1,6 +1,7 @@
 """The tuner under Triton's interpreter: what it tries, keeps and reads again, with a clock of our own."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
 from hf_blr.formats import FORMATS
+from hf_blr.inference import compile_kernels
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.rules import columns, few_tokens, mix, products
 from hf_blr.ops.triton import tuned
@@ -144,3 +146,24 @@ def test_a_model_is_tuned_for_each_kind_of_layer(structure, folder, monkeypatch)
         hf_blr.fuse(model)
         hf_blr.tune(model, tokens=(1,))
         assert len(measured) > count
+
+
+def test_kernels_of_each_kind_are_compiled_side_by_side(monkeypatch):
+    model = tiny_llama()
+    hf_blr.compress(model, BLRConfig("low_rank", ratio=0.5, dataset=None))
+    assert compile_kernels(model) == 0
+    monkeypatch.setattr("hf_blr.inference.tuning.has_kernels", lambda module: True)
+    ran, forward, meet = [], BLRLinear.forward, threading.Barrier(2, timeout=60)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def seen(module, x):
+        ran.append((module.spec, len(x)))
+        meet.wait()
+        out = forward(module, x)
+        assert not out.requires_grad
+        return out
+
+    monkeypatch.setattr(BLRLinear, "forward", seen)
+    kinds = {module.spec for module in hf_blr.linear.blr_modules(model).values()}
+    assert compile_kernels(model, (9, 1)) == 2 * len(kinds)
+    assert sorted(ran, key=str) == sorted(((spec, count) for spec in kinds for count in (9, 1)), key=str)
