@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,7 +93,10 @@ def write_windows(
             ids = start.repeat(len(rows), 1)
             mask = torch.ones_like(ids)
             small = len(rows) * cache_bytes(model, seqlen) <= REPLAYED_BYTES
-            with replayed_steps(model, seqlen) if small and can_replay(model) else nullcontext({}) as cache:
+            steps: AbstractContextManager[dict[str, Any]] = nullcontext({})
+            if small and can_replay(model):
+                steps = replayed_steps(model, seqlen)
+            with steps as cache:
                 written = model.generate(
                     ids, attention_mask=mask, generation_config=settings, logits_processor=[draw], **cache
                 )
