@@ -78,8 +78,11 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
     if least > budget:
         raise ValueError(f"the budget is {budget:.4g}, the smallest options cost {least:.4g} together")
 
+    # a price sees each option once: threads would wait for each other longer than one takes for all of them
+    of_loss, of_cost = losses.numpy(), costs.numpy()
+
     def take(price: float) -> Tensor:
-        return (losses + price * costs).argmin(1)
+        return torch.from_numpy((of_loss + price * of_cost).argmin(1))
 
     def total(taken: Tensor) -> float:
         return sum(costs.gather(1, taken.unsqueeze(1)).flatten().tolist())

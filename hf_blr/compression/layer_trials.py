@@ -155,8 +155,9 @@ class Layer:
 def mark_of(weight: Tensor) -> tuple[float, float]:
     """Numbers that tell matrices `[N, K]` apart."""
     wide = weight.double()
-    rows, columns = (torch.arange(size, dtype=wide.dtype, device=wide.device).cos() for size in wide.shape)
-    return (rows @ wide @ columns).item(), wide.square().sum().item()
+    rows, columns = (torch.arange(size, dtype=wide.dtype, device=wide.device) for size in wide.shape)
+    first, second = torch.stack([rows @ wide @ columns, wide.square().sum()]).tolist()
+    return first, second
 
 
 def middles(layers: dict[str, Layer]) -> dict[str, str]:
