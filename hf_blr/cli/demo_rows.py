@@ -28,8 +28,8 @@ Row = dict[str, Any]
 #: windows in a batch of the fits on a CPU, whose cache more would not fit into; a GPU waits for launches, and
 #: gets the batches that `compress` makes
 BATCH = 4
-#: windows in a step of the refinement: many small steps of little text; smaller rates move no scale in bfloat16 in them
-STEP, RATE = 1, 1e-3
+#: windows in a step of the refinement, which has little text, and the rate
+STEP, RATE = 2, 3e-4
 
 
 class Demo:
