@@ -28,8 +28,8 @@ Row = dict[str, Any]
 #: windows in a batch of the fits on a CPU, whose cache more would not fit into; a GPU waits for launches, and
 #: gets the batches that `compress` makes
 BATCH = 4
-#: windows in a step of the refinement, which has little text, and the rate
-STEP, RATE = 2, 3e-4
+#: windows in a step of the refinement, and the rate. It has so little text that codes would fit that, and trains scales
+STEP, RATE, TRAINED = 2, 1e-3, "scales"
 
 
 class Demo:
@@ -99,7 +99,8 @@ class Demo:
         """Refines the model, with the dense one as teacher, and measures it again."""
         print(f"refining it on {self.args.epochs * self.calibration.numel()} tokens ...", flush=True)
         started = time.perf_counter()
-        refine(model, self.dense, self.calibration, epochs=self.args.epochs, batch_size=STEP, learning_rate=RATE)
+        settings = {"epochs": self.args.epochs, "batch_size": STEP, "learning_rate": RATE, "bits": TRAINED}
+        refine(model, self.dense, self.calibration, **settings)
         return self.row("the same, refined", model, time.perf_counter() - started)
 
     def row(self, name: str, model: PreTrainedModel, seconds: float | None = None) -> Row:

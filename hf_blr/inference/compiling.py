@@ -7,7 +7,9 @@ import os
 import torch
 from torch import nn
 
+from hf_blr.experts import ExpertsLinear
 from hf_blr.inference.tuning import kinds_of
+from hf_blr.linear import BLRLinear
 
 #: compiling is C++ and other processes for the most part; more threads wait for Python
 THREADS = 16
@@ -21,13 +23,13 @@ def compile_kernels(model: nn.Module, tokens: tuple[int, ...] = (1,)) -> int:
     compiled, for later processes. Call it on a model in the form it will run in, after `fuse`.
 
     Args:
-        model: on any device. What runs on no kernels is left out.
+        model: on any device. What is on no NVIDIA GPU is left out, and so are experts, of which nobody knows the rows.
         tokens: rows of a forward, over all of its texts.
 
     Returns:
         How many kinds of layers and numbers of rows were looked at; 0 also where Triton is older than 3.5.
     """
-    todo = [(module, count) for module in kinds_of(model) for count in tokens]
+    todo = [(module, count) for module in kinds_of(model, on_gpu) for count in tokens]
     if not todo:
         return 0
     try:
@@ -38,3 +40,7 @@ def compile_kernels(model: nn.Module, tokens: tuple[int, ...] = (1,)) -> int:
         for module, count in todo:
             module(torch.zeros(count, module.in_features, dtype=module.dtype, device=module.device))
     return len(todo)
+
+
+def on_gpu(module: BLRLinear) -> bool:
+    return module.device.type == "cuda" and not isinstance(module, ExpertsLinear)

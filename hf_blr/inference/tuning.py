@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     Raises:
         ValueError: if no BLR module of the model runs on kernels.
     """
-    modules = kinds_of(model)
+    modules = kinds_of(model, has_kernels)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
 
@@ -45,11 +46,11 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     return file_of(modules[0].device)
 
 
-def kinds_of(model: nn.Module) -> list[BLRLinear]:
-    """Of the modules that run on kernels, the first of each kind: of those alike, all launch the same."""
+def kinds_of(model: nn.Module, wanted: Callable[[BLRLinear], bool]) -> list[BLRLinear]:
+    """Of the modules that are wanted, the first of each kind: of those alike, all launch the same."""
     found: dict[tuple, BLRLinear] = {}
     for module in blr_modules(model).values():
-        if has_kernels(module):
+        if wanted(module):
             group = [module] if module.group is None else module.group[0].modules
             kind = (module.dtype, module.device, *((m.spec, m.storage, m.bias is None) for m in group))
             found.setdefault(kind, module)
