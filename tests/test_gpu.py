@@ -562,7 +562,7 @@ def test_what_is_compiled_ahead_is_all_that_a_forward_runs():
     import triton
 
     model = tiny_llama(hidden_size=256, intermediate_size=512)
-    overrides = {r"\.mlp\.": {"structure": "dense", "dense_format": "int8"}}
+    overrides = {r".*\.mlp\..*": {"structure": "dense", "dense_format": "int8"}}
     config = hf_blr.BLRConfig("low_rank", ratio=0.5, dataset=None, factor_format="int8", overrides=overrides)
     hf_blr.compress(model, config, progress=False)
     model = model.to("cuda", torch.bfloat16).eval()
