@@ -37,6 +37,9 @@ UNKNOWN = "not measured"
 #: bytes that a GGUF file keeps for 256 numbers, of each K-quant (`block_q6_K` and so on in ggml)
 K_QUANTS, K_BLOCK = {"Q6_K": 210, "Q5_K": 176, "Q4_K": 144, "Q3_K": 110, "Q2_K": 84}, 256
 
+#: {column: whether its models are refined}
+MEANS = {"as fitted": False, "refined": True}
+
 Line = dict[str, Any]
 
 
@@ -45,10 +48,42 @@ def bits_section() -> str:
     result = read_result(RESULTS / FILE)
     rows = rows_on(result, mixtures=False)
     texts = texts_of(rows)
-    lines = sorted(bits_lines(rows, texts), key=lambda line: (line["fitted to"], -line["bits"], line["mean"]))
-    columns = ["bits", "layers", "kept", "stored in", "method", "fitted to", "trained on", *texts, "mean"]
+    lines = sorted(bits_lines(rows, texts), key=lambda line: (-line["bits"], line["mean"]))
+    # where all read the same, what is below the table says it
+    fitted = ["fitted to"] if len({line["fitted to"] for line in lines} - {""}) > 1 else []
+    columns = ["bits", "layers", "kept", "stored in", "method", *fitted, "trained on", *texts, "mean"]
     table, where = table_of([shown(line) for line in lines], rows, result, columns)
     return f"{table}\n\n{conditions(result, rows)} {where}."
+
+
+def best_section() -> str:
+    """What no form of no more bits is better than, as fitted or refined: each form of the layers with both means."""
+    rows = rows_on(read_result(RESULTS / FILE), mixtures=False)
+    forms = grouped(bits_lines(rows, texts_of(rows)), lambda line: (f"{line['bits']:.2f}", worded(line, bits=False)))
+    table = [{"bits": float(bits), "layers": layers} | means(found) for (bits, layers), found in forms.items()]
+
+    def is_best(form: Line, head: str) -> bool:
+        return head in form and not any(
+            other["bits"] <= form["bits"] and other.get(head, form[head]) < form[head] for other in table
+        )
+
+    kept = [form for form in table if any(is_best(form, head) for head in MEANS)]
+    return format_table(
+        [
+            {"bits": f"{form['bits']:.2f}", "of 16": f"{100 * form['bits'] / 16:.0f} %", "layers": form["layers"]}
+            | {head: f"{form[head]:.3f}" if head in form else "" for head in MEANS}
+            for form in sorted(kept, key=lambda form: -form["bits"])
+        ]
+    )
+
+
+def means(lines: list[Line]) -> dict[str, float]:
+    """The least mean of lines that are as fitted, and of those that are refined, where there are any."""
+    found = {}
+    for head, trained in MEANS.items():
+        of_head = [line["mean"] for line in lines if line["method"].endswith("refined") == trained]
+        found |= {head: min(of_head)} if of_head else {}
+    return found
 
 
 def mixture_section() -> str:
@@ -86,10 +121,12 @@ def k_quants_section() -> str:
     return format_table(table)
 
 
-def worded(line: Line) -> str:
+def worded(line: Line, bits: bool = True) -> str:
     kept = "" if line["kept"] == "100 %" or line["layers"] == "auto" else f" {line['kept']}"
-    stored = "" if line["layers"] == "auto" else f" in {line['stored in']}"
-    return f"{line['layers']}{kept}{stored}, {line['bits']:.2f} bits, mean {line['mean']:.3f}"
+    stored = "" if line["layers"] == "auto" or line["method"] == "" else f" in {line['stored in']}"
+    stored += f", {line['method']}" if "torchao" in line["method"] else ""
+    said = f", {line['bits']:.2f} bits, mean {line['mean']:.3f}" if bits else ""
+    return f"{line['layers']}{kept}{stored}{said}"
 
 
 def goals_section() -> str:

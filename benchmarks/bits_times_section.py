@@ -35,7 +35,7 @@ def lines_of(rows: list[dict]) -> list[dict[str, Any]]:
     if dense is None:
         return []
     lines = []
-    for (layers, stored), found in grouped(rows, form_of).items():
+    for (layers, stored, _), found in grouped(rows, form_of).items():
         kept = found[0]["projection_parameters"] / dense["projection_parameters"]
         line: dict[str, Any] = {
             "model": dense["model"],
@@ -51,10 +51,12 @@ def lines_of(rows: list[dict]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: -float(line["bits"]))
 
 
-def form_of(row: dict) -> tuple[str, str]:
-    """(layers, format) of a row, whose variant has them before and after a slash; what is fused follows a plus."""
+def form_of(row: dict) -> tuple[str, str, int]:
+    """(layers, format, numbers of the projections) of a row, whose variant has the first two before and after a slash;
+    what is fused follows a plus, and what is kept an at sign.
+    """
     layers, _, stored = row["variant"].partition("+")[0].partition("/")
-    return layers.replace(":", " "), stored or "plain"
+    return layers.partition("@")[0].replace(":", " "), stored or "plain", row["projection_parameters"]
 
 
 def bits_of(row: dict, dense: dict) -> float:

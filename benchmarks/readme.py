@@ -101,6 +101,7 @@ DOCUMENTS = {
     },
     ROOT / "docs" / "bits.md": {
         "bits": bits_section.bits_section,
+        "bits-best": bits_section.best_section,
         "bits-mixture": bits_section.mixture_section,
         "k-quants": bits_section.k_quants_section,
         "structures-in-int4": structures_in_int4_section.structures_section,

@@ -1,5 +1,6 @@
 """What the loss feels of a layer, the metric that comes of it, and the budget shared out by it."""
 
+import copy
 import itertools
 import re
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from tiny import batches_for, divergence, tiny_bert, tiny_gpt2, tiny_llama, tiny
 from hf_blr import BLRConfig, collect_statistics, compress
 from hf_blr.calibration.fisher import fisher_statistics
 from hf_blr.calibration.losses import sampled_loss
+from hf_blr.compression import layer_trials
 from hf_blr.compression.allocation import Option, allocate, interpolate, loss_curve, predicted_loss
 from hf_blr.compression.budget import Budget, share_budget
 from hf_blr.compression.layer_trials import Layer, factor_at, trial_factors
@@ -364,3 +366,20 @@ def test_layers_left_dense_and_overrides_are_kept_through_a_checkpoint(sequentia
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         BLRConfig(**{"structure": "low_rank", "ratio": 0.5, **settings})
+
+
+def test_configs_that_share_statistics_share_curves(monkeypatch):
+    model = tiny_llama()
+    batches = batches_for(model)
+    statistics = collect_statistics(model, CONFIG, calibration=batches)
+    asked = []
+    monkeypatch.setattr(layer_trials, "loss_curve", lambda *given: asked.append(1) or loss_curve(*given))
+    plans = [resolve_plan(model, CONFIG) for _ in range(2)]
+    first, second = (share_budget(copy.deepcopy(model), plan, statistics, CONFIG) for plan in plans)
+    assert first == second and len(asked) == len(plans[0])
+    # of another weight the curve is another, whatever the statistics say
+    other = copy.deepcopy(model)
+    name = next(iter(plans[0]))
+    other.get_submodule(name).weight.data.mul_(2)
+    curves = [Layer(each, name, statistics, CONFIG).curve() for each in (model, other)]
+    torch.testing.assert_close(torch.tensor(curves[1]), 4 * torch.tensor(curves[0]))

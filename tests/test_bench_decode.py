@@ -14,12 +14,13 @@ from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM, StaticCac
 import hf_blr
 from hf_blr import ops
 from hf_blr.bench import generation
-from hf_blr.bench.forms import StepGraph, repeated_blocks
+from hf_blr.bench.forms import repeated_blocks
 from hf_blr.bench.models import Shape
 from hf_blr.bench.one_block import numbered, why_not_one_block, with_one_block
 from hf_blr.bench.report.files import read_result
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.config import BLRConfig
+from hf_blr.inference.replayed import StepGraph, stepping_by
 
 LAYERS = 3
 SETTINGS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -49,7 +50,7 @@ def generated(model, ids, step, texts=2, new_tokens=9, **inputs):
     config = CompileConfig()
     config._compile_all_devices = True
     cache = StaticCache(config=model.config, max_cache_len=16)
-    with generation.stepping_by(model, StepGraph(step, torch.device("cpu"))):
+    with stepping_by(model, StepGraph(step, torch.device("cpu"))):
         for _ in range(texts):
             cache.reset()
             settings = {"compile_config": config, "max_new_tokens": new_tokens, **SETTINGS, **inputs}

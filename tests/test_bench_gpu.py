@@ -4,14 +4,15 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_shape
 
-from hf_blr.bench import generation, measure, rows
-from hf_blr.bench.forms import StepGraph, pieces_without_cache, with_compiled_pieces
+from hf_blr.bench import measure, rows
+from hf_blr.bench.forms import pieces_without_cache, with_compiled_pieces
 from hf_blr.bench.layers import relative_error
 from hf_blr.bench.one_block import with_one_block
 from hf_blr.bench.profiling import profiled
 from hf_blr.bench.rivals import RIVALS, missing
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
+from hf_blr.inference.replayed import StepGraph, stepping_by
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +37,7 @@ def test_a_captured_step_generates_the_same_text(step):
     plain = model.generate(ids, **settings)
     cache = StaticCache(config=model.config, max_cache_len=16)
     step = StepGraph(STEPS[step](model), model.device)
-    with generation.stepping_by(model, step):
+    with stepping_by(model, step):
         for _ in range(2):
             cache.reset()
             assert model.generate(ids, past_key_values=cache, **settings).tolist() == plain.tolist()

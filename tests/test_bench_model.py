@@ -6,14 +6,15 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_shape
 
-from hf_blr.bench import generation, measure, models, rows
-from hf_blr.bench.forms import StepGraph, compile_pieces, pieces_without_cache, repeated_blocks, switched_on
+from hf_blr.bench import measure, models, rows
+from hf_blr.bench.forms import compile_pieces, pieces_without_cache, repeated_blocks, switched_on
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile, read_result
 from hf_blr.bench.timing import Timer
 from hf_blr.bench.variants import Variant, build_model
 from hf_blr.cli import main
 from hf_blr.cli.bench_models import usual_variants
+from hf_blr.inference.replayed import StepGraph, stepping_by
 from hf_blr.integration import blr_modules
 
 
@@ -158,7 +159,7 @@ def test_a_replayed_step_generates_the_same_text():
     config._compile_all_devices = True
     cache = StaticCache(config=model.config, max_cache_len=16)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "compile_config": config}
-    with generation.stepping_by(model, StepGraph(call, device)):
+    with stepping_by(model, StepGraph(call, device)):
         for _ in range(2):
             cache.reset()
             replayed = model.generate(ids, max_new_tokens=9, past_key_values=cache, **settings)

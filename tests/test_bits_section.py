@@ -72,6 +72,29 @@ def test_lines_stand_by_their_bits_with_the_mean_of_all_texts(results):
     assert auto["a"] == "10.00 (1.00x)" and auto["b"] == "90.00 (2.25x)" and auto["mean"] == "1.500"
 
 
+def test_what_is_best_at_its_bits_is_that_as_fitted_or_refined(results):
+    file = results / "bits_h200.json"
+    result = json.loads(file.read_text())
+    refined = {**WHOLE, "method": "GPTQ, refined", "finetune_tokens": 1000}
+    result["rows"] += scored(refined, 1.0, 1.21) + scored({**FACTORS, "method": "ours, refined"}, 1.5, 1.5)
+    file.write_text(json.dumps(result))
+    lines = [tuple(line.values()) for line in cells(bits_section.best_section())]
+    assert lines == [
+        ("4.25", "27 %", "dense in int4, groups of 64", "2.000", "1.100"),
+        ("3.49", "22 %", "auto", "1.500", ""),
+        ("3.39", "21 %", "low_rank 80 % in int4, groups of 64", "2.000", ""),
+    ]
+
+
+def test_what_all_read_is_no_column(results):
+    assert "fitted to" not in cells(bits_section.bits_section())[0]
+    file = results / "bits_h200.json"
+    result = json.loads(file.read_text())
+    result["rows"] += scored({**INT4, "calibration": "other", "calibration_sha256": "d" * 64}, 1.0, 1.0)
+    file.write_text(json.dumps(result))
+    assert {line["fitted to"][:5] for line in cells(bits_section.bits_section())} == {"", "web: ", "other"}
+
+
 def test_beside_a_k_quant_stands_the_best_of_no_more_bits(results):
     found = {line["K-quant"]: line for line in cells(bits_section.k_quants_section())}
     # 210 bytes of 256 numbers, and 84
@@ -134,6 +157,18 @@ def test_models_in_bits_stand_by_their_bits_with_their_fastest_forms(results):
     assert [line["prefill, ms"] for line in lines] == ["7.00", "5.00", "3.00"]
     # of a file of its own
     assert [line["decode, ms"] for line in lines] == ["4.00", "", "2.00"]
+
+
+def test_what_is_kept_makes_lines_of_their_own_and_what_is_fused_does_not(results):
+    file = results / "models_h200.json"
+    result = json.loads(file.read_text())
+    blast = next(row for row in result["rows"] if row["variant"].startswith("blast") and row["tokens"] == 1024)
+    less = {"weight_bytes": 1, "projection_parameters": blast["projection_parameters"] // 2}
+    fused = {**blast, "variant": "blast:4x4/fp8+fused", "ms": 4.5}
+    result["rows"] += [fused, {**blast, **less, "variant": "blast:4x4@8/fp8"}]
+    file.write_text(json.dumps(result))
+    lines = [line for line in cells(bits_times_section.times_section()) if line["layers"] == "blast 4x4"]
+    assert [(line["kept"], line["prefill, ms"]) for line in lines] == [("80 %", "4.50"), ("40 %", "6.00")]
 
 
 def test_without_a_model_in_bits_all_are_shown(results):

@@ -20,7 +20,7 @@ from kernel_cases import (
     make_inputs,
     make_layers,
 )
-from tiny import tiny_inputs, tiny_llama
+from tiny import tiny_inputs, tiny_llama, tiny_tokenizer
 
 import hf_blr
 from hf_blr import ops
@@ -30,11 +30,13 @@ from hf_blr.factorize import factorize
 from hf_blr.factorize.columns import plain_round_columns, round_columns, runs_kernel
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.formats import FactorInBits, format_named
+from hf_blr.inference import compile_kernels
 from hf_blr.inference.fusion import run_together
 from hf_blr.inference.grouped import ProjectionGroup
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.activations import ACTIVATIONS
 from hf_blr.structures import LowRank, structure_named
+from hf_blr.text import write_windows, written
 
 pytest.importorskip("triton")
 from hf_blr.ops.attention import one_query_attention  # noqa: E402
@@ -556,3 +558,35 @@ def test_a_stream_is_turned_as_on_the_cpu():
     assert hf_blr.turn_stream(on_cpu) == hf_blr.turn_stream(on_gpu) > 0
     for found, wanted in zip(on_gpu.parameters(), on_cpu.parameters(), strict=True):
         torch.testing.assert_close(found.cpu(), wanted)
+
+
+def test_what_is_compiled_ahead_is_all_that_a_forward_runs():
+    import triton
+
+    model = tiny_llama(hidden_size=256, intermediate_size=512)
+    overrides = {r".*\.mlp\..*": {"structure": "dense", "dense_format": "int8"}}
+    config = hf_blr.BLRConfig("low_rank", ratio=0.5, dataset=None, factor_format="int8", overrides=overrides)
+    hf_blr.compress(model, config, progress=False)
+    model = model.to("cuda", torch.bfloat16).eval()
+    ids = torch.arange(9, device="cuda")[None]
+    assert compile_kernels(model, (9,)) > 0
+    compiled, listener = [], triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda **said: compiled.append(said["metadata"]["name"])
+    try:
+        with torch.no_grad():
+            found = model(ids).logits
+            assert not compiled
+            wanted = copy.deepcopy(model)(ids).logits
+    finally:
+        triton.knobs.compilation.listener = listener
+    assert torch.equal(found, wanted) and found.isfinite().all()
+
+
+def test_replayed_steps_write_the_text_that_others_write(monkeypatch):
+    model = tiny_llama().to("cuda")
+    replayed = write_windows(model, tiny_tokenizer(), 4, 24, progress=False)
+    assert written.can_replay(model)
+    monkeypatch.setattr(written, "can_replay", lambda model: False)
+    plain = write_windows(model, tiny_tokenizer(), 4, 24, progress=False)
+    # what rounds otherwise may change a token, and then all after it
+    assert (replayed == plain).float().mean() > 0.5

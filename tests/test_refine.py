@@ -9,6 +9,7 @@ from tiny import tiny_bert, tiny_llama
 from hf_blr import BLRConfig, compress
 from hf_blr.finetune import refine
 from hf_blr.finetune.divergence import feature_loss
+from hf_blr.finetune.loop import train
 from hf_blr.ops import blast_linear, low_rank_linear, monarch_linear
 from hf_blr.targets import find_targets
 
@@ -153,3 +154,16 @@ def test_the_loss_of_features_is_that_of_positions_that_count():
     assert found.item() == pytest.approx(wanted.item()) and count == 8
     with pytest.raises(ValueError, match="features of one shape"):
         feature_loss({"last_hidden_state": student}, {"last_hidden_state": teacher[:1]})
+
+
+def test_no_autocast_stays_behind_a_training_in_mixed_precision(tmp_path):
+    model = tiny_llama()
+    own = model.forward.__func__
+    settings = {"output_dir": tmp_path, "max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True}
+    seen = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    train(model, torch.randint(200, (2, 16)), [], bf16=True, use_cpu=True, **settings)
+    model(torch.randint(200, (2, 16)))
+    handle.remove()
+    assert set(seen[:-1]) == {torch.bfloat16} and seen[-1] == torch.float32
+    assert model.forward.__func__ is own and not {"forward", "_original_forward"} & set(vars(model))

@@ -1,5 +1,6 @@
 """Rounding in the metric of the inputs: the algorithm, what structures make of it, and that compressions use it."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -10,16 +11,18 @@ from tiny import batches_for, divergence, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_blr import BLRConfig, compress, structures
+from hf_blr.compression import ahead
 from hf_blr.factorize import FitOptions, factorize, relative_error, roots, with_codes
 from hf_blr.factorize.bits import ToRound, coupling_of, refitted, rotation
-from hf_blr.factorize.columns import column_blocks
+from hf_blr.factorize.columns import column_blocks, round_columns
 from hf_blr.factorize.gram import damped
 from hf_blr.factorize.rounding import rounded_in_metric
 from hf_blr.factorize.row_blocks import DAMPING, ROW_BLOCKS, upper_root
-from hf_blr.formats import Codes, format_named
+from hf_blr.formats import Bits, Codes, format_named
 from hf_blr.integration import blr_modules
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.table import implementation_of
+from hf_blr.ops.triton import side_by_side
 from hf_blr.structures import Blast, LowRank, Pivoted, structure_named
 
 FORMATS = [("int8", None), ("int4", None), ("int4", 8), ("int3", 8), ("int2", 8), ("fp8", None)]
@@ -480,3 +483,33 @@ def test_later_layers_are_fitted_to_what_the_codes_of_earlier_ones_give_them(mon
     expected = damped(x.T @ x, options.damping) / ((1 + options.damping) * mean)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert all(module.storage.name == "int2" for module in blr_modules(model).values())
+
+
+def test_what_fits_in_bits_run_is_compiled_for_each_format(monkeypatch):
+    int4, fp8 = format_named("int4"), format_named("fp8")
+    formats = [replace(int4, group_size=64), replace(int4, group_size=256), fp8]
+    seen, given, inside = [], [], []
+
+    @contextmanager
+    def compiling(threads):
+        inside.append(threads)
+        yield
+        inside.clear()
+
+    def rounds(columns, upper, storage, scale):
+        assert inside
+        seen.append((storage, scale is None))
+        return round_columns(columns, upper, storage, scale)
+
+    numbers = Bits.numbers
+    monkeypatch.setattr(side_by_side, "compiling", compiling)
+    monkeypatch.setattr(ahead, "round_columns", rounds)
+    monkeypatch.setattr(Bits, "numbers", lambda *args: given.append(args[0]) or numbers(*args))
+    ahead.compile_rounding(formats, torch.device("cpu"))
+    assert not seen
+    monkeypatch.setattr(ahead, "runs_kernel", lambda columns: True)
+    ahead.compile_rounding(formats, torch.device("cpu"))
+    # a group that is wider than a block has its scale before the block is rounded
+    assert seen == [(formats[0], True), (formats[1], False), (formats[2], False)]
+    # 256 does not divide 384
+    assert given == [formats[0], formats[0], formats[1], formats[2], formats[2]]

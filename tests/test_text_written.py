@@ -1,12 +1,14 @@
 """Text that a model writes: exact samples, reproducible, spread over beginnings, and in nobody's way."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import EOS_ID, tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_qwen3, tiny_t5, tiny_tokenizer
 from torch import nn
 
+from hf_blr.inference import replayed
 from hf_blr.text import can_write, write_windows
 from hf_blr.text import written as module
 from hf_blr.text.draws import Codes, Draws, drawn
@@ -229,3 +231,42 @@ def test_windows_longer_than_the_models_positions_are_refused():
     with pytest.raises(ValueError, match="seqlen=129 is beyond the 128 positions of GPT2LMHeadModel"):
         write_windows(tiny_gpt2(), tiny_tokenizer(), 1, 129)
     assert write_windows(tiny_gpt2(), tiny_tokenizer(), 1, 128, progress=False).shape == (1, 128)
+
+
+@pytest.mark.parametrize("rows", [5, 2])
+def test_replayed_steps_write_the_same_text(monkeypatch, rows):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    plain = write_windows(model, tokenizer, 5, 24, seed=2, progress=False)
+    before, calls = set(vars(model)), []
+    monkeypatch.setattr(module, "can_replay", lambda model: True)
+    monkeypatch.setattr(module, "rows_at_once", lambda model, seqlen: rows)
+    step = replayed.StepGraph.__call__
+    monkeypatch.setattr(replayed.StepGraph, "__call__", lambda self, **given: calls.append(1) or step(self, **given))
+    assert torch.equal(write_windows(model, tokenizer, 5, 24, seed=2, progress=False), plain)
+    # all tokens but what a window begins with and the one that the first forward says
+    assert len(calls) == 22 * -(-5 // rows)
+    assert set(vars(model)) == before
+    # a large cache is not attended to as a whole in each step
+    monkeypatch.setattr(module, "REPLAYED_BYTES", rows * module.cache_bytes(model, 24) - 1)
+    write_windows(model, tokenizer, rows, 24, progress=False)
+    assert len(calls) == 22 * -(-5 // rows)
+
+
+@pytest.mark.parametrize(
+    "devices, changes, can",
+    [
+        (["cuda:0"], {}, True),
+        (["cpu"], {}, False),
+        (["cuda:0", "cuda:1"], {}, False),
+        (["cuda:0"], {"_can_compile_fullgraph": False}, False),
+        (["cuda:0"], {"layer_types": ["sliding_attention", "full_attention"]}, False),
+        (["cuda:0"], {"sliding_window": 8}, False),
+    ],
+)
+def test_models_on_one_gpu_that_ask_the_host_nothing_are_replayed(devices, changes, can):
+    config = SimpleNamespace(**changes)
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config, _can_compile_fullgraph=True)
+    vars(model).update(changes)
+    model.parameters = lambda: [SimpleNamespace(device=torch.device(device)) for device in devices]
+    assert replayed.can_replay(model) is can

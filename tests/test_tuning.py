@@ -1,6 +1,7 @@
 """The tuner under Triton's interpreter: what it tries, keeps and reads again, with a clock of our own."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import hf_blr
 from hf_blr import ops
 from hf_blr.config import BLRConfig
 from hf_blr.formats import FORMATS
+from hf_blr.inference import compile_kernels
 from hf_blr.linear import BLRLinear
 from hf_blr.ops.rules import columns, few_tokens, mix, products
-from hf_blr.ops.triton import tuned
+from hf_blr.ops.triton import side_by_side, tuned
 from hf_blr.structures import Monarch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures with a clock of its own, on the CPU")
@@ -144,3 +146,55 @@ def test_a_model_is_tuned_for_each_kind_of_layer(structure, folder, monkeypatch)
         hf_blr.fuse(model)
         hf_blr.tune(model, tokens=(1,))
         assert len(measured) > count
+
+
+def test_kernels_of_each_kind_are_compiled_side_by_side(monkeypatch):
+    model = tiny_llama()
+    # what stays whole runs on kernels of its own in bits
+    overrides = {r".*\.mlp\..*": {"structure": "dense", "dense_format": "int4"}}
+    config = BLRConfig("low_rank", ratio=0.5, dataset=None, overrides=overrides)
+    hf_blr.compress(model, config)
+    assert compile_kernels(model) == 0
+    monkeypatch.setattr("hf_blr.inference.compiling.on_gpu", lambda module: True)
+    ran, forward = [], BLRLinear.forward
+
+    def seen(module, x):
+        assert side_by_side.only_compiles.get()
+        ran.append((module.spec, len(x)))
+        return forward(module, x)
+
+    monkeypatch.setattr(BLRLinear, "forward", seen)
+    kinds = {module.spec for module in hf_blr.linear.blr_modules(model).values()}
+    assert compile_kernels(model, (9, 1)) == 2 * len(kinds)
+    assert sorted(ran, key=str) == sorted(((spec, count) for spec in kinds for count in (9, 1)), key=str)
+    assert not side_by_side.only_compiles.get()
+
+
+def test_launches_of_this_thread_alone_compile_instead_of_running(monkeypatch):
+    said = []
+    launch = lambda function, *args, grid, warmup: said.append((args, grid, warmup))  # noqa: E731
+    monkeypatch.setattr(side_by_side.JITFunction, "run", launch)
+
+    def launched(name):
+        side_by_side.JITFunction.run(None, name, grid=(1,), warmup=False)
+
+    with side_by_side.compiling(2):
+        launched("own")
+        other = threading.Thread(target=launched, args=("other",))
+        other.start()
+        other.join()
+    launched("later")
+    assert said == [(("own",), (1,), True), (("other",), (1,), False), (("later",), (1,), False)]
+
+
+def test_what_is_compiled_is_loaded_too():
+    class Kernel:
+        loaded = False
+
+        @property
+        def run(self):
+            self.loaded = True
+
+    kernel = Kernel()
+    with side_by_side.Loading(1) as pool:
+        assert pool.submit(lambda: kernel).result() is kernel and kernel.loaded

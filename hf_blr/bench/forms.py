@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 #: eager: no graph. graph: a CUDA graph of the eager kernels. compiled: repeated blocks under torch.compile in a CUDA
 #: graph (decoding, where blocks cannot share one compilation: norms and MLPs). whole: torch.compile of the whole model
@@ -109,63 +108,3 @@ def with_compiled_pieces(call: Callable, modules: list[nn.Module], mode: str) ->
             return call(**inputs)
 
     return switched
-
-
-class StepGraph:
-    """One decoding step of a model as a CUDA graph: inputs are copied in, and the graph is replayed.
-
-    The first call runs as it is and warms up, the second captures. Cache objects are captured by address: a
-    `StaticCache` may be reset between two texts, not replaced. On a CPU the step itself runs, on the copied inputs.
-    """
-
-    def __init__(self, call: Callable, device: torch.device):
-        self.call, self.device = call, device
-        self.warm, self.cache = False, None
-        self.inputs: dict[str, Any] | None = None
-        self.replay: Callable[[], Any] | None = None
-
-    def __call__(self, **inputs: Any) -> Any:
-        cache = cache_of(inputs)
-        if not self.warm or cache is not self.cache:
-            self.warm, self.cache, self.inputs = True, cache, None
-            return self.call(**inputs)
-        if self.inputs is None or self.replay is None:
-            self.inputs = {name: copied(value) for name, value in inputs.items()}
-            self.replay = self.capture(self.inputs)
-        for name, value in inputs.items():
-            copy_into(self.inputs[name], value)
-        return self.replay()
-
-    def capture(self, inputs: dict[str, Any]) -> Callable[[], Any]:
-        if self.device.type != "cuda":
-            return lambda: self.call(**inputs)
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            out = self.call(**inputs)
-
-        def replay() -> Any:
-            graph.replay()
-            return out
-
-        return replay
-
-
-def cache_of(inputs: dict[str, Any]) -> Any:
-    """The cache among a model's inputs; transformers 5.17 and 5.23 have two names for it."""
-    return inputs.get("cache", inputs.get("past_key_values"))
-
-
-def copied(value: Any) -> Any:
-    """Tensors cloned, also inside a dict of them; everything else as it is."""
-    if isinstance(value, (torch.Tensor, dict)):
-        return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, value)
-    return value
-
-
-def copy_into(target: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        target.copy_(value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            copy_into(target[key], entry)

@@ -1,21 +1,18 @@
-"""Generation: `generate()` itself, its steps replayed from a CUDA graph, and a clock that does not hold it up."""
+"""Generation: `generate()` itself or with its steps replayed, and a clock that does not hold it up."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from hf_blr.bench.forms import (
     WHOLE_MODES,
-    StepGraph,
-    cache_of,
     forget_compiled,
     pieces_without_cache,
     with_compiled_pieces,
@@ -24,6 +21,7 @@ from hf_blr.bench.inputs import forward_inputs
 from hf_blr.bench.one_block import why_not_one_block, with_one_block
 from hf_blr.bench.profiling import profiled
 from hf_blr.bench.timing import Timer, forget_peak, peak
+from hf_blr.inference.replayed import StepGraph, stepping_by
 
 #: generations, of which the median counts: the host's part of a step varies
 ROUNDS = 3
@@ -118,31 +116,6 @@ def decode(
             cache.reset()
             row["profile"] = profiled(graph.replay)
     return row
-
-
-@contextlib.contextmanager
-def stepping_by(model: Any, step: StepGraph) -> Iterator[None]:
-    """Within this context `generate()` takes its decoding steps by `step` instead of a compiled model.
-
-    The step builds its own mask, as it does on other caches, instead of being handed one: models may have a method that
-    says so.
-    """
-    model.get_compiled_call = lambda compile_config=None: step
-    model.create_masks_for_generate = mask_for_step
-    try:
-        yield
-    finally:
-        del model.get_compiled_call, model.create_masks_for_generate
-
-
-def mask_for_step(attention_mask: torch.Tensor | None, **others: Any) -> torch.Tensor | None:
-    """The mask `[batch, tokens seen]` that a step makes the rest of, at the cache's length where one token is new."""
-    # transformers 5.0 has another name for them
-    embeds: Any = others.get("inputs_embeds", others.get("input_embeds"))
-    if attention_mask is None or embeds.shape[1] > 1:
-        return attention_mask
-    length = max(layer.max_cache_len for layer in cache_of(others).layers)
-    return F.pad(attention_mask, (0, length - attention_mask.shape[1]))
 
 
 class StepClock:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_blr.bench.forms import cache_of, compile_pieces, repeated_blocks, switched_on
+from hf_blr.bench.forms import compile_pieces, repeated_blocks, switched_on
+from hf_blr.inference.replayed import cache_of
 
 if TYPE_CHECKING:
     from transformers import Cache

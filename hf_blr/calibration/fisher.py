@@ -11,7 +11,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -45,6 +45,7 @@ class Statistics:
     tokens: T, the predictions whose losses were summed.
     unreached: layers that no input reached, and that have no matrices: a vision tower when all that runs is text.
     rows: {layer: S, its inputs that were summed}; of experts, also those that each saw, under `<layer>.<expert>`.
+    known: what was found out from these matrices and is asked for again when the next config is fitted to them.
     """
 
     grams: Mapping[str, Tensor]
@@ -52,6 +53,7 @@ class Statistics:
     tokens: int
     unreached: frozenset[str] = frozenset()
     rows: dict[str, int] = field(default_factory=dict)
+    known: dict[Hashable, list[float]] = field(default_factory=dict, repr=False, compare=False)
 
     def pairs(self, name: str) -> int:
         """S T, over which tr(G D H D^T) / 2 is the loss of one prediction."""

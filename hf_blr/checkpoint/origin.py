@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_blr.checkpoint.record import holders
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def record_origin(model: nn.Module, **facts: Any) -> None:
-    """Add to what the configs say by which BLR modules of this model are saved.
+def record_origin(models: list[PreTrainedModel], **facts: Any) -> None:
+    """Add to what the configs of these models say, by which BLR modules are saved.
 
     Args:
-        model: holds BLR modules, and its plan is recorded.
+        models: of `holders`, whose plans are recorded.
         facts: `base_model`, `command`, `trained` (a command too), `scores` (rows of a table), and of a report
             `fitted_to`, `calibration_tokens`, `divergence` and `held_out_tokens`. One that is None is left out.
     """
-    for holder in holders(model):
+    for holder in models:
         stored: Any = holder.config.quantization_config
         known = {name: fact for name, fact in facts.items() if fact is not None}
         stored.origin = {**(stored.origin or {}), **known}

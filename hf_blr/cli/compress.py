@@ -97,6 +97,7 @@ class Status(argparse.Action):
 
 def run(args: argparse.Namespace) -> None:
     from hf_blr.checkpoint.origin import public_command, record_origin
+    from hf_blr.checkpoint.record import holders
     from hf_blr.compression import Journal, Shards, compress
 
     processes = options.launched(args)
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     with journal or nullcontext(), replacing_folder(args.output) as new:
         shards = Shards(new, args.max_shard_size)
         report = compress(model, config, resume=journal, shards=shards, **text, **more)
-        record_origin(model, command=public_command(args.words))
+        record_origin(holders(model), command=public_command(args.words))
         print(format_table(layer_rows(report.layers)))
         print(report)
         saving.save(model, reader, args.output, shards)

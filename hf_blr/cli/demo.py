@@ -19,6 +19,7 @@ from torch import nn
 from hf_blr.cli import loading, options, saving
 from hf_blr.cli.demo_model import GGUF_FILE, demo_model_folder
 from hf_blr.config.texts import DEFAULT
+from hf_blr.inference import compile_kernels
 from hf_blr.markdown import format_table
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def reload_and_generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     loaded: Any = AutoModelForCausalLM.from_pretrained(args.output, dtype=model.dtype)
     loaded = loaded.to(model.device).eval()
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    compile_kernels(loaded, (inputs["input_ids"].numel(), 1))
     with torch.no_grad():
         if not torch.equal(loaded(**inputs).logits, model(**inputs).logits):
             raise ValueError("the loaded model's logits differ from the saved model's")

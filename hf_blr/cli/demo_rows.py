@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_blr.calibration import collect_statistics
+from hf_blr.calibration.batches import TOKENS_PER_FORWARD
 from hf_blr.cli.demo import QUICK_SHARE, QUICK_STRIDE, SAVED
 from hf_blr.compression import compress
 from hf_blr.config import BLRConfig
@@ -24,9 +25,11 @@ from hf_blr.text import load_text, load_windows, resolve_dataset, tokenize
 
 Row = dict[str, Any]
 
-#: windows in a batch of the fits, and in a step of the refinement: many small steps of little text; smaller rates move
-#: no scale in bfloat16 in so few
-BATCH, STEP, RATE = 4, 1, 1e-3
+#: windows in a batch of the fits on a CPU, whose cache more would not fit into; a GPU waits for launches, and
+#: gets the batches that `compress` makes
+BATCH = 4
+#: windows in a step of the refinement, and the rate. It has so little text that codes would fit that, and trains scales
+STEP, RATE, TRAINED = 2, 1e-3, "scales"
 
 
 class Demo:
@@ -80,7 +83,8 @@ class Demo:
         }
         print(f"reading {self.calibration.numel()} tokens to fit to ...", flush=True)
         started = time.perf_counter()
-        batches = [batch.to(self.dense.device) for batch in self.calibration.split(BATCH)]
+        together = BATCH if self.dense.device.type == "cpu" else max(1, TOKENS_PER_FORWARD // args.seqlen)
+        batches = [batch.to(self.dense.device) for batch in self.calibration.split(together)]
         statistics = collect_statistics(self.dense, self.config("low_rank", ratio=args.ratio), calibration=batches)
         self.statistics_seconds = time.perf_counter() - started
         for name, config in ways.items():
@@ -95,7 +99,8 @@ class Demo:
         """Refines the model, with the dense one as teacher, and measures it again."""
         print(f"refining it on {self.args.epochs * self.calibration.numel()} tokens ...", flush=True)
         started = time.perf_counter()
-        refine(model, self.dense, self.calibration, epochs=self.args.epochs, batch_size=STEP, learning_rate=RATE)
+        settings = {"epochs": self.args.epochs, "batch_size": STEP, "learning_rate": RATE, "bits": TRAINED}
+        refine(model, self.dense, self.calibration, **settings)
         return self.row("the same, refined", model, time.perf_counter() - started)
 
     def row(self, name: str, model: PreTrainedModel, seconds: float | None = None) -> Row:

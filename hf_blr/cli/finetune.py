@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_blr.calibration.held_out import MOST_TOKENS
     from hf_blr.checkpoint.origin import public_command, record_origin, score_row
+    from hf_blr.checkpoint.record import holders
     from hf_blr.evaluation import perplexity
     from hf_blr.finetune import BLRCallback, KeepBest, train
     from hf_blr.finetune.callback import DISTILL_WEIGHT
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         first = best.log[0]["held_out_divergence"]
         print(f"divergence from the teacher on held-out text: {first:.4f} before, {least:.4f} after, in nats a token")
     scores = [score_row(name, score.to_dict()) for name, score in (("before training", before), ("after", after))]
-    record_origin(model, trained=public_command(args.words), scores=scores)
+    record_origin(holders(model), trained=public_command(args.words), scores=scores)
     saving.save(model, reader, args.output)
     result = {"model": args.model, "before": before.to_dict(), "after": after.to_dict(), "history": history}
     saving.write_json(args.json, result)

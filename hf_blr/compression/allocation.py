@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -71,21 +72,25 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
     Raises:
         ValueError: if even the cheapest options cost more than the budget.
     """
-    costs = {name: torch.tensor([o.cost for o in layer], dtype=torch.float64) for name, layer in options.items()}
-    losses = {name: torch.tensor([o.loss for o in layer], dtype=torch.float64) for name, layer in options.items()}
-    least = sum(cost.min().item() for cost in costs.values())
+    costs = padded([[option.cost for option in layer] for layer in options.values()], 0.0)
+    losses = padded([[option.loss for option in layer] for layer in options.values()], math.inf)
+    least = sum(min(option.cost for option in layer) for layer in options.values())
     if least > budget:
         raise ValueError(f"the budget is {budget:.4g}, the smallest options cost {least:.4g} together")
 
-    def take(price: float) -> dict[str, int]:
-        return {name: int((losses[name] + price * costs[name]).argmin()) for name in options}
+    # a price sees each option once: threads would wait for each other longer than one takes for all of them
+    of_loss, of_cost = losses.numpy(), costs.numpy()
 
-    def total(taken: dict[str, int]) -> float:
-        return sum(costs[name][i].item() for name, i in taken.items())
+    def take(price: float) -> Tensor:
+        return torch.from_numpy((of_loss + price * of_cost).argmin(1))
+
+    def total(taken: Tensor) -> float:
+        return sum(costs.gather(1, taken.unsqueeze(1)).flatten().tolist())
 
     # at a price of 0 nothing is too dear; at the highest, every layer takes its cheapest option
-    spread = max((loss.max() - loss.min()).item() for loss in losses.values())
-    steps = torch.cat([cost.diff().abs() for cost in costs.values()])
+    there = losses < math.inf
+    spread = max((loss[own].max() - loss[own].min()).item() for loss, own in zip(losses, there, strict=True))
+    steps = costs.diff().abs()[there[:, 1:]]
     step = steps[steps > 0].min().item() if (steps > 0).any() else 1.0
     low, high = 0.0, 2 * spread / step + 1e-300
     if total(take(low)) <= budget:
@@ -96,25 +101,33 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
             high = middle
         else:
             low = middle
-    taken = take(high)
-    spend_rest(taken, costs, losses, budget - total(taken))
-    return {name: options[name][i] for name, i in taken.items()}
+    taken = spend_rest(take(high), costs, losses, budget - total(take(high)))
+    return {name: options[name][i] for name, i in zip(options, taken.tolist(), strict=True)}
 
 
-def spend_rest(taken: dict[str, int], costs: dict[str, Tensor], losses: dict[str, Tensor], rest: float) -> None:
-    """Moves layers to dearer options, best loss for its cost first, while any fits into the rest."""
+def padded(rows: list[list[float]], value: float) -> Tensor:
+    """Rows of any lengths in one matrix, float64, this value behind their ends."""
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def spend_rest(taken: Tensor, costs: Tensor, losses: Tensor, rest: float) -> Tensor:
+    """Moves layers to dearer options, best loss for its cost first, while any fits into the rest.
+
+    Args:
+        taken: the option of each layer `[layers]`.
+        costs, losses: `[layers, options]`; the loss of what is no option is infinite.
+    """
+    taken = taken.clone()
     while True:
-        best, gain = None, 0.0
-        for name, i in taken.items():
-            more, better = costs[name] - costs[name][i], losses[name][i] - losses[name]
-            rate = torch.where((more > 0) & (more <= rest), better / more.clamp_min(1e-300), 0)
-            if rate.max() > gain:
-                best, gain = (name, int(rate.argmax())), rate.max().item()
-        if best is None:
-            return
-        name, i = best
-        rest -= (costs[name][i] - costs[name][taken[name]]).item()
-        taken[name] = i
+        own = taken.unsqueeze(1)
+        more, better = costs - costs.gather(1, own), losses.gather(1, own) - losses
+        rate = torch.where((more > 0) & (more <= rest), better / more.clamp_min(1e-300), 0)
+        if not rate.max() > 0:
+            return taken
+        layer, option = divmod(int(rate.argmax()), rate.shape[1])
+        rest -= more[layer, option].item()
+        taken[layer] = option
 
 
 def allocate_both(options: dict[str, list[Option]], budget: float, seconds: float) -> dict[str, Option] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_blr.calibration.fisher import Statistics
+from hf_blr.compression.ahead import compile_rounding
 from hf_blr.compression.allocation import (
     Choice,
     Option,
@@ -81,6 +82,8 @@ def share_bits(
     rest = config.bits_per_weight * numbers
     rest -= sum(8 * layer.num_bytes(dtypes[name]) for name, layer in fixed.items())
     layers = {name: Layer(model, name, statistics, config) for name in free}
+    for name in [*free][:1]:
+        compile_rounding(formats, config.device_for(stored_weight(layer_named(model, name))))
     # who wants time too may take blocks that bits alone would never pay for
     trials = trials_of(layers, free, formats, hopeless_too=time is not None)
     options = {

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -26,6 +27,9 @@ from hf_blr.linear import blr_modules
 from hf_blr.plan import Plan
 from hf_blr.processes import Processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,15 +44,17 @@ def fit_layers(
     shards: Shards | None,
     processes: Processes,
     progress: bool,
-) -> tuple[list[LayerReport], list[BlockReport]]:
+) -> tuple[list[LayerReport], list[BlockReport], list[PreTrainedModel]]:
     """Fits the layers of `start.plan` and puts them in place; their reports, in the model's order, and those of blocks.
+
+    Also the models by which the layers are saved.
 
     Args:
         names: all targets, also those that stay dense.
     """
     layers: dict[str, LayerReport] = {}
     blocks = journal.block_reports()
-    with recorded(model, start.plan, config), opened(model, start.plan):
+    with recorded(model, start.plan, config) as held, opened(model, start.plan):
         # experts are fitted one by one
         origin = expanded(model, names)
         fits = {name: replace(start.plan[of], experts=0) for name, of in origin.items() if of in start.plan}
@@ -74,14 +80,18 @@ def fit_layers(
                     bar.update()
     # where the budget left all layers dense, nothing was recorded
     forget_quantizer(model)
-    return [layers[name] for name in fits], blocks
+    return [layers[name] for name in fits], blocks, held
 
 
 @contextmanager
-def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
-    """At the end, however it comes, the model's config says what is replaced; before the planned end, a warning too."""
+def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[list[PreTrainedModel]]:
+    """At the end, however it comes, the model's config says what is replaced; before the planned end, a warning too.
+
+    What it yields are then the models of `holders`: they are looked for among all objects.
+    """
+    held: list[PreTrainedModel] = []
     try:
-        yield
+        yield held
     except BaseException as error:
         replaced = sum(name in plan for name in blr_modules(model))
         if replaced:
@@ -95,4 +105,5 @@ def recorded(model: nn.Module, plan: Plan, config: BLRConfig) -> Iterator[None]:
             )
         raise
     finally:
-        record_replaced(holders(model), config)
+        held += holders(model)
+        record_replaced(held, config)

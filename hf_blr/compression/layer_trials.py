@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 
 import torch
 from torch import Tensor, nn
@@ -107,14 +108,21 @@ class Layer:
         Raises:
             ValueError: with the layer's name, where the statistics overflowed.
         """
-        damping, pairs = self.options.damping, self.statistics.pairs(self.name)
-        curves = []
+        damping, curves = self.options.damping, []
         for share, part in self.parts():
-            try:
-                curves.append(share * loss_curve(*part.matrices(), pairs, damping))
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from None
-        return torch.stack(curves).sum(0).tolist()
+            weight = part.weight()
+            # statistics are those of one dense model, of which each config is fitted to a copy
+            key = self.name, part.expert, damping, *mark_of(weight)
+            if key not in self.statistics.known:
+                pairs = self.statistics.pairs(self.name)
+                try:
+                    found = loss_curve(weight, *part.grams(weight.device), pairs, damping)
+                except ValueError as error:
+                    raise ValueError(f"{self.name}: {error}") from None
+                self.statistics.known[key] = found.tolist()
+            curves.append((share, self.statistics.known[key]))
+        shares, known = zip(*curves, strict=True)
+        return [sum(map(mul, shares, losses)) for losses in zip(*known, strict=True)]
 
     def trial(self, spec: BLRSpec) -> float:
         """The predicted loss of a fit with all of its rounds: after a quarter of them BLAST looks worse than it is."""
@@ -142,6 +150,14 @@ class Layer:
         # as the curve that it is compared with
         gram = damped(gram, self.options.damping)
         return predicted_loss(matrix - weight, gram, output_gram, self.statistics.pairs(self.name))
+
+
+def mark_of(weight: Tensor) -> tuple[float, float]:
+    """Numbers that tell matrices `[N, K]` apart."""
+    wide = weight.double()
+    rows, columns = (torch.arange(size, dtype=wide.dtype, device=wide.device) for size in wide.shape)
+    first, second = torch.stack([rows @ wide @ columns, wide.square().sum()]).tolist()
+    return first, second
 
 
 def middles(layers: dict[str, Layer]) -> dict[str, str]:

@@ -143,7 +143,9 @@ def compress(
         start = journal.start(
             partial(start_of_passes, model, plan, names, batches, statistics, config, store, processes, progress)
         )
-        layers, blocks = fit_layers(model, names, start, batches, config, journal, store, shards, processes, progress)
+        layers, blocks, held = fit_layers(
+            model, names, start, batches, config, journal, store, shards, processes, progress
+        )
         divergence = held_out.divergence(model)
     after = parameter_sizes(model)
     report = CompressionReport(
@@ -164,7 +166,7 @@ def compress(
         left_dense={name: size for name, size in targets.items() if name not in start.plan},
     )
     record_origin(
-        model,
+        held,
         base_model=base_name(model),
         fitted_to=report.fitted_to,
         calibration_tokens=report.calibration_tokens,

@@ -23,6 +23,8 @@ from hf_blr.formats import Bits, Codes
 #: of G where rows make up for each other. A few tokens with large gradients make most of it (of 98 thousand in one
 #: v_proj what 93 equal ones would), and what they say between rows is not true of other text
 LEAST_DAMPING = 0.5
+#: numbers of rotations of which many are kept (2 MB each)
+SMALL = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,18 @@ def coupling_of(output_gram: Tensor | None, blocks: int, damping: float, feature
 
 def rotation(rank: int, seed: int, like: Tensor, *batch: int) -> Tensor:
     """Random orthogonal matrices `[*batch, R, R]`, in the dtype and on the device of `like`."""
-    return drawn_rotation(rank, seed, *batch).to(like)
+    kept = small_rotation if rank**2 * math.prod(batch) <= SMALL else large_rotation
+    return kept(rank, seed, *batch).to(like)
 
 
-# the formats that are tried ask for the same ones, and groups leave few ranks; some, since a large one takes 100 MB
-@lru_cache(maxsize=4)
 def drawn_rotation(rank: int, seed: int, *batch: int) -> Tensor:
     """In float64 on the CPU, so that every device takes the same. Shared: not to be written to."""
     noise = torch.randn(*batch, rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.linalg.qr(noise)[0]
+
+
+# the formats and layers that are tried ask for the same ones, and groups leave few ranks; a large one takes 100 MB
+small_rotation, large_rotation = (lru_cache(maxsize=count)(drawn_rotation) for count in (64, 4))
 
 
 def refitted(weight: Tensor, rows: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,11 +69,19 @@ class Sweep:
         self.given = split(factor, 1 if rows is None else ROW_BLOCKS)
         self.done = self.given.new_zeros(3, *self.given.shape)
         self.scales: list[list[Tensor]] = [[] for _ in self.given]
+        self._views: dict[tuple[str, int, int], Tensor] = {}
         self.moves = None
         if rows is not None:
             m = self.given.shape[-2]
             moves = roots.moves(rows, m).to(factor.dtype).view(*factor.shape[:-2], ROW_BLOCKS * m, ROW_BLOCKS * m)
             self.moves = moves.unflatten(-2, (ROW_BLOCKS, m)).movedim(-3, 0)
+
+    def of(self, name: str, first: int, end: int) -> Tensor:
+        """These columns of `given`, `done` or `upper`, in the same memory: each block of rows asks for the same."""
+        key = name, first, end
+        if key not in self._views:
+            self._views[key] = getattr(self, name)[..., first:end]
+        return self._views[key]
 
     def shape_at(self, first: int, end: int) -> tuple[int, bool]:
         """The width of a block of columns, and whether a group begins with it."""
@@ -90,11 +98,11 @@ class Sweep:
             scale = torch.stack([self.scales[b][-1] for b in at])
         elif wide > width:
             scale = self.storage.scales(now.float())
-        upper = torch.stack([self.upper[..., c:e, c:e] for c, e in at.values()])
+        upper = torch.stack([self.of("upper", c, e)[..., c:e, :] for c, e in at.values()])
         found = round_columns(now[..., :width], upper, self.storage, scale)
         done = torch.stack([found.numbers, found.errors, target[..., :width] - found.numbers])
         for place, (b, (c, e)) in enumerate(at.items()):
-            self.done[:, b, ..., c:e] = done[:, place]
+            self.of("done", c, e)[:, b] = done[:, place]
             if begins:
                 self.scales[b].append(found.scale[place])
 
@@ -103,14 +111,15 @@ class Sweep:
 
         Both `[len(at), ..., m, columns]`.
         """
-        target = torch.stack([self.given[b][..., c] for b, c in zip(at, columns, strict=True)])
+        target = torch.stack([self.of("given", c.start, c.stop)[b] for b, c in zip(at, columns, strict=True)])
         blocks = slice(at[0], at[-1] + 1)
         above, before = at[-1], max(c.start for c in columns)
         if self.moves is not None and above:
             # [len(at), ..., above * m, columns]
-            lost = torch.stack([self.done[2, :above, ..., c] for c in columns]).movedim(1, -3).flatten(-3, -2)
+            lost = torch.stack([self.of("done", c.start, c.stop)[2, :above] for c in columns])
+            lost = lost.movedim(1, -3).flatten(-3, -2)
             target += self.moves[blocks, ..., : lost.shape[-2]] @ lost
         if not before:
             return target, target
-        upper = torch.stack([self.upper[..., :before, c] for c in columns])
+        upper = torch.stack([self.of("upper", c.start, c.stop)[..., :before, :] for c in columns])
         return target, target - self.done[1, blocks, ..., :before] @ upper

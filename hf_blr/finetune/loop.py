@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,5 +50,21 @@ def train(
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
-    trainer.train()
+    with forward_as_it_was(model):
+        trainer.train()
     return trainer.state.log_history
+
+
+@contextmanager
+def forward_as_it_was(model: nn.Module) -> Iterator[None]:
+    """At the end the model's forward is what it was: for mixed precision accelerate leaves another in its place, which
+    would go on under autocast.
+    """
+    names = "forward", "_original_forward"
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)

@@ -16,8 +16,8 @@ from hf_blr.structures import CODES, SCALE, SHAPE, StoredTensor
 #: of 4096 that takes the relative error from 0.15 to 0.11 in 4 bits, from 0.35 to 0.20 in 3 and from 0.89 to 0.39 in 2;
 #: with 8 bits it gains nothing
 SMALLEST_SCALE, SCALES, CLIPS_BELOW = 0.2, 24, 8
-#: numbers that are scaled at a time (8 MiB)
-AT_ONCE = 1 << 21
+#: numbers that are scaled at a time: what stays near a CPU's cache (8 MiB); a GPU waits for launches rather (256 MiB)
+AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Integer(Bits):
         full = torch.where(full > 0, full, 1.0)
         best, least = full.to(SCALE_DTYPE), torch.full_like(full, float("inf"))
         # as many together as a large factor leaves room for
-        for some in self.fractions(factor.device).to(factor.dtype).split(max(1, AT_ONCE // max(1, factor.numel()))):
+        together = AT_ONCE["cpu" if factor.device.type == "cpu" else "cuda"] // max(1, factor.numel())
+        for some in self.fractions(factor.device).to(factor.dtype).split(max(1, together)):
             scale = (some.view(-1, *[1] * full.dim()) * full).to(SCALE_DTYPE).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
             wide = scale.to(factor.dtype).unsqueeze(-1)
             error, place = (self.clamped(groups / wide) * wide - groups).square().sum(-1).min(0)

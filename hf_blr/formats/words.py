@@ -24,43 +24,37 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes `[..., k]`, integers in [-2^(bits-1), 2^(bits-1)), as `[..., words]` int32."""
     count = codes.shape[-1]
     period, width = period_of(bits)
-    # int64, so that no shift reaches a sign
-    unsigned = codes.long() + (1 << (bits - 1))
+    unsigned = codes.int() + (1 << (bits - 1))
     unsigned = torch.nn.functional.pad(unsigned, (0, -count % period)).unflatten(-1, (-1, period))
-    words = unsigned.new_zeros(*unsigned.shape[:-1], width)
-    for i in range(period):
-        word, shift = divmod(i * bits, WORD)
-        shifted = unsigned[..., i] << shift
-        words[..., word] |= shifted & 0xFFFFFFFF
-        if shift + bits > WORD:
-            words[..., word + 1] |= shifted >> WORD
-    words = words.flatten(-2)[..., : words_for(count, bits)]
-    # the upper half of the unsigned words are the negative signed ones
-    return torch.where(words >= 1 << (WORD - 1), words - (1 << WORD), words).int().contiguous()
+    words = []
+    for word in range(width):
+        # of the numbers with bits in this word, the first may have begun in the word before
+        first, end = word * WORD // bits, -(-(word + 1) * WORD // bits)
+        shifts = torch.arange(first * bits, end * bits, bits, dtype=torch.int32, device=codes.device) - word * WORD
+        numbers = unsigned[..., first:end] << shifts.clamp_min(0) >> (-shifts).clamp_min(0)
+        # no bit comes twice: the sum is what they are together, a sign included
+        words.append(numbers.sum(-1, dtype=torch.int32))
+    return torch.stack(words, -1).flatten(-2)[..., : words_for(count, bits)].contiguous()
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: `[..., words]` int32 as `[..., count]` int8."""
-    period, width = period_of(bits)
+    _, width = period_of(bits)
     mask, half = (1 << bits) - 1, 1 << (bits - 1)
     words = torch.nn.functional.pad(words, (0, -words.shape[-1] % width)).unflatten(-1, (-1, width))
-    places = [divmod(i * bits, WORD) for i in range(period)]
-    if width == 1:
-        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
+    numbers = []
+    for word in range(width):
+        # of the numbers that begin in this word, the last may go on in the next
+        first, end = -(-word * WORD // bits), -(-(word + 1) * WORD // bits)
+        shifts = torch.arange(first * bits, end * bits, bits, dtype=torch.int32, device=words.device) - word * WORD
         # the sign that a shift brings along is masked out
-        unsigned = (words >> shifts) & mask
-    else:
-        unsigned = torch.stack([crossing(words, *place, bits) for place in places], dim=-1)
-    return (unsigned - half).to(torch.int8).flatten(-2)[..., :count]
-
-
-def crossing(words: Tensor, word: int, shift: int, bits: int) -> Tensor:
-    """The numbers at this place of each period `[..., width]`, which may go on in the next word."""
-    low = min(bits, WORD - shift)
-    part = (words[..., word] >> shift) & ((1 << low) - 1)
-    if low == bits:
-        return part
-    return part | ((words[..., word + 1] & ((1 << (bits - low)) - 1)) << low)
+        found = (words[..., word : word + 1] >> shifts) & mask
+        beyond = end * bits - (word + 1) * WORD
+        if beyond > 0:
+            found[..., -1] &= mask >> beyond
+            found[..., -1] |= (words[..., word + 1] << (bits - beyond)) & mask
+        numbers.append(found)
+    return (torch.cat(numbers, -1) - half).to(torch.int8).flatten(-2)[..., :count]
 
 
 def leftover_is_zero(words: Tensor, bits: int, count: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,22 +33,28 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (1, 16, 1024)) -> Path:
     Raises:
         ValueError: if no BLR module of the model runs on kernels.
     """
-    modules = [module for module in blr_modules(model).values() if has_kernels(module)]
+    modules = kinds_of(model, has_kernels)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no BLR module on a GPU that the kernels support: nothing to tune")
 
     from hf_blr.ops.triton.tuned import file_of, tuning
 
-    seen = set()
     for module in modules:
-        group = [module] if module.group is None else module.group[0].modules
-        kind = (module.dtype, module.device, *((m.spec, m.storage, m.bias is None) for m in group))
-        if kind not in seen:
-            seen.add(kind)
-            for count in tokens:
-                with tuning():
-                    module(torch.randn(count, module.in_features, dtype=module.dtype, device=module.device))
+        for count in tokens:
+            with tuning():
+                module(torch.randn(count, module.in_features, dtype=module.dtype, device=module.device))
     return file_of(modules[0].device)
+
+
+def kinds_of(model: nn.Module, wanted: Callable[[BLRLinear], bool]) -> list[BLRLinear]:
+    """Of the modules that are wanted, the first of each kind: of those alike, all launch the same."""
+    found: dict[tuple, BLRLinear] = {}
+    for module in blr_modules(model).values():
+        if wanted(module):
+            group = [module] if module.group is None else module.group[0].modules
+            kind = (module.dtype, module.device, *((m.spec, m.storage, m.bias is None) for m in group))
+            found.setdefault(kind, module)
+    return list(found.values())
 
 
 def has_kernels(module: BLRLinear) -> bool:

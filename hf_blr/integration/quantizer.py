@@ -12,7 +12,7 @@ from hf_blr.checkpoint.files import stored_tensors
 from hf_blr.checkpoint.headers import check_count, check_files
 from hf_blr.checkpoint.layout import match_plan, swap_in
 from hf_blr.checkpoint.origin import base_name, record_origin
-from hf_blr.checkpoint.record import forget_quantizer, record_plan
+from hf_blr.checkpoint.record import forget_quantizer, holders, record_plan
 from hf_blr.checkpoint.values import check_values
 from hf_blr.checkpoint.verify import check_loaded, expected_tensors, is_loaded, mark_loaded
 from hf_blr.config import BLRConfig
@@ -109,7 +109,7 @@ class BLRHfQuantizer(HfQuantizer):
             check_values(model)
         record_plan(model, self.quantization_config, self.plan)
         if not self.pre_quantized:
-            record_origin(model, base_model=base_name(model))
+            record_origin(holders(model), base_model=base_name(model))
         forget_quantizer(model)
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_blr.config.texts import SELF, SELF_CHAT
+from hf_blr.inference.replayed import can_replay, replayed_steps
 from hf_blr.modes import evaluating
 from hf_blr.text.draws import Codes, Draws
 from hf_blr.text.windows import check_ids, check_positions
@@ -19,6 +20,8 @@ from hf_blr.text.windows import check_ids, check_positions
 CACHE_BYTES = 2 << 30
 #: for each logit of a row: itself, twice in float32, its probability, that in whole chunks, what is left of it
 BYTES_PER_LOGIT = 24
+#: of the keys and values of a batch: up to here a step takes longer to launch than to attend to a full cache
+REPLAYED_BYTES = 1 << 30
 
 
 def can_write(model: Any) -> bool:
@@ -96,7 +99,14 @@ def write_windows(
 
             ids = beginnings[rows % len(beginnings)].to(model.device)
             mask = torch.ones_like(ids)
-            written = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=[draw])
+            small = len(rows) * cache_bytes(model, seqlen) <= REPLAYED_BYTES
+            steps: AbstractContextManager[dict[str, Any]] = nullcontext({})
+            if small and can_replay(model):
+                steps = replayed_steps(model, seqlen)
+            with steps as cache:
+                written = model.generate(
+                    ids, attention_mask=mask, generation_config=settings, logits_processor=[draw], **cache
+                )
             if draws.width.isnan().any():
                 raise ValueError(
                     f"{type(model).__name__} gives logits that are not finite; load it in bfloat16 or float32"
@@ -161,15 +171,19 @@ def chat_opening(tokenizer: Any) -> list[int]:
     return tokenizer(opening, add_special_tokens=False)["input_ids"]
 
 
-def rows_at_once(model: Any, seqlen: int) -> int:
-    """How many windows are written together, by the memory of their keys and values."""
+def cache_bytes(model: Any, seqlen: int) -> int:
+    """What the keys and values of a window take."""
     config = model.config.get_text_config()
     heads, all_heads = (getattr(config, f"num_{kind}heads", None) for kind in ("key_value_", "attention_"))
     width = getattr(config, "head_dim", None) or (config.hidden_size // all_heads if all_heads else None)
     # families without heads keep a state that is smaller than this
     values = (heads or all_heads) * width if width and all_heads else config.hidden_size
-    cache = 2 * config.num_hidden_layers * values * model.dtype.itemsize * seqlen
-    row = cache + BYTES_PER_LOGIT * config.vocab_size
+    return 2 * config.num_hidden_layers * values * model.dtype.itemsize * seqlen
+
+
+def rows_at_once(model: Any, seqlen: int) -> int:
+    """How many windows are written together, by the memory of their keys and values."""
+    row = cache_bytes(model, seqlen) + BYTES_PER_LOGIT * model.config.get_text_config().vocab_size
     budget = CACHE_BYTES
     if model.device.type == "cuda":
         weights = sum(parameter.nbytes for parameter in model.parameters())

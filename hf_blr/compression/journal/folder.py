@@ -174,7 +174,8 @@ class Journal(Unkept):
 
     def kept_statistics(self, statistics: Statistics) -> dict[str, Any]:
         """Writes the matrices into files of their own; returns the rest, with {name: file} in their place."""
-        said = {**vars(statistics), "unreached": sorted(statistics.unreached)}
+        # what is found out from them is found out again
+        said = {**vars(statistics), "unreached": sorted(statistics.unreached), "known": {}}
         for kind in MATRICES:
             files: dict[str, str] = {}
             for i, (names, tensor) in enumerate(distinct(getattr(statistics, kind))):

@@ -11,7 +11,8 @@ from hf_blr.ops.rules.device import INTERPRETER, device_of, vector_width
 from hf_blr.ops.triton.bits import numbers_of, weights_in_bits
 
 
-@triton.jit
+# neither says how anything lies in memory: what divides them would make kernels of their own
+@triton.jit(do_not_specialize=["ROWS", "GROUPS"])
 def numbers_kernel(
     w_ptr,
     s_ptr,

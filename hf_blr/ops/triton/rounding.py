@@ -55,8 +55,8 @@ def best_scale(b_left, inside, fractions_ptr, tries, lowest, highest, FLOAT8: tl
     return b_best
 
 
-# one kernel for all formats of integers, and for all numbers of rows: a budget of bits tries them all
-@triton.jit(do_not_specialize=["n", "size", "tries"])
+# one kernel for all formats of integers, and for all numbers of rows and columns: a budget of bits tries them all
+@triton.jit(do_not_specialize=["n", "m", "size", "tries"])
 def round_columns_kernel(
     columns_ptr,
     upper_ptr,
