@@ -99,11 +99,7 @@ def write_windows(
 
             ids = beginnings[rows % len(beginnings)].to(model.device)
             mask = torch.ones_like(ids)
-            small = len(rows) * cache_bytes(model, seqlen) <= REPLAYED_BYTES
-            steps: AbstractContextManager[dict[str, Any]] = nullcontext({})
-            if small and can_replay(model):
-                steps = replayed_steps(model, seqlen)
-            with steps as cache:
+            with steps_of(model, len(rows), seqlen) as cache:
                 written = model.generate(
                     ids, attention_mask=mask, generation_config=settings, logits_processor=[draw], **cache
                 )
@@ -113,6 +109,12 @@ def write_windows(
                 )
             windows.append(written.cpu())
     return torch.cat(windows)
+
+
+def steps_of(model: Any, rows: int, seqlen: int) -> AbstractContextManager[dict[str, Any]]:
+    """A context in which `generate()` replays its steps where that is faster; yields what to hand it besides."""
+    small = rows * cache_bytes(model, seqlen) <= REPLAYED_BYTES
+    return replayed_steps(model, seqlen) if small and can_replay(model) else nullcontext({})
 
 
 def check_beginnings(model: Any, beginnings: Tensor, chat: bool) -> None:
