@@ -9,7 +9,7 @@ from tiny import EOS_ID, tiny_bert, tiny_gpt2, tiny_llama, tiny_llava, tiny_qwen
 from torch import nn
 
 from hf_blr.inference import replayed
-from hf_blr.text import can_write, write_windows
+from hf_blr.text import can_write, openings, write_windows
 from hf_blr.text import written as module
 from hf_blr.text.draws import Codes, Draws, drawn
 
@@ -172,13 +172,13 @@ def test_beginnings_that_cannot_be_gone_on_from_are_refused(given, said):
 
 def test_the_first_token_is_the_tokenizers_then_the_configs_beginning_then_an_end():
     model, tokenizer = tiny_llama(bos_token_id=7, eos_token_id=[9, 8]), tiny_tokenizer()
-    assert module.first_token(model, tokenizer) == EOS_ID
-    assert module.first_token(model, Tokenless()) == 7
+    assert openings.first_token(model, tokenizer) == EOS_ID
+    assert openings.first_token(model, Tokenless()) == 7
     model.config.bos_token_id = None
-    assert module.first_token(model, Tokenless()) == 9
+    assert openings.first_token(model, Tokenless()) == 9
     model.config.eos_token_id = None
     with pytest.raises(ValueError, match="neither Tokenless nor the config of Llama.*set tokenizer.bos_token"):
-        module.first_token(model, Tokenless())
+        openings.first_token(model, Tokenless())
 
 
 def test_logits_that_are_not_finite_are_reported():

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_blr.config.texts import SELF, SELF_CHAT
 from hf_blr.inference.replayed import can_replay, replayed_steps
 from hf_blr.modes import evaluating
 from hf_blr.text.draws import Codes, Draws
-from hf_blr.text.windows import check_ids, check_positions
+from hf_blr.text.openings import beginnings_for
+from hf_blr.text.windows import check_positions
 
 #: for keys and values of a batch where the device does not say how much it has; more rows gain nothing on a CPU
 CACHE_BYTES = 2 << 30
@@ -74,11 +74,7 @@ def write_windows(
             f"{type(model).__name__} cannot write text: only causal language models do. Name a text instead, "
             '"builtin", "wikitext2" or a file'
         )
-    if beginnings is None:
-        opening = chat_opening(tokenizer) if chat else [first_token(model, tokenizer)]
-        beginnings = torch.tensor([opening])
-    else:
-        check_beginnings(model, beginnings, chat)
+    beginnings = beginnings_for(model, tokenizer, chat, beginnings)
     begun = beginnings.shape[1]
     if num_samples < 1 or seqlen <= begun:
         raise ValueError(
@@ -117,18 +113,6 @@ def steps_of(model: Any, rows: int, seqlen: int) -> AbstractContextManager[dict[
     return replayed_steps(model, seqlen) if small and can_replay(model) else nullcontext({})
 
 
-def check_beginnings(model: Any, beginnings: Tensor, chat: bool) -> None:
-    """Raises ValueError if they are no rows of token ids of the model, or a chat is asked for too."""
-    if chat:
-        raise ValueError("windows begin with the chat template or with beginnings, not with both: leave one out")
-    if beginnings.dim() != 2 or not beginnings.numel() or beginnings.dtype != torch.long:
-        raise ValueError(
-            f"beginnings must be token ids [m, b], int64, got {beginnings.dtype} of {list(beginnings.shape)}: "
-            "hf_blr.text.load_windows makes them of a text"
-        )
-    check_ids(model, beginnings)
-
-
 @contextmanager
 def plain_generation(model: Any, new_tokens: int) -> Iterator[Any]:
     """For a while the model generates without any setting of its own: no temperature, no penalty, no stopping."""
@@ -139,38 +123,6 @@ def plain_generation(model: Any, new_tokens: int) -> Iterator[Any]:
         yield model.generation_config
     finally:
         model.generation_config = kept
-
-
-def first_token(model: Any, tokenizer: Any) -> int:
-    """The token that begins a document: the beginning-of-sequence token, or the end of the document before."""
-    config = model.config.get_text_config()
-    for name in ("bos_token_id", "eos_token_id"):
-        for source in (tokenizer, config):
-            token = getattr(source, name, None)
-            if token is not None:
-                return token[0] if isinstance(token, list) else token
-    raise ValueError(
-        f"neither {type(tokenizer).__name__} nor the config of {type(model).__name__} names a token that begins or "
-        "ends a document: set tokenizer.bos_token"
-    )
-
-
-def chat_opening(tokenizer: Any) -> list[int]:
-    """The tokens of the chat template up to where the user's first words would stand."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f'"{SELF_CHAT}" begins with the chat template, and {type(tokenizer).__name__} has none: take "{SELF}"'
-        )
-    words = "words-of-the-user"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False)
-    opening, found, _ = text.partition(words)
-    # a blank at the end belongs to the token of the first word
-    opening = opening.rstrip(" ")
-    if not (found and opening):
-        raise ValueError(
-            f'the chat template of {type(tokenizer).__name__} opens a user\'s turn with nothing: take "{SELF}"'
-        )
-    return tokenizer(opening, add_special_tokens=False)["input_ids"]
 
 
 def cache_bytes(model: Any, seqlen: int) -> int:
