@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_float8_training import layer, numbers
+from float8_training_cases import layer, numbers
 
 from hf_blr.ops import aside, float8_products
 from hf_blr.ops.aside import Aside

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from float8_cases import patch_rounding
+from float8_training_cases import N, layer, numbers
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny import tiny_llama
 from torch._dynamo.backends.common import aot_autograd
@@ -26,14 +27,6 @@ from hf_blr.structures import Dense, LowRank, Monarch, structure_named
 ROUNDING = 2**-4 / 3**0.5
 #: operands that are rounded on the way to an output and to each gradient
 ROUNDED = 4
-K, N, R = 256, 192, 64
-
-
-def layer(structure="low_rank", dtype=torch.float32):
-    torch.manual_seed(0)
-    module = BLRLinear.from_spec(structure_named(structure).spec(K, N, R, (1, 1)), bias=True, dtype=dtype)
-    module.float8 = True
-    return module.train()
 
 
 def results(module, x, grad):
@@ -52,13 +45,6 @@ def exactly(module, x, grad):
 
 def relative(out, wanted):
     return ((out.double() - wanted).norm() / wanted.norm()).item()
-
-
-def numbers(tokens, spread=0.0):
-    """x and the gradient of the output, of tokens that differ in size by e to the power of `spread`."""
-    made = torch.Generator().manual_seed(1)
-    sizes = (torch.randn(2, tokens, 1, generator=made) * spread).exp()
-    return torch.randn(tokens, K, generator=made) * sizes[0], torch.randn(tokens, N, generator=made) * sizes[1]
 
 
 @pytest.mark.parametrize("structure", ["low_rank", "pivoted"])
