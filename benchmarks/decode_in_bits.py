@@ -7,10 +7,8 @@ timed with the card to itself, and at the clock and temperature that the others 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from multiprocessing.synchronize import Barrier, Lock, Semaphore
 from pathlib import Path
@@ -20,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
+from turns import Turns, in_turns, that_can_run
 
 from hf_blr.bench import generation
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.bench.rivals import missing
 from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
 from hf_blr.bench.variants import Variant, build_model
 
@@ -39,27 +37,6 @@ PROTOCOL = (
     "launches; graph_ms: the median of five rounds, each a median of the graph's replays. A process for each row: all "
     "compile at once, then each is timed alone, once in each round"
 )
-
-
-class Turns:
-    """The rounds of several processes, in each of which every one has the device to itself once."""
-
-    def __init__(self, together: Barrier, alone: Lock, count: int):
-        self.together, self.alone, self.left = together, alone, count
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until all others are in the same round, and none has its turn."""
-        self.together.wait()
-        self.left -= 1
-        with self.alone:
-            yield
-
-    def pass_on(self) -> None:
-        """Let the others have the rounds that are left."""
-        while self.left:
-            with self.turn():
-                pass
 
 
 def row_of(
@@ -122,20 +99,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "decode_h200.json")
     parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    absent = {name: missing(Variant.parse(name).by) for name in args.variants if name in RIVAL_VARIANTS}
-    for name in (name for name, reason in absent.items() if reason):
-        print(f"{name} is left out: {absent[name]}")
-    variants = [variant for variant in args.variants if not absent.get(variant)]
+    variants = that_can_run(args.variants)
     for batch in args.batches:
         jobs = [(args.model, variant, batch, args.device, args.commit) for variant in variants]
-        # two are built at a time: each takes the memory of a dense model
-        shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
-        processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+        in_turns(work, jobs, str(args.json))
 
 
 if __name__ == "__main__":

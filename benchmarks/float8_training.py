@@ -7,7 +7,6 @@ process of its own: all compile at once, and take turns in rounds, as in `decode
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
-from decode_in_bits import ROUNDS, Turns
+from decode_in_bits import ROUNDS
 from dense_float8 import Float8Linear
 from torch import Tensor, nn
+from turns import Turns, in_turns
 
 from hf_blr.bench.environment import environment
 from hf_blr.bench.measure import training
@@ -215,13 +215,7 @@ def main() -> None:
             print(f"{' by '.join(STEPS[index])} is left out: {reason}", flush=True)
         else:
             jobs.append(Job(index, *settings))
-    context = multiprocessing.get_context("spawn")
-    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock()
-    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    in_turns(work, jobs)
     if len(args.only) == len(STEPS):
         rows = [row | {"commit": where["commit"]} for row in error_rows(args.device, args.tokens)]
         ResultFile(args.json, file.head, append=True).add(rows)

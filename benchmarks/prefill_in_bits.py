@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from conditions import RESULTS
-from decode_in_bits import RATIO, Turns
+from decode_in_bits import RATIO
+from turns import Turns, in_turns, that_can_run
 
 from hf_blr.bench import measure
 from hf_blr.bench.environment import environment
 from hf_blr.bench.models import SHAPES
 from hf_blr.bench.profiling import profiled
 from hf_blr.bench.report.files import ResultFile
-from hf_blr.bench.rivals import missing
 from hf_blr.bench.rows import in_one_line, model_sizes, trained_names
 from hf_blr.bench.timing import Timer, peak
 from hf_blr.bench.variants import Variant, build_model
@@ -132,19 +131,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "models_h200.json")
     parser.add_argument("--commit", default="", help="of the code measured; asked of git if left out")
     args = parser.parse_args()
-    absent = {name: missing(by) for name in args.variants if (by := Variant.parse(name).by)}
-    for name in (name for name, reason in absent.items() if reason):
-        print(f"{name} is left out: {absent[name]}")
-    variants = [name for name in args.variants if not absent.get(name)]
+    variants = that_can_run(args.variants)
     jobs = [(args.model, name, tuple(args.tokens or VARIANTS[name]), args.device, args.commit) for name in variants]
-    context = multiprocessing.get_context("spawn")
-    # two are built at a time: each takes the memory of a dense model
-    shared = context.Semaphore(2), context.Barrier(len(jobs)), context.Lock(), str(args.json)
-    processes = [context.Process(target=work, args=(job, *shared)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    in_turns(work, jobs, str(args.json))
 
 
 if __name__ == "__main__":

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
 
 from hf_blr.factorize.columns import BLOCK, round_columns, runs_kernel
 from hf_blr.formats import Bits, Codes
+from hf_blr.ops.compiling import side_by_side
 
-THREADS = 16
 #: numbers of a row that 256 divides, and that it does not: kernels read them in other steps
 LENGTHS = 16 * BLOCK, 3 * BLOCK
 
 
 @torch.no_grad()
 def compile_rounding(formats: Iterable[Bits], device: torch.device) -> None:
-    """Compiles, side by side, the kernels that round to these formats and give numbers back. On a CPU there are none.
-
-    Nobody has to: a first fit compiles what it needs, one kernel after the other.
-    """
-    if not runs_kernel(torch.empty(1, 1, device=device)):
-        return
-    try:
-        from hf_blr.ops.triton.side_by_side import compiling
-    except ImportError:
-        # a Triton before 3.5
+    """Compiles, side by side, the kernels that round to these formats and give numbers back; none on a CPU."""
+    together = side_by_side() if runs_kernel(torch.empty(1, 1, device=device)) else None
+    if together is None:
         return
     columns, upper = torch.zeros(1, BLOCK, device=device), torch.eye(BLOCK, device=device)
-    with compiling(min(THREADS, os.cpu_count() or 1)):
+    with together:
         for storage in formats:
             grouped = storage.group_size is not None and storage.group_size <= BLOCK
             round_columns(columns, upper, storage, None if grouped else columns.new_ones(1, 1))

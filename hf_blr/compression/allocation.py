@@ -101,7 +101,8 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
             high = middle
         else:
             low = middle
-    taken = spend_rest(take(high), costs, losses, budget - total(take(high)))
+    taken = take(high)
+    taken = spend_rest(taken, costs, losses, budget - total(taken))
     return {name: options[name][i] for name, i in zip(options, taken.tolist(), strict=True)}
 
 

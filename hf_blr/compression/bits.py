@@ -82,8 +82,8 @@ def share_bits(
     rest = config.bits_per_weight * numbers
     rest -= sum(8 * layer.num_bytes(dtypes[name]) for name, layer in fixed.items())
     layers = {name: Layer(model, name, statistics, config) for name in free}
-    for name in [*free][:1]:
-        compile_rounding(formats, config.device_for(stored_weight(layer_named(model, name))))
+    if free:
+        compile_rounding(formats, config.device_for(stored_weight(layer_named(model, next(iter(free))))))
     # who wants time too may take blocks that bits alone would never pay for
     trials = trials_of(layers, free, formats, hopeless_too=time is not None)
     options = {

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
 from hf_blr.experts import ExpertsLinear
 from hf_blr.inference.tuning import kinds_of
 from hf_blr.linear import BLRLinear
-
-#: compiling is C++ and other processes for the most part; more threads wait for Python
-THREADS = 16
+from hf_blr.ops.compiling import side_by_side
 
 
 @torch.no_grad()
@@ -30,13 +26,10 @@ def compile_kernels(model: nn.Module, tokens: tuple[int, ...] = (1,)) -> int:
         How many kinds of layers and numbers of rows were looked at; 0 also where Triton is older than 3.5.
     """
     todo = [(module, count) for module in kinds_of(model, on_gpu) for count in tokens]
-    if not todo:
+    together = side_by_side() if todo else None
+    if together is None:
         return 0
-    try:
-        from hf_blr.ops.triton.side_by_side import compiling
-    except ImportError:
-        return 0
-    with compiling(min(THREADS, os.cpu_count() or 1)):
+    with together:
         for module, count in todo:
             module(torch.zeros(count, module.in_features, dtype=module.dtype, device=module.device))
     return len(todo)
